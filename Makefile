@@ -1,0 +1,59 @@
+# make env | finetune | test | test-all | lint | system-deps
+#
+# Only git, make and Python >= 3.11 are taken for granted. Another interpreter: make env PYTHON=python3.12
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.qllava-installed
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help env finetune test test-all lint system-deps
+
+help:
+	@echo "make env          install qllava and its tools into $(VENV) (the first time about 6 GB, most of it torch)"
+	@echo "make finetune     both training stages of the embedded nano model: minutes, no GPU, no account"
+	@echo "make test         unit and browser tests: minutes"
+	@echo "make test-all     every test, the slow ones and those for a GPU included"
+	@echo "make lint         ruff and mypy"
+	@echo "make system-deps  chromium for the browser tests (Debian, Ubuntu; needs root)"
+
+env: $(STAMP)
+
+# The stamp is written last: an installation that was interrupted is taken up again by the next make.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 \
+	  || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "qllava needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1): make env PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || echo "Making $(VENV): the first time this downloads about 6 GB (most of it torch) and takes minutes."
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "$(PYTHON) cannot make a virtual environment: on Debian and Ubuntu run apt-get install python3-venv" >&2; exit 1; }
+	@$(PIP) install -q -e '.[dev]' \
+	  || { echo "The installation failed; trying once more." >&2; sleep 5; $(PIP) install -e '.[dev]'; }
+	@touch $@
+
+finetune: env
+	@$(BIN)/python recipes/finetune_lora.py $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest -rs -m "not slow and not gpu and not distributed and not interop" $(ARGS)
+
+test-all: env
+	$(BIN)/python -m pytest -rs $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+system-deps:
+	@if command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1; then \
+	  echo "A chromium browser is there already."; \
+	elif ! command -v apt-get >/dev/null 2>&1; then \
+	  echo "system-deps knows Debian and Ubuntu only: install chromium with your system's package manager (only the browser tests need it)." >&2; exit 1; \
+	elif [ "$$(id -u)" -ne 0 ]; then \
+	  echo "system-deps needs root: sudo make system-deps (only the browser tests need it)." >&2; exit 1; \
+	else \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
+	fi

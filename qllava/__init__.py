@@ -1,0 +1,28 @@
+"""qllava builds a LLaVA (vision tower, projector, LLaMA) and tunes it with QLoRA on one consumer GPU.
+
+    import qllava
+    qllava.load("runs/finetune_lora").answer("photo.jpg", "What is this?")
+
+Importing the package costs nothing: torch and transformers are imported by what needs them, when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qllava.inference import Chat
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(model: str, *, load_in_4bit: bool = False) -> Chat:
+    """A model that answers questions about pictures.
+
+    `model` is `nano` (the newest finished nano run), a run folder, a merged folder, or a hub name. `load_in_4bit` keeps
+    the language model in NF4. Raises `qllava.config.InputError` when there is no such model.
+    """
+    from qllava.inference import load as load_chat
+
+    return load_chat(model, load_in_4bit=load_in_4bit)

@@ -1,0 +1,205 @@
+"""The command `qllava`: one verb per function.
+
+What a verb needs is imported inside it, so that `qllava --help` and a mistyped flag answer at once. With `--json` a
+verb prints one JSON object and nothing else on stdout; whatever a library prints meanwhile goes to stderr. Exit status:
+0 done, 1 something is wrong with the input or a verification failed, 2 the command line is wrong.
+
+    qllava doctor
+    qllava merge runs/finetune_lora merged
+    qllava chat nano --image photo.jpg --prompt "What is this?"
+    qllava eval vqa merged questions.jsonl --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from qllava import __version__
+from qllava.config import InputError
+
+T = TypeVar("T")
+
+MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status (argparse itself ends a wrong one with status 2)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except InputError as error:
+        print(f"qllava: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qllava: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qllava", description="Build, tune and use LLaVA on one consumer GPU.")
+    parser.add_argument("--version", action="version", version=f"qllava {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    doctor = _verb(verbs, "doctor", run_doctor, "look at this machine and say what is missing")
+    _json_flag(doctor)
+
+    merge = _verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
+    merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write the merged model into")
+    merge.add_argument(
+        "--base",
+        choices=("nf4", "original"),
+        default="nf4",
+        help="add the adapter to the dequantized 4-bit weights that training saw (default), or to the original ones",
+    )
+    merge.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
+    _json_flag(merge)
+
+    chat = _verb(verbs, "chat", run_chat, "ask a model about pictures")
+    chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    chat.add_argument(
+        "--image", metavar="FILE", type=Path, nargs="+", action="extend", default=[], help="show this first"
+    )
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer, and leave")
+    chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
+    chat.add_argument("--max-new-tokens", metavar="N", type=_positive, default=256, help="(default: 256)")
+    chat.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
+
+    evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
+    kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
+    vqa = _verb(kinds, "vqa", run_eval_vqa, "short answers to questions about pictures, exact match")
+    vqa.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    vqa.add_argument("data", metavar="DATA", type=Path, help="LLaVA JSON, or rows of question, image, answer and type")
+    vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
+    vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
+    _json_flag(vqa)
+    return parser
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
+    return value
+
+
+def _quietly(run: Callable[[], T], as_json: bool) -> T:
+    """Run, with what libraries print on stdout sent to stderr when stdout belongs to the JSON."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        return run()
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`qllava doctor`: a line per finding; status 1 when training cannot run."""
+    from qllava.doctor import examine
+
+    checks = _quietly(examine, arguments.json)
+    healthy = all(check.status != "fail" for check in checks)
+    if arguments.json:
+        print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))
+    else:
+        print("\n".join(check.line() for check in checks))
+        print("\nReady: `make finetune` teaches nano to see." if healthy else "\nRepair what says fail first.")
+    return 0 if healthy else 1
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    """`qllava merge`: status 1 when the merged model does not answer as the adapter does."""
+    from qllava.merge import merge
+
+    verify = not arguments.no_verify
+    result = _quietly(
+        lambda: merge(
+            arguments.folder,
+            arguments.out,
+            base=arguments.base,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            verify=verify,
+        ),
+        arguments.json,
+    )
+    if arguments.json:
+        print(json.dumps(asdict(result)))
+    elif result.verified:
+        print(
+            f"Merged into {arguments.out} and verified: {result.kl_per_token:.2e} nats per token from the adapter "
+            f"model, {100 * result.top1_agreement:.2f} % of the tokens the same."
+        )
+    elif not verify:
+        print(f"Merged into {arguments.out}; not verified, as asked.")
+    if verify and not result.verified:
+        print(
+            f"qllava: {arguments.out} differs from the adapter model by {result.kl_per_token:.2e} nats per token: do "
+            "not use it; merge again with --dtype float32, and report it if that fails too",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """`qllava chat`: one answer with `--prompt`, a conversation without."""
+    from qllava.inference import chat_loop
+
+    return chat_loop(
+        arguments.model,
+        images=arguments.image,
+        prompt=arguments.prompt,
+        load_in_4bit=arguments.load_in_4bit,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+    )
+
+
+def run_eval_vqa(arguments: argparse.Namespace) -> int:
+    """`qllava eval vqa`: accuracy with its interval, and by type of question."""
+    from qllava.evaluation.vqa import evaluate_file
+
+    result = _quietly(
+        lambda: evaluate_file(arguments.model, arguments.data, image_folder=arguments.image_folder, out=arguments.out),
+        arguments.json,
+    )
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    low, high = result["ci95"]
+    print(
+        f"{100 * result['accuracy']:.1f} % right: {result['correct']} of {result['n']} "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    )
+    for name, accuracy in sorted(result["by_type"].items()):
+        print(f"  {name:<16}{100 * accuracy:6.1f} %")
+    return 0

@@ -1,0 +1,311 @@
+r"""A conversation becomes text, and the spans of that text which are learned.
+
+A template is data: the strings that stand around a turn. The same object renders the text for training and writes the
+chat template that is saved with the model, so training, serving and other programs cannot drift apart. What is learned
+is known while the text is written, not searched for afterwards:
+
+    <s>A chat ... questions. USER: <image>\nWhat is it? ASSISTANT: A red bus.</s>USER: Where? ASSISTANT: Here.</s>
+                                                                  ^^^^^^^^^^^^^^^                       ^^^^^^^^^^
+
+A span begins at the separator before the answer (a sentencepiece token carries its leading space, and a generation
+prompt ends without it) and ends after the end of turn, so that a model learns to stop.
+
+Standard library only. `ValueError` for a conversation that cannot be; the caller knows the file and the id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+IMAGE_TOKEN = "<image>"
+
+# LLaMA's spelling, in which the templates below are written. They stand for the tokenizer's own tokens: `render`
+# takes those, and a chat template asks for `bos_token` and `eos_token`.
+BOS = "<s>"
+EOS = "</s>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    role: who speaks.
+    content: the words, with one `<image>` for each picture of a user's turn.
+    """
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of user and assistant, in alternation; the user begins.
+
+    turns: one or more; the last is the assistant's in training and the user's in a prompt.
+    system: the system prompt; None takes the template's own, an empty string leaves it out.
+
+    Raises ValueError when the order of turns is another one.
+    """
+
+    turns: tuple[Turn, ...]
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.turns:
+            raise ValueError("the conversation has no turns")
+        for number, turn in enumerate(self.turns, start=1):
+            expected = "user" if number % 2 else "assistant"
+            if turn.role not in ("user", "assistant"):
+                raise ValueError(f"turn {number} has the role {turn.role!r}; only user and assistant take turns")
+            if turn.role != expected:
+                before = f"follows another turn of the {turn.role}" if number > 1 else "begins the conversation"
+                raise ValueError(f"turn {number} is the {turn.role}'s and {before}; user and assistant alternate")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation.
+
+    text: with one `<image>` for each picture.
+    spans: per answer the characters [start, end) that are learned, in order.
+    contents: per system prompt, question and answer the characters [start, end) that were not written by the template;
+        no control token may come from there.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    contents: tuple[tuple[int, int], ...]
+
+
+class _Writer:
+    """Text that grows, and remembers which of it is whose."""
+
+    def __init__(self, bos: str, eos: str) -> None:
+        self.bos, self.eos = bos, eos
+        self.text = ""
+        self.contents: list[tuple[int, int]] = []
+
+    def own(self, string: str) -> None:
+        """Append a string of the template."""
+        self.text += string.replace(BOS, self.bos).replace(EOS, self.eos)
+
+    def content(self, string: str) -> None:
+        """Append what a user or a data set wrote."""
+        self.contents.append((len(self.text), len(self.text) + len(string)))
+        self.text += string
+
+
+@dataclass(frozen=True)
+class Template:
+    """The strings around a turn.
+
+    name: as in a recipe's `template`.
+    begin: before everything.
+    system: the system prompt where a conversation has none of its own; empty for none.
+    system_start, system_end: around a system prompt.
+    user_start, user_end: around a question.
+    assistant_start: before an answer; a generation prompt ends with it.
+    separator: between `assistant_start` and an answer; learned with it.
+    end_of_turn: after an answer; learned with it.
+    after_turn: after the end of turn; not learned.
+    next_round: before each question but the first.
+    controls: those of its strings that must be single control tokens of the tokenizer, besides begin and end of text.
+    strip: white space around what is said is taken off. Needed where no control token and no space stands between the
+        template and an answer, because white space of both would melt into one token.
+    pictures_only: of a question only its pictures are kept, and there is one question with one answer (captions).
+    """
+
+    name: str
+    begin: str = ""
+    system: str = ""
+    system_start: str = ""
+    system_end: str = ""
+    user_start: str = ""
+    user_end: str = ""
+    assistant_start: str = ""
+    separator: str = ""
+    end_of_turn: str = EOS
+    after_turn: str = ""
+    next_round: str = ""
+    controls: tuple[str, ...] = ()
+    strip: bool = False
+    pictures_only: bool = False
+
+    def strings(self) -> tuple[str, ...]:
+        """All strings that the template itself writes, system prompt excepted."""
+        return (
+            self.begin,
+            self.system_start,
+            self.system_end,
+            self.user_start,
+            self.user_end,
+            self.assistant_start,
+            self.separator,
+            self.end_of_turn,
+            self.after_turn,
+            self.next_round,
+        )
+
+    def render(
+        self, conversation: Conversation, *, generation_prompt: bool = False, bos: str = BOS, eos: str = EOS
+    ) -> Rendered:
+        """Write a conversation as text.
+
+        generation_prompt: the conversation ends with the user, and the text where the answer would begin.
+        bos, eos: the tokenizer's begin and end of text, in place of LLaMA's.
+        Raises ValueError when the last turn is the wrong side's, or the conversation does not suit the template.
+        """
+        self._check(conversation, generation_prompt)
+        writer = _Writer(bos, eos)
+        spans = []
+        writer.own(self.begin)
+        system = self._said(self.system if conversation.system is None else conversation.system)
+        if system:
+            writer.own(self.system_start)
+            writer.content(system)
+            writer.own(self.system_end)
+        for index, turn in enumerate(conversation.turns):
+            if turn.role == "user":
+                writer.own(self.next_round if index else "")
+                writer.own(self.user_start)
+                writer.content(self._asked(turn.content))
+                writer.own(self.user_end)
+            else:
+                writer.own(self.assistant_start)
+                start = len(writer.text)
+                writer.own(self.separator)
+                writer.content(self._said(turn.content))
+                writer.own(self.end_of_turn)
+                spans.append((start, len(writer.text)))
+                writer.own(self.after_turn)
+        if generation_prompt:
+            writer.own(self.assistant_start)
+        return Rendered(writer.text, tuple(spans), tuple(writer.contents))
+
+    def chat_template(self) -> str:
+        """The same as a Jinja chat template, with {% generation %} around what is learned.
+
+        Contents may be strings, or lists of {"type": "image"} and {"type": "text", "text": ...}: then the pictures
+        come first, each followed by a newline, as `ask` writes them.
+        """
+        said = " | trim" if self.strip else ""
+        asked = "'<image>' * content(message).count('<image>')" if self.pictures_only else f"content(message){said}"
+        lines = [
+            "{%- macro content(message) -%}",
+            "{%- if message['content'] is string -%}{{- message['content'] -}}",
+            "{%- else -%}{%- set said = namespace(text='') -%}",
+            "{%- for part in message['content'] if part['type'] == 'image' -%}",
+            "{%- set said.text = said.text ~ '<image>\\n' -%}{%- endfor -%}",
+            "{%- for part in message['content'] if part['type'] == 'text' -%}",
+            "{%- set said.text = said.text ~ part['text'] -%}{%- endfor -%}",
+            "{{- said.text | trim -}}{%- endif -%}",
+            "{%- endmacro -%}",
+            f"{{%- if messages[0]['role'] == 'system' -%}}{{%- set system = content(messages[0]){said} -%}}",
+            "{%- set turns = messages[1:] -%}",
+            f"{{%- else -%}}{{%- set system = {json.dumps(self.system)} -%}}",
+            "{%- set turns = messages -%}{%- endif -%}",
+            _jinja(self.begin),
+            f"{{%- if system -%}}{_jinja(self.system_start)}{{{{- system -}}}}{_jinja(self.system_end)}{{%- endif -%}}",
+            "{%- for message in turns -%}",
+            "{%- if message['role'] == 'user' -%}",
+            f"{{%- if not loop.first -%}}{_jinja(self.next_round)}{{%- endif -%}}" if self.next_round else "",
+            f"{_jinja(self.user_start)}{{{{- {asked} -}}}}{_jinja(self.user_end)}",
+            "{%- elif message['role'] == 'assistant' -%}",
+            _jinja(self.assistant_start),
+            f"{{%- generation -%}}{_jinja(self.separator)}{{{{- content(message){said} -}}}}{_jinja(self.end_of_turn)}",
+            f"{{%- endgeneration -%}}{_jinja(self.after_turn)}",
+            "{%- else -%}{{- raise_exception('unknown role ' ~ message['role']) -}}{%- endif -%}",
+            "{%- endfor -%}",
+            f"{{%- if add_generation_prompt -%}}{_jinja(self.assistant_start)}{{%- endif -%}}",
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def _check(self, conversation: Conversation, generation_prompt: bool) -> None:
+        last = conversation.turns[-1].role
+        if generation_prompt and last != "user":
+            raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
+        if not generation_prompt and last != "assistant":
+            raise ValueError("the conversation ends with the user, so there is no answer to learn")
+        if self.pictures_only and (len(conversation.turns) > 2 or IMAGE_TOKEN not in conversation.turns[0].content):
+            raise ValueError(
+                f"template {self.name} takes a picture and its caption; this is a longer conversation, "
+                "or has no picture"
+            )
+
+    def _said(self, content: str) -> str:
+        return content.strip() if self.strip else content
+
+    def _asked(self, content: str) -> str:
+        return IMAGE_TOKEN * content.count(IMAGE_TOKEN) if self.pictures_only else self._said(content)
+
+
+def ask(question: str, images: int = 1) -> str:
+    """A question about pictures, as a user's turn: the pictures first, each followed by a newline."""
+    return (f"{IMAGE_TOKEN}\n" * images + question).strip() if images else question
+
+
+def _jinja(string: str) -> str:
+    """A Jinja expression that prints a string of a template; empty for an empty one."""
+    names = {BOS: "bos_token", EOS: "eos_token"}
+    pieces = [names.get(piece, json.dumps(piece)) for piece in re.split(f"({BOS}|{EOS})", string) if piece]
+    return "{{- " + " ~ ".join(pieces) + " -}}" if pieces else ""
+
+
+PLAIN = Template(name="plain", begin=BOS, end_of_turn="\n", pictures_only=True)
+
+# The words of the two system prompts belong to the formats that Vicuna 1.x and LLaVA's LLaMA-2 models were trained on.
+VICUNA_V1 = Template(
+    name="vicuna_v1",
+    begin=BOS,
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    system_end=" ",
+    user_start="USER: ",
+    user_end=" ",
+    assistant_start="ASSISTANT:",
+    separator=" ",
+)
+
+LLAMA_2 = Template(
+    name="llama_2",
+    begin=f"{BOS}[INST] ",
+    system="You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.",
+    system_start="<<SYS>>\n",
+    system_end="\n<</SYS>>\n\n",
+    user_end=" [/INST]",
+    separator=" ",
+    end_of_turn=f" {EOS}",
+    next_round=f"{BOS}[INST] ",
+)
+
+LLAMA_3 = Template(
+    name="llama_3",
+    begin="<|begin_of_text|>",
+    system_start="<|start_header_id|>system<|end_header_id|>\n\n",
+    system_end="<|eot_id|>",
+    user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+    user_end="<|eot_id|>",
+    assistant_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    end_of_turn="<|eot_id|>",
+    controls=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    strip=True,
+)
+
+CHATML = Template(
+    name="chatml",
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>\n",
+    user_start="<|im_start|>user\n",
+    user_end="<|im_end|>\n",
+    assistant_start="<|im_start|>assistant\n",
+    end_of_turn="<|im_end|>",
+    after_turn="\n",
+    controls=("<|im_start|>", "<|im_end|>"),
+    strip=True,
+)
+
+TEMPLATES = {template.name: template for template in (PLAIN, VICUNA_V1, LLAMA_2, LLAMA_3, CHATML)}

@@ -1,0 +1,66 @@
+"""Rows -> tensors, padded on the right.
+
+    B rows, S tokens of the longest, I pictures of all rows together, H x W pixels
+
+    input_ids       (B, S)  pad_token_id behind the end
+    labels          (B, S)  IGNORE_INDEX there
+    attention_mask  (B, S)  1 for tokens, 0 behind the end
+    pixel_values    (I, 3, H, W)  in the order of the image tokens, row by row; absent when no row has a picture
+
+Pictures are opened here, when they are needed: a data set of any size costs no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from qllava.config import InputError
+from qllava.data.encode import IGNORE_INDEX
+from qllava.data.images import open_image
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of rows {"id", "input_ids", "labels", "pictures": paths as text}.
+
+    The column is not called image or images, because TRL would then take the data set over as one of pictures.
+
+    pad_token_id: what stands behind the end of a shorter row; never looked at, never learned.
+    image_processor: turns RGB pictures into pixel_values, all of one size.
+
+    Raises InputError, with file and id, when a picture cannot be read.
+    """
+
+    pad_token_id: int
+    image_processor: BaseImageProcessor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch; see the head of this file."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        shape = (len(rows), max(lengths))
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
+            attention_mask[index, :length] = 1
+        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        pictures = [_open(row["id"], path) for row in rows for path in row["pictures"]]
+        if pictures:
+            batch["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+def _open(id: str, path: str) -> Image.Image:
+    try:
+        return open_image(Path(path))
+    except InputError as error:
+        raise InputError(f"id {id}: {error}") from error

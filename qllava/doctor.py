@@ -1,0 +1,182 @@
+"""`qllava doctor`: what this machine can do, what is missing, and what to do about it.
+
+Every check ends in one line, whatever happens inside it: a doctor that crashes on a sick machine helps nobody. `ok` is
+fine, `warn` works but not everything does, `fail` means that training cannot run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+# Needed to train, in the order in which they build on each other. The bounds stand in the package's own metadata.
+PACKAGES = (
+    "torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip_torch", "accelerate", "datasets",
+    "tokenizers", "sentencepiece", "protobuf", "safetensors", "gradio", "pillow", "numpy", "PyYAML", "tqdm",
+)  # fmt: skip
+REPAIR = "run `make env` in the clone, or `pip install -e .` in your own environment"
+
+# A 7B in 16 bit is 14 GB: one download and one merge, and room for checkpoints.
+DISK_FOR_7B = 32e9
+# Browsers that the tests can drive, as they are called on the systems that ship them.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `name` of what was looked at, its `status`, what was found, and what to do if it is not ok."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    advice: str = ""
+
+    def line(self) -> str:
+        """The finding as one line for the terminal."""
+        return f"{self.status:<5} {self.name:<16} {self.detail}" + (f": {self.advice}" if self.advice else "")
+
+
+def examine() -> list[Check]:
+    """Every check, in the order in which one would repair things. Takes seconds: torch is imported."""
+    checks = [_python(), *_packages()]
+    for name, look in (("device", _device), ("bf16", _bf16), ("NF4", _nf4)):
+        checks.append(_guarded(name, look))
+    return [*checks, _guarded("nano", _nano), _guarded("disk", _disk), _browser()]
+
+
+def _guarded(name: str, look: Callable[[], Check]) -> Check:
+    """A check that cannot even be made is a finding too (a broken driver raises almost anything)."""
+    try:
+        return look()
+    except Exception as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        return Check(name, "fail", f"{type(error).__name__}: {first_line}", REPAIR)
+
+
+def _python() -> Check:
+    # An older Python than 3.11 never comes here: neither pip nor make installs into it.
+    return Check("Python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+
+
+def _packages() -> list[Check]:
+    """A line per package, its version held against the bounds of the installed qllava."""
+    try:
+        required = metadata.requires("qllava") or []
+    except metadata.PackageNotFoundError:
+        return [
+            Check("qllava", "warn", "not installed, only importable from this folder", REPAIR),
+            *(_package(name, {}) for name in PACKAGES),
+        ]
+    return [_package(name, _bounds(required)) for name in PACKAGES]
+
+
+def _bounds(required: list[str]) -> dict[str, str]:
+    """Version bounds by package, from requirement lines; those of extras do not matter here."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    parsed = [Requirement(line) for line in required]
+    return {canonicalize_name(r.name): str(r.specifier) for r in parsed if r.marker is None}
+
+
+def _package(name: str, bounds: dict[str, str]) -> Check:
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Check(name, "fail", "not installed", REPAIR)
+    if not bounds:
+        return Check(name, "ok", found)
+    from packaging.specifiers import SpecifierSet
+    from packaging.utils import canonicalize_name
+
+    wanted = bounds.get(canonicalize_name(name), "")
+    if not SpecifierSet(wanted).contains(found, prereleases=True):
+        return Check(name, "warn", f"{found}, but tested with {wanted}", REPAIR)
+    return Check(name, "ok", found)
+
+
+def _device() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        more = f" and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
+        return Check("device", "ok", f"{card.name}, {card.total_memory / 2**30:.0f} GiB{more}")
+    if torch.version.cuda and shutil.which("nvidia-smi"):
+        return Check(
+            "device", "warn", f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) cannot use it",
+            "update the driver, or install the torch build that fits it",
+        )  # fmt: skip
+    return Check(
+        "device", "ok", f"CPU with {torch.get_num_threads()} threads (enough for nano; a 7B wants a CUDA card)"
+    )
+
+
+def _bf16() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("bf16", "ok", "not needed: the CPU computes in fp32")
+    # Emulated bf16 runs on older cards, slower than fp16: it does not count.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Check("bf16", "ok", "this card has it")
+    return Check("bf16", "ok", "this card has none: training takes fp16 with loss scaling")
+
+
+def _nf4() -> Check:
+    """A 4-bit layer against the product with its own dequantized weight, and a gradient through it."""
+    # On the import bitsandbytes warns of an optional CPU kernel that nobody here misses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import torch
+
+    with contextlib.redirect_stdout(sys.stderr):
+        import bitsandbytes as bnb
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
+    layer.support_avx512bf16_for_cpu = False  # otherwise an evaluation repacks the weight and later gradients are lost
+    x = torch.linspace(-1, 1, 4 * 64, device=device).reshape(4, 64).requires_grad_()
+    y = layer(x)
+    packed: Any = layer.weight  # a Params4bit, which its annotation does not say
+    weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(torch.float32)
+    y.sum().backward()
+    error = (y.detach() - x.detach() @ weight.T).abs().max().item()
+    if error > 1e-3 or x.grad is None:
+        lost = "no gradient" if x.grad is None else f"the result is off by {error:.1e}"
+        return Check("NF4", "fail", f"a 4-bit layer computes wrongly on {device} ({lost})", REPAIR)
+    return Check("NF4", "ok", f"a 4-bit layer computes right on {device}, forward and backward")
+
+
+def _nano() -> Check:
+    weights = Path(__file__).parent / "nano" / "weights"
+    if not list(weights.rglob("*.safetensors")):
+        return Check("nano", "fail", "its weights are missing", "install qllava again, or run recipes/build_nano.py")
+    size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
+    return Check("nano", "ok", f"weights are there, {size / 1e6:.1f} MB")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    detail = f"{free / 1e9:.0f} GB free here"
+    if free < 1e9:
+        return Check("disk", "fail", f"{free / 1e9:.1f} GB free here", "make room: even nano's checkpoints need 1 GB")
+    if free < DISK_FOR_7B:
+        return Check(
+            "disk", "warn", detail, f"enough for nano; download and merge of a 7B want {DISK_FOR_7B / 1e9:.0f} GB"
+        )
+    return Check("disk", "ok", detail)
+
+
+def _browser() -> Check:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        return Check("chromium", "warn", "not found", "only the browser tests need it; make system-deps installs it")
+    return Check("chromium", "ok", found)

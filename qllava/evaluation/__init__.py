@@ -1,0 +1,1 @@
+"""How good is a model: every score with its count and its uncertainty."""

@@ -1,0 +1,17 @@
+"""Load a model, ask it about pictures, stream what it says: used by chat, demo, evaluation and during training.
+
+    import qllava
+    chat = qllava.load("nano")                      # or a merged folder, a run folder, a hub name
+    print(chat.answer("photo.jpg", "What is this?"))
+
+`load` turns a name into a `Chat`; `answer_prompts` answers encoded prompts on a model that is in memory already.
+"""
+
+from __future__ import annotations
+
+from qllava.inference.chat import Chat, Picture, Prompt, user_turn
+from qllava.inference.generate import answer_prompts
+from qllava.inference.loading import load, newest_nano_run
+from qllava.inference.terminal import chat_loop
+
+__all__ = ["Chat", "Picture", "Prompt", "answer_prompts", "chat_loop", "load", "newest_nano_run", "user_turn"]

@@ -1,0 +1,236 @@
+"""`Chat`: a loaded model and its processor, asked in words and pictures.
+
+The prompt is made by the chat template that was saved with the model and the picture by its own processor, so that
+what is asked here looks exactly like what was learned. Greedy by default.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image, ImageOps
+from transformers import GenerationConfig, LlavaProcessor
+
+from qllava.config import InputError
+from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
+from qllava.data.images import open_image
+from qllava.inference.generate import Pieces, answer_prompts, continue_prompts, generation_settings
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the model reads it: what a chat template and a processor make of a conversation."""
+
+    input_ids: list[int]  # S ids, the image tokens expanded
+    pixel_values: torch.Tensor | None  # (I, 3, H, W), None without pictures
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A loaded model that answers. One `Chat` may be used from several threads; it keeps no conversation itself."""
+
+    model: Any  # LlavaForConditionalGeneration, bare or inside peft, in eval mode on its device
+    processor: LlavaProcessor  # its tokenizer, image processor and saved chat template
+    name: str  # what was loaded, for people
+
+    def answer(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        system: str | None = None,
+    ) -> str:
+        """Answer one question about no, one or several pictures. Raises InputError for a broken picture or question."""
+        pictures = _as_list(images)
+        conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
+        prompt = self.prompt(conversation, pictures)
+        return self.complete([prompt], max_new_tokens=max_new_tokens, temperature=temperature)[0]
+
+    def stream(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        system: str | None = None,
+    ) -> Iterator[str]:
+        """`answer`, piece by piece. Closing the iterator ends the computation."""
+        pictures = _as_list(images)
+        conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
+        return self.reply(conversation, pictures, max_new_tokens=max_new_tokens, temperature=temperature)
+
+    def reply(
+        self,
+        conversation: Conversation,
+        images: Sequence[Picture],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> Iterator[str]:
+        """Stream the next answer of a conversation that ends with a question.
+
+        `images` are the pictures of all its turns, in order, one for each `<image>`. Input is checked at the call,
+        before the first piece is asked for. The model works in a thread of its own; closing the iterator (or leaving
+        the loop by an exception) stops it at the next token, and an error in the thread is raised here.
+        """
+        prompt = self.prompt(conversation, images)
+        settings = generation_settings(
+            self.model, self.processor.tokenizer, [prompt.input_ids], max_new_tokens, temperature
+        )
+        return self._stream(prompt, settings)
+
+    def answer_batch(
+        self,
+        pairs: Sequence[tuple[Picture | Sequence[Picture] | None, str]],
+        *,
+        max_new_tokens: int = 256,
+        batch_size: int = 8,
+        system: str | None = None,
+    ) -> list[str]:
+        """Answer many (pictures, question) pairs greedily, in order; in fp32 the same text as one by one."""
+        prompts = []
+        for images, question in pairs:
+            pictures = _as_list(images)
+            conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
+            prompts.append(self.prompt(conversation, pictures))
+        return self.complete(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    def prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
+        """What the model reads: ids with the image tokens expanded, and the pixels.
+
+        Raises InputError when the text spells one of the tokenizer's control tokens (it would become one), when
+        pictures and `<image>` marks differ in number, or when a picture cannot be opened.
+        """
+        if conversation.turns[-1].role != "user":
+            raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
+        control = _control_tokens(self.processor.tokenizer)
+        for turn in conversation.turns:
+            spelled = [token for token in control if token in turn.content.replace(IMAGE_TOKEN, "")]
+            if spelled:
+                raise InputError(
+                    f"The text contains {spelled[0]!r}, a control token of this model; spell it differently."
+                )
+        marks = sum(turn.content.count(IMAGE_TOKEN) for turn in conversation.turns)
+        if marks != len(images):
+            raise InputError(f"The questions hold {marks} {IMAGE_TOKEN} for {len(images)} pictures; make them equal.")
+        text = _render(self.processor, conversation)
+        bos = self.processor.tokenizer.bos_token
+        encoded = self.processor(
+            text=[text],
+            images=[_open(image) for image in images] or None,
+            add_special_tokens=not (bos and text.startswith(bos)),  # else a template that writes BOS gets two
+            return_tensors="pt",
+        )
+        return Prompt(encoded["input_ids"][0].tolist(), encoded.get("pixel_values"))
+
+    def complete(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0, batch_size: int = 8
+    ) -> list[str]:
+        """The answers to prompts that `prompt` made, in order, `batch_size` at a time."""
+        return answer_prompts(
+            self.model,
+            self.processor.tokenizer,
+            [prompt.input_ids for prompt in prompts],
+            [prompt.pixel_values for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+
+    def _stream(self, prompt: Prompt, settings: GenerationConfig) -> Iterator[str]:
+        stop = threading.Event()
+        pieces = Pieces(self.processor.tokenizer)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                continue_prompts(
+                    self.model, [prompt.input_ids], [prompt.pixel_values], settings, stop=stop, pieces=pieces
+                )
+            except BaseException as error:  # whatever it is, the one who reads the stream must hear of it
+                failure.append(error)
+            finally:
+                pieces.queue.put(None)  # always: the reader waits for it
+
+        thread = threading.Thread(target=work, name="qllava-generate", daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.queue.get()) is not None:
+                yield piece
+        finally:
+            stop.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+
+def user_turn(question: str, pictures: int) -> Turn:
+    """A question after its pictures, as a turn. Raises InputError for an empty one, or one that spells `<image>`."""
+    if not question.strip():
+        raise InputError("The question is empty; write what you want to know.")
+    if IMAGE_TOKEN in question:
+        raise InputError(f"The question contains {IMAGE_TOKEN}, which stands for a picture; leave it out.")
+    return Turn(role="user", content=ask(question, pictures))
+
+
+def _as_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
+    if images is None:
+        return []
+    if isinstance(images, str | Path | Image.Image):
+        return [images]
+    return list(images)
+
+
+def _open(image: Picture) -> Image.Image:
+    """A path through the data's own reader, a picture in memory turned the same way: upright and RGB."""
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    return open_image(Path(image))
+
+
+def _control_tokens(tokenizer: Any) -> list[str]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens, IMAGE_TOKEN})
+
+
+def _render(processor: LlavaProcessor, conversation: Conversation) -> str:
+    """The text of a conversation with a generation prompt, by the chat template that was saved with the model.
+
+    Our templates take a turn as one string, as it was learned. llava-hf's take a list of parts and put a line break
+    after each picture themselves. A probe tells which kind it is.
+    """
+    if not processor.chat_template:
+        raise InputError("This model has no chat template; add the one it was trained with as chat_template.jinja.")
+    probe = f"{IMAGE_TOKEN}\nprobe"
+    try:
+        whole = probe in processor.apply_chat_template([{"role": "user", "content": probe}])
+    except (jinja2.TemplateError, TypeError):
+        whole = False
+    said: list[tuple[str, str]] = [] if conversation.system is None else [("system", conversation.system)]
+    said += [(turn.role, turn.content) for turn in conversation.turns]
+    messages: list[Any] = [{"role": role, "content": text if whole else _parts(text)} for role, text in said]
+    rendered: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return rendered
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """`<image>\\nWhat?` as the list of parts that llava-hf's chat templates take."""
+    first, *rest = text.split(IMAGE_TOKEN)
+    parts = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        parts.append({"type": "image"})
+        piece = piece.removeprefix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

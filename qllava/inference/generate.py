@@ -1,0 +1,176 @@
+"""From token ids and pixels to answers, on any LLaVA in memory: batches, streams, a stop that stops.
+
+Shapes in this file:
+
+    B prompts in a batch, S tokens (padded on the left), I pictures, H x W pixels
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qllava.config import InputError
+
+
+class StopOn(StoppingCriteria):
+    """Ends a generation at the next token once the event is set, whoever sets it."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Asked after each token: (B,) of whether a row is done."""
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class Pieces(BaseStreamer):
+    """Token ids in, pieces of text out, for one sequence; the pieces joined are the answer, to the letter.
+
+    All ids so far are decoded at every step. transformers' own streamer decodes from the last line break on, where
+    a sentencepiece decoder swallows the space that a line begins with.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.queue: queue.Queue[str | None] = queue.Queue()
+        self._tokenizer = tokenizer
+        self._ids: list[int] | None = None  # None until the prompt has been put, which `generate` does first
+        self._sent = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt (the first call, ignored) or the next token, and queue the text that is certain by now."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids.extend(value.reshape(-1).tolist())
+        text = decode_answer(self._tokenizer, self._ids)
+        if not text.endswith("\ufffd"):  # half a character: the rest of its bytes comes with the next token
+            self._send(text)
+
+    def end(self) -> None:
+        """Queue what was held back."""
+        self._send(decode_answer(self._tokenizer, self._ids or []))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            self.queue.put(text[self._sent :])
+            self._sent = len(text)
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: Sequence[torch.Tensor | None],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    done: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer encoded prompts on a model in memory: the trainer's held-out questions, and every batch of `Chat`.
+
+    Prompts are sorted by length and padded on the left, so that little is computed for nothing and every answer
+    starts at the same column; each batch ends when its last row has said its end token. The model may be in the
+    middle of training: modes are restored, no gradient is kept.
+
+    Args:
+        prompts: ids that end with the generation prompt, image tokens expanded.
+        pixel_values: per prompt (I, 3, H, W) or None; a lazy sequence is read one batch at a time.
+        done: called with the number of prompts answered after each batch.
+
+    Returns the answers in the order of the prompts, without special tokens, stripped.
+    """
+    if len(prompts) != len(pixel_values):
+        raise ValueError(f"{len(prompts)} prompts but {len(pixel_values)} entries of pixel_values")
+    settings = generation_settings(model, tokenizer, prompts, max_new_tokens, temperature)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # the largest batch comes first
+    answers = [""] * len(prompts)
+    with _eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            rows = continue_prompts(model, [prompts[i] for i in batch], [pixel_values[i] for i in batch], settings)
+            for i, row in zip(batch, rows.tolist(), strict=True):
+                answers[i] = decode_answer(tokenizer, row)
+            if done is not None:
+                done(len(batch))
+    return answers
+
+
+def generation_settings(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """How to generate for these prompts. Raises InputError when the longest leaves no room for an answer."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError("max_new_tokens must be at least 1 and temperature at least 0; change them.")
+    context = model.config.get_text_config().max_position_embeddings
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest >= context:
+        raise InputError(
+            f"The conversation has {longest} tokens, but this model reads at most {context}; begin a new one."
+        )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(
+        max_new_tokens=min(max_new_tokens, context - longest),
+        eos_token_id=sorted(ends - {None}) or None,
+        pad_token_id=pad if pad is not None else 0,
+        num_beams=1,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: Sequence[torch.Tensor | None],
+    settings: GenerationConfig,
+    *,
+    stop: threading.Event | None = None,
+    pieces: Pieces | None = None,
+) -> torch.Tensor:
+    """Generate after a batch of prompts; returns the new ids (B, at most max_new_tokens), padded after the end."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    pixels = [picture for picture in pixel_values if picture is not None]
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower takes them to its own dtype
+    criteria = StoppingCriteriaList([StopOn(stop)] if stop is not None else [])
+    with torch.no_grad():
+        out: torch.Tensor = model.generate(
+            **inputs, generation_config=settings, stopping_criteria=criteria, streamer=pieces
+        )
+    return out[:, width:]
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What ids say to a person: without special tokens (end and padding among them), stripped."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Everything in eval mode, then each module as it was (a frozen tower may be in another mode than the rest)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

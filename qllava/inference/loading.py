@@ -1,0 +1,81 @@
+"""`load`: from the name that a user types to a `Chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import BitsAndBytesConfig
+
+from qllava.config import InputError
+from qllava.inference.chat import Chat
+
+RUNS = Path("runs")
+
+
+def load(model: str, *, load_in_4bit: bool = False) -> Chat:
+    """Load `nano` (the newest finished nano run in ./runs), a merged folder, a run folder, or a hub name.
+
+    fp32 on the CPU, bf16 on CUDA (fp16 where the card has no bf16). A run folder is its base, exactly as it was
+    trained (in 4 bit if it was), plus the adapter; `load_in_4bit` quantizes the language model of a whole checkpoint.
+
+    Raises InputError when there is no such model.
+    """
+    folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        from qllava.models.assemble import load_run
+
+        network, processor = load_run(folder)
+        return Chat(network.eval(), processor, str(folder))
+    if (folder / "run.yaml").is_file():
+        raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
+    from qllava.models.checkpoint import load_llava
+
+    cuda = torch.cuda.is_available()
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dtype = half if cuda else torch.float32
+    network, processor = load_llava(
+        str(folder) if folder.is_dir() else model,
+        dtype=dtype,
+        quantization_config=_four_bit(dtype) if load_in_4bit else None,
+        device_map={"": "cuda:0"} if cuda else None,
+    )
+    return Chat(network.eval(), processor, model)
+
+
+def newest_nano_run(runs: Path = RUNS) -> Path:
+    """The folder of the nano run that finished last. Raises InputError when there is none."""
+    finished = [
+        folder
+        for folder in runs.glob("*/")
+        if (folder / "results.json").is_file()
+        and (folder / "adapter_model.safetensors").is_file()
+        and (folder / "run.yaml").is_file()
+        and _is_nano(folder / "run.yaml")
+    ]
+    if not finished:
+        raise InputError(f"There is no finished nano run in {runs}/ yet; run `make finetune` first.")
+    return max(finished, key=lambda folder: (folder / "results.json").stat().st_mtime)
+
+
+def _is_nano(path: Path) -> bool:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); repair or remove the run."
+        ) from error
+    return isinstance(settings, dict) and settings.get("model_name_or_path") == "nano"
+
+
+def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization for the language model only."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
+        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+    )

@@ -1,0 +1,300 @@
+"""A whole LLaVA on disk: the layout of llava-hf's checkpoints, which vLLM, SGLang, llama.cpp and transformers read.
+
+Chosen: the names are written here and not by `save_pretrained`, because transformers 5 saves a model that was built
+from parts under names of its own, which other programs do not know. A folder is written aside and renamed, so it is
+whole or not there.
+
+    model.vision_tower.X           ->  vision_tower.vision_model.X          (CLIP and SigLIP alike)
+    model.multi_modal_projector.X  ->  multi_modal_projector.X
+    model.language_model.X         ->  language_model.model.X
+    lm_head.X                      ->  language_model.lm_head.X
+
+Files: config.json, generation_config.json, model.safetensors (or shards and their index), processor_config.json,
+preprocessor_config.json, chat_template.jinja, tokenizer.json, tokenizer_config.json.
+
+    save_llava(model, processor, Path("out"))
+    model, processor = load_llava("out", dtype=torch.float32)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from qllava.config import InputError
+from qllava.conversation import IMAGE_TOKEN
+from qllava.models.vision import LOAD_ERRORS, Tower, check_loading, one_line
+
+_NAMES_ON_DISK = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+_INDEX = "model.safetensors.index.json"
+
+# Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def build_processor(tokenizer: Any, tower: Tower, chat_template: str | None = None) -> LlavaProcessor:
+    """Join tokenizer and tower to a processor that writes exactly `tower.tokens_per_image` tokens for a picture.
+
+    Raises InputError when `<image>` is not one token of the tokenizer: it has to be added before.
+    """
+    ids = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != IMAGE_TOKEN:
+        # LlavaProcessor would take the first piece of the word for the image token and say nothing.
+        raise InputError(f"The tokenizer has no token {IMAGE_TOKEN}; add it as a special token first.")
+    return LlavaProcessor(
+        image_processor=tower.image_processor,
+        tokenizer=tokenizer,
+        patch_size=tower.model.config.patch_size,
+        vision_feature_select_strategy=tower.strategy,
+        num_additional_image_tokens=tower.additional_tokens,
+        chat_template=chat_template,
+    )
+
+
+def tokens_per_image(config: LlavaConfig) -> int:
+    """Number of features that the model makes of one picture, which is the number of `<image>` tokens it takes."""
+    vision: Any = config.vision_config
+    cls = int(vision.model_type == "clip_vision_model")
+    dropped = int(config.vision_feature_select_strategy == "default")
+    return int((vision.image_size // vision.patch_size) ** 2) + cls - dropped
+
+
+def save_llava(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model in full precision (no 4-bit layers, no adapter) and its processor into a new or empty folder.
+
+    `max_shard_size` is a number of bytes or a string such as "5GB".
+
+    Raises InputError when the folder has something in it, the size is not understood, or writing fails (disk full,
+    no permission); what was there before is then still there, and nothing else. Raises ValueError for a model that is
+    quantized or wrapped.
+    """
+    tensors, tied = _tensors_on_disk(model)
+    try:
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise InputError(
+            f"The shard size '{max_shard_size}' is not understood; write a number and a unit, such as 5GB."
+        ) from error
+    with write_aside(folder) as aside:
+        for name, keys in split.filename_to_tensors.items():
+            save_file({key: tensors[key].contiguous() for key in keys}, aside / name, metadata={"format": "pt"})
+        if split.is_sharded:
+            _write_json(aside / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        _save_config(model, aside, tied)
+        _save_generation_config(model, processor.tokenizer, aside)
+        _save_processor(processor, aside)
+
+
+def load_llava(
+    folder_or_name: str,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a LLaVA and its processor from a folder or a hub name, in llava-hf's layout or in transformers' own.
+
+    `dtype` is that of the weights that are not quantized; `quantization_config` and `device_map` are transformers' own.
+    The model comes in eval mode. A processor that does not say how many image tokens a picture takes (old llava-hf
+    files) is completed from the model.
+
+    Raises InputError when it is no LLaVA, or files are missing, cut off, or do not belong together.
+    """
+    folder = Path(folder_or_name).expanduser()
+    if folder.exists():
+        _check_folder(folder)
+        folder_or_name = str(folder)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_name) or folder_or_name.startswith("."):
+        raise InputError(f"There is no folder {folder_or_name}; give a LLaVA's folder or its name on the hub.")
+    try:
+        config = AutoConfig.from_pretrained(folder_or_name)
+    except LOAD_ERRORS as error:
+        raise InputError(f"{folder_or_name} has no readable config.json: {one_line(error)}") from error
+    if config.model_type != "llava":
+        raise InputError(f"{folder_or_name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
+    loading: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device_map}
+    if quantization_config is not None:  # handing in None would drop the one that the checkpoint brings
+        loading["quantization_config"] = quantization_config
+    try:
+        processor = LlavaProcessor.from_pretrained(folder_or_name)  # first: it is quick, the weights are not
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder_or_name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+        )
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded: {one_line(error)}") from error
+    model, report = loaded
+    check_loading(report, f"The LLaVA {folder_or_name}")
+    _settle_image_tokens(processor, model.config, folder_or_name)
+    return model.eval(), processor
+
+
+@contextmanager
+def write_aside(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder` and rename it to `folder` at the end; after any error nothing is left of it.
+
+    Raises InputError when `folder` holds something, or when writing fails.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; choose another folder or remove it first.")
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed and had our number
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rmdir()  # it is empty; renaming onto an existing folder does not work everywhere
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} could not be written ({one_line(error)}) and nothing was left there; "
+            "make room or choose another place."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tensors_on_disk(model: LlavaForConditionalGeneration) -> tuple[dict[str, torch.Tensor], bool]:
+    """Tensors of the model under their names on disk, and whether the head is the embedding itself and left out.
+
+    The weights decide about tying and not a config: a trained head is no longer tied.
+    """
+    state = model.state_dict()
+    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    tied = head in state and embedding in state and state[head].data_ptr() == state[embedding].data_ptr()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        prefix, on_disk = next((pair for pair in _NAMES_ON_DISK if name.startswith(pair[0])), ("", ""))
+        if not prefix or not tensor.is_floating_point() or "lora_" in name:
+            raise ValueError(f"{name} ({tensor.dtype}) is no weight of a LLaVA in full precision; merge it first")
+        if not (tied and name == head):
+            tensors[on_disk + name.removeprefix(prefix)] = tensor.detach()
+    return tensors, tied
+
+
+def _save_config(model: LlavaForConditionalGeneration, folder: Path, tied: bool) -> None:
+    """Write config.json, with the spellings of transformers 4 beside those of 5 where they differ."""
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    config.image_seq_length = tokens_per_image(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["torch_dtype"] = written["dtype"]
+    text = written["text_config"]
+    rope = text.get("rope_parameters")
+    if rope:
+        # Without rope_theta, transformers 4 takes 10000: wrong for every LLaMA 3, and silently.
+        text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    _write_json(folder / "config.json", written)
+
+
+def _save_generation_config(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
+    """Write a generation_config.json that every version accepts; special tokens it lacks come from the tokenizer."""
+    generation: Any = copy.deepcopy(model.generation_config)
+    if not generation.do_sample:
+        for name in _SAMPLING:
+            setattr(generation, name, None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(tokenizer, name))
+    generation.save_pretrained(folder)
+
+
+def _save_processor(processor: LlavaProcessor, folder: Path) -> None:
+    """Write tokenizer, image processor and chat template so that transformers 4 and 5 read the same."""
+    processor.save_pretrained(folder)
+    # transformers 5 puts the image processor into processor_config.json; older readers want it in its own file.
+    processor.image_processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written.pop("image_processor", None)
+    _write_json(path, written)
+    path = folder / "tokenizer_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written.get("tokenizer_class") == "TokenizersBackend":  # the same class; transformers 4 knows the old name only
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(written.get("extra_special_tokens"), list):  # a list under this name is refused by transformers 4
+        written["additional_special_tokens"] = written.pop("extra_special_tokens")
+    _write_json(path, written)
+
+
+def _check_folder(folder: Path) -> None:
+    """Find what is wrong with a folder before transformers spends minutes on it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; expected the folder of a LLaVA.")
+    if not (folder / "config.json").is_file():
+        hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
+        raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
+    index = folder / _INDEX
+    for either in (("tokenizer.json", "tokenizer.model"), ("preprocessor_config.json", "processor_config.json")):
+        if not any((folder / name).is_file() for name in either):
+            raise InputError(f"{folder} lacks {' or '.join(either)}; copy or download the model again.")
+    shards = [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = [folder / name for name in sorted(set(weight_map.values()))]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} cannot be read; copy or download the model again.") from error
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"{folder} lacks the weights {shard.name}; copy or download it again (safetensors only).")
+        try:
+            with safe_open(shard, framework="pt"):  # reads the header and compares it with the file's length
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"The weights {shard} are cut off or damaged ({one_line(error)}); copy or download them again."
+            ) from error
+
+
+def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source: str) -> None:
+    """Make sure that the processor writes as many image tokens as the model has features, or say what is wrong."""
+    vision: Any = config.vision_config
+    if processor.patch_size is None or processor.vision_feature_select_strategy is None:
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")
+    tokens = (vision.image_size // processor.patch_size) ** 2 + processor.num_additional_image_tokens
+    tokens -= processor.vision_feature_select_strategy == "default"
+    if tokens != tokens_per_image(config):
+        raise InputError(
+            f"The processor of {source} writes {tokens} image tokens for a picture and the model has "
+            f"{tokens_per_image(config)} features; correct patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens in its processor_config.json."
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON as transformers does: indented, keys in order."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,399 @@
+"""A vision tower, from open_clip or from a folder, as a transformers vision model and its image processor.
+
+open_clip supplies weights and preprocessing; the tower is converted here, at the door, so that training, merging,
+export and serving know one layout only. Chosen: the source's parameters are renamed one by one, and the result must
+account for every one of them; a tower with a part that the target has no place for is refused, never approximated.
+
+    tower = load_tower("open_clip:ViT-L-14-336-quickgelu/openai")
+    pixels = tower.image_processor(picture, return_tensors="pt")["pixel_values"]          # (1, 3, S, S)
+    features = tower.model(pixels, output_hidden_states=True).hidden_states[-2]           # (1, additional + P, D)
+
+Shapes: S image side in pixels, P patches = tokens per image, D width of the tower, N layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from PIL.Image import Resampling
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaImageProcessor,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.activations import ACT2FN
+from transformers.image_processing_utils import BaseImageProcessor
+
+from qllava.config import InputError
+
+SUPPORTED = (
+    "supported are the CLIP ViTs of open_clip (OpenAI, LAION, DataComp, DFN, MetaCLIP), its SigLIP and SigLIP 2 "
+    "towers, and folders in transformers' own format of type clip, clip_vision_model, siglip or siglip_vision_model"
+)
+
+ImageAspect = Literal["pad", "crop"]
+VisionModel = CLIPVisionModel | SiglipVisionModel
+Tensors = dict[str, torch.Tensor]
+
+# What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+_CLIP_NAMES = (
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^conv1\.", "embeddings.patch_embedding."),
+    (r"^ln_pre\.", "pre_layrnorm."),  # spelt like this in transformers
+    (r"^ln_post\.", "post_layernorm."),
+    (r"^transformer\.resblocks\.", "encoder.layers."),
+    (r"\.attn\.in_proj_", ".self_attn.in_proj."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+_SIGLIP_NAMES = (
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^pos_embed$", "embeddings.position_embedding.weight"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.qkv\.", ".self_attn.in_proj."),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"^attn_pool\.latent$", "head.probe"),
+    (r"^attn_pool\.proj\.", "head.attention.out_proj."),
+    (r"^attn_pool\.norm\.", "head.layernorm."),
+    (r"^attn_pool\.mlp\.", "head.mlp."),
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower, ready to be built into a LLaVA."""
+
+    model: VisionModel
+    """The vision model in fp32 and eval mode; `hidden_states[layer]` has shape (images, additional_tokens + P, D)."""
+    image_processor: BaseImageProcessor
+    """Picture to pixels (3, S, S), as the tower was trained; any program with transformers can reload it."""
+    strategy: Literal["default", "full"]
+    """LLaVA's `vision_feature_select_strategy`: "default" drops the first token (CLS), "full" keeps all."""
+    additional_tokens: int
+    """Tokens of the tower that are no patches: 1 for CLIP (CLS), 0 for SigLIP."""
+    tokens_per_image: int
+    """Tokens that one picture takes in the language model, after the strategy: (S // patch size) squared."""
+    source: str
+    """Where it came from, as the user wrote it."""
+
+
+def load_tower(spec: str, *, image_aspect: ImageAspect = "pad") -> Tower:
+    """Load a tower by name or from a folder.
+
+    `spec` is `open_clip:ARCH/PRETRAINED` (PRETRAINED: one of open_clip's tags, or a file of weights),
+    `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder that holds a CLIP or SigLIP vision model (or
+    a full CLIP or SigLIP model) as transformers saves it. `image_aspect` says what happens to a picture that is not
+    square: "pad" fills it up to a square with the mean colour, "crop" scales the shorter side to S and cuts out the
+    centre. Nothing is ever squashed, not even for SigLIP, whose own preprocessing does.
+
+    A file of weights does not say how it was trained: name the architecture with `-quickgelu` if it was so; its
+    pictures are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.
+
+    Raises InputError when the name is unknown, files are missing or broken, or the tower is of another kind.
+    """
+    if spec.startswith("open_clip:"):
+        return _load_open_clip(spec, image_aspect)
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED "
+            "(for example open_clip:ViT-L-14-336-quickgelu/openai)."
+        )
+    return _load_folder(folder, image_aspect)
+
+
+def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") -> VisionModel:
+    """Turn the image tower of an open_clip model (`model.visual`) into the equal transformers model, in fp32.
+
+    A `VisionTransformer` (also inside open_clip's CoCa without attentional pooling) becomes a `CLIPVisionModel`, a
+    SigLIP tower (a timm trunk without class token) a `SiglipVisionModel`. Hidden states are equal to the source's to
+    1e-5; the projection into the space shared with text is left out. `source` names the tower in errors.
+
+    Raises InputError for every other tower.
+    """
+    trunk: Any = getattr(visual, "trunk", None)
+    if isinstance(visual, open_clip.transformer.VisionTransformer) and visual.attn_pool is None:
+        return _fill(CLIPVisionModel, _clip_config(visual, source), _clip_tensors(visual), source)
+    without_cls = isinstance(trunk, TimmVisionTransformer) and trunk.cls_token is None
+    if without_cls and hasattr(trunk.blocks[0].mlp, "fc1"):  # ViTamin's blocks have gated MLPs
+        return _fill(SiglipVisionModel, _siglip_config(trunk, source), _siglip_tensors(trunk), source)
+    kind = type(visual).__name__ if trunk is None else f"timm's {type(trunk).__name__}"
+    pooling = " with attentional pooling" if getattr(visual, "attn_pool", None) is not None else ""
+    raise InputError(f"{source} is a {kind}{pooling}, which cannot be used as a tower; {SUPPORTED}.")
+
+
+def _load_open_clip(spec: str, image_aspect: ImageAspect) -> Tower:
+    """Let open_clip build the model, convert its image tower and read its preprocessing."""
+    name = spec.removeprefix("open_clip:")
+    complete = name.startswith(("hf-hub:", "local-dir:"))  # these bring architecture, preprocessing and weights
+    arch, pretrained = (name, None) if complete else _arch_and_weights(spec, name)
+    try:
+        model = open_clip.create_model(arch, pretrained=pretrained, require_pretrained=True)
+    except LOAD_ERRORS as error:
+        raise InputError(f"open_clip could not load '{spec}': {one_line(error)}") from error
+    vision = convert_open_clip(model.visual, source=f"'{spec}'")
+    preprocessing = dict(model.visual.preprocess_cfg)
+    mean, std = list(preprocessing["mean"]), list(preprocessing["std"])
+    from_file = pretrained is not None and not open_clip.get_pretrained_cfg(arch, pretrained)
+    if from_file and isinstance(vision, SiglipVisionModel):
+        # open_clip knows the preprocessing of its tags only; for a file it assumes OpenAI's, wrong for every SigLIP.
+        mean, std = [0.5] * 3, [0.5] * 3
+    resample = Resampling.BILINEAR if preprocessing["interpolation"] == "bilinear" else Resampling.BICUBIC
+    return _tower(vision, mean, std, resample, image_aspect, spec)
+
+
+def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
+    """Split ARCH/PRETRAINED and refuse, before any download, what open_clip does not have or only warns about."""
+    arch, _, pretrained = name.partition("/")
+    if arch not in open_clip.list_models():
+        close = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists what there is."
+        raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); {hint}")
+    quick = bool(open_clip.get_model_config(arch).get("quick_gelu"))
+    known = open_clip.get_pretrained_cfg(arch, pretrained)
+    file = Path(pretrained).expanduser()
+    if not known and file.is_file():  # in this order, as open_clip does: a tag wins over a file of the same name
+        return arch, str(file)
+    if not known:
+        tags = {tag: open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)}
+        fitting = [tag for tag, config in tags.items() if bool(config.get("quick_gelu")) == quick]
+        raise InputError(
+            f"'{spec}' names no weights of {arch}: after {arch}/ give the path of a weights file"
+            + (f" or one of {', '.join(fitting)}." if fitting else ".")
+        )
+    if known.get("quick_gelu") and not quick:
+        # open_clip only warns, and the features are wrong from the first layer on.
+        right = f"{arch}-quickgelu"
+        advice = f"use open_clip:{right}/{pretrained}" if right in open_clip.list_models() else "choose other weights"
+        raise InputError(
+            f"The weights '{pretrained}' were trained with QuickGELU, which {arch} does not compute; {advice}."
+        )
+    return arch, pretrained
+
+
+def _load_folder(folder: Path, image_aspect: ImageAspect) -> Tower:
+    """Read a vision model, and the preprocessing beside it, as transformers saves them."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"The vision tower {folder} has no readable config.json; {SUPPORTED}.") from error
+    classes: dict[str, Any] = {
+        "clip": CLIPModel,
+        "clip_vision_model": CLIPVisionModel,
+        "siglip": SiglipModel,
+        "siglip_vision_model": SiglipVisionModel,
+    }
+    if kind not in classes:
+        raise InputError(f"The vision tower {folder} is a model of type '{kind}'; {SUPPORTED}.")
+    try:
+        how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = classes[kind].from_pretrained(folder, dtype=torch.float32, **how)
+    except LOAD_ERRORS as error:
+        raise InputError(f"The weights of the vision tower {folder} cannot be read: {one_line(error)}") from error
+    check_loading(report, f"The vision tower {folder}")
+    try:
+        saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        mean, std, resample = list(saved.image_mean), list(saved.image_std), int(saved.resample)
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The vision tower {folder} has no readable preprocessor_config.json, which says how its pictures are "
+            "normalized; copy it from where the weights came from."
+        ) from error
+    vision = model.vision_model if kind in ("clip", "siglip") else model
+    return _tower(vision.eval(), mean, std, resample, image_aspect, str(folder))
+
+
+def _tower(
+    model: VisionModel, mean: list[float], std: list[float], resample: int, image_aspect: ImageAspect, source: str
+) -> Tower:
+    """Put the parts together; how many tokens a picture takes follows from the model's own sizes."""
+    size, patch = _square(model.config.image_size, source), _square(model.config.patch_size, source)
+    values: dict[str, Any] = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "resample": int(resample),
+        "image_mean": mean,
+        "image_std": std,
+    }
+    # Both are the torchvision backend, which is what plain transformers picks when it reloads them: equal pixels.
+    # CLIPImageProcessor where it suffices, because it is what llava-hf's checkpoints name and every server knows.
+    processor: BaseImageProcessor = (
+        LlavaImageProcessor(do_pad=True, **values) if image_aspect == "pad" else CLIPImageProcessor(**values)
+    )
+    has_cls = isinstance(model, CLIPVisionModel)
+    return Tower(
+        model=model,
+        image_processor=processor,
+        strategy="default" if has_cls else "full",
+        additional_tokens=1 if has_cls else 0,
+        tokens_per_image=(size // patch) ** 2,
+        source=source,
+    )
+
+
+def _clip_config(visual: Any, source: str) -> CLIPVisionConfig:
+    """Read the sizes off open_clip's VisionTransformer itself, so that a custom architecture is no special case."""
+    block = visual.transformer.resblocks[0]
+    return CLIPVisionConfig(
+        hidden_size=visual.conv1.out_channels,
+        intermediate_size=block.mlp.c_fc.out_features,
+        projection_dim=visual.output_dim,
+        num_hidden_layers=len(visual.transformer.resblocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=_square(visual.image_size, source),
+        patch_size=_square(visual.patch_size, source),
+        hidden_act=_activation(block.mlp.gelu, source),
+        layer_norm_eps=block.ln_1.eps,
+    )
+
+
+def _siglip_config(trunk: Any, source: str) -> SiglipVisionConfig:
+    """Read the sizes off the timm trunk. SigLIP 1 there computes the exact GELU, SigLIP 2 mostly the tanh form."""
+    block = trunk.blocks[0]
+    return SiglipVisionConfig(
+        hidden_size=trunk.embed_dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(trunk.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=_square(trunk.patch_embed.img_size, source),
+        patch_size=_square(trunk.patch_embed.patch_size, source),
+        hidden_act=_activation(block.mlp.act, source),
+        layer_norm_eps=block.norm1.eps,
+        vision_use_head=trunk.attn_pool is not None,
+    )
+
+
+def _clip_tensors(visual: Any) -> Tensors:
+    """Tensors of a VisionTransformer under transformers' names, without its projection into the shared space."""
+    own = {name: tensor for name, tensor in visual.state_dict().items() if name != "proj"}
+    return _split_attention(_rename(own, _CLIP_NAMES))
+
+
+def _siglip_tensors(trunk: Any) -> Tensors:
+    """Tensors of a timm trunk under transformers' names; the pooling head's q and kv become one matrix."""
+    own = dict(trunk.state_dict())
+    if trunk.attn_pool is not None:
+        for part in ("weight", "bias"):
+            query, key_value = own.pop(f"attn_pool.q.{part}"), own.pop(f"attn_pool.kv.{part}")
+            own[f"head.attention.in_proj_{part}"] = torch.cat([query, key_value])
+    tensors = _split_attention(_rename(own, _SIGLIP_NAMES))
+    position = "embeddings.position_embedding.weight"
+    tensors[position] = tensors[position].squeeze(0)
+    return tensors
+
+
+def _rename(tensors: Mapping[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> Tensors:
+    """Apply every pattern to every name."""
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _split_attention(tensors: Tensors) -> Tensors:
+    """Split each fused input projection (3D, ...) into q, k and v of D rows each, in this order."""
+    split: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".self_attn.in_proj." not in name:
+            split[name] = tensor
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            split[name.replace("in_proj", f"{letter}_proj")] = part
+    return split
+
+
+def _fill(
+    model_class: Any, config: CLIPVisionConfig | SiglipVisionConfig, tensors: Tensors, source: str
+) -> VisionModel:
+    """Build the model and load the tensors, which must be exactly the ones it has.
+
+    A part that only one side knows (layer scale, query and key norms, register tokens, a missing first norm) shows as a
+    name on one side only, so no list of exotic features has to be kept.
+    """
+    model = model_class(config)
+    expected = model.state_dict()
+    different = sorted(expected.keys() ^ tensors.keys()) or sorted(
+        name for name in expected if expected[name].shape != tensors[name].shape
+    )
+    if different:
+        raise InputError(
+            f"{source} is built differently from a {model_class.__name__} (in {', '.join(different[:3])}) "
+            f"and cannot be used as a tower; {SUPPORTED}."
+        )
+    model.load_state_dict(tensors)
+    filled: VisionModel = model.eval()
+    return filled
+
+
+def _square(sides: Any, source: str) -> int:
+    """Return the side of a square, given as one number or as (height, width)."""
+    height, width = sides if isinstance(sides, Sequence) else (sides, sides)
+    if height != width:
+        raise InputError(f"{source} takes pictures or patches of {height} x {width}; LLaVA needs square ones.")
+    return int(height)
+
+
+def _activation(layer: torch.nn.Module, source: str) -> str:
+    """Name, in transformers' words, the activation that the source really computes.
+
+    It is recognized by its values and not by its class: open_clip, timm and torch have several classes for each.
+    """
+    names = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+    probe = torch.linspace(-6, 6, 401)
+    for name in names:
+        if torch.allclose(layer(probe.clone()), ACT2FN[name](probe), rtol=0, atol=1e-6):
+            return name
+    raise InputError(
+        f"{source} uses the activation {type(layer).__name__}, which is none of {', '.join(names)}; {SUPPORTED}."
+    )
+
+
+def check_loading(report: Mapping[str, Any], what: str) -> None:
+    """Raise InputError when transformers' loading report says that weights are missing or of another size."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise InputError(
+            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them; copy or download it again "
+            "(a checkpoint of other code has to be converted to transformers' names first)."
+        )
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise InputError(
+            f"{what} has weights that do not fit its config.json: {name} is {tuple(found)} and should be "
+            f"{tuple(expected)}; take config and weights from the same model."
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message, which may run over pages, as at most 300 characters on one line."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):  # the key alone says nothing
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text if len(text) <= 300 else text[:297] + "..."

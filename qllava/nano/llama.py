@@ -1,0 +1,176 @@
+"""The tiny LLaMA of nano and its tokenizer, trained on text alone: written scenes, and questions about them.
+
+It never meets a picture. Three things that it reads make it easy to give eyes afterwards:
+
+- Scenes as sentences, in any order, and questions about them: language and the forms of questions and answers.
+- Scenes as maps (`language.scene_map`): 6 x 6 words in reading order, one word for each patch, as the tower will give one token
+  for each patch. A word such as "largeredcircletopleft" is a single token and holds all that a picture's token will hold. A LLaMA
+  that has only read sentences looks a shape up over eight tokens and has no circuit for one token that says it all.
+- The loss counts what is answered, not what is given: the facts are random, and learning their noise drowns the answers.
+
+Shapes in the comments: B texts, S tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Turn
+from qllava.nano import language
+from qllava.nano.scenes import Scene, sample_scene
+
+END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCABULARY = 2048
+LENGTH = 224
+"""Tokens of a text: facts and about ten questions."""
+# Llama 3's pre-tokenizer, which llama.cpp knows by name.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the texts of nano; covers every byte, and every word of a map is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    texts = [" " + " ".join(language.map_words())] * 20
+    for _ in range(3000):
+        scene = sample_scene(rng, unseen=rng.random() < 0.2)
+        texts.append(" " + CHATML.render(conversation(scene, rng, facts=sentences(scene, rng))).text)
+        texts.append(caption(scene, rng))
+    tokenizer.train_from_iterator(texts, trainer)
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+    split = [w for w in language.map_words() if len(out(" " + w)["input_ids"]) != 1]
+    if split:
+        raise ValueError(f"{len(split)} words of the map are no single token, {split[0]} for one: raise VOCABULARY")
+    return out
+
+
+def sentences(scene: Scene, rng: random.Random) -> str:
+    """The facts of a scene as prose or as a terse list, in any order."""
+    shapes = list(scene.shapes)
+    rng.shuffle(shapes)
+    said = [f"{language.article(f'{s.size} {s.colour} {s.form}')} {language.AT[s.place]}" for s in shapes]
+    if rng.random() < 0.5:
+        return "There is " + ", ".join(said) + "."
+    return "\n".join(f"{s.place}: {s.size} {s.colour} {s.form}" for s in shapes)
+
+
+def conversation(scene: Scene, rng: random.Random, *, facts: str, count: int = 12) -> Conversation:
+    """Facts, and `count` questions about them with their answers; now and then a description or reasons instead."""
+    pairs: list[tuple[str, str]] = [(q.text, q.answer) for q in language.questions(scene, rng, count)]
+    if rng.random() < 0.15:
+        pairs = [language.detail(scene, rng), *pairs[: count // 2]]
+    elif rng.random() < 0.25:
+        pairs = [language.reasoning(scene, rng), *pairs[: count // 2]]
+    pairs[0] = (f"{facts}\n{pairs[0][0]}", pairs[0][1])
+    return Conversation(tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """What stage 1 will ask for: the caption that names everything."""
+    return language.full_caption(scene)
+
+
+def text(rng: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """One text to learn from: ids and, where something is answered, the same ids as labels; -100 elsewhere.
+
+    A map takes the place that the tokens of a picture will take: where `<image>` stands.
+    """
+    scene = sample_scene(rng, unseen=rng.random() < 0.1)
+    kind = rng.random()
+    words = tokenizer.encode(" " + " ".join(language.scene_map(scene))).ids
+    if kind < 0.15:
+        given = [tokenizer.token_to_id(END_OF_TEXT), *words]
+        said = tokenizer.encode(caption(scene, rng) + "\n").ids
+        return given + said, [-100] * len(given) + said
+    rendered = CHATML.render(conversation(scene, rng, facts=IMAGE_TOKEN if kind < 0.7 else sentences(scene, rng)))
+    before, _, after = rendered.text.rpartition(IMAGE_TOKEN)
+    ids = tokenizer.encode(before).ids + words if before else []
+    labels = [-100] * len(ids)
+    encoded = tokenizer.encode(after)
+    shift = len(rendered.text) - len(after)
+    learned = [range(start - shift, end - shift) for start, end in rendered.spans]
+    span = 0
+    for token, (left, right) in zip(encoded.ids, encoded.offsets, strict=True):
+        while span < len(learned) and left >= learned[span].stop:
+            span += 1
+        inside = span < len(learned) and learned[span].start <= left and right <= learned[span].stop
+        labels.append(token if inside else -100)
+    return ids + encoded.ids, labels
+
+
+def build(vocab_size: int) -> LlamaForCausalLM:
+    """The untrained LLaMA: every width a multiple of 64, so that NF4 and GGUF blocks fit."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=6, num_attention_heads=3,
+            num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, rope_theta=10_000.0,
+            bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def _rows(texts: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of (B, LENGTH): cut or padded at the end; one shape for all batches, so it is compiled once."""
+    ids = [(i + [0] * LENGTH)[:LENGTH] for i, _ in texts]
+    labels = [(given + [-100] * LENGTH)[:LENGTH] for _, given in texts]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, *, steps: int, batch: int = 32, lr: float = 2e-3, seed: int = 0, log: Callable[[str], None] = print
+) -> LlamaForCausalLM:
+    """Train the LLaMA on `text`; bf16 matrix products, fp32 weights. Returns it in evaluation mode."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"text-{seed}")
+    model = build(len(tokenizer))
+    body = torch.compile(model.model, dynamic=False)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False) for o in optimizers]
+    for step in tqdm(range(steps), desc="llama"):
+        ids, labels = _rows([text(rng, tokenizer.backend_tokenizer) for _ in range(batch)])
+        learned = labels[:, 1:] != -100
+        # Padding stands at the end and attention is causal: nothing real ever sees it, so no mask is needed.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][learned]
+            logits = model.lm_head(hidden).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learned])
+        for o in optimizers:
+            o.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o, s in zip(optimizers, schedules, strict=True):
+            o.step()
+            s.step()
+        if step % 50 == 49:
+            right = (logits.argmax(-1) == labels[:, 1:][learned]).float().mean()
+            log(f"step {step + 1}: loss {loss.item():.4f}, right {right.item():.3f} of {learned.sum().item()}")
+    return model.eval()

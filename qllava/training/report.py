@@ -1,0 +1,267 @@
+"""A run's folder as one page: what it learned, how the loss fell, what it answers before and after.
+
+Reads what the run wrote and nothing else, so that it can be made again for any folder at any time, also in the middle
+of a run:
+
+    python -c "from pathlib import Path; from qllava.training.report import write_report; write_report(Path('runs/x'))"
+
+| file | shown as | left out when |
+|---|---|---|
+| `results.json` | headline figures, the ladder from guessing to stage 2, accuracy by question type | own data |
+| `metrics.jsonl` | loss, exact match, gradient norm and learning rate of each stage | nothing was logged yet |
+| `samples.json` | pictures with question, truth, and the answers before and after | no samples |
+| `ledger.txt`, `run.yaml` | as they stand | absent |
+
+A report is written at the end of hours of training, so a damaged line or a picture that is gone is said in the page and
+never raised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from qllava import page
+from qllava.evaluation.vqa import is_correct
+from qllava.page import Bar, Html, Series
+
+# The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
+LADDER = (
+    ("frequent_answer", "Most frequent answer", "the commonest training answer to each question text"),
+    ("blind", "Blind", "the trained model, looking at another picture"),
+    ("untrained", "Untrained", "the same parts before the first step"),
+    ("stage1", "After stage 1", "the projector alone has learned"),
+    ("stage2", "After stage 2", "projector and LoRA have learned"),
+    ("unseen_pairs", "Unseen pairs", "colour and form pairs that no training picture shows"),
+)
+STAGES = {"pretrain": "Stage 1: the projector learns", "finetune": "Stage 2: projector and LoRA learn"}
+
+# Truths of more words than this are free text: comparing them letter by letter would call every good answer wrong.
+SHORT_ANSWER_WORDS = 4
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run's folder and return its path.
+
+    Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
+    """
+    results = _read_json(folder / "results.json")
+    stages, damaged = read_metrics(folder / "metrics.jsonl")
+    sections = [
+        *_results_section(results if isinstance(results, dict) else None),
+        *(_stage_section(name, records) for name, records in stages.items()),
+        *_samples_section(folder, _read_json(folder / "samples.json")),
+        *_files_section(folder),
+    ]
+    lines = "1 damaged line of metrics.jsonl was" if damaged == 1 else f"{damaged} damaged lines of metrics.jsonl were"
+    notes = [f"{lines} left out."] if damaged else []
+    notes += [
+        f"{name} cannot be read as JSON and was left out."
+        for name in ("results.json", "samples.json")
+        if (folder / name).exists() and _read_json(folder / name) is None
+    ]
+    if not sections:
+        notes.append("This folder holds no results yet: no metrics.jsonl, no results.json, no samples.json.")
+    body = [*(page.callout(note, "warning") for note in notes), *sections]
+    out = folder / "report.html"
+    page.write_page(
+        out,
+        page.page(
+            f"Run {folder.resolve().name}", _lead(results), body, footer="Written by qllava from this folder's files."
+        ),
+    )
+    return out
+
+
+def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The records of `metrics.jsonl` by stage, in the order of steps, and the number of damaged lines.
+
+    A resumed run repeats the steps after its checkpoint: records of the same stage and step become one, the later value
+    of each key winning. An absent file gives no stages.
+    """
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    damaged = 0
+    if not path.exists():
+        return {}, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            stage, step = str(record["stage"]), int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+            continue
+        stages.setdefault(stage, {}).setdefault(step, {}).update(record)
+    return {stage: [steps[step] for step in sorted(steps)] for stage, steps in stages.items()}, damaged
+
+
+def _read_json(path: Path) -> Any | None:
+    """The content of a JSON file, or None when it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lead(results: Any) -> str:
+    if isinstance(results, dict) and _finite(results.get("stage2")):
+        return f"After both stages {page.percent(results['stage2'])} of the held-out questions are answered right."
+    return "What was trained, how the loss fell, and what the model answers before and after."
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _results_section(results: Mapping[str, Any] | None) -> list[Html]:
+    """Headline figures and the two bar charts, from `results.json`."""
+    if results is None:
+        return []
+    parts = []
+    tiles = [
+        (label, page.percent(results[key]))
+        for key, label in (("stage2", "After stage 2"), ("unseen_pairs", "Unseen pairs"), ("blind", "Blind"))
+        if _finite(results.get(key))
+    ]
+    if _finite(results.get("n")):
+        tiles.append(("Held-out questions", f"{results['n']:,}"))
+    if _finite(results.get("seconds")):
+        tiles.append(("Time", duration(results["seconds"])))
+    if tiles:
+        parts.append(page.tiles(tiles))
+    ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
+    if ladder:
+        parts.append(page.bar_chart(ladder))
+    sections = [page.section("Held-out answers", *parts)] if parts else []
+    by_type = results.get("by_type")
+    if isinstance(by_type, dict):
+        bars = [Bar(str(name), value) for name, value in by_type.items() if _finite(value)]
+        if bars:
+            bars.sort(key=lambda bar: -bar.value)
+            remark = page.paragraph("Share of right answers after stage 2, the best type first.", muted=True)
+            sections.append(page.section("By type of question", remark, page.bar_chart(bars)))
+    return sections
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "48 s", "7 min 12 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _stage_section(name: str, records: Sequence[Mapping[str, Any]]) -> Html:
+    """The curves of one stage."""
+    loss = _points(records, "loss")
+    lines = [Series("training, each record", loss, faint=True), Series("training, smoothed", smooth(loss))]
+    if len(loss) <= 20:
+        lines = [Series("training", loss)]
+    held_out = _points(records, "eval_loss")
+    lines += [Series("held-out", held_out)] if held_out else []
+    charts = [page.line_chart("Loss", lines)]
+    exact = _points(records, "eval_exact_match")
+    if exact:
+        charts.append(
+            page.line_chart("Held-out answers that match exactly", [Series("exact match", exact)], share=True)
+        )
+    further = [
+        page.line_chart(title, [Series(title, points)], log=log)
+        for key, title, log in (("grad_norm", "Gradient norm", True), ("learning_rate", "Learning rate", False))
+        if (points := _points(records, key))
+    ]
+    last, total = records[-1].get("step"), records[-1].get("total_steps")
+    parts = [page.grid(*charts)]
+    if isinstance(total, int) and isinstance(last, int) and last < total:
+        parts.insert(0, page.callout(f"Not finished: the last record is of step {last} of {total}.", "warning"))
+    if further:
+        parts.append(page.details("Gradient norm and learning rate", page.grid(*further)))
+    return page.section(STAGES.get(name, f"Stage {name}"), *parts)
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where the value was recorded; what is not finite is left to the chart, which leaves it out."""
+    return [
+        (float(record["step"]), float(record[key])) for record in records if isinstance(record.get(key), int | float)
+    ]
+
+
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """An exponential moving average without the usual pull towards its first value.
+
+    Each point is the average of the values so far, their weights falling with the distance and summing to 1: the curve
+    starts at the first value and follows at once. It looks back over about a thirtieth of the run, at most 25 records,
+    so that a short run is not smoothed into lagging behind itself. Values that are not finite are skipped.
+    """
+    weight = 1 - 1 / min(max(len(points) / 30, 2.0), 25.0)
+    out, total, norm = [], 0.0, 0.0
+    for x, y in points:
+        if not math.isfinite(y):
+            continue
+        total, norm = weight * total + (1 - weight) * y, weight * norm + (1 - weight)
+        out.append((x, total / norm))
+    return out
+
+
+def _samples_section(folder: Path, samples: Any) -> list[Html]:
+    """Sample pictures, each once, with its questions and the answers before and after."""
+    if not isinstance(samples, list):
+        return []
+    by_picture: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        if isinstance(sample, dict):
+            by_picture.setdefault(str(sample.get("image") or ""), []).append(sample)
+    if not by_picture:
+        return []
+    cards = [page.card(_picture(folder, name), *map(_answers, group)) for name, group in by_picture.items()]
+    remark = page.paragraph("Held-out pictures: the answer before training and after it.", muted=True)
+    return [page.section("Sample answers", remark, page.gallery(cards))]
+
+
+def _picture(folder: Path, name: str) -> Html:
+    """The picture of a sample; a relative name is looked up in the run's folder first, then from where one stands."""
+    if not name:
+        return page.paragraph("No picture: a question of text alone.", muted=True)
+    inside = folder / name
+    try:
+        with Image.open(inside if inside.exists() else Path(name)) as image:
+            return page.picture(image, Path(name).name)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return page.paragraph(f"{name} cannot be opened any more.", muted=True)
+
+
+def _answers(sample: Mapping[str, Any]) -> Html:
+    truth = str(sample.get("truth", ""))
+    lines: list[tuple[str, str, bool | None]] = [("Truth", truth, None)]
+    for key, label in (("before", "Before"), ("after", "After")):
+        if sample.get(key) is not None:
+            answer = str(sample[key])
+            lines.append((label, answer, _verdict(answer, truth)))
+    return page.group(page.paragraph(str(sample.get("question", ""))), page.verdicts(lines))
+
+
+def _verdict(answer: str, truth: str) -> bool | None:
+    """Right or wrong as the score counts it; None for a truth of free text that the answer does not match."""
+    if is_correct(answer, truth):
+        return True
+    return False if len(truth.split()) <= SHORT_ANSWER_WORDS else None
+
+
+def _files_section(folder: Path) -> list[Html]:
+    """The ledger of parameters and the resolved configuration, as they stand in the folder."""
+    parts = []
+    ledger, configuration = folder / "ledger.txt", folder / "run.yaml"
+    if ledger.exists():
+        parts.append(page.code(ledger.read_text(encoding="utf-8").rstrip()))
+    if configuration.exists():
+        text = configuration.read_text(encoding="utf-8").rstrip()
+        parts.append(page.details("The resolved configuration (run.yaml)", page.code(text)))
+    return [page.section("What was trained", *parts)] if parts else []

@@ -1,0 +1,123 @@
+"""The VQA score: what counts as the same answer, and a file from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qllava.config import InputError
+from qllava.conversation import Conversation, Turn
+from qllava.data.formats import Example
+from qllava.evaluation.vqa import evaluate, evaluate_file, is_correct, normalize, score, wilson
+from qllava.inference import load
+from tests.tiny_models import make_picture, make_tiny_llava
+
+
+def example(number: int, truth: str, type_: str | None = None) -> Example:
+    turns = (Turn("user", f"Question {number}?"), Turn("assistant", truth))
+    return Example(str(number), (), Conversation(turns=turns), f"test.json, row {number}", type_)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("Red.", "red"),
+        ("The red circle", "red circle"),
+        ("two", "2"),
+        ("None", "0"),
+        ("dont know", "Don\u2019t know"),
+        ("red-green", "red green"),
+        ("1,000", "1000"),
+        ("'left'", "left"),
+        ("  a\nBIG   dog!", "big dog"),
+        ("10:30", "10:30."),
+        ("A", "a"),
+    ],
+)
+def test_the_same_answer(answer: str, truth: str) -> None:
+    assert is_correct(answer, truth)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [("red", "blue"), ("red circle", "circle"), ("", "a"), ("A", "the"), ("+", "-"), ("3.5", "35"), ("10:30", "1030")],
+)
+def test_another_answer(answer: str, truth: str) -> None:
+    assert not is_correct(answer, truth)
+
+
+@given(st.text())
+def test_normalizing_twice_changes_nothing(text: str) -> None:
+    once = normalize(text)
+    assert normalize(once) == once
+
+
+def test_wilson() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Wilson's interval for 8 of 10, as in the tables
+    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_score_by_type() -> None:
+    examples = [example(1, "red", "colour"), example(2, "two", "count"), example(3, "blue", "colour"), example(4, "x")]
+    result = score(examples, ["red", "2", "green", "x"])
+    assert (result.accuracy, result.n, result.correct) == (0.75, 4, 3)
+    assert result.by_type == {"colour": 0.5, "count": 1.0}
+    assert result.ci95[0] < 0.75 < result.ci95[1]
+
+
+def test_evaluate_takes_any_function_that_answers() -> None:
+    examples = [example(number, "yes" if number % 2 else "no") for number in range(50)]
+    asked: list[int] = []
+
+    def always_yes(batch: object) -> list[str]:
+        asked.append(len(batch))  # type: ignore[arg-type]
+        return ["Yes."] * len(batch)  # type: ignore[arg-type]
+
+    result = evaluate(always_yes, examples, batch_size=4)
+    assert (result.correct, sum(asked)) == (25, 50)
+
+
+def test_a_row_without_an_answer_is_named_before_anything_is_asked() -> None:
+    bad = Example("b7", (), Conversation(turns=(Turn("user", "?"),)), "test.json, row 7", None)
+    with pytest.raises(InputError, match=r"test\.json, row 7, id b7"):
+        evaluate(lambda _: pytest.fail("asked"), [example(1, "x"), bad])
+
+
+def test_a_file_from_end_to_end(tmp_path: Path) -> None:
+    model = make_tiny_llava(tmp_path / "model")
+    make_picture("red").save(tmp_path / "red.png")
+    truth = load(str(model)).answer(tmp_path / "red.png", "What colour?", max_new_tokens=64)
+    rows = [
+        {"question": "What colour?", "image": "red.png", "answer": truth, "type": "colour"},
+        {"question": "How many?", "image": "red.png", "answer": "certainly not this", "type": "count"},
+    ]
+    data, out = tmp_path / "data.json", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(rows))
+    result = evaluate_file(str(model), data, image_folder=tmp_path, out=out)
+    assert set(result) == {"accuracy", "n", "correct", "ci95", "by_type"}
+    assert (result["accuracy"], result["n"], result["by_type"]) == (0.5, 2, {"colour": 1.0, "count": 0.0})
+    json.dumps(result)
+    first, second = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (first["question"], first["answer"], first["correct"]) == ("What colour?", truth, True)
+    assert (second["truth"], second["correct"], second["type"]) == ("certainly not this", False, "count")
+
+
+def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("no picture")
+    rows = [{"id": "q9", "question": "What?", "image": "broken.png", "answer": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"data\.json, row 1, id q9: .*broken\.png"):
+        evaluate_file(str(make_tiny_llava(tmp_path / "model")), tmp_path / "data.json")
+
+
+def test_an_out_that_cannot_be_written_is_noticed_first(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"question": "?", "answer": "x"}]))
+    with pytest.raises(InputError, match=r"missing/out\.jsonl cannot be written"):
+        evaluate_file("no/such/model", data, out=tmp_path / "missing" / "out.jsonl")

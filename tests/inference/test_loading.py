@@ -1,0 +1,83 @@
+"""From a name to a model: folders, runs, `nano`, and what is said when there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qllava.config import InputError
+from qllava.inference import Chat, load, newest_nano_run
+from qllava.models.checkpoint import save_llava
+from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
+
+
+def finished_run(folder: Path, *, model: str = "nano", when: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(f"model_name_or_path: {model}\n")
+    (folder / "results.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    os.utime(folder / "results.json", (when, when))
+    return folder
+
+
+def test_a_folder_of_plain_transformers(tmp_path: Path) -> None:
+    chat = load(str(make_tiny_llava(tmp_path / "model")))
+    processor = make_tiny_processor()
+    expected = Chat(make_tiny_model(processor), processor, "memory")
+    assert not chat.model.training
+    assert chat.answer(make_picture("red"), "What?", max_new_tokens=10) == expected.answer(
+        make_picture("red"), "What?", max_new_tokens=10
+    )
+
+
+def test_a_merged_folder_in_the_hub_s_layout(tmp_path: Path) -> None:
+    processor = make_tiny_processor()
+    model = make_tiny_model(processor)
+    save_llava(model, processor, tmp_path / "merged")
+    expected = Chat(model, processor, "memory").answer(make_picture("red"), "What?", max_new_tokens=10)
+    assert load(str(tmp_path / "merged")).answer(make_picture("red"), "What?", max_new_tokens=10) == expected
+
+
+def test_four_bit_is_for_the_language_model_only(tmp_path: Path) -> None:
+    model = load(str(make_tiny_llava(tmp_path / "model")), load_in_4bit=True).model
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(quantized) == 14
+    assert all(".language_model." in name for name in quantized)
+
+
+def test_the_newest_finished_nano_run(tmp_path: Path) -> None:
+    finished_run(tmp_path / "old", when=100)
+    newest = finished_run(tmp_path / "new", when=200)
+    finished_run(tmp_path / "another_model", model="some/folder", when=300)
+    unfinished = finished_run(tmp_path / "unfinished", when=400)
+    (unfinished / "adapter_model.safetensors").unlink()
+    assert newest_nano_run(tmp_path) == newest
+
+
+def test_no_nano_run_says_make_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="make finetune"):
+        load("nano")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "empty"), str(tmp_path / "missing"), "./missing", "missing"):
+        with pytest.raises(InputError, match=name):
+            load(name)
+
+
+def test_a_run_that_has_not_finished(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "half")
+    (run / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="has not finished"):
+        load(str(run))
+
+
+def test_a_damaged_run_yaml_is_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "broken")
+    (run / "run.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=r"run\.yaml cannot be read"):
+        newest_nano_run(tmp_path)

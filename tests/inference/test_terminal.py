@@ -1,0 +1,85 @@
+"""The chat in the terminal, driven by lines."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qllava.config import InputError
+from qllava.inference import Chat, chat_loop, terminal
+from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
+    processor = make_tiny_processor()
+    chat = Chat(make_tiny_model(processor), processor, "tiny")
+    monkeypatch.setattr(terminal, "load", lambda *_, **__: chat)
+    return chat
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    make_picture("red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, images: list[Path] | None = None) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return chat_loop("tiny", images=images or [], prompt=None, load_in_4bit=False, max_new_tokens=8, temperature=0.0)
+
+
+def test_prompt_answers_once(chat: Chat, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = chat_loop("tiny", images=[picture], prompt="What?", load_in_4bit=False, max_new_tokens=8, temperature=0.0)
+    assert status == 0
+    assert capsys.readouterr().out == chat.answer(picture, "What?", max_new_tokens=8) + "\n"
+
+
+def test_pictures_commands_and_mistakes(
+    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/image missing.png", f"/image '{picture}'", "What?", "/clear", "", "What?", "/help", "/quit", "never"]
+    assert talk(lines, monkeypatch) == 0
+    captured = capsys.readouterr()
+    with_picture = chat.answer(picture, "What?", max_new_tokens=8)
+    without = chat.answer(None, "What?", max_new_tokens=8)
+    assert with_picture != without
+    out = captured.out
+    assert out.startswith(f"{with_picture}\n{without}\nunknown command /help")
+    assert "missing.png" in captured.err
+
+
+def test_the_conversation_is_remembered(
+    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(["What?", "What?"], monkeypatch, [picture])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first != second
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> Iterator[str]:
+        yield "Once upon"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chat, "reply", interrupted)
+        assert talk(["Tell me a story", "And then?"], monkeypatch) == 0
+    assert capsys.readouterr().out == "Once upon [stopped]\nOnce upon [stopped]\n"
+
+
+def test_a_missing_picture_is_noticed_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing\.png"):
+        chat_loop(
+            "no/model/at/all",
+            images=[tmp_path / "missing.png"],
+            prompt="?",
+            load_in_4bit=False,
+            max_new_tokens=8,
+            temperature=0.0,
+        )

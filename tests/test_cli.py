@@ -1,0 +1,251 @@
+"""The command line: instant, honest about its exit status, and one JSON object on stdout when asked for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qllava
+from qllava import cli, doctor
+from qllava.config import InputError
+from qllava.doctor import Check
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `qllava.merge.merge` returns, as far as the command reads it."""
+
+    base: str
+    kl_per_token: float
+    top1_agreement: float
+    verified: bool
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, function: Callable[..., Any]) -> list[Any]:
+    """Put a function in the place of the one that does the work; returns the list of its calls."""
+    calls: list[Any] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return function(*args, **kwargs)
+
+    made = types.ModuleType(module)
+    setattr(made, name, recorded)
+    monkeypatch.setitem(sys.modules, module, made)
+    return calls
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, qllava.cli\n"
+        "try: qllava.cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'PIL', 'numpy', 'gradio', 'datasets'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), file=sys.stderr)"
+    )
+    done = python("-c", code)
+    assert "HEAVY []" in done.stderr
+    for verb in ("doctor", "merge", "chat", "eval"):
+        assert verb in done.stdout
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        python("-m", "qllava", "--help")
+        times.append(time.perf_counter() - start)
+    # 0.06 s where this was written; the bound leaves room for a machine under load.
+    assert min(times) < 1.0
+
+
+def test_import_of_the_package_is_instant_and_offers_load() -> None:
+    done = python("-c", "import sys, qllava; print(callable(qllava.load), 'torch' in sys.modules, qllava.__version__)")
+    assert done.stdout.split() == ["True", "False", qllava.__version__]
+
+
+def test_python_m_qllava_passes_the_status_on() -> None:
+    assert python("-m", "qllava", "--version").stdout == f"qllava {qllava.__version__}\n"
+    assert python("-m", "qllava").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "sing", "merge", "merge run", "merge run out --base nf5", "merge run out --dtype int8", "chat",
+        "chat m --max-new-tokens 0", "chat m --max-new-tokens many", "chat m --temperature -1",
+        "chat m --temperature nan", "eval", "eval vqa", "eval vqa model", "eval poetry m d", "doctor --loud",
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "usage:" in captured.err
+
+
+def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 1.7e-5, 0.999, True))
+    assert cli.main(["merge", "run", "out"]) == 0
+    assert calls[0] == (
+        (Path("run"), Path("out")),
+        {"base": "nf4", "dtype": "bfloat16", "max_shard_size": "5GB", "verify": True},
+    )
+    said = capsys.readouterr().out
+    assert "verified" in said and "1.70e-05" in said and "99.90 %" in said
+    line = "merge run out --base original --dtype float32 --max-shard-size 1GB --no-verify"
+    assert cli.main(line.split()) == 0
+    assert calls[1][1] == {"base": "original", "dtype": "float32", "max_shard_size": "1GB", "verify": False}
+
+
+def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def noisy(*args: Any, **kwargs: Any) -> Merged:
+        print("a library says something")
+        return Merged("nf4", 1.7e-5, 0.999, True)
+
+    stand_in(monkeypatch, "qllava.merge", "merge", noisy)
+    assert cli.main(["merge", "run", "out", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "base": "nf4",
+        "kl_per_token": 1.7e-5,
+        "top1_agreement": 0.999,
+        "verified": True,
+    }
+    assert "a library says something" in captured.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_merge_that_does_not_verify_ends_with_1(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 0.7, 0.3, False))
+    assert cli.main(["merge", "run", "out", *flags]) == 1
+    captured = capsys.readouterr()
+    assert "do not use it" in captured.err
+    assert captured.out == "" or json.loads(captured.out)["verified"] is False
+
+
+def test_a_merge_that_was_not_to_be_verified_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", float("nan"), float("nan"), False))
+    assert cli.main(["merge", "run", "out", "--no-verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
+
+
+def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "qllava.inference", "chat_loop", lambda *a, **k: 0)
+    assert cli.main(["chat", "nano"]) == 0
+    assert calls[0] == (
+        ("nano",),
+        {"images": [], "prompt": None, "load_in_4bit": False, "max_new_tokens": 256, "temperature": 0.0},
+    )
+    line = "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2"
+    assert cli.main(line.split()) == 0
+    assert calls[1][1] == {
+        "images": [Path("a.png"), Path("b.png"), Path("c.png")],
+        "prompt": "Why?",
+        "load_in_4bit": True,
+        "max_new_tokens": 5,
+        "temperature": 0.2,
+    }
+
+
+def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"accuracy": 0.75, "n": 8, "correct": 6, "ci95": [0.41, 0.93], "by_type": {"form": 0.5, "colour": 1.0}}
+    calls = stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", lambda *a, **k: result)
+    assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--image-folder", "pics", "--out", "a.jsonl"]) == 0
+    assert calls[0] == (("nano", Path("q.jsonl")), {"image_folder": Path("pics"), "out": Path("a.jsonl")})
+    said = capsys.readouterr().out
+    assert "75.0 % right: 6 of 8" in said and "41.0 to 93.0 %" in said
+    assert said.index("colour") < said.index("form")
+    assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_bad_input_is_one_sentence_and_status_1(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise InputError("q.jsonl, line 3, id 7: expected an answer, found none; add one")
+
+    stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", refuse)
+    assert cli.main(["eval", "vqa", "nano", "q.jsonl", *flags]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "qllava: q.jsonl, line 3, id 7: expected an answer, found none; add one\n"
+
+
+def test_an_interruption_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> int:
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, "qllava.inference", "chat_loop", interrupt)
+    assert cli.main(["chat", "nano"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+class TestDoctor:
+    """`qllava doctor`."""
+
+    def test_this_machine(self, capsys: pytest.CaptureFixture[str]) -> None:
+        cli.main(["doctor", "--json"])
+        report = json.loads(capsys.readouterr().out)
+        checks = {check["name"]: check for check in report["checks"]}
+        assert {"Python", "torch", "trl", "device", "bf16", "NF4", "nano", "disk", "chromium"} <= set(checks)
+        for name in ("Python", "torch", "transformers", "trl", "peft", "bitsandbytes", "NF4"):
+            assert checks[name]["status"] == "ok", checks[name]
+        assert all(check["advice"] for check in report["checks"] if check["status"] != "ok")
+
+    @pytest.mark.parametrize(("worst", "status"), [("ok", 0), ("warn", 0), ("fail", 1)])
+    def test_status_and_lines(
+        self, worst: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = [Check("Python", "ok", "3.12"), Check("disk", worst, "1 GB", "make room")]
+        monkeypatch.setattr(doctor, "examine", lambda: found)
+        assert cli.main(["doctor"]) == status
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["ok", "Python", "3.12"]
+        assert lines[1].startswith(worst) and lines[1].endswith("make room")
+
+    def test_a_check_that_crashes_is_a_finding(self) -> None:
+        def crash() -> Check:
+            raise RuntimeError("CUDA driver\nis broken")
+
+        check = doctor._guarded("device", crash)
+        assert (check.status, check.detail) == ("fail", "RuntimeError: CUDA driver")
+
+    def test_versions_are_held_against_the_bounds(self) -> None:
+        bounds = doctor._bounds(["trl>=1.16,<1.17", "pytest>=8; extra == 'dev'"])
+        assert set(bounds) == {"trl"}
+        assert doctor._package("trl", bounds).status == "ok"
+        old = doctor._package("trl", {"trl": "<1.0"})
+        assert old.status == "warn" and "<1.0" in old.detail
+        assert doctor._package("no-such-package-here", bounds).status == "fail"
+
+    def test_a_wrong_nf4_layer_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import bitsandbytes as bnb
+
+        forward = bnb.nn.Linear4bit.forward
+        monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: forward(self, x) * 1.01)
+        assert doctor._nf4().status == "fail"
+
+    def test_a_full_disk_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for free, status in ((5e8, "fail"), (5e9, "warn"), (5e11, "ok")):
+            monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+            assert doctor._disk().status == status

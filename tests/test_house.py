@@ -1,0 +1,276 @@
+"""The house rules, read off the source: order of imports, docstrings, lengths, nothing unfinished or of one machine.
+
+Each rule is a function from source text to problems, so that it is tested on a text that breaks it as well as on ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lower rows know nothing of higher ones; rooms of one row do not know each other.
+ROWS = (
+    {"conversation", "config", "page"},
+    {"data", "models", "nano"},
+    {"inference", "synthesis"},
+    {"evaluation"},
+    {"training", "merge", "export", "doctor"},
+    {"cli", "recipes", "demo"},
+    {"__main__"},  # the command by another name
+)
+ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
+HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip", "gradio", "datasets"}
+
+MAX_FUNCTION = 60
+MAX_FILE = 400
+
+CODE = sorted(p for top in ("qllava", "recipes", "demo", "benchmarks") for p in (ROOT / top).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+TEXT_NAMES = ("*.md", "*.toml", "*.cff", "*.yaml", "*.yml", "*.css", "Makefile", ".ci/run")
+TEXTS = sorted({p for name in TEXT_NAMES for p in (*ROOT.glob(name), *ROOT.glob(f"[a-z]*/**/{name}"))})
+
+
+def name(path: Path) -> str:
+    """A file as it is called in the repository."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def room(module: str) -> str | None:
+    """The room of a dotted name: `qllava.data.encode` is of `data`, `recipes.ablate` of `recipes`, `torch` of none."""
+    first, *rest = module.split(".")
+    if first == "qllava":
+        return rest[0] if rest else None
+    return first if first in ("recipes", "demo") else None
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, wherever it stands; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            else:
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def against_the_order(source: str, module: str) -> list[str]:
+    """Imports of a module that reach upwards, sideways, or by a relative name (which hides the room)."""
+    mine = room(module)
+    problems = []
+    for line, target in imports(ast.parse(source)):
+        other = room(target)
+        if target.startswith("."):
+            problems.append(f"line {line}: relative import {target}")
+        elif mine is None or other is None or other in (mine, "load", "__version__"):
+            continue
+        elif other not in ROW:
+            problems.append(f"line {line}: {target} is of a room without a row")
+        elif ROW[other] >= ROW[mine]:
+            problems.append(f"line {line}: {mine} (row {ROW[mine]}) imports {target} (row {ROW[other]})")
+    return problems
+
+
+def heavy_at_import(source: str) -> list[str]:
+    """Heavy libraries that are imported when the module is, rather than inside a function or for types only."""
+    tree = ast.parse(source)
+    lazy = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) or _types_only(n)]
+    excused = {id(inner) for node in lazy for inner in ast.walk(node)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in excused:
+            found += [target for _, target in imports(node) if target.split(".")[0] in HEAVY]
+    return found
+
+
+def _types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def undocumented(source: str) -> list[str]:
+    """The module, and its public classes, functions and methods, that have no docstring."""
+    tree = ast.parse(source)
+    found = [] if ast.get_docstring(tree) else ["module"]
+    owners: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
+    while owners:
+        prefix, owner = owners.pop()
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                found.append(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                owners.append((f"{prefix}{node.name}.", node))
+    return found
+
+
+def too_long(source: str) -> list[str]:
+    """Functions over the limit, and the file if it is."""
+    tree = ast.parse(source)
+    lines = source.count("\n")
+    found = [f"the file has {lines} lines"] if lines > MAX_FILE else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > MAX_FUNCTION:
+                found.append(f"{node.name} has {length} lines")
+    return found
+
+
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+REGISTRY = re.compile(r"\b(pypi|pythonhosted|download\.pytorch|conda\.anaconda)\.(org|com)\b|--(extra-)?index-url")
+MACHINE = re.compile(r"(?<![\w.~$}/])/(home|root|Users|mnt|work)/\w")
+
+
+def findings(pattern: re.Pattern[str], text: str) -> list[str]:
+    """Lines in which a pattern occurs, with their numbers."""
+    return [f"line {n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+
+
+def collect(paths: list[Path], rule: object) -> list[str]:
+    """All problems of all files, each with its file: one run shows everything that is to be mended."""
+    assert callable(rule)
+    return [f"{name(p)}: {problem}" for p in paths for problem in rule(p.read_text(encoding="utf-8"))]
+
+
+def test_imports_follow_the_order() -> None:
+    problems = []
+    for path in CODE:
+        module = name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        problems += [f"{name(path)}, {p}" for p in against_the_order(path.read_text(encoding="utf-8"), module)]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_room_has_a_row() -> None:
+    rooms = {room(name(p).removesuffix(".py").replace("/", ".")) for p in CODE} - {None, "__init__"}
+    assert rooms <= set(ROW), f"rooms without a row: {sorted(map(str, rooms - set(ROW)))}"
+
+
+def test_row_0_and_the_entrances_import_nothing_heavy() -> None:
+    light = [
+        p for p in CODE if p.parent == ROOT / "qllava" and p.stem in ROWS[0] | {"cli", "doctor", "__init__", "__main__"}
+    ]
+    assert len(light) >= 6
+    problems = collect(light, heavy_at_import)
+    assert not problems, "\n".join(problems)
+
+
+def test_conversation_takes_the_standard_library_only() -> None:
+    tree = ast.parse((ROOT / "qllava/conversation.py").read_text(encoding="utf-8"))
+    foreign = [target for _, target in imports(tree) if target.split(".")[0] not in sys.stdlib_module_names]
+    assert not foreign
+
+
+def test_everything_public_has_a_docstring() -> None:
+    problems = collect(CODE, undocumented)
+    assert not problems, "\n".join(problems)
+
+
+def test_every_test_file_says_what_it_tests() -> None:
+    silent = [
+        name(p) for p in TESTS if p.read_text(encoding="utf-8").strip() and "module" in undocumented(p.read_text())
+    ]
+    assert not silent
+
+
+def test_nothing_is_too_long() -> None:
+    problems = collect(CODE, too_long)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("pattern", [UNFINISHED, REGISTRY, MACHINE], ids=["unfinished", "registry", "machine"])
+def test_nothing_that_does_not_belong_into_a_file(pattern: re.Pattern[str]) -> None:
+    others = [p for p in (*CODE, *TESTS, *TEXTS) if p != Path(__file__)]  # this file spells what it looks for
+    problems = collect(others, lambda text: findings(pattern, text))
+    assert not problems, "\n".join(problems)
+
+
+def test_no_file_for_odds_and_ends() -> None:
+    assert not [name(p) for p in CODE if p.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_a_module_that_is_imported_says_nothing_on_stdout() -> None:
+    """A stray print at import would break every `--json`."""
+    out = subprocess.run(
+        [sys.executable, "-c", "import qllava.cli"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert out.stdout == ""
+
+
+def test_version_of_citation_and_package_agree() -> None:
+    import qllava
+
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited is not None
+    assert cited.group(1) == qllava.__version__
+
+
+def test_inner_libraries_are_bounded_by_minor_version() -> None:
+    """What is leaned on from inside must not move unseen (architecture, decision 13)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {re.match(r"[\w-]+", line).group(): line for line in project["dependencies"]}  # type: ignore[union-attr]
+    for package in ("trl", "peft", "transformers", "bitsandbytes"):
+        assert re.search(r">=\d+\.\d+.*,<\d+\.\d+", wanted[package]), wanted[package]
+
+
+class TestTheRulesThemselves:
+    """Each rule finds what it is there for."""
+
+    @pytest.mark.parametrize(
+        ("module", "source"),
+        [
+            ("qllava.conversation", "from qllava.config import InputError"),
+            ("qllava.data.encode", "from qllava.models.vision import load_tower"),
+            ("qllava.data.encode", "def f():\n    import qllava.training.trainer"),
+            ("qllava.inference.chat", "from qllava import evaluation"),
+            ("qllava.merge", "from qllava.cli import main"),
+            ("recipes.finetune_lora", "from demo.app import build"),
+            ("qllava.data.encode", "from . import formats"),
+            ("qllava.data.encode", "from qllava.cupboard import things"),
+        ],
+    )
+    def test_order(self, module: str, source: str) -> None:
+        assert against_the_order(source, module)
+
+    @pytest.mark.parametrize(
+        ("module", "source"),
+        [
+            ("qllava.data.encode", "from qllava.conversation import Turn\nfrom qllava.data.formats import Example"),
+            ("qllava.training.trainer", "from qllava.evaluation.vqa import score"),
+            ("demo.app", "import torch\nimport qllava\nfrom qllava import load"),
+            ("qllava", "from qllava.inference import load"),
+        ],
+    )
+    def test_order_lets_pass(self, module: str, source: str) -> None:
+        assert against_the_order(source, module) == []
+
+    def test_heavy(self) -> None:
+        assert heavy_at_import("import torch.nn") == ["torch.nn"]
+        assert heavy_at_import("try:\n    from trl import SFTConfig\nexcept ImportError:\n    pass") == [
+            "trl.SFTConfig"
+        ]
+        assert heavy_at_import("def f():\n    import torch\nif TYPE_CHECKING:\n    import trl\nimport json") == []
+
+    def test_docstrings(self) -> None:
+        source = "class A:\n    def f(self): ...\n    def _g(self): ...\ndef h():\n    '''Say.'''"
+        assert undocumented(source) == ["module", "A", "A.f"]
+
+    def test_lengths(self) -> None:
+        assert too_long("def f():\n" + "    pass\n" * MAX_FUNCTION) == [f"f has {MAX_FUNCTION + 1} lines"]
+        assert too_long("def f():\n" + "    pass\n" * (MAX_FUNCTION - 1)) == []
+        assert too_long("#\n" * (MAX_FILE + 1)) == [f"the file has {MAX_FILE + 1} lines"]
+
+    def test_patterns(self) -> None:
+        assert findings(UNFINISHED, "x = 1  # TODO: more") and not findings(UNFINISHED, "the method Todos")
+        assert findings(REGISTRY, "see https://pypi.org/project") and not findings(REGISTRY, "pip install -e .")
+        assert findings(MACHINE, 'open("/home/me/x")') and not findings(MACHINE, "runs/home/x, ~/work/x")

@@ -1,0 +1,130 @@
+"""Tiny random models, made in the process by plain transformers: no download, a fraction of a second each.
+
+`make_tiny_llava(folder)` writes what `AutoProcessor` and `LlavaForConditionalGeneration` read back: a CLIP tower of
+32 x 32 pixels in patches of 8 (16 image tokens, the class token is dropped), a two-layer LLaMA, and a byte-level BPE
+with the ChatML markers. The weights are random but seeded, so two calls give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+from qllava.conversation import CHATML
+
+IMAGE_SIZE = 32
+PATCH_SIZE = 8
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+_CORPUS = [
+    "What colour is the circle? red green blue yellow orange purple",
+    "How many shapes are there? one two three four five",
+    "Describe the picture. There is a large square on the left of a small triangle.",
+]
+
+
+def make_tiny_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (every byte covered) with ChatML's markers, `<image>` and the end of turn as the end token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<image>"],
+    )
+
+
+def make_tiny_processor() -> LlavaProcessor:
+    """The processor of the tiny model: pads pictures to a square, 16 image tokens each, ChatML as the chat template."""
+    image_processor = LlavaImageProcessor(
+        do_pad=True,
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=make_tiny_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHATML.chat_template(),
+    )
+
+
+def make_tiny_model(
+    processor: LlavaProcessor, *, seed: int = 0, context: int = 512, layers: int = 2
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA in fp32 that fits the processor; `context` is the longest sequence that it says it can take."""
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=context,
+            initializer_range=0.3,  # larger than usual: answers then differ from picture to picture
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    # fork_rng: a test that asks for a model must not move the random state of the test that called it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        with torch.no_grad():
+            for parameter in model.model.multi_modal_projector.parameters():
+                parameter.normal_(std=0.3)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model.eval()
+
+
+def make_tiny_llava(folder: Path, *, seed: int = 0, context: int = 512) -> Path:
+    """Write a whole tiny LLaVA (weights, tokenizer, processor, chat template) into `folder` and return the folder."""
+    processor = make_tiny_processor()
+    make_tiny_model(processor, seed=seed, context=context).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_picture(colour: str | tuple[int, int, int], size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
+    """A picture of one colour with a white square in its upper left corner, `size` = (width, height)."""
+    picture = Image.new("RGB", size, colour)
+    picture.paste("white", (2, 2, size[0] // 3, size[1] // 3))
+    return picture

@@ -6,6 +6,7 @@
     labels          (B, S)  IGNORE_INDEX there
     attention_mask  (B, S)  1 for tokens, 0 behind the end
     pixel_values    (I, 3, H, W)  in the order of the image tokens, row by row; absent when no row has a picture
+    ids             the rows' ids, for messages; the trainer takes them out before the model sees the batch
 
 Pictures are opened here, when they are needed: a data set of any size costs no memory.
 """
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import InputError
@@ -41,7 +41,7 @@ class Collator:
     pad_token_id: int
     image_processor: BaseImageProcessor
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch; see the head of this file."""
         lengths = [len(row["input_ids"]) for row in rows]
         shape = (len(rows), max(lengths))
@@ -52,7 +52,8 @@ class Collator:
             input_ids[index, :length] = torch.tensor(row["input_ids"])
             labels[index, :length] = torch.tensor(row["labels"])
             attention_mask[index, :length] = 1
-        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        batch["ids"] = [str(row["id"]) for row in rows]
         pictures = [_open(row["id"], path) for row in rows for path in row["pictures"]]
         if pictures:
             batch["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]

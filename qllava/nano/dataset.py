@@ -1,0 +1,163 @@
+"""nano's pictures and questions on disk, in the formats of anybody's own data.
+
+They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`) and are the same bytes everywhere:
+
+    images/train-000000.png ...      96 x 96
+    pretrain.json                    LLaVA JSON: a picture and the caption that names everything in it
+    train.json                       LLaVA JSON: a conversation of about ten questions a picture, now and then a description or reasons
+    validation.json                  question, image, answer, type: looked at during the run
+    test.json                        the same: the table, every type alike often
+    unseen.json                      the same, about shapes whose pair of colour and form no training picture shows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qllava.nano import language
+from qllava.nano.scenes import UNSEEN_PAIRS, Scene, Split, render, sample_scene
+
+VERSION = 1
+"""Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
+PRETRAIN_PICTURES = 6_000
+TRAIN_PICTURES = 12_000
+QUESTIONS_PER_PICTURE = 10
+VALIDATION_QUESTIONS = 160
+TEST_QUESTIONS = 1_000
+UNSEEN_QUESTIONS = 400
+_CHUNK = 250
+
+
+@dataclass(frozen=True)
+class NanoData:
+    """Where the files lie."""
+
+    folder: Path
+    """Pictures are named relative to it."""
+
+    @property
+    def pretrain(self) -> Path:
+        """Captions for stage 1."""
+        return self.folder / "pretrain.json"
+
+    @property
+    def train(self) -> Path:
+        """Conversations for stage 2."""
+        return self.folder / "train.json"
+
+    @property
+    def validation(self) -> Path:
+        """Questions that are looked at during the run."""
+        return self.folder / "validation.json"
+
+    @property
+    def test(self) -> Path:
+        """Questions of the table."""
+        return self.folder / "test.json"
+
+    @property
+    def unseen(self) -> Path:
+        """Questions about pairs that no training picture shows."""
+        return self.folder / "unseen.json"
+
+
+def cache_folder() -> Path:
+    """Where data that can be made again is kept."""
+    given = os.environ.get("QLLAVA_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "qllava"
+
+
+def prepare(folder: Path | None = None) -> NanoData:
+    """Make the files, unless they are there. They are written aside and renamed, so a folder that is there is whole."""
+    folder = folder or cache_folder() / f"nano-{VERSION}"
+    if folder.is_dir():
+        return NanoData(folder)
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "images").mkdir(parents=True)
+    try:
+        with ProcessPoolExecutor() as pool:
+            train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)
+            _write(aside / "train.json", train)
+            # Stage 1 sees the first of the same pictures: nothing is drawn for it that stage 2 does not use.
+            _write(aside / "pretrain.json", [_caption_row(row["id"]) for row in train[:PRETRAIN_PICTURES]])
+            for name, split, count, unseen in (
+                ("validation", "validation", VALIDATION_QUESTIONS, False),
+                ("test", "test", TEST_QUESTIONS, False),
+                ("unseen", "test", UNSEEN_QUESTIONS, True),
+            ):
+                _write(aside / f"{name}.json", _draw(pool, aside, name, count, partial(_question_row, split=split, unseen=unseen)))
+        if not folder.is_dir():
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return NanoData(folder)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, row: Any) -> list[dict[str, Any]]:
+    """Draw `count` pictures and make a row of each, in parallel, in order."""
+    chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    bar: Iterable[list[dict[str, Any]]] = pool.map(partial(_draw_chunk, folder, name, row), chunks)
+    rows = tqdm(bar, total=len(chunks), desc=f"Drawing {name}", unit_scale=_CHUNK, unit=" pictures")
+    return [one for part in rows for one in part]
+
+
+def _draw_chunk(folder: Path, name: str, row: Any, bounds: tuple[int, int]) -> list[dict[str, Any]]:
+    out = []
+    for index in range(*bounds):
+        id_ = f"{name}-{index:06d}"
+        scene, fields = row(index, random.Random(f"nano-{id_}"))
+        render(scene).save(folder / "images" / f"{id_}.png", compress_level=1)
+        out.append({"id": id_, "image": f"images/{id_}.png", **fields})
+    return out
+
+
+def scene_of(id_: str) -> Scene:
+    """The scene of a training picture, by its id."""
+    return sample_scene(random.Random(f"nano-{id_}"))
+
+
+def _caption_row(id_: str) -> dict[str, Any]:
+    said = language.full_caption(scene_of(id_))
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": said}]
+    return {"id": id_, "image": f"images/{id_}.png", "conversations": turns}
+
+
+def _conversation_row(index: int, rng: random.Random) -> tuple[Scene, dict[str, Any]]:
+    scene = sample_scene(rng)
+    pairs = [(q.text, q.answer) for q in language.questions(scene, rng, QUESTIONS_PER_PICTURE)]
+    if index % 12 == 0:
+        pairs = [language.detail(scene, rng), *pairs[:6]]
+    elif index % 12 == 1:
+        pairs = [*pairs[:6], language.reasoning(scene, rng)]
+    turns = []
+    for number, (asked, answered) in enumerate(pairs):
+        turns.append({"from": "human", "value": f"<image>\n{asked}" if number == 0 else asked})
+        turns.append({"from": "gpt", "value": answered})
+    return scene, {"conversations": turns}
+
+
+def _question_row(index: int, rng: random.Random, *, split: Split, unseen: bool) -> tuple[Scene, dict[str, Any]]:
+    """One question about one picture; types take turns, so that each is asked equally often."""
+    type_ = language.TYPES[index % len(language.TYPES)]
+    question = None
+    while question is None:
+        scene = sample_scene(rng, split, unseen=unseen)
+        about = next((s for s in scene.shapes if (s.colour, s.form) in UNSEEN_PAIRS), None) if unseen else None
+        question = language.ask(scene, type_, rng, about=about)
+    return scene, {"question": question.text, "answer": question.answer, "type": question.type}

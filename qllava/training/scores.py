@@ -1,0 +1,181 @@
+"""What a run measures of itself: held-out questions answered during it, and nano's table.
+
+| row | measured how |
+|---|---|
+| most frequent answer | to each test question, the commonest training answer to the same text; else to the same first words |
+| blind | the trained model, each question with the picture of another |
+| untrained, stage 1, stage 2 | the same parts before the first step, with the projector alone trained, and with LoRA |
+| unseen pairs | the trained model on shapes whose pair of colour and form no training picture shows |
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qllava.data.encode import Encoder
+from qllava.data.formats import Example, read_examples
+from qllava.data.images import open_image
+from qllava.evaluation import vqa
+from qllava.inference import answer_prompts
+from qllava.models.assemble import Assembled
+from qllava.models.checkpoint import tokens_per_image
+from qllava.nano import dataset as nano
+
+SCORES_FILE = "scores.json"
+MAX_ANSWER_TOKENS = 48
+
+
+class _Pixels(Sequence[torch.Tensor | None]):
+    """The pictures of questions as tensors, opened when they are asked for: a whole set never lies in memory."""
+
+    def __init__(self, examples: Sequence[Example], processor: Any) -> None:
+        self.examples, self.processor = examples, processor
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        pictures = [open_image(path) for path in self.examples[index].images]
+        return self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
+
+
+def answers(model: nn.Module, assembled: Assembled, examples: Sequence[Example], *, title: str = "") -> list[str]:
+    """The model's greedy answers to the last question of each row."""
+    encoder = Encoder(
+        assembled.processor.tokenizer,
+        assembled.template,
+        assembled.model.config.image_token_index,
+        tokens_per_image(assembled.model.config),
+    )
+    prompts = [encoder.encode_prompt(vqa.question(e), images=len(e.images)) for e in examples]
+    pixels = _Pixels(examples, assembled.processor)
+    with tqdm(total=len(examples), desc=title, unit=" questions", disable=not title, leave=False) as bar:
+        return answer_prompts(
+            model, assembled.processor.tokenizer, prompts, pixels, max_new_tokens=MAX_ANSWER_TOKENS, done=bar.update
+        )
+
+
+def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example]) -> float:
+    """The share of rows whose last question is answered as the row answers it."""
+    return vqa.score(examples, answers(model, assembled, examples)).accuracy
+
+
+def pick(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` rows, evenly spaced."""
+    step = max(1, -(-len(examples) // count)) if count else len(examples) + 1
+    return list(examples[::step])
+
+
+def asked(example: Example) -> str:
+    """The last question of a row, without marks of pictures."""
+    return vqa.question(example).turns[-1].content.replace("<image>", "").strip()
+
+
+def write_samples(path: Path, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> None:
+    """Sample answers for the report."""
+    rows = [
+        {"image": str(e.images[0]) if e.images else None, "question": asked(e), "truth": vqa.truth(e), "before": b, "after": a}
+        for e, b, a in zip(examples, before, after, strict=True)
+    ]
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+@dataclass
+class Table:
+    """nano's table. What was measured is kept in the run's folder, so a run that is continued does not lose it."""
+
+    folder: Path
+    """The run's folder."""
+    assembled: Assembled
+    """Tokenizer, pictures and template for the questions."""
+    test: list[Example]
+    """Held-out questions, every type alike often."""
+    unseen: list[Example]
+    """Questions about pairs that no training picture shows."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """What was measured so far, under the names of results.json."""
+
+    @classmethod
+    def open(cls, folder: Path, assembled: Assembled) -> Table:
+        """Begin a table, or go on with the one that the folder holds."""
+        data = nano.prepare()
+        path = folder / SCORES_FILE
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return cls(folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found)
+
+    def measure(self, name: str, model: nn.Module) -> None:
+        """Answer the test questions with the model as it is now."""
+        if name not in self.found:
+            self._keep(name, vqa.score(self.test, self._answers(model, self.test, name)).accuracy)
+
+    def finish(self, model: nn.Module, train: Sequence[Example]) -> dict[str, Any]:
+        """The rows that need the trained model and the training data; returns the whole table."""
+        result = vqa.score(self.test, self._answers(model, self.test, "stage2"))
+        # A shift by half the set gives every question the picture of another, of the same type of question or not.
+        half = len(self.test) // 2
+        swapped = [replace(e, images=self.test[(i + half) % len(self.test)].images) for i, e in enumerate(self.test)]
+        self.found |= {
+            "stage2": result.accuracy,
+            "by_type": result.by_type,
+            "n": result.n,
+            "ci95": list(result.ci95),
+            "frequent_answer": vqa.score(self.test, frequent_answers(train, self.test)).accuracy,
+            "blind": vqa.score(self.test, self._answers(model, swapped, "blind")).accuracy,
+            "unseen_pairs": vqa.score(self.unseen, self._answers(model, self.unseen, "unseen pairs")).accuracy,
+        }
+        return self.found
+
+    def _answers(self, model: nn.Module, examples: Sequence[Example], title: str) -> list[str]:
+        return answers(model, self.assembled, examples, title=f"Asking: {title}")
+
+    def _keep(self, name: str, value: float) -> None:
+        self.found[name] = value
+        (self.folder / SCORES_FILE).write_text(json.dumps(self.found), encoding="utf-8")
+
+
+def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """To each question the commonest training answer to the same text; never asked there, to the same first two words."""
+    exact: dict[str, Counter[str]] = defaultdict(Counter)
+    begun: dict[str, Counter[str]] = defaultdict(Counter)
+    for example in train:
+        turns = example.conversation.turns
+        for question, answer in zip(turns[::2], turns[1::2], strict=False):
+            text = question.content.replace("<image>", "").strip()
+            exact[text][answer.content] += 1
+            begun[" ".join(text.split()[:2])][answer.content] += 1
+    out = []
+    for example in test:
+        text = asked(example)
+        counts = exact.get(text) or begun.get(" ".join(text.split()[:2])) or Counter({"": 1})
+        out.append(counts.most_common(1)[0][0])
+    return out
+
+
+def format_table(found: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    rows = [
+        ("most frequent answer", "frequent_answer"),
+        ("blind (another picture)", "blind"),
+        ("untrained", "untrained"),
+        ("after stage 1", "stage1"),
+        ("after stage 2", "stage2"),
+        ("unseen pairs", "unseen_pairs"),
+    ]
+    lines = [f"Right answers to {found['n']:,} held-out questions"]
+    lines += [f"  {label:<26}{found[key]:>7.1%}  {_bar(found[key])}" for label, key in rows]
+    lines += ["By type, after stage 2"]
+    lines += [f"  {label:<26}{value:>7.1%}  {_bar(value)}" for label, value in found["by_type"].items()]
+    return "\n".join(lines)
+
+
+def _bar(share: float) -> str:
+    return "#" * round(30 * share)

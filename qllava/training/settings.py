@@ -1,0 +1,144 @@
+"""Settings of a run: TRL's `SFTConfig` with our defaults and fields, and how YAML and flags fill it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from trl import SFTConfig, TrlParser
+
+from qllava.config import DataConfig, InputError, ModelConfig
+
+# Fields of SFTConfig that would have no effect here, and why. A value other than TRL's default is refused.
+NO_EFFECT = {
+    "packing": "rows are laid out by qllava, with pictures",
+    "packing_strategy": "rows are laid out by qllava, with pictures",
+    "eval_packing": "rows are laid out by qllava, with pictures",
+    "padding_free": "rows are laid out by qllava, with pictures",
+    "assistant_only_loss": "answers alone are learned, always",
+    "completion_only_loss": "answers alone are learned, always",
+    "dataset_text_field": "rows are recognized by their own keys",
+    "dataset_num_proc": "rows are encoded by the tokenizer's own threads",
+    "chat_template_path": "the field `template` decides",
+    "eos_token": "the template decides where a turn ends",
+    "pad_token": "padding is never learned and never seen",
+    "truncation_mode": "the field `too_long` decides",
+    "pad_to_multiple_of": "rows are padded to the longest",
+    "model_init_kwargs": "the model is assembled from its parts",
+    "trust_remote_code": "no remote code is run",
+    "use_liger_kernel": "TRL's fused head is used, which it would replace",
+    "remove_unused_columns": "the collator takes what it needs",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+}
+
+
+@dataclass
+class TrainConfig(SFTConfig):
+    """The loop's settings: all of TRL's, with LLaVA's recipe as defaults."""
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Of LoRA in stage 2 (2e-4) or of the projector in stage 1 (1e-3)."}
+    )
+    projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."})
+    max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a sample, image tokens counted."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "How often the data is gone through."})
+    lr_scheduler_type: str = field(  # type: ignore[assignment]
+        default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    eval_questions: int = field(
+        default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin anew where a finished run lies."})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            self.output_dir = "runs/run"
+        if self.bf16 is None and not self.fp16:
+            # TRL's own default is bf16 wherever it runs: on a CPU that is slower and less exact.
+            cuda = torch.cuda.is_available()
+            self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = cuda and not self.bf16
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) -> Settings:
+    """Read `--config FILE.yaml` and flags.
+
+    Args:
+        args: the command line; None for the process's own.
+        output_dir: where the run goes unless told otherwise.
+        nano: values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
+
+    Raises InputError for a file that cannot be read, an unknown key, or a field that would have no effect. A wrong flag ends the
+    process with status 2, as argparse does.
+    """
+    line = list(sys.argv[1:] if args is None else args)
+    given = _read_yaml(line)
+    model, *_ = _parse(line, given, {"output_dir": output_dir})
+    defaults = {"output_dir": output_dir, **(nano if model.is_nano else {})}
+    model, data, train = _parse(line, given, defaults)
+    for name, reason in NO_EFFECT.items():
+        own = next(f for f in dataclasses.fields(SFTConfig) if f.name == name)
+        if name in given or f"--{name}" in line:
+            if getattr(train, name) != own.default:
+                raise InputError(f"The setting {name} has no effect in qllava: {reason}; remove it.")
+    return Settings(model, data, train)
+
+
+def _parse(line: list[str], given: dict[str, Any], defaults: dict[str, Any]) -> tuple[Any, Any, Any]:
+    parser = TrlParser([ModelConfig, DataConfig, TrainConfig], usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]")
+    parser.set_defaults_with_config(**defaults)
+    unknown = parser.set_defaults_with_config(**given)
+    known = [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
+    if unknown:
+        key = unknown[0].removeprefix("--")
+        raise InputError(f"The configuration has the unknown key {key!r}{_nearest(key, known)}.")
+    model, data, train, rest = parser.parse_args_into_dataclasses(args=line, return_remaining_strings=True)
+    if rest:
+        key = rest[0].removeprefix("--").split("=")[0]
+        parser.error(f"unknown argument {rest[0]}{_nearest(key, known)}")
+    return model, data, train
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; see --help for all keys"
+
+
+def _read_yaml(line: list[str]) -> dict[str, Any]:
+    """Take `--config FILE` out of the command line and read the file."""
+    for index, word in enumerate(line):
+        if word == "--config" and index + 1 < len(line):
+            path = line.pop(index + 1)
+            line.pop(index)
+        elif word.startswith("--config="):
+            path = line.pop(index).partition("=")[2]
+        else:
+            continue
+        try:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"The configuration {path} is no YAML: {' '.join(str(error).split())}.") from error
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            raise InputError(f"The configuration {path} must hold `key: value` lines.")
+        return given
+    return {}

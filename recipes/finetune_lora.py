@@ -1,0 +1,18 @@
+"""Tune a LLaVA: LoRA on a 4-bit language model, and the projector.
+
+    python recipes/finetune_lora.py                                           nano: teaches a small model to see, in minutes
+    python recipes/finetune_lora.py --train_file mine.json --image_folder photos
+    python recipes/finetune_lora.py --config recipes/my_7b.yaml --output_dir runs/mine
+
+Every setting is a flag and a key of the YAML; `--help` lists them. The same command again continues a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from qllava.training.run import NANO_FINETUNE, finetune, main
+from qllava.training.settings import parse
+
+if __name__ == "__main__":
+    sys.exit(main(finetune, lambda: parse(None, output_dir="runs/finetune_lora", nano=NANO_FINETUNE)))

@@ -1,0 +1,18 @@
+"""Stage 1: align a new projector with captions; tower and language model stay as they are.
+
+    python recipes/pretrain_projector.py                                      nano's own pictures and captions
+    python recipes/pretrain_projector.py --language_model lmsys/vicuna-7b-v1.5 \
+        --vision_tower open_clip:ViT-L-14-336-quickgelu/openai --train_file captions.json --image_folder pictures
+
+The folder that it writes is what `finetune_lora.py --projector FOLDER` starts from.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from qllava.training.run import NANO_PRETRAIN, main, pretrain
+from qllava.training.settings import parse
+
+if __name__ == "__main__":
+    sys.exit(main(pretrain, lambda: parse(None, output_dir="runs/pretrain_projector", nano=NANO_PRETRAIN)))

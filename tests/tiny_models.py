@@ -7,6 +7,7 @@ with the ChatML markers. The weights are random but seeded, so two calls give th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -128,3 +130,34 @@ def make_picture(colour: str | tuple[int, int, int], size: tuple[int, int] = (IM
     picture = Image.new("RGB", size, colour)
     picture.paste("white", (2, 2, size[0] // 3, size[1] // 3))
     return picture
+
+
+def make_tiny_parts(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """Write the tiny model's language model and tower as two folders, from which a new LLaVA is built; returns both."""
+    processor = make_tiny_processor()
+    model = make_tiny_model(processor, seed=seed)
+    language_model, tower = folder / "llama", folder / "tower"
+    whole = LlamaForCausalLM(model.config.text_config)
+    whole.model, whole.lm_head = model.model.language_model, model.lm_head
+    whole.save_pretrained(language_model)
+    processor.tokenizer.save_pretrained(language_model)
+    model.model.vision_tower.save_pretrained(tower)
+    processor.image_processor.save_pretrained(tower)
+    return language_model, tower
+
+
+def make_tiny_rows(folder: Path, *, rows: int = 8) -> Path:
+    """Write pictures and a LLaVA JSON of conversations about them; returns the file."""
+    colours = ("red", "green", "blue", "yellow")
+    content = []
+    for index in range(rows):
+        colour = colours[index % len(colours)]
+        make_picture(colour, (32 + index, 40)).save(folder / f"{index}.png")
+        asked = "<image>\nWhat colour is it?" if index % 2 else "What colour is it?\n<image>"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": colour}]
+        if index % 3 == 0:
+            turns += [{"from": "human", "value": "How many circles?"}, {"from": "gpt", "value": "one " * (index + 1)}]
+        content.append({"id": f"row-{index}", "image": f"{index}.png", "conversations": turns})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path

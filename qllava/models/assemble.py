@@ -154,6 +154,9 @@ def _from_parts(recipe: Recipe, dtype: torch.dtype, device: str, seed: int) -> t
     llm, tokenizer = load_language_model(_nano(recipe.language_model, "llama"), dtype, device, four_bit=recipe.load_in_4bit)
     tower = load_tower(_nano(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if recipe.load_in_4bit:
+        # It would be saved inside the merged model's config, and every program would take plain weights for packed ones.
+        del llm.config.quantization_config
     config = LlavaConfig(
         text_config=llm.config,
         vision_config=tower.model.config,
@@ -366,14 +369,20 @@ def read_record(folder: Path) -> Recipe:
         raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
 
 
+def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
+    """Put the adapter of a run or checkpoint onto its base, in eval mode. Raises InputError when it cannot be read or does not fit."""
+    try:
+        model = PeftModel.from_pretrained(assembled.model, str(folder))  # type: ignore[arg-type]
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"The adapter in {folder} cannot be loaded: {one_line(error)}") from error
+    model.eval()
+    return model
+
+
 def load_run(folder: Path) -> tuple[Any, LlavaProcessor]:
     """The model of a run folder or one of its checkpoints as it was trained: base (in NF4 if it was) plus adapter, in eval mode.
 
     Raises InputError when parts are missing or the base is another one.
     """
     assembled = assemble(read_record(folder))
-    try:
-        model = PeftModel.from_pretrained(assembled.model, str(folder))
-    except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"The adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    return model.eval(), assembled.processor
+    return load_adapter(assembled, folder), assembled.processor

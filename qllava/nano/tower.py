@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -96,22 +97,52 @@ def _batches(pictures: np.ndarray, text: torch.Tensor, size: int, steps: int, rn
         yield pixels(pictures[chosen]), text[chosen]
 
 
-def train(
-    *, scenes: int = 40_000, steps: int = 3_000, batch: int = 128, lr: float = 1.5e-3, seed: int = 0, log: Callable[[str], None] = print
-) -> CoCa:
-    """Train the tower's CoCa; bf16 matrix products, fp32 weights. Returns the model in evaluation mode."""
+@dataclass(frozen=True)
+class Round:
+    """One cycle of the learning rate over scenes of its own."""
+
+    scenes: int
+    """How many are drawn for it."""
+    steps: int
+    """Optimizer steps."""
+    lr: float
+    """The highest learning rate; it falls to nothing along a cosine."""
+
+
+# After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all.
+ROUNDS = (Round(24_000, 2_200, 1.5e-3), Round(40_000, 2_200, 1.0e-3))
+
+
+def train(rounds: tuple[Round, ...] = ROUNDS, *, batch: int = 128, seed: int = 0, log: Callable[[str], None] = print) -> CoCa:
+    """Train the tower's CoCa. Returns the model in evaluation mode."""
     torch.manual_seed(seed)
     ids = vocabulary()
+    model = build(len(ids) + 2)
+    drawn = 0
+    for round_ in rounds:
+        pictures, text = _draw_all(range(drawn, drawn + round_.scenes), ids)
+        drawn += round_.scenes
+        train_round(model, pictures, text, round_, batch=batch, seed=seed, log=log)
+    return model.eval()
+
+
+def _draw_all(seeds: range, ids: dict[str, int]) -> tuple[np.ndarray, torch.Tensor]:
+    """The pictures and tokenized captions of scenes, drawn in parallel."""
+    chunks = [list(seeds[k : k + 500]) for k in range(0, len(seeds), 500)]
     with ProcessPoolExecutor() as pool:
-        chunks = [list(range(k, min(k + 500, scenes))) for k in range(0, scenes, 500)]
         drawn = list(tqdm(pool.map(draw, chunks), total=len(chunks), desc="scenes"))
     pictures = np.concatenate([p for p, _ in drawn])
-    text = tokens([full_caption(s) for _, part in drawn for s in part], ids)
-    model = build(len(ids) + 2)
+    return pictures, tokens([full_caption(s) for _, part in drawn for s in part], ids)
+
+
+def train_round(
+    model: CoCa, pictures: np.ndarray, text: torch.Tensor, round_: Round, *, batch: int, seed: int, log: Callable[[str], None]
+) -> None:
+    """One round, in place; bf16 matrix products, fp32 weights."""
     loss_of = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=_PAD)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    bar = tqdm(_batches(pictures, text, batch, steps, np.random.default_rng(seed)), total=steps, desc="tower")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, round_.lr, total_steps=round_.steps, pct_start=0.05)
+    bar = tqdm(_batches(pictures, text, batch, round_.steps, np.random.default_rng(seed)), total=round_.steps, desc="tower")
     for step, (x, y) in enumerate(bar):
         # torch's flash attention on the CPU takes ten times as long backwards as the plain product at this size.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -126,4 +157,3 @@ def train(
         schedule.step()
         if step % 100 == 99:
             log(f"step {step + 1}: contrastive {clip.item():.3f} caption {caption.item() / 2:.4f}")
-    return model.eval()

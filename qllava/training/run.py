@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
+from qllava.data.collate import Collator
 from qllava.data.encode import Encoder, Sample
 from qllava.data.formats import Example, read_examples
 from qllava.models import assemble as parts
@@ -38,6 +40,8 @@ from qllava.training.settings import Settings, TrainConfig
 from qllava.training.trainer import LlavaTrainer, Metrics, checkpoints, to_dataset
 
 RESULTS_FILE = "results.json"
+PROBES_FILE = "probes.safetensors"
+PROBES = 32
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def finetune(settings: Settings) -> Path:
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     train = _read(settings.data.train_file, settings, "train_file", nano_file="train")
     evaluation = _read_evaluation(settings)
-    shown = scores.pick(evaluation, 12)
+    shown = scores.spaced(evaluation, 12)
     before = scores.answers(assembled.model, assembled, shown) if shown else []
     if table:
         table.measure("untrained", assembled.model)
@@ -162,7 +166,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: parts.Assembled, sett
     )
     encoded = encoder.encode_all(stage.train, progress=True)
     held_out = encoder.encode_all(stage.evaluation).samples if stage.evaluation else []
-    questions = scores.pick(stage.evaluation, stage.config.eval_questions)
+    questions = scores.spaced(stage.evaluation, stage.config.eval_questions)
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -186,7 +190,20 @@ def train_stage(stage: Stage, model: nn.Module, assembled: parts.Assembled, sett
     model.eval()
     last = trainer.evaluate() if held_out else {}
     trainer.save_model(str(stage.folder))
+    save_probes(stage.folder / PROBES_FILE, held_out or encoded.samples, trainer.data_collator)
     return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
+
+
+def save_probes(path: Path, samples: Sequence[Sample], collator: Collator) -> None:
+    """Keep rows as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, row in enumerate(to_dataset(scores.spaced(samples, PROBES))):
+        batch = collator([row])
+        for key in ("input_ids", "labels"):
+            tensors[f"{number}.{key}"] = batch[key][0]
+        if "pixel_values" in batch:
+            tensors[f"{number}.pixel_values"] = batch["pixel_values"]
+    save_file(tensors, path)
 
 
 def _exact_match(model: nn.Module, assembled: parts.Assembled, questions: list[Example]) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 
+T = TypeVar("T")
 SCORES_FILE = "scores.json"
 MAX_ANSWER_TOKENS = 48
 
@@ -69,10 +70,10 @@ def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Examp
     return vqa.score(examples, answers(model, assembled, examples)).accuracy
 
 
-def pick(examples: Sequence[Example], count: int) -> list[Example]:
+def spaced(rows: Sequence[T], count: int) -> list[T]:
     """At most `count` rows, evenly spaced."""
-    step = max(1, -(-len(examples) // count)) if count else len(examples) + 1
-    return list(examples[::step])
+    step = max(1, -(-len(rows) // count)) if count else len(rows) + 1
+    return list(rows[::step])
 
 
 def asked(example: Example) -> str:

@@ -1,7 +1,7 @@
 """What a recipe's YAML and flags may say about model and data, and the one error that a user is meant to read.
 
-The settings of the loop itself are TRL's `SFTConfig`; `training/settings.py` joins the three. Standard library only, so that the
-command line stays instant.
+The settings of the loop itself are TRL's `SFTConfig`; `training/settings.py` joins the three. Standard library only,
+so that the command line stays instant.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class ModelConfig:
     @property
     def is_nano(self) -> bool:
         """Whether these are nano's own parts."""
-        return self.model_name_or_path == NANO or not (self.model_name_or_path or self.language_model or self.vision_tower)
+        return self.model_name_or_path == NANO or not (
+            self.model_name_or_path or self.language_model or self.vision_tower
+        )
 
 
 @dataclass
@@ -74,7 +76,9 @@ class DataConfig:
     train_file: str | None = field(
         default=None, metadata={"help": "Conversations: LLaVA JSON, JSONL, or rows of messages. nano has its own."}
     )
-    eval_file: str | None = field(default=None, metadata={"help": "Held-out rows, for loss and exact match during the run."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Held-out rows, for loss and exact match during the run."}
+    )
     image_folder: str | None = field(
         default=None, metadata={"help": "Where the pictures lie; without it they lie beside the file that names them."}
     )

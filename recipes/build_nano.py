@@ -2,8 +2,8 @@
 
     python recipes/build_nano.py --out qllava/nano/weights
 
-On two cores with bf16 matrix units it takes about an hour and a half; the two parts train side by side, a core each. A C++ compiler
-(for `torch.compile`) halves the LLaMA's time; without one it trains uncompiled.
+On two cores with bf16 matrix units it takes about an hour and a half; the two parts train side by side, a core each. A
+C++ compiler (for `torch.compile`) halves the LLaMA's time; without one it trains uncompiled.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, PreTrainedModel
 
 from qllava.models.vision import convert_open_clip
 from qllava.nano import llama, scenes, tower
+
+
+def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
+    weights: torch.nn.Module = model  # transformers' own `to` says nothing of its types
+    weights.to(dtype)
+    model.save_pretrained(out)
 
 
 def build_tower(out: Path) -> float:
@@ -27,7 +33,7 @@ def build_tower(out: Path) -> float:
     started = time.monotonic()
     torch.set_num_threads(1)
     model = convert_open_clip(tower.train().visual)
-    model.half().save_pretrained(out)
+    _save(model, torch.float16, out)
     CLIPImageProcessor(
         size={"shortest_edge": scenes.SIZE},
         crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
@@ -43,16 +49,21 @@ def build_llama(out: Path) -> float:
     torch.set_num_threads(1)
     tokenizer = llama.train_tokenizer()
     model = llama.train(tokenizer)
-    model.to(torch.bfloat16).save_pretrained(out)
+    _save(model, torch.bfloat16, out)
     tokenizer.save_pretrained(out)
     return time.monotonic() - started
 
 
-def main() -> int:
-    """Train both parts side by side."""
+def command_line() -> argparse.ArgumentParser:
+    """What the recipe understands."""
     parser = argparse.ArgumentParser(description="Make nano's weights again.")
     parser.add_argument("--out", type=Path, required=True, help="a folder; `tower` and `llama` are written into it")
-    out: Path = parser.parse_args().out
+    return parser
+
+
+def main() -> int:
+    """Train both parts side by side."""
+    out: Path = command_line().parse_args().out
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         parts = {"tower": pool.submit(build_tower, out / "tower"), "llama": pool.submit(build_llama, out / "llama")}
         for name, future in parts.items():

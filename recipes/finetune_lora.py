@@ -1,10 +1,11 @@
 """Tune a LLaVA: LoRA on a 4-bit language model, and the projector.
 
-    python recipes/finetune_lora.py                                           nano: teaches a small model to see, in minutes
+    python recipes/finetune_lora.py                            # nano: teaches a small model to see, in minutes
     python recipes/finetune_lora.py --train_file mine.json --image_folder photos
     python recipes/finetune_lora.py --config recipes/my_7b.yaml --output_dir runs/mine
 
-Every setting is a flag and a key of the YAML; `--help` lists them. The same command again continues a run that was interrupted.
+Every setting is a flag and a key of the YAML; `--help` lists them. The same command again continues a run that was
+interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the cases from outside, which lie beside the clone and may be absent."""
+"""Fixtures for all tests: the cases from outside, which lie beside the clone and may be absent, and tiny runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 from qllava.conversation import IMAGE_TOKEN
+from qllava.models.checkpoint import save_llava
+from tests.tiny_models import make_tiny_model, make_tiny_processor
+from tests.tiny_runs import Tiny, make_tiny_runs
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,18 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Parts of a tiny LLaVA and both stages trained over them, once for all tests; read only."""
+    return make_tiny_runs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA that exists already, in llava-hf's layout."""
+    folder = tmp_path_factory.mktemp("llava") / "tiny"
+    processor = make_tiny_processor()
+    save_llava(make_tiny_model(processor), processor, folder)
+    return folder

@@ -24,7 +24,7 @@ def load(model: str, *, load_in_4bit: bool = False) -> Chat:
     """
     folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
     if (folder / "adapter_config.json").is_file():
-        from qllava.models.assemble import load_run
+        from qllava.models.adapter import load_run
 
         network, processor = load_run(folder)
         return Chat(network.eval(), processor, str(folder))

@@ -1,25 +1,21 @@
-"""Parts become a LLaVA that can be tuned: 4-bit language model, fp32 projector, frozen tower, LoRA.
+"""Parts become a LLaVA that can be tuned: 4-bit language model, fp32 projector, frozen tower.
 
     language model (NF4) ---------\
-    projector (fp32, trained) -----> LlavaForConditionalGeneration --LoRA, by full path--> PeftModel
+    projector (fp32, trained) -----> LlavaForConditionalGeneration --adapter.py: LoRA, by full path--> PeftModel
     tower (frozen, no graph) -----/
 
-Chosen: the language model is loaded by itself, quantized, and put in its place in an empty LLaVA, so that nothing else can be
-quantized by a mismatched list of names; a LLaVA that exists already is loaded with the full names of what must stay as it is.
+Chosen: the language model is loaded by itself, quantized, and put in its place in an empty LLaVA, so that nothing else
+can be quantized by a mismatched list of names; a LLaVA that exists already is loaded with the full names of what must
+stay as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -35,19 +31,16 @@ from transformers import (
 from qllava.config import NANO_WEIGHTS, InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.checkpoint import build_processor, load_llava
-from qllava.models.vision import LOAD_ERRORS, load_tower, one_line
+from qllava.models.vision import LOAD_ERRORS, check_loading, load_tower, one_line
 
 LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
-PROJECTOR_FILE = "projector.safetensors"
-RECORD_FILE = "qllava.json"
-# Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
-LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
 _KEPT_IN_FULL = ["model.multi_modal_projector", "model.vision_tower", "lm_head"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is built from; written beside every adapter as `qllava.json`, so that the folder needs nothing else."""
+    """What a model is built from; written beside every adapter, so that the folder needs nothing else."""
 
     model: str | None
     """A LLaVA's folder or hub name; None when it is built from the two parts below."""
@@ -67,11 +60,8 @@ class Recipe:
     """Whether the language model is held in NF4."""
     fingerprint: str = ""
     """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
-
-
-def nano_recipe(template: str = "chatml", *, load_in_4bit: bool = True) -> Recipe:
-    """The embedded default's parts."""
-    return Recipe(None, "nano", "nano", "mlp2x_gelu", -2, "pad", template, load_in_4bit)
+    dtype: str = ""
+    """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
 
 
 @dataclass
@@ -81,7 +71,7 @@ class Assembled:
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
     recipe: Recipe
-    """With the fingerprint filled in."""
+    """With template, fingerprint and dtype filled in."""
 
     @property
     def template(self) -> Template:
@@ -99,19 +89,19 @@ def compute_dtype() -> torch.dtype:
 def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
     """Load or build the model of a recipe; a new projector is drawn from `seed`.
 
-    Raises InputError for parts that are missing, of another kind, or of widths that do not fit, and when the recipe carries the
-    fingerprint of another base.
+    Raises InputError for parts that are missing, of another kind, or of widths that do not fit, and when the recipe
+    carries the fingerprint of another base.
     """
-    dtype = compute_dtype()
+    dtype: torch.dtype = getattr(torch, recipe.dtype) if recipe.dtype else compute_dtype()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     quantization = _nf4(dtype) if recipe.load_in_4bit else None
     if recipe.model is not None:
-        model, processor = load_llava(
-            recipe.model, dtype=dtype, quantization_config=quantization, device_map={"": device} if quantization else None
-        )
+        on_device = {"": device} if quantization else None
+        model, processor = load_llava(recipe.model, dtype=dtype, quantization_config=quantization, device_map=on_device)
     else:
         model, processor = _from_parts(recipe, dtype, device, seed)
-    model.to(device) if quantization is None else None
+    if quantization is None:
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     model.model.multi_modal_projector.to(device=device, dtype=torch.float32)
     recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer))
     template = TEMPLATES[recipe.template]
@@ -122,14 +112,17 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
     found = fingerprint(model, built=recipe.model is None)
     if recipe.fingerprint and recipe.fingerprint != found:
         raise InputError(
-            f"The base {recipe.model or recipe.language_model} is not the one that this adapter was trained on (its weights, shapes or "
-            "vocabulary differ); give the base that the run used."
+            f"The base {recipe.model or recipe.language_model} is not the one that this adapter was trained on (its "
+            "weights, shapes or vocabulary differ); give the base that the run used."
         )
-    return Assembled(model, processor, replace(recipe, fingerprint=found))
+    return Assembled(model, processor, replace(recipe, fingerprint=found, dtype=str(dtype).removeprefix("torch.")))
 
 
 def template_of(tokenizer: Any) -> str:
-    """The template that a language model was made for, by its control tokens; `vicuna_v1`, LLaVA's own, where there are none."""
+    """The template that a language model was made for, by its control tokens.
+
+    Where there are none it is `vicuna_v1`, LLaVA's own.
+    """
     vocabulary = tokenizer.get_vocab()
     for name in ("llama_3", "chatml"):
         if all(control in vocabulary for control in TEMPLATES[name].controls):
@@ -147,15 +140,19 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _from_parts(recipe: Recipe, dtype: torch.dtype, device: str, seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def _from_parts(
+    recipe: Recipe, dtype: torch.dtype, device: str, seed: int
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Build a LLaVA from a language model and a tower."""
     if recipe.language_model is None or recipe.vision_tower is None:
         raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
-    llm, tokenizer = load_language_model(_nano(recipe.language_model, "llama"), dtype, device, four_bit=recipe.load_in_4bit)
+    llm, tokenizer = load_language_model(
+        _nano(recipe.language_model, "llama"), dtype, device, four_bit=recipe.load_in_4bit
+    )
     tower = load_tower(_nano(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if recipe.load_in_4bit:
-        # It would be saved inside the merged model's config, and every program would take plain weights for packed ones.
+        # It would be saved inside the merged model's config, and programs would take plain weights for packed ones.
         del llm.config.quantization_config
     config = LlavaConfig(
         text_config=llm.config,
@@ -168,9 +165,9 @@ def _from_parts(recipe: Recipe, dtype: torch.dtype, device: str, seed: int) -> t
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
     model.model.language_model, model.lm_head = llm.model, llm.lm_head
-    model.model.vision_tower = tower.model.to(device=device, dtype=dtype)
+    model.model.vision_tower = nn.Module.to(tower.model, device=device, dtype=dtype)
     model.model.multi_modal_projector.to_empty(device="cpu")
     _draw_projector(model.model.multi_modal_projector, recipe.projector_type, seed)
     model.generation_config = llm.generation_config
@@ -184,7 +181,9 @@ def _nano(name: str, part: str) -> str:
         return name
     folder = NANO_WEIGHTS / part
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py.")
+        raise InputError(
+            f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
+        )
     return str(folder)
 
 
@@ -198,21 +197,24 @@ def load_language_model(
     try:
         config = AutoConfig.from_pretrained(name)
     except LOAD_ERRORS as error:
-        raise InputError(f"The language model {name} has no readable config.json: {one_line(error)}") from error
+        raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type not in LANGUAGE_MODELS:
         supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
         raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
     try:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
         tokenizer = AutoTokenizer.from_pretrained(name, legacy=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
+            output_loading_info=True,
             **({"quantization_config": _nf4(dtype), "device_map": {"": device}} if four_bit else {}),
         )
     except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"The language model {name} cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"The language model {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+    model, report = loaded
+    check_loading(report, f"The language model {name}")
     if not four_bit:
         model.to(device)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -234,15 +236,15 @@ def _grow_embeddings(model: Any, size: int) -> None:
             table.weight[old:] = table.weight[:old].mean(0)
 
 
-def _draw_projector(projector: nn.Module, kind: str, seed: int) -> None:
-    """Initialize in fp32 from a seed of its own; a linear projector is W in `linear_1` and a fixed identity in `linear_2`."""
+def _draw_projector(projector: Any, kind: str, seed: int) -> None:
+    """Initialize in fp32 from a seed of its own; `linear` is W in `linear_1` and a fixed identity in `linear_2`."""
     generator = torch.Generator().manual_seed(seed)
     for name in ("linear_1", "linear_2"):
         layer = getattr(projector, name)
         nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
         nn.init.zeros_(layer.bias)
     if kind == "linear":
-        nn.init.eye_(projector.linear_2.weight)  # type: ignore[arg-type]
+        nn.init.eye_(projector.linear_2.weight)
 
 
 def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:
@@ -257,16 +259,23 @@ def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:
 
 
 def _prepare_for_training(model: Any) -> None:
-    """Freeze everything and take the tower out of the graph."""
+    """Freeze everything, take the tower out of the graph, and let a 16-bit tower feed an fp32 projector."""
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Otherwise a forward pass without gradients repacks the weights in place, and training after an evaluation on such a CPU
-            # goes on with no gradients and no error.
+            # Otherwise a forward pass without gradients repacks the weights in place, and training after an evaluation
+            # on such a CPU goes on with no gradients and no error.
             module.support_avx512bf16_for_cpu = False
     tower = model.model.vision_tower
-    # `enable_input_require_grads` hooks the tower's embedding too: without this it would run in the graph and be checkpointed.
+    # `enable_input_require_grads` hooks the tower's embedding too: it would run in the graph and be checkpointed.
     tower.forward = torch.no_grad()(tower.forward)
+    # In training autocast does this; an answer during a run, and chat, are computed without it.
+    model.model.multi_modal_projector.register_forward_pre_hook(_to_own_dtype)
+
+
+def _to_own_dtype(projector: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Features come in the tower's type, the projector is fp32."""
+    return (inputs[0].to(projector.linear_1.weight.dtype), *inputs[1:])
 
 
 def fingerprint(model: Any, *, built: bool) -> str:
@@ -283,106 +292,3 @@ def fingerprint(model: Any, *, built: bool) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat[::step][:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def add_lora(assembled: Assembled, *, r: int, alpha: int, dropout: float) -> PeftModel:
-    """LoRA on every linear layer of the language model, and the projector trained whole, in fp32; the model is changed in place."""
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=["multi_modal_projector"],
-        bias="none",
-    )
-    model = get_peft_model(assembled.model, config)  # type: ignore[arg-type]
-    _freeze_identity(model, assembled.recipe)
-    # TRL casts whatever trains on a 4-bit model to bf16, where a step of the projector mostly rounds to nothing; peft has
-    # done with the mark, so it goes.
-    assembled.model.is_loaded_in_4bit = False
-    return model  # type: ignore[return-value]
-
-
-def train_projector_only(assembled: Assembled) -> LlavaForConditionalGeneration:
-    """Everything frozen but the projector; the model is changed in place."""
-    assembled.model.model.multi_modal_projector.requires_grad_(True)
-    _freeze_identity(assembled.model, assembled.recipe)
-    assembled.model.is_loaded_in_4bit = False
-    return assembled.model
-
-
-def _freeze_identity(model: nn.Module, recipe: Recipe) -> None:
-    """A linear projector's second layer is the identity and stays it."""
-    if recipe.model is None and recipe.projector_type == "linear":
-        for name, parameter in model.named_parameters():
-            if "multi_modal_projector" in name and ("linear_2" in name):
-                parameter.requires_grad_(False)
-
-
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The projector that is in use (under peft: the trained copy), under its own names, on the CPU."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if "multi_modal_projector" in name and "original_module" not in name:
-            found[".".join(name.split(".")[-2:])] = tensor.detach().float().cpu()
-    return found
-
-
-def save_projector(model: nn.Module, folder: Path) -> None:
-    """Write `projector.safetensors` into a folder."""
-    save_file(projector_state(model), folder / PROJECTOR_FILE)
-
-
-def load_projector(model: Any, folder: Path) -> None:
-    """Put the projector that a stage 1 wrote into a model that has no adapter yet.
-
-    Raises InputError when there is none, or its widths are other ones.
-    """
-    path = folder / PROJECTOR_FILE
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({one_line(error)}); give the folder that pretrain_projector wrote.") from error
-    projector = model.model.multi_modal_projector
-    own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if own != given:
-        differing = next(name for name in sorted(own.keys() | given.keys()) if own.get(name) != given.get(name))
-        raise InputError(
-            f"The projector {path} does not fit this model: {differing} is {given.get(differing)} there and {own.get(differing)} here; "
-            "it was trained for another tower, language model or projector_type."
-        )
-    projector.load_state_dict(state)
-
-
-def save_record(recipe: Recipe, folder: Path) -> None:
-    """Write what the model was built from beside its adapter."""
-    (folder / RECORD_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> Recipe:
-    """What the model of a run or checkpoint was built from. Raises InputError when the folder does not say."""
-    path = folder / RECORD_FILE
-    try:
-        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
-
-
-def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
-    """Put the adapter of a run or checkpoint onto its base, in eval mode. Raises InputError when it cannot be read or does not fit."""
-    try:
-        model = PeftModel.from_pretrained(assembled.model, str(folder))  # type: ignore[arg-type]
-    except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"The adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    model.eval()
-    return model
-
-
-def load_run(folder: Path) -> tuple[Any, LlavaProcessor]:
-    """The model of a run folder or one of its checkpoints as it was trained: base (in NF4 if it was) plus adapter, in eval mode.
-
-    Raises InputError when parts are missing or the base is another one.
-    """
-    assembled = assemble(read_record(folder))
-    return load_adapter(assembled, folder), assembled.processor

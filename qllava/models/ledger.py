@@ -1,7 +1,7 @@
 """The ledger: which part of the model has how many parameters, in what type, and whether it learns.
 
-It is printed when a run starts, written to its folder, and asserted: the mistakes that cost others days (LoRA on the tower, a
-quantized projector, a whole model that trains) end a run before its first step.
+It is printed when a run starts, written to its folder, and asserted: the mistakes that cost others days (LoRA on the
+tower, a quantized projector, a whole model that trains) end a run before its first step.
 """
 
 from __future__ import annotations
@@ -45,14 +45,21 @@ def ledger(model: nn.Module) -> list[Line]:
 def _part(name: str) -> str:
     if "lora_" in name:
         return "LoRA"
-    for part, mark in (("vision tower", "vision_tower"), ("projector", "multi_modal_projector"), ("lm_head", "lm_head")):
+    for part, mark in (
+        ("vision tower", "vision_tower"),
+        ("projector", "multi_modal_projector"),
+        ("lm_head", "lm_head"),
+    ):
         if mark in name:
             return part
     return "language model"
 
 
 def check(model: nn.Module) -> None:
-    """Assert what a run relies on: see the head of this file. An AssertionError here is a fault of qllava, not of the user."""
+    """Assert what a run relies on: see the head of this file.
+
+    An AssertionError here is a fault of qllava, not of the user.
+    """
     for name, parameter in model.named_parameters():
         part = _part(name)
         packed = parameter.__class__.__name__ == "Params4bit"

@@ -4,7 +4,8 @@ They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`)
 
     images/train-000000.png ...      96 x 96
     pretrain.json                    LLaVA JSON: a picture and the caption that names everything in it
-    train.json                       LLaVA JSON: a conversation of about ten questions a picture, now and then a description or reasons
+    train.json                       LLaVA JSON: a conversation of about ten questions a picture, now and then a
+                                     description or reasons
     validation.json                  question, image, answer, type: looked at during the run
     test.json                        the same: the table, every type alike often
     unseen.json                      the same, about shapes whose pair of colour and form no training picture shows
@@ -16,7 +17,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000
 UNSEEN_QUESTIONS = 400
 _CHUNK = 250
+_Row = Callable[[int, random.Random], tuple[Scene, dict[str, Any]]]
+"""What makes a row: its number and randomness of its own -> the scene to draw, and the fields beside id and image."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,14 @@ def prepare(folder: Path | None = None) -> NanoData:
             train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)
             _write(aside / "train.json", train)
             # Stage 1 sees the first of the same pictures: nothing is drawn for it that stage 2 does not use.
-            _write(aside / "pretrain.json", [_caption_row(row["id"]) for row in train[:PRETRAIN_PICTURES]])
-            for name, split, count, unseen in (
-                ("validation", "validation", VALIDATION_QUESTIONS, False),
-                ("test", "test", TEST_QUESTIONS, False),
-                ("unseen", "test", UNSEEN_QUESTIONS, True),
-            ):
-                _write(aside / f"{name}.json", _draw(pool, aside, name, count, partial(_question_row, split=split, unseen=unseen)))
+            _write(aside / "pretrain.json", [_caption_row(one["id"]) for one in train[:PRETRAIN_PICTURES]])
+            held_out: dict[str, tuple[int, _Row]] = {
+                "validation": (VALIDATION_QUESTIONS, partial(_question_row, split="validation", unseen=False)),
+                "test": (TEST_QUESTIONS, partial(_question_row, split="test", unseen=False)),
+                "unseen": (UNSEEN_QUESTIONS, partial(_question_row, split="test", unseen=True)),
+            }
+            for name, (count, row) in held_out.items():
+                _write(aside / f"{name}.json", _draw(pool, aside, name, count, row))
         if not folder.is_dir():
             aside.rename(folder)
     finally:
@@ -109,7 +113,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, row: Any) -> list[dict[str, Any]]:
+def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, row: _Row) -> list[dict[str, Any]]:
     """Draw `count` pictures and make a row of each, in parallel, in order."""
     chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     bar: Iterable[list[dict[str, Any]]] = pool.map(partial(_draw_chunk, folder, name, row), chunks)
@@ -117,7 +121,7 @@ def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, row: A
     return [one for part in rows for one in part]
 
 
-def _draw_chunk(folder: Path, name: str, row: Any, bounds: tuple[int, int]) -> list[dict[str, Any]]:
+def _draw_chunk(folder: Path, name: str, row: _Row, bounds: tuple[int, int]) -> list[dict[str, Any]]:
     out = []
     for index in range(*bounds):
         id_ = f"{name}-{index:06d}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
-from qllava.nano.scenes import CELL, COLOURS, FORMS, SIZES, UNSEEN_PAIRS, Scene, Shape
+from qllava.nano.scenes import CELL, COLOURS, FORMS, PLACES, SIZES, UNSEEN_PAIRS, Scene, Shape
 
 TYPES = ("colour", "form", "size", "place", "count", "presence", "relation", "comparison")
 """The question types; evaluation asks each of them equally often."""
@@ -77,10 +78,6 @@ def word_of(shape: Shape) -> str:
 
 def map_words() -> list[str]:
     """Every word that `word_of` can give, blank included."""
-    from itertools import product
-
-    from qllava.nano.scenes import PLACES
-
     names = ("".join(parts).replace(" ", "") for parts in product(SIZES, COLOURS, FORMS, PLACES))
     return [MAP_BLANK, *names]
 
@@ -121,7 +118,7 @@ def _names(scene: Scene, shape: Shape, *, without: tuple[str, ...] = ()) -> list
 
 def _ask_colour(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     name = rng.choice(_names(scene, shape, without=("colour",)))
-    return Question("colour", f"What colour is {name}?", shape.colour, f"{_there(shape)}")
+    return Question("colour", f"What colour is {name}?", shape.colour, _there(shape))
 
 
 def _ask_form(scene: Scene, shape: Shape, rng: random.Random) -> Question:
@@ -165,7 +162,8 @@ def _ask_presence(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     unseen = bool(present & UNSEEN_PAIRS)
     colours = [s.colour for s in scene.shapes] + [rng.choice(list(COLOURS))]
     forms = [s.form for s in scene.shapes] + [rng.choice(FORMS)]
-    absent = [(c, f) for c in colours for f in forms if (c, f) not in present and (unseen or (c, f) not in UNSEEN_PAIRS)]
+    avoided = present if unseen else present | UNSEEN_PAIRS
+    absent = [(c, f) for c in colours for f in forms if (c, f) not in avoided]
     if not absent:
         return Question("presence", f"Is there {article(f'{shape.colour} {shape.form}')}?", "yes", _there(shape))
     colour, form = rng.choice(absent)
@@ -174,15 +172,15 @@ def _ask_presence(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     return Question("presence", f"Is there {article(f'{colour} {form}')}?", "no", reason)
 
 
-def _ask_relation(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def _ask_relation(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     others = [s for s in scene.shapes if s.row != shape.row or s.column != shape.column]
     other = rng.choice(others)
     axes = [axis for axis in ("row", "column") if getattr(shape, axis) != getattr(other, axis)]
     axis = rng.choice(axes)
     before = getattr(shape, axis) < getattr(other, axis)
-    truth = {("row", True): "above", ("row", False): "below", ("column", True): "left of", ("column", False): "right of"}
     says = rng.random() < 0.5
-    relation = truth[axis, before == says]
+    first, second = ("above", "below") if axis == "row" else ("left of", "right of")
+    relation = first if before == says else second
     a, b = (f"the {s.colour} {s.form}" for s in (shape, other))
     return Question("relation", f"Is {a} {relation} {b}?", "yes" if says else "no", _there(shape, other))
 
@@ -216,11 +214,14 @@ def ask(scene: Scene, type_: str, rng: random.Random, *, about: Shape | None = N
     return _ASK[type_](scene, about or rng.choice(scene.shapes), rng)
 
 
-def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """`count` different questions of random types, none asked twice in other words only by chance."""
+def questions(scene: Scene, rng: random.Random, count: int, types: tuple[str, ...] = TYPES) -> list[Question]:
+    """Up to `count` questions of types drawn from `types`.
+
+    No wording comes twice, though the same may be asked in other words.
+    """
     out: list[Question] = []
     for _ in range(10 * count):
-        question = ask(scene, rng.choice(TYPES), rng)
+        question = ask(scene, rng.choice(types), rng)
         if question is not None and question.text not in {q.text for q in out}:
             out.append(question)
         if len(out) == count:

@@ -171,7 +171,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     elif kind == 1:
         period = rng.uniform(20, 50)
         light += 7 * np.sign(np.sin(xs * period) * np.sin(ys * period))
-    return base + light[..., None]
+    canvas: np.ndarray = base + light[..., None]
+    return canvas
 
 
 def _paint(canvas: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
@@ -206,7 +207,10 @@ def _draw(draw: ImageDraw.ImageDraw, shape: Shape, centre: tuple[float, float], 
         corners = [(0.0, -1.0), (0.98, 0.8), (-0.98, 0.8)]
     elif shape.form == "cross":
         a, b = 0.32, 1.0
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        corners = [
+            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
+        ]  # fmt: skip
     else:
         tips = [(k * np.pi / 5, 1.08 if k % 2 == 0 else 0.45) for k in range(10)]
         corners = [(float(q * np.sin(t)), float(-q * np.cos(t))) for t, q in tips]

@@ -1,7 +1,8 @@
 """The tiny tower of nano, trained with open_clip's own CoCa model and loss on drawn scenes and their captions.
 
-Why CoCa and not CLIP alone: the contrastive loss is content to tell pictures apart by colour and place and lets go of the form
-(a linear probe on such a tower read 0.46 of the forms). A caption that must name every shape cannot be written without it.
+Why CoCa and not CLIP alone: the contrastive loss is content to tell pictures apart by colour and place and lets go of
+the form (a linear probe on such a tower read 0.46 of the forms). A caption that must name every shape cannot be written
+without it.
 
 Shapes in the comments: B pictures, T caption tokens, P patches (36), D width (128).
 """
@@ -46,7 +47,7 @@ def pixels(pictures: np.ndarray) -> torch.Tensor:
 
 
 def vocabulary() -> dict[str, int]:
-    """Words of the captions -> ids. The end mark has the highest id: open_clip pools the text where the id is highest."""
+    """Words of the captions -> ids. The end mark's id is the highest: there open_clip pools the text."""
     words: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
@@ -73,13 +74,25 @@ def build(vocab_size: int) -> CoCa:
     model = CoCa(
         embed_dim=WIDTH,
         multimodal_cfg={"width": WIDTH, "context_length": CONTEXT, "vocab_size": vocab_size, "layers": 1, "heads": 4},
-        text_cfg={"width": WIDTH, "context_length": CONTEXT, "vocab_size": vocab_size, "layers": 1, "heads": 4, "output_tokens": True},
+        text_cfg={
+            "width": WIDTH,
+            "context_length": CONTEXT,
+            "vocab_size": vocab_size,
+            "layers": 1,
+            "heads": 4,
+            "output_tokens": True,
+        },
         vision_cfg={
-            "image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "head_width": 32,
-            "mlp_ratio": 3.0, "output_tokens": True,
+            "image_size": SIZE,
+            "patch_size": PATCH,
+            "width": WIDTH,
+            "layers": LAYERS,
+            "head_width": 32,
+            "mlp_ratio": 3.0,
+            "output_tokens": True,
         },
         pad_id=_PAD,
-    )  # fmt: skip
+    )
     # open_clip leaves this projection as torch.empty made it.
     torch.nn.init.normal_(model.text_decoder.text_projection, std=WIDTH**-0.5)
     # The model says vocab_size through embed_dim of the decoder: check rather than trust.
@@ -88,7 +101,9 @@ def build(vocab_size: int) -> CoCa:
     return model
 
 
-def _batches(pictures: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    pictures: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         if len(order) < size:
@@ -113,7 +128,9 @@ class Round:
 ROUNDS = (Round(24_000, 2_200, 1.5e-3), Round(40_000, 2_200, 1.0e-3))
 
 
-def train(rounds: tuple[Round, ...] = ROUNDS, *, batch: int = 128, seed: int = 0, log: Callable[[str], None] = print) -> CoCa:
+def train(
+    rounds: tuple[Round, ...] = ROUNDS, *, batch: int = 128, seed: int = 0, log: Callable[[str], None] = print
+) -> CoCa:
     """Train the tower's CoCa. Returns the model in evaluation mode."""
     torch.manual_seed(seed)
     ids = vocabulary()
@@ -136,20 +153,26 @@ def _draw_all(seeds: range, ids: dict[str, int]) -> tuple[np.ndarray, torch.Tens
 
 
 def train_round(
-    model: CoCa, pictures: np.ndarray, text: torch.Tensor, round_: Round, *, batch: int, seed: int, log: Callable[[str], None]
+    model: CoCa,
+    pictures: np.ndarray,
+    text: torch.Tensor,
+    round_: Round,
+    *,
+    batch: int,
+    seed: int,
+    log: Callable[[str], None],
 ) -> None:
     """One round, in place; bf16 matrix products, fp32 weights."""
     loss_of = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=_PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, round_.lr, total_steps=round_.steps, pct_start=0.05)
-    bar = tqdm(_batches(pictures, text, batch, round_.steps, np.random.default_rng(seed)), total=round_.steps, desc="tower")
-    for step, (x, y) in enumerate(bar):
+    batches = _batches(pictures, text, batch, round_.steps, np.random.default_rng(seed))
+    for step, (x, y) in enumerate(tqdm(batches, total=round_.steps, desc="tower")):
         # torch's flash attention on the CPU takes ten times as long backwards as the plain product at this size.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             out = model(x, y)
-        clip, caption = loss_of(
-            out["image_features"].float(), out["text_features"].float(), out["logits"].float(), out["labels"], out["logit_scale"]
-        )
+        features = out["image_features"].float(), out["text_features"].float()
+        clip, caption = loss_of(*features, out["logits"].float(), out["labels"], out["logit_scale"])
         optimizer.zero_grad(set_to_none=True)
         (clip + caption).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

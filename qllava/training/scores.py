@@ -2,7 +2,7 @@
 
 | row | measured how |
 |---|---|
-| most frequent answer | to each test question, the commonest training answer to the same text; else to the same first words |
+| most frequent answer | to each test question the commonest training answer to the same text, or first two words |
 | blind | the trained model, each question with the picture of another |
 | untrained, stage 1, stage 2 | the same parts before the first step, with the projector alone trained, and with LoRA |
 | unseen pairs | the trained model on shapes whose pair of colour and form no training picture shows |
@@ -46,7 +46,9 @@ class _Pixels(Sequence[torch.Tensor | None]):
 
     def __getitem__(self, index: Any) -> Any:
         pictures = [open_image(path) for path in self.examples[index].images]
-        return self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
+        return (
+            self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
+        )
 
 
 def answers(model: nn.Module, assembled: Assembled, examples: Sequence[Example], *, title: str = "") -> list[str]:
@@ -72,8 +74,7 @@ def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Examp
 
 def spaced(rows: Sequence[T], count: int) -> list[T]:
     """At most `count` rows, evenly spaced."""
-    step = max(1, -(-len(rows) // count)) if count else len(rows) + 1
-    return list(rows[::step])
+    return list(rows[:: max(1, -(-len(rows) // count))]) if count else []
 
 
 def asked(example: Example) -> str:
@@ -84,7 +85,13 @@ def asked(example: Example) -> str:
 def write_samples(path: Path, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> None:
     """Sample answers for the report."""
     rows = [
-        {"image": str(e.images[0]) if e.images else None, "question": asked(e), "truth": vqa.truth(e), "before": b, "after": a}
+        {
+            "image": str(e.images[0]) if e.images else None,
+            "question": asked(e),
+            "truth": vqa.truth(e),
+            "before": b,
+            "after": a,
+        }
         for e, b, a in zip(examples, before, after, strict=True)
     ]
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -111,7 +118,9 @@ class Table:
         data = nano.prepare()
         path = folder / SCORES_FILE
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return cls(folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found)
+        return cls(
+            folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found
+        )
 
     def measure(self, name: str, model: nn.Module) -> None:
         """Answer the test questions with the model as it is now."""
@@ -144,7 +153,7 @@ class Table:
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
-    """To each question the commonest training answer to the same text; never asked there, to the same first two words."""
+    """To each question the commonest training answer to the same text; where there is none, to its first two words."""
     exact: dict[str, Counter[str]] = defaultdict(Counter)
     begun: dict[str, Counter[str]] = defaultdict(Counter)
     for example in train:

@@ -16,6 +16,7 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from qllava.config import DataConfig, InputError, ModelConfig
+from qllava.models.vision import one_line
 
 # Fields of SFTConfig that would have no effect here, and why. A value other than TRL's default is refused.
 NO_EFFECT = {
@@ -37,6 +38,9 @@ NO_EFFECT = {
     "use_liger_kernel": "TRL's fused head is used, which it would replace",
     "remove_unused_columns": "the collator takes what it needs",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "resume_from_checkpoint": "the newest checkpoint in output_dir is taken",
+    "save_only_model": "a checkpoint holds all that it takes to continue",
+    "load_best_model_at_end": "the last weights are the result; every checkpoint can be merged instead",
 }
 
 
@@ -47,11 +51,12 @@ class TrainConfig(SFTConfig):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Of LoRA in stage 2 (2e-4) or of the projector in stage 1 (1e-3)."}
     )
-    projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."})
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."}
+    )
     max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a sample, image tokens counted."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "How often the data is gone through."})
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="cosine", metadata={"help": "How the learning rate falls."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
@@ -66,7 +71,12 @@ class TrainConfig(SFTConfig):
             cuda = torch.cuda.is_available()
             self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = cuda and not self.bf16
-        super().__post_init__()
+        if self.activation_checkpointing is None:
+            # The old name is TRL's; transformers would warn of it in every run.
+            self.activation_checkpointing = self.gradient_checkpointing
+        # A page that cannot be swapped helps a copy to a GPU; without one torch only warns.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -86,31 +96,44 @@ def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) 
         output_dir: where the run goes unless told otherwise.
         nano: values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
 
-    Raises InputError for a file that cannot be read, an unknown key, or a field that would have no effect. A wrong flag ends the
-    process with status 2, as argparse does.
+    Raises InputError for a file that cannot be read, an unknown key, a value that is not possible, or a field that
+    would have no effect. A wrong flag ends the process with status 2, as argparse does.
     """
     line = list(sys.argv[1:] if args is None else args)
     given = _read_yaml(line)
     model, *_ = _parse(line, given, {"output_dir": output_dir})
     defaults = {"output_dir": output_dir, **(nano if model.is_nano else {})}
     model, data, train = _parse(line, given, defaults)
+    untouched = TrainConfig(output_dir=output_dir)
     for name, reason in NO_EFFECT.items():
-        own = next(f for f in dataclasses.fields(SFTConfig) if f.name == name)
-        if name in given or f"--{name}" in line:
-            if getattr(train, name) != own.default:
-                raise InputError(f"The setting {name} has no effect in qllava: {reason}; remove it.")
+        if getattr(train, name) != getattr(untouched, name):
+            raise InputError(f"The setting {name} has no effect in qllava: {reason}; remove it.")
+    for part in (model, data):
+        _check_choices(part)
     return Settings(model, data, train)
 
 
+def _check_choices(part: Any) -> None:
+    """What argparse checks on the command line it does not check in a YAML."""
+    for own in dataclasses.fields(part):
+        value, choices = getattr(part, own.name), own.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"The setting {own.name} is {value!r}; possible are {', '.join(choices)}.")
+
+
 def _parse(line: list[str], given: dict[str, Any], defaults: dict[str, Any]) -> tuple[Any, Any, Any]:
-    parser = TrlParser([ModelConfig, DataConfig, TrainConfig], usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]")
+    fields: list[Any] = [ModelConfig, DataConfig, TrainConfig]
+    parser = TrlParser(fields, usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]")
     parser.set_defaults_with_config(**defaults)
     unknown = parser.set_defaults_with_config(**given)
     known = [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
     if unknown:
         key = unknown[0].removeprefix("--")
-        raise InputError(f"The configuration has the unknown key {key!r}{_nearest(key, known)}.")
-    model, data, train, rest = parser.parse_args_into_dataclasses(args=line, return_remaining_strings=True)
+        raise InputError(f"The configuration has the unknown key {key!r}{_nearest(key, known)}")
+    try:
+        model, data, train, rest = parser.parse_args_into_dataclasses(args=line, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error
     if rest:
         key = rest[0].removeprefix("--").split("=")[0]
         parser.error(f"unknown argument {rest[0]}{_nearest(key, known)}")
@@ -118,8 +141,11 @@ def _parse(line: list[str], given: dict[str, Any], defaults: dict[str, Any]) -> 
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; see --help for all keys"
+    """The end of a sentence that says which key may have been meant."""
+    # lora_rank is likelier lora_r than local_rank, which shares more letters with it.
+    begun = sorted((k for k in known if k.startswith(key) or key.startswith(k)), key=lambda k: abs(len(k) - len(key)))
+    close = begun or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; see --help for all keys."
 
 
 def _read_yaml(line: list[str]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 What is added to TRL's trainer, and why:
 
 - The projector has a learning rate of its own.
-- A loss or gradient that is not finite ends the run before the weights are touched, and says which samples it met. (transformers
-  would log a loss of 0 and go on to the end with NaN in every weight.)
+- A loss or gradient that is not finite ends the run before the weights are touched, and says which samples it met.
+  (transformers would log a loss of 0 and go on to the end with NaN in every weight.)
 - A checkpoint is written aside and renamed, so a folder `checkpoint-N` is always whole; it holds what `load_run` needs.
 - Held-out questions are answered and compared, beside the held-out loss.
 """
@@ -12,15 +12,17 @@ What is added to TRL's trainer, and why:
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -29,7 +31,9 @@ from trl import SFTTrainer
 from qllava.config import InputError
 from qllava.data.collate import Collator
 from qllava.data.encode import Sample
-from qllava.models.assemble import PROJECTOR_FILE, Assembled, save_projector, save_record
+from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
+from qllava.models.assemble import Assembled
+from qllava.models.vision import one_line
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,6 +41,21 @@ METRICS_FILE = "metrics.jsonl"
 
 class NotFinite(InputError):
     """The loss or a gradient is NaN or infinite: the run has ended, and no weight was changed by it."""
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turn a failure to write into one sentence.
+
+    A full disk is an OSError to Python alone: safetensors and torch have errors of their own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room and give "
+            "the command again."
+        ) from error
 
 
 def to_dataset(samples: Sequence[Sample]) -> Dataset:
@@ -51,7 +70,7 @@ def to_dataset(samples: Sequence[Sample]) -> Dataset:
     )
 
 
-class Metrics(TrainerCallback):  # type: ignore[misc]
+class Metrics(TrainerCallback):
     """Writes what the trainer logs to `metrics.jsonl`, a line for each report."""
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -65,8 +84,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(line) + "\n")
 
 
-class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
+class LlavaTrainer(SFTTrainer):
     """See the head of this file."""
+
+    args: TrainConfig
+    model: Any
 
     def __init__(
         self,
@@ -87,13 +109,15 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
         """
         self.assembled = assembled
         self.exact_match = exact_match
+        self._aside: str | None = None
+        self._seen: list[str] = []
         tokenizer = assembled.processor.tokenizer
         config.dataset_kwargs = {"skip_prepare_dataset": True}
         config.remove_unused_columns = False
         config.logging_nan_inf_filter = False
         config.use_cache = False
         super().__init__(
-            model=model,
+            model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
             args=config,
             data_collator=Collator(tokenizer.pad_token_id, assembled.processor.image_processor),
             train_dataset=train,
@@ -109,7 +133,9 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
             projector = [p for n, p in named if "multi_modal_projector" in n]
             lora = [p for n, p in named if "multi_modal_projector" not in n]
             rate = self.args.projector_lr if lora else self.args.learning_rate
-            groups = [{"params": lora}, {"params": projector, "lr": rate}]
+            # Decay by group: torch's AdamW would take 0.01 of its own where nothing is said.
+            decay: dict[str, Any] = {"weight_decay": self.args.weight_decay}
+            groups: list[Any] = [{"params": lora, **decay}, {"params": projector, "lr": rate, **decay}]
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind([group for group in groups if group["params"]], **arguments)
         return self.optimizer
@@ -117,26 +143,28 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, after the ids of the samples were taken out of the batch."""
         ids = inputs.pop("ids", [])
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        value = loss[0] if isinstance(loss, tuple) else loss
-        if self.model.training and not torch.isfinite(value):
-            raise NotFinite(
-                f"The loss is {value.item()} at step {self.state.global_step + 1}, with the samples {', '.join(ids)}; no weight was "
-                "changed. Look at these samples, or lower the learning rate, and give the command again."
-            )
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.model.training:
+            self._seen += ids
+            value = loss[0] if isinstance(loss, tuple) else loss
+            if not torch.isfinite(value):
+                raise self._not_finite(f"The loss is {value.item()}", ids)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip, and stop at a gradient that is not finite: the optimizer has not stepped yet."""
-        norm = super()._clip_grad_norm(model)
-        value = norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        ids, self._seen = self._seen, []
         # With fp16 an infinite gradient now and then is how the scaler finds its scale; it skips that step itself.
-        if self.accelerator.scaler is None and not torch.isfinite(value):
-            raise NotFinite(
-                f"A gradient is not finite at step {self.state.global_step + 1}; no weight was changed. Lower the learning rate and give "
-                "the command again."
-            )
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise self._not_finite("A gradient is not finite", ids)
         return norm
+
+    def _not_finite(self, what: str, ids: Sequence[str]) -> NotFinite:
+        return NotFinite(
+            f"{what} at step {self.state.global_step + 1}, with the samples {', '.join(ids)}; no weight was changed. "
+            "Look at these samples, or lower the learning rate, and give the command again."
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, and the share of held-out questions that are answered right."""
@@ -148,7 +176,7 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Adapter or projector, tokenizer and record: what `load_run` needs."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder))
@@ -162,29 +190,23 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers does, but written aside and renamed when it is whole."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         aside = folder / ".partial"
         name = f"checkpoint-{self.state.global_step}"
         shutil.rmtree(aside, ignore_errors=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._aside = str(aside)
         try:
-            super()._save_checkpoint(model, trial)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (aside / name).rename(folder / name)
-        except OSError as error:
-            raise InputError(
-                f"The checkpoint {folder / name} could not be saved ({error.strerror or error}); the one before it is untouched. Make room "
-                "and give the command again."
-            ) from error
+            with saving(f"The checkpoint {folder / name}"):
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (aside / name).rename(folder / name)
         finally:
             self._aside, self.args.save_total_limit = None, limit
             shutil.rmtree(aside, ignore_errors=True)
         if limit:
             for old in checkpoints(folder)[:-limit]:
                 shutil.rmtree(old)
-
-    _aside: str | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))
@@ -194,7 +216,7 @@ class LlavaTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            state = load_file(os.path.join(resume_from_checkpoint, PROJECTOR_FILE))
+            state = load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE)
             self.model.model.multi_modal_projector.load_state_dict(state)
 
 

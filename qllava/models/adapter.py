@@ -1,0 +1,148 @@
+"""What is trained, put onto a base and on disk: LoRA and projector, and the record of the base that they belong to.
+
+projector.safetensors                          the projector alone: what a stage 1 leaves, and a stage 2 starts from
+adapter_config.json, adapter_model.safetensors LoRA and the projector, in peft's layout
+qllava.json                                    the `Recipe` of the base, with its fingerprint
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from qllava.config import InputError
+from qllava.models.assemble import Assembled, Recipe, assemble
+from qllava.models.vision import LOAD_ERRORS, one_line
+
+PROJECTOR_FILE = "projector.safetensors"
+RECORD_FILE = "qllava.json"
+# Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+def add_lora(assembled: Assembled, *, r: int, alpha: int, dropout: float) -> PeftModel:
+    """LoRA on every linear layer of the language model, and the projector trained whole, in fp32.
+
+    The model is changed in place.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LORA_TARGETS,
+        modules_to_save=["multi_modal_projector"],
+        bias="none",
+    )
+    model: Any = get_peft_model(assembled.model, config)
+    _freeze_identity(model, assembled.recipe)
+    _unmark(assembled.model)
+    return model  # type: ignore[no-any-return]
+
+
+def train_projector_only(assembled: Assembled) -> LlavaForConditionalGeneration:
+    """Everything frozen but the projector; the model is changed in place."""
+    assembled.model.model.multi_modal_projector.requires_grad_(True)
+    _freeze_identity(assembled.model, assembled.recipe)
+    _unmark(assembled.model)
+    return assembled.model
+
+
+def _unmark(model: Any) -> None:
+    """Take the marks of a 4-bit model away; peft has read them by then.
+
+    TRL casts whatever trains on a marked model to bf16, where a step of the projector mostly rounds to nothing, and
+    transformers refuses to train one without an adapter, which is what stage 1 does.
+    """
+    model.is_loaded_in_4bit = model.is_quantized = False
+
+
+def _freeze_identity(model: nn.Module, recipe: Recipe) -> None:
+    """A linear projector's second layer is the identity and stays it."""
+    if recipe.model is None and recipe.projector_type == "linear":
+        for name, parameter in model.named_parameters():
+            if "multi_modal_projector" in name and ("linear_2" in name):
+                parameter.requires_grad_(False)
+
+
+def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The projector that is in use (under peft: the trained copy), under its own names, on the CPU."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if "multi_modal_projector" in name and "original_module" not in name:
+            found[".".join(name.split(".")[-2:])] = tensor.detach().float().cpu()
+    return found
+
+
+def save_projector(model: nn.Module, folder: Path) -> None:
+    """Write `projector.safetensors` into a folder."""
+    save_file(projector_state(model), folder / PROJECTOR_FILE)
+
+
+def load_projector(model: Any, folder: Path) -> None:
+    """Put the projector that a stage 1 wrote into a model that has no adapter yet.
+
+    Raises InputError when there is none, or its widths are other ones.
+    """
+    path = folder / PROJECTOR_FILE
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read ({one_line(error)}); give the folder that pretrain_projector wrote."
+        ) from error
+    projector = model.model.multi_modal_projector
+    own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if own != given:
+        differing = next(name for name in sorted(own.keys() | given.keys()) if own.get(name) != given.get(name))
+        raise InputError(
+            f"The projector {path} does not fit this model: {differing} is {given.get(differing)} there and "
+            f"{own.get(differing)} here; it was trained for another tower, language model or projector_type."
+        )
+    projector.load_state_dict(state)
+
+
+def save_record(recipe: Recipe, folder: Path) -> None:
+    """Write what the model was built from beside its adapter."""
+    (folder / RECORD_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> Recipe:
+    """What the model of a run or checkpoint was built from. Raises InputError when the folder does not say."""
+    path = folder / RECORD_FILE
+    try:
+        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
+
+
+def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
+    """Put the adapter of a run or checkpoint onto its base, in eval mode.
+
+    Raises InputError when it cannot be read or does not fit.
+    """
+    try:
+        model = PeftModel.from_pretrained(assembled.model, str(folder))
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
+    model.eval()
+    return model
+
+
+def load_run(folder: Path) -> tuple[Any, LlavaProcessor]:
+    """The model of a run folder or one of its checkpoints as it was trained, in eval mode.
+
+    That is the base, in NF4 if it was, plus the adapter. Raises InputError when parts are missing or the base is
+    another one.
+    """
+    assembled = assemble(read_record(folder))
+    return load_adapter(assembled, folder), assembled.processor

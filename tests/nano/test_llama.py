@@ -1,0 +1,165 @@
+"""nano's LLaMA: its tokenizer, the texts it learns from with what is learned in them, and its training."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from qllava.config import NANO_WEIGHTS
+from qllava.nano import language, llama
+from qllava.nano.scenes import Scene, sample_scene
+
+IGNORED = -100
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return llama.train_tokenizer()
+
+
+def a_text(seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Scene, list[int], list[int]]:
+    """A text with the scene that it is about, drawn again from the same seed."""
+    rng = random.Random(seed)
+    scene = sample_scene(rng, unseen=rng.random() < 0.1)
+    return scene, *llama.text(random.Random(seed), tokenizer.backend_tokenizer)
+
+
+def learned(labels: list[int]) -> list[list[int]]:
+    """The unbroken runs of labels."""
+    out: list[list[int]] = []
+    for before, label in zip([IGNORED, *labels], labels, strict=False):
+        if label != IGNORED:
+            if before == IGNORED:
+                out.append([])
+            out[-1].append(label)
+    return out
+
+
+def test_every_word_of_a_map_is_one_token_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    words = language.map_words()
+    ids = tokenizer([" " + word for word in words])["input_ids"]
+    assert all(len(one) == 1 for one in ids)
+    assert len({one[0] for one in ids}) == len(words)
+
+
+def test_every_byte_is_covered_and_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "\x00 Größe 漢字 🟥\tx\r\n  12345 " + "".join(map(chr, range(32, 256)))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_marks_are_where_the_model_expects_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizer.convert_tokens_to_ids([llama.END_OF_TEXT, llama.START, llama.END]) == [0, 1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 0)
+    assert len(tokenizer) <= llama.VOCABULARY
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    shipped = json.loads((NANO_WEIGHTS / "llama" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert shipped["model"] == json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+
+
+def test_answers_and_their_end_are_learned_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    for seed in range(200):
+        scene, ids, labels = a_text(seed, tokenizer)
+        assert len(ids) == len(labels)
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+        text, said = tokenizer.decode(ids), [tokenizer.decode(run) for run in learned(labels)]
+        if text.startswith(llama.END_OF_TEXT):
+            assert said == [language.full_caption(scene) + "\n"]
+            assert text.endswith(said[0])
+        else:
+            assert text.startswith("<|im_start|>user\n")
+            assert said == re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+            assert len(said) >= 6
+
+
+def test_a_map_stands_where_a_picture_will(tokenizer: PreTrainedTokenizerFast) -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(400):
+        scene, ids, labels = a_text(seed, tokenizer)
+        words = language.scene_map(scene)
+        shown = [tokenizer(" " + word)["input_ids"][0] for word in words]
+        before = tokenizer(llama.END_OF_TEXT)["input_ids"]
+        kind = "caption"
+        if ids[0] != before[0]:
+            before = tokenizer("<|im_start|>user\n")["input_ids"]
+            kind = "questions"
+        assert ids[: len(before)] == before
+        if ids[len(before) : len(before) + 36] == shown:
+            assert set(labels[: len(before) + 36]) == {IGNORED}
+            after = tokenizer.decode(ids[len(before) + 36 :])
+            assert "<image>" not in after and not set(words) - {"."} & set(after.split())
+            assert after.startswith(language.full_caption(scene) if kind == "caption" else "\n")
+            kinds[f"map, {kind}"] += 1
+        else:
+            facts = tokenizer.decode(ids).split("\n")[1]
+            assert re.match(r"There is an? |[a-z ]+: (small|medium|large) ", facts)
+            kinds["sentences"] += 1
+    assert 35 < kinds["map, caption"] < 85
+    assert 180 < kinds["map, questions"] < 260
+    assert 80 < kinds["sentences"] < 160
+
+
+def test_facts_as_sentences_are_complete_in_any_order() -> None:
+    orders = set()
+    for seed in range(100):
+        rng = random.Random(seed)
+        scene = sample_scene(random.Random(f"scene-{seed}"))
+        facts = llama.sentences(scene, rng)
+        for s in scene.shapes:
+            assert f"{s.size} {s.colour} {s.form} {language.AT[s.place]}" in facts or (
+                f"{s.place}: {s.size} {s.colour} {s.form}" in facts.splitlines()
+            )
+        first, second = (facts.index(f"{s.size} {s.colour} {s.form}") for s in scene.shapes[:2])
+        orders.add(first < second)
+    assert orders == {True, False}
+
+
+def test_rows_are_cut_and_padded_to_one_length() -> None:
+    long, short = list(range(1, 401)), [5, 6]
+    ids, labels = llama._rows([(long, long), (short, [IGNORED, 6])])
+    assert ids.shape == labels.shape == (2, llama.LENGTH)
+    assert ids[0].tolist() == labels[0].tolist() == long[: llama.LENGTH]
+    assert ids[1].tolist() == [5, 6] + [0] * (llama.LENGTH - 2)
+    assert labels[1].tolist() == [IGNORED, 6] + [IGNORED] * (llama.LENGTH - 2)
+
+
+def test_the_model_is_what_the_later_steps_count_on() -> None:
+    config = llama.build(1538).config
+    for width in (config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads):
+        assert width % 64 == 0, "NF4 and GGUF store weights in blocks"
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
+    assert config.tie_word_embeddings
+    assert config.max_position_embeddings == 2048
+
+
+def test_without_a_compiler_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = torch.nn.Linear(2, 2)
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere -O2")
+    assert llama._compiled(body) is body
+    monkeypatch.setattr(llama.shutil, "which", lambda program: f"/bin/{program}")
+    monkeypatch.setattr(torch, "compile", lambda module, **_: ("compiled", module))
+    assert llama._compiled(body) == ("compiled", body)
+    monkeypatch.delenv("CXX")
+    assert llama._compiled(body) == ("compiled", body)
+
+
+def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
+    torch.manual_seed(0)
+    untrained = dict(llama.build(len(tokenizer)).named_parameters())
+    one, two = (llama.train(tokenizer, steps=2, batch=2, log=print) for _ in range(2))
+    assert not one.training
+    again = dict(two.named_parameters())
+    for name, weight in one.named_parameters():
+        assert torch.isfinite(weight).all()
+        assert not torch.equal(weight, untrained[name]), name
+        assert torch.equal(weight, again[name]), name

@@ -1,0 +1,270 @@
+"""Merging: the same model as the adapter on its base, in a process without qllava; or nothing at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from qllava import merge as merging
+from qllava.config import InputError
+from qllava.merge import MergeResult, merge
+from qllava.models.adapter import load_run
+from qllava.training.run import finetune
+from tests.tiny_models import make_tiny_model, make_tiny_parts, make_tiny_processor
+from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_rows
+
+QUESTION = "What colour is it?"
+# What any program does that knows transformers and has never heard of qllava.
+READER = """
+import json, sys, torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+folder, picture, question, out = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+inputs = processor(images=Image.open(picture).convert("RGB"), text=prompt, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+torch.save({"ids": ids, "logits": logits, "text": processor.decode(ids[0, inputs["input_ids"].shape[1]:])}, out)
+assert "qllava" not in sys.modules
+"""
+
+
+def run_merge(folder: Path, out: Path, **changes: Any) -> MergeResult:
+    values: dict[str, Any] = {"base": "nf4", "dtype": "float32", "max_shard_size": "5GB", "verify": True, **changes}
+    return merge(folder, out, **values)
+
+
+def read(folder: Path, picture: Path, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", READER, str(folder), str(picture), QUESTION, str(out)]
+    # Away from the clone, so that nothing of it can be imported.
+    subprocess.run(command, check=True, cwd=out.parent, capture_output=True, timeout=120)
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+def ask_adapter(folder: Path, picture: Path) -> dict[str, Any]:
+    """The same question to base and adapter."""
+    model, processor = load_run(folder)
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+    inputs = processor(images=Image.open(picture).convert("RGB"), text=prompt, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return {"ids": ids, "logits": logits, "text": processor.decode(ids[0, inputs["input_ids"].shape[1] :])}
+
+
+@pytest.fixture(scope="module")
+def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a rate so high that an adapter which is left out cannot go unseen."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    return finetune(stage2_settings(tiny, folder, learning_rate=2e-2, projector_lr=1e-2))
+
+
+@pytest.fixture(scope="module")
+def merged(learned: Path) -> tuple[Path, MergeResult]:
+    out = learned.parent / "merged"
+    return out, run_merge(learned, out)
+
+
+class TestTheMergedModel:
+    def test_agrees(self, merged: tuple[Path, MergeResult]) -> None:
+        _, result = merged
+        assert result.base == "nf4" and result.verified
+        assert result.kl_per_token is not None and 0 <= result.kl_per_token < 1e-6
+        assert result.top1_agreement == 1.0
+
+    def test_answers_without_qllava(
+        self, tiny: Tiny, learned: Path, merged: tuple[Path, MergeResult], tmp_path: Path
+    ) -> None:
+        picture = tiny.rows.parent / "1.png"
+        found = read(merged[0], picture, tmp_path / "found.pt")
+        expected = ask_adapter(learned, picture)
+        assert found["text"] == expected["text"] and expected["text"]
+        assert torch.equal(found["ids"], expected["ids"])
+        assert (found["logits"] - expected["logits"]).abs().max() <= 1e-4
+        other = ask_adapter(tiny.stage2, picture)
+        assert (found["logits"] - other["logits"]).abs().max() > 0.1, "the adapter has to matter here"
+
+    def test_is_a_plain_checkpoint(self, learned: Path, merged: tuple[Path, MergeResult]) -> None:
+        out, _ = merged
+        state = load_file(out / "model.safetensors")
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        assert not any("lora" in name or "absmax" in name or "quant" in name for name in state)
+        trained = load_file(learned / "projector.safetensors")
+        for name, tensor in trained.items():
+            assert torch.equal(state[f"multi_modal_projector.{name}"], tensor)
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        assert "quantization_config" not in json.dumps(config)
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert "NF4 weights that training saw" in card and "KL" in card
+        assert not list(out.parent.glob(".*"))
+
+    def test_its_weights_are_base_plus_delta(self, tiny: Tiny, learned: Path, merged: tuple[Path, MergeResult]) -> None:
+        """W = dequantize(NF4) + alpha / r B A, with the quantization done here once more from the original weights."""
+        name = "model.layers.1.mlp.down_proj"
+        layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compress_statistics=True)
+        layer.weight.data.copy_(load_file(tiny.language_model / "model.safetensors")[f"{name}.weight"])
+        layer.to("cpu")
+        base = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        adapter = load_file(learned / "adapter_model.safetensors")
+        prefix = "base_model.model.model.language_model.layers.1.mlp.down_proj"
+        delta = 2 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
+        found = load_file(merged[0] / "model.safetensors")[f"language_model.{name}.weight"]
+        assert delta.abs().max() > 1e-3
+        torch.testing.assert_close(found, base + delta, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_in_half_precision(self, tiny: Tiny, tmp_path: Path, dtype: str) -> None:
+        result = run_merge(tiny.stage2, tmp_path / "out", dtype=dtype)
+        assert result.verified and result.kl_per_token is not None and result.kl_per_token < 1e-3
+        state = load_file(tmp_path / "out" / "model.safetensors")
+        assert {tensor.dtype for tensor in state.values()} == {getattr(torch, dtype)}
+
+    def test_onto_the_original_weights(self, tiny: Tiny, tmp_path: Path) -> None:
+        result = run_merge(tiny.stage2, tmp_path / "out", base="original")
+        assert result.base == "original" and result.kl_per_token is not None
+        assert result.kl_per_token > 1e-4  # another model than the one that was trained; reported, not judged
+        assert "original weights" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+    def test_unverified_as_asked(self, tiny: Tiny, tmp_path: Path) -> None:
+        result = run_merge(tiny.stage2, tmp_path / "out", verify=False)
+        assert result == MergeResult("nf4", None, None, False)
+        assert (tmp_path / "out" / "config.json").is_file()
+
+
+class TestOtherRuns:
+    def test_a_checkpoint(self, tiny: Tiny, tmp_path: Path) -> None:
+        assert run_merge(tiny.stage2 / "checkpoint-2", tmp_path / "out").verified
+        state = load_file(tmp_path / "out" / "model.safetensors")
+        trained = load_file(tiny.stage2 / "checkpoint-2" / "projector.safetensors")
+        assert torch.equal(state["multi_modal_projector.linear_1.weight"], trained["linear_1.weight"])
+        final = load_file(tiny.stage2 / "projector.safetensors")
+        assert not torch.equal(final["linear_1.weight"], trained["linear_1.weight"])
+
+    def test_a_checkpoint_of_a_run_that_never_ended(self, tiny: Tiny, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        run.mkdir()
+        shutil.copytree(tiny.stage2 / "checkpoint-2", run / "checkpoint-2")
+        shutil.copy(tiny.stage2 / "probes.safetensors", run)  # written before the first step
+        probes, first = (tiny.stage2 / name for name in ("probes.safetensors", "checkpoint-2"))
+        assert probes.stat().st_mtime_ns < first.stat().st_mtime_ns
+        assert run_merge(run / "checkpoint-2", tmp_path / "out").verified
+
+    def test_a_linear_projector(self, tiny: Tiny, tmp_path: Path) -> None:
+        rows = [{"image": "0.png", "question": "<image>", "answer": "red"}]
+        captions = write_rows(tiny.rows.with_name("captions.json"), rows)
+        chosen = settings(tiny, tmp_path / "run", projector_type="linear", pretrain_file=captions, max_steps=2)
+        assert run_merge(finetune(chosen), tmp_path / "out").verified
+        state = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(state["multi_modal_projector.linear_2.weight"], torch.eye(64))
+
+    def test_a_llava_that_exists_in_4bit(self, tiny: Tiny, hf_layout: Path, tmp_path: Path) -> None:
+        given = {"language_model": None, "vision_tower": None, "model_name_or_path": hf_layout}
+        folder = finetune(settings(tiny, tmp_path / "run", learning_rate=2e-2, **given))
+        result = run_merge(folder, tmp_path / "out")
+        assert result.verified and result.kl_per_token is not None and result.kl_per_token < 1e-6
+        original = make_tiny_model(make_tiny_processor())
+        whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        assert torch.equal(whole.lm_head.weight, original.lm_head.weight)
+        tower, kept = original.model.vision_tower.state_dict(), whole.model.vision_tower.state_dict()
+        assert all(torch.equal(kept[name], tensor) for name, tensor in tower.items())
+
+    def test_without_4bit(self, tiny: Tiny, tmp_path: Path) -> None:
+        chosen = stage2_settings(tiny, tmp_path / "run", load_in_4bit=False, learning_rate=2e-2, max_steps=2)
+        result = run_merge(finetune(chosen), tmp_path / "out")
+        assert result.verified and result.kl_per_token is not None and result.kl_per_token < 1e-6
+
+
+class TestRefusals:
+    """Nothing is written, and what was there stays."""
+
+    def refused(self, run: Path, out: Path, **changes: Any) -> str:
+        before = sorted(p.name for p in out.parent.iterdir())
+        with pytest.raises(InputError) as caught:
+            run_merge(run, out, **changes)
+        assert sorted(p.name for p in out.parent.iterdir()) == before
+        return refusal(caught.value)
+
+    def test_another_base_in_the_same_place(self, tiny: Tiny, tmp_path: Path) -> None:
+        run, place = tmp_path / "run", tmp_path / "parts"
+        place.mkdir()
+        language_model, _ = make_tiny_parts(place, seed=9)
+        shutil.copytree(tiny.stage2, run)
+        record = json.loads((run / "qllava.json").read_text(encoding="utf-8"))
+        record["language_model"] = str(language_model)
+        (run / "qllava.json").write_text(json.dumps(record), encoding="utf-8")
+        for base in ("nf4", "original"):
+            message = self.refused(run, tmp_path / "out", base=base)
+            assert "is not the one that this adapter was trained on" in message and str(language_model) in message
+
+    def test_the_base_is_gone(self, tiny: Tiny, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(tiny.stage2, run)
+        record = json.loads((run / "qllava.json").read_text(encoding="utf-8"))
+        record["language_model"] = str(tmp_path / "gone")
+        (run / "qllava.json").write_text(json.dumps(record), encoding="utf-8")
+        assert str(tmp_path / "gone") in self.refused(run, tmp_path / "out")
+
+    def test_a_folder_with_something_in_it(self, tiny: Tiny, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "mine.txt").write_text("mine", encoding="utf-8")
+        assert "is not empty" in self.refused(tiny.stage2, out)
+        assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+    def test_that_is_said_before_anything_is_loaded(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").touch()
+
+        def load(*_: Any, **__: Any) -> Any:
+            raise AssertionError("minutes of loading, for nothing")
+
+        monkeypatch.setattr(merging, "assemble", load)
+        assert "is not empty" in self.refused(tiny.stage2, tmp_path / "out")
+
+    def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
+        assert "holds no adapter" in self.refused(tiny.stage1, tmp_path / "out")
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        assert "is no run of qllava" in self.refused(tmp_path, tmp_path / "out")
+
+    def test_no_rows_to_verify_on(self, tiny: Tiny, tmp_path: Path) -> None:
+        shutil.copytree(tiny.stage2, tmp_path / "run", ignore=shutil.ignore_patterns("probes*"))
+        assert "--no-verify" in self.refused(tmp_path / "run", tmp_path / "out")
+
+    def test_a_full_disk(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("qllava.models.checkpoint.save_file", full)
+        message = self.refused(tiny.stage2, tmp_path / "out")
+        assert "No space left on device" in message and "out could not be written" in message
+
+    def test_a_merge_that_went_wrong(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A forgotten delta is found by asking, not by trusting."""
+        monkeypatch.setattr(merging, "_delta", lambda layer: torch.zeros(layer.out_features, layer.in_features))
+        shutil.copytree(tiny.stage2, tmp_path / "run")
+        path = tmp_path / "run" / "adapter_model.safetensors"
+        state = {name: t + 0.05 if "lora_B" in name else t for name, t in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+        message = self.refused(tmp_path / "run", tmp_path / "out")
+        assert "differs from what was trained" in message

@@ -1,0 +1,108 @@
+"""Recipes are commands, not a library: nothing imports them, each explains itself, and what is documented parses."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qllava.cli import _parser
+from qllava.config import InputError
+from qllava.training.run import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.training.settings import Settings, parse
+from recipes.build_nano import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+NANO = {"finetune_lora.py": NANO_FINETUNE, "pretrain_projector.py": NANO_PRETRAIN}
+SHELLS = ("bash", "sh", "shell", "console")
+
+
+def fenced(text: str) -> str:
+    """The shell blocks of a Markdown text, one after the other."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join(body for language, body in blocks if language in ("", *SHELLS))
+
+
+def commands(text: str) -> list[str]:
+    """The lines that run a recipe or qllava, continued lines joined, comments gone."""
+    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
+    wanted = [line for line in lines if re.match(r"(\$ )?(python recipes/|(\.venv/bin/)?qllava )", line)]
+    return [shlex.join(shlex.split(line.removeprefix("$ "), comments=True)) for line in wanted]
+
+
+def written_down() -> list[str]:
+    """Every such command of the README, of docs/ and of the recipes' own docstrings."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [fenced(page.read_text(encoding="utf-8")) for page in pages]
+    texts += [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in RECIPES]
+    return list(dict.fromkeys(command for text in texts for command in commands(text)))
+
+
+def understand(command: str, tmp_path: Path) -> object:
+    """Parse a command as the program would. A YAML of the reader's own need not be there; one of ours must."""
+    program, *words = shlex.split(command)
+    if Path(program).name == "qllava":
+        return _parser().parse_args(words)
+    script, *words = words
+    assert (ROOT / script).is_file(), f"{script} is not there"
+    name = Path(script).name
+    if name == "build_nano.py":
+        return command_line().parse_args(words)
+    for index, word in enumerate(words):
+        if index and words[index - 1] == "--config" and not (ROOT / word).exists():
+            (tmp_path / "own.yaml").write_text("{}")
+            words[index] = str(tmp_path / "own.yaml")
+    return parse(words, output_dir="runs/example", nano=NANO[name])
+
+
+@pytest.mark.parametrize("command", written_down())
+def test_what_is_written_down_can_be_typed(command: str, tmp_path: Path) -> None:
+    understand(command, tmp_path)
+
+
+def test_commands_are_found_and_misspellings_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "```bash\nmake x\nqllava chat nano  # say\npython recipes/finetune_lora.py \\\n    --lora_r 8\n```\nqllava x\n"
+    )
+    assert commands(fenced(text)) == ["qllava chat nano", "python recipes/finetune_lora.py --lora_r 8"]
+    assert commands(fenced("```python\nqllava chat nano\n```\n")) == []
+    settings = understand("python recipes/finetune_lora.py --lora_r 8", tmp_path)
+    assert isinstance(settings, Settings) and settings.model.lora_r == 8
+    for wrong in ("qllava chatt nano", "python recipes/finetune_lora.py --lora_rank 8", "python recipes/build_nano.py"):
+        with pytest.raises((SystemExit, InputError)):
+            understand(wrong, tmp_path)
+    with pytest.raises(AssertionError, match="not there"):
+        understand("python recipes/no_such.py", tmp_path)
+
+
+def test_the_recipes_show_how_they_are_called() -> None:
+    for path in RECIPES:
+        shown = commands(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        assert any(f"recipes/{path.name}" in command for command in shown), path.name
+
+
+def test_qllava_does_not_import_recipes() -> None:
+    """They do not even exist where the package is installed."""
+    for path in sorted((ROOT / "qllava").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "recipes" for name in names), f"{path.name}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_explains_itself(path: Path, tmp_path: Path) -> None:
+    """As a program of its own, from any folder, and nothing is written."""
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {path.name}")
+    assert ("--out" if path.stem == "build_nano" else "--train_file") in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""Settings from YAML and flags: who wins, what is refused and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import SFTConfig
+
+from qllava.config import InputError
+from qllava.training.run import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.training.settings import NO_EFFECT, Settings, TrainConfig, parse
+from tests.tiny_runs import refusal
+
+
+def read(*line: str, nano: dict[str, Any] | None = None) -> Settings:
+    return parse(line, output_dir="runs/x", nano=nano or {})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    """Write a YAML and return the two words that name it."""
+
+    def write(text: str) -> tuple[str, str]:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return "--config", str(path)
+
+    return write
+
+
+def test_defaults_are_llavas() -> None:
+    train = read().train
+    assert (train.max_length, train.num_train_epochs, train.weight_decay, train.warmup_steps) == (2048, 1.0, 0.0, 0.03)
+    assert train.lr_scheduler_type == "cosine"
+    assert train.learning_rate is None and train.projector_lr is None  # the stage has its own
+    assert train.output_dir == "runs/x"
+    assert train.gradient_checkpointing
+
+
+def test_flags_win_over_yaml_over_nanos_own(config: Any) -> None:
+    nano = {"per_device_train_batch_size": 24, "eval_steps": 100, "learning_rate": 2e-3}
+    words = config("per_device_train_batch_size: 4\neval_steps: 50\n")
+    train = read(*words, "--eval_steps", "7", nano=nano).train
+    assert (train.per_device_train_batch_size, train.eval_steps, train.learning_rate) == (4, 7, 2e-3)
+
+
+@pytest.mark.parametrize("given", [["--language_model", "llama"], ["--model_name_or_path", "some/llava"]])
+def test_nanos_values_are_for_nano_alone(given: list[str]) -> None:
+    assert read(*given, nano={"eval_questions": 3}).train.eval_questions == 64
+    assert read("--model_name_or_path", "nano", nano={"eval_questions": 3}).train.eval_questions == 3
+
+
+@pytest.mark.parametrize("nano", [NANO_PRETRAIN, NANO_FINETUNE])
+def test_nanos_own_values_are_settings(nano: dict[str, Any]) -> None:
+    train = read(nano=nano).train
+    assert {name: getattr(train, name) for name in nano} == nano
+    assert not train.activation_checkpointing
+
+
+def test_yaml_numbers_as_people_write_them(config: Any) -> None:
+    """YAML takes 2e-5 for text: it has no point."""
+    settings = read(*config("learning_rate: 2e-5\nprojector_lr: 0.00002\nlora_r: 8\nload_in_4bit: false\n"))
+    assert settings.train.learning_rate == settings.train.projector_lr == 2e-5
+    assert settings.model.lora_r == 8 and settings.model.load_in_4bit is False
+
+
+def test_config_with_an_equals_sign(config: Any) -> None:
+    assert read(f"--config={config('lora_r: 3')[1]}").model.lora_r == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora_rank: 8", "unknown key 'lora_rank'; did you mean 'lora_"),
+        ("learningrate: 1", "unknown key 'learningrate'; did you mean 'learning_rate'?"),
+        ("zzz: 1", "unknown key 'zzz'; see --help for all keys"),
+        ("template: vicuna", "template is 'vicuna'; possible are plain, vicuna_v1"),
+        ("too_long: cut", "too_long is 'cut'; possible are error, drop, trim"),
+        ("- 1\n- 2", "`key: value` lines"),
+        ("just words", "`key: value` lines"),
+        ("1: 2", "`key: value` lines"),
+        ("a: [1", "is no YAML"),
+        ("eval_strategy: sometimes", "do not fit together"),
+        ("packing: true", "packing has no effect in qllava: rows are laid out by qllava"),
+        ("resume_from_checkpoint: there", "resume_from_checkpoint has no effect"),
+    ],
+)
+def test_a_yaml_that_cannot_be_used(config: Any, text: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(*config(text))
+    assert expected in refusal(caught.value)
+
+
+def test_a_yaml_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read("--config", str(tmp_path / "none.yaml"))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is no YAML"):
+        read("--config", str(tmp_path / "bytes.yaml"))
+
+
+def test_a_wrong_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["--lora_rank", "8"], ["--lora_r", "many"], ["--template", "vicuna"]):
+        with pytest.raises(SystemExit) as caught:
+            read(*line)
+        assert caught.value.code == 2
+    assert "did you mean 'lora_" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [["--packing", "true"], ["--packing=true"], ["--padding_free", "true"]])
+def test_flags_without_effect_are_refused(line: list[str]) -> None:
+    with pytest.raises(InputError, match="has no effect in qllava"):
+        read(*line)
+
+
+def test_a_field_without_effect_may_be_given_its_default(config: Any) -> None:
+    read(*config("packing: false\nassistant_only_loss: false\n"))
+
+
+def test_fields_without_effect_are_fields() -> None:
+    names = {own.name for own in dataclasses.fields(SFTConfig)}
+    assert set(NO_EFFECT) <= names
+
+
+def test_every_field_of_ours_has_a_help() -> None:
+    inherited = {own.name for own in dataclasses.fields(SFTConfig)}
+    ours = [own for own in dataclasses.fields(TrainConfig) if own.name not in inherited]
+    assert ours and all(own.metadata.get("help") for own in ours)
+
+
+def test_nobody_is_warned_of_an_old_name(recwarn: pytest.WarningsRecorder) -> None:
+    read()
+    assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
@@ -46,3 +48,20 @@ def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = make_tiny_processor()
     save_llava(make_tiny_model(processor), processor, folder)
     return folder
+
+
+# No calls of the browser's own: what a test sees on the network was asked for by the page.
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The system's chromium, driven by playwright; skipped with the reason where one of them is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("chromium is not installed: run `make system-deps`")
+    with playwright.sync_playwright() as driver:
+        instance = driver.chromium.launch(executable_path=chromium, headless=True, args=CHROMIUM_FLAGS)
+        yield instance
+        instance.close()

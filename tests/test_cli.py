@@ -132,19 +132,32 @@ def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_merge_that_does_not_verify_ends_with_1(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 0.7, 0.3, False))
+    def refuse(*a: object, **k: object) -> None:
+        raise InputError("The merged model differs from what was trained.")
+
+    stand_in(monkeypatch, "qllava.merge", "merge", refuse)
     assert cli.main(["merge", "run", "out", *flags]) == 1
     captured = capsys.readouterr()
-    assert "do not use it" in captured.err
-    assert captured.out == "" or json.loads(captured.out)["verified"] is False
+    assert "differs" in captured.err
+    assert captured.out == ""
 
 
 def test_a_merge_that_was_not_to_be_verified_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", float("nan"), float("nan"), False))
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", None, None, False))
     assert cli.main(["merge", "run", "out", "--no-verify"]) == 0
     assert "not verified" in capsys.readouterr().out
+
+
+def test_a_merge_onto_the_original_weights_is_not_called_verified(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, True))
+    assert cli.main(["merge", "run", "out", "--base", "original"]) == 0
+    said = capsys.readouterr().out
+    assert "verified" not in said
+    assert "original weights" in said
 
 
 def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:

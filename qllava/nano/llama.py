@@ -203,7 +203,7 @@ def _compiled(body: torch.nn.Module) -> Callable[..., Any]:
     return compiled
 
 
-class Words(torch.nn.Module):
+class Words:
     """Embeddings in which the word of a map is the sum of vectors for its size, colour, form and place.
 
     What is learned about "top left" from one word then holds for all 108 that contain it. `fold` writes the sums into
@@ -212,7 +212,6 @@ class Words(torch.nn.Module):
 
     def __init__(self, table: torch.nn.Embedding, tokenizer: PreTrainedTokenizerFast) -> None:
         """Args: the model's table (V, D), which is also its head; it goes on learning for all other words."""
-        super().__init__()
         self.table = table
         attributes = [*SIZES, *COLOURS, *FORMS, *PLACES]
         parts = torch.zeros(table.num_embeddings, len(attributes))
@@ -220,15 +219,16 @@ class Words(torch.nn.Module):
             word = f" {size}{colour}{form}{place.replace(' ', '')}"
             (row,) = tokenizer(word)["input_ids"]
             parts[row, [attributes.index(a) for a in (size, colour, form, place)]] = 1.0
-        self.register_buffer("parts", parts)
+        self.parts = parts
         words = parts.sum(1) > 0
-        self.register_buffer("others", (~words).float()[:, None])
+        self.others = (~words).float()[:, None]
         fitted = torch.linalg.lstsq(parts[words], table.weight.detach()[words], driver="gelsd").solution
         self.vectors = torch.nn.Parameter(fitted)
 
     def weight(self) -> torch.Tensor:
         """(V, D): the table in use."""
-        return self.table.weight * self.others + self.parts @ self.vectors
+        summed: torch.Tensor = self.table.weight * self.others + self.parts @ self.vectors
+        return summed
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -268,7 +268,7 @@ def train_round(
 ) -> None:
     """One round, in place; bf16 matrix products, fp32 weights; Muon for the matrices, AdamW for the rest."""
     body = _compiled(model.model)
-    table = model.get_input_embeddings()
+    table: torch.nn.Embedding = model.model.embed_tokens
     words = Words(table, tokenizer) if round_.shared else None
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]

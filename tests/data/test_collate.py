@@ -42,7 +42,8 @@ def test_padding_is_on_the_right_and_never_learned() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, PAD, PAD], [1, 2, 3, PAD], [1, 2, 3, 4]]
     assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 2, 3, -100], [-100, 2, 3, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert all(tensor.dtype == torch.long for tensor in batch.values())
+    assert all(batch[key].dtype == torch.long for key in ("input_ids", "labels", "attention_mask"))
+    assert len(batch["ids"]) == 3
 
 
 def test_without_pictures_there_are_no_pixels() -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,10 +157,29 @@ def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
     monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
     torch.manual_seed(0)
     untrained = dict(llama.build(len(tokenizer)).named_parameters())
-    one, two = (llama.train(tokenizer, steps=2, batch=2, log=print) for _ in range(2))
+    rounds = (replace(llama.ROUNDS[0], steps=2, batch=2),)
+    one, two = (llama.train(tokenizer, rounds) for _ in range(2))
     assert not one.training
     again = dict(two.named_parameters())
     for name, weight in one.named_parameters():
         assert torch.isfinite(weight).all()
         assert not torch.equal(weight, untrained[name]), name
         assert torch.equal(weight, again[name]), name
+
+
+def test_a_word_of_a_map_becomes_the_sum_of_its_parts(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
+    rounds = tuple(replace(round_, steps=2, batch=2) for round_ in llama.ROUNDS)
+    table = llama.train(tokenizer, rounds).get_input_embeddings().weight
+
+    def row(word: str) -> torch.Tensor:
+        (index,) = tokenizer(f" {word}")["input_ids"]
+        return table[index]
+
+    # A difference in one attribute is the same vector, whatever the others are.
+    one = row("largeredcircletop") - row("largebluecircletop")
+    other = row("smallredringbottomleft") - row("smallblueringbottomleft")
+    assert torch.allclose(one, other, atol=1e-5)
+    assert one.norm() > 1e-3

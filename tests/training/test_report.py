@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +127,19 @@ def test_duration(seconds: float, text: str) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_a_phone_and_a_screen(run: Path, width: int) -> None:
+def test_the_page_fits_a_phone_and_a_screen(run: Path, width: int, browser: Any) -> None:
     """In a real browser nothing is wider than the window, and every picture is shown."""
-    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if chromium is None:
-        pytest.skip("no chromium on this machine: make system-deps")
-    playwright = pytest.importorskip("playwright.sync_api")
     path = write_report(run)
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": width, "height": 900})
-        complaints: list[str] = []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto(path.as_uri())
-        tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        smallest = tab.evaluate(
-            "Math.min(...[...document.querySelectorAll('svg')].map(s => 12 * s.getBoundingClientRect().width / 440))"
-        )
-        assert smallest >= 9, "the labels of a chart must be readable"
-        assert complaints == []
-        browser.close()
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto(path.as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    smallest = tab.evaluate(
+        "Math.min(...[...document.querySelectorAll('svg')].map(s => 12 * s.getBoundingClientRect().width / 440))"
+    )
+    assert smallest >= 9, "the labels of a chart must be readable"
+    assert complaints == []
+    tab.close()

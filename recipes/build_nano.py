@@ -2,8 +2,8 @@
 
     python recipes/build_nano.py --out qllava/nano/weights
 
-On two cores with bf16 matrix units it takes about an hour and a half; the two parts train side by side, a core each. A
-C++ compiler (for `torch.compile`) halves the LLaMA's time; without one it trains uncompiled.
+The two parts train side by side, a core each. On two cores with bf16 matrix units it takes about an hour and a half
+when nothing else runs; a C++ compiler (for `torch.compile`) halves the LLaMA's time, without one it trains uncompiled.
 """
 
 from __future__ import annotations

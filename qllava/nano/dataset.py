@@ -32,7 +32,7 @@ from qllava.nano.scenes import UNSEEN_PAIRS, Scene, Split, render, sample_scene
 VERSION = 1
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
 PRETRAIN_PICTURES = 6_000
-TRAIN_PICTURES = 12_000
+TRAIN_PICTURES = 8_000
 QUESTIONS_PER_PICTURE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000

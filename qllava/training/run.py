@@ -145,7 +145,9 @@ NANO_PRETRAIN: dict[str, Any] = {
     "save_strategy": "no",
 }
 NANO_FINETUNE: dict[str, Any] = {
-    "learning_rate": 2e-3,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "learning_rate": 1e-3,
     "projector_lr": 1e-3,
     "per_device_train_batch_size": 24,
     "num_train_epochs": 1.0,

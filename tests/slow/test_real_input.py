@@ -56,7 +56,7 @@ def test_photographs_get_their_own_answers(shared_data: Path, tmp_path: Path) ->
     (tmp_path / "train.json").write_text(json.dumps(rows * 8), encoding="utf-8")
     run(
         sys.executable, "recipes/finetune_lora.py", "--train_file", tmp_path / "train.json", "--image_folder", tmp_path,
-        "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "10", "--num_train_epochs", "6",
+        "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "10", "--num_train_epochs", "40",
     )  # fmt: skip
     run(sys.executable, "-m", "qllava", "merge", tmp_path / "run", tmp_path / "merged", "--dtype", "float32")
     for name, answers in PHOTOGRAPHS.items():

@@ -55,8 +55,9 @@ def test_nanos_values_are_for_nano_alone(given: list[str]) -> None:
 
 @pytest.mark.parametrize("nano", [NANO_PRETRAIN, NANO_FINETUNE])
 def test_nanos_own_values_are_settings(nano: dict[str, Any]) -> None:
-    train = read(nano=nano).train
-    assert {name: getattr(train, name) for name in nano} == nano
+    settings = read(nano=nano)
+    train, model = settings.train, settings.model
+    assert {name: getattr(model if hasattr(model, name) else train, name) for name in nano} == nano
     assert not train.activation_checkpointing
 
 

@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.models.adapter import load_adapter, load_run, read_record
+from qllava.models.adapter import PROBES_FILE, load_adapter, load_run, read_record
 from qllava.models.assemble import Recipe, assemble
 from qllava.models.checkpoint import load_llava, save_llava, write_aside
 from qllava.models.vision import one_line
 
-PROBES_FILE = "probes.safetensors"
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
 # weights the result is another model by design: there the figures are reported, not judged.
 MAX_KL = 1e-3

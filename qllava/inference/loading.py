@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import BitsAndBytesConfig
 
 from qllava.config import InputError
 from qllava.inference.chat import Chat
@@ -30,15 +29,15 @@ def load(model: str, *, load_in_4bit: bool = False) -> Chat:
         return Chat(network.eval(), processor, str(folder))
     if (folder / "run.yaml").is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
+    from qllava.models.assemble import compute_dtype, nf4
     from qllava.models.checkpoint import load_llava
 
     cuda = torch.cuda.is_available()
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    dtype = half if cuda else torch.float32
+    dtype = compute_dtype()
     network, processor = load_llava(
         str(folder) if folder.is_dir() else model,
         dtype=dtype,
-        quantization_config=_four_bit(dtype) if load_in_4bit else None,
+        quantization_config=nf4(dtype) if load_in_4bit else None,
         device_map={"": "cuda:0"} if cuda else None,
     )
     return Chat(network.eval(), processor, model)
@@ -67,15 +66,3 @@ def _is_nano(path: Path) -> bool:
             f"{path} cannot be read ({' '.join(str(error).split())}); repair or remove the run."
         ) from error
     return isinstance(settings, dict) and settings.get("model_name_or_path") == "nano"
-
-
-def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization for the language model only."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        # Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
-        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
-    )

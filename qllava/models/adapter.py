@@ -23,6 +23,7 @@ from qllava.config import InputError
 from qllava.models.assemble import Assembled, Recipe, assemble
 from qllava.models.vision import LOAD_ERRORS, one_line
 
+PROBES_FILE = "probes.safetensors"
 PROJECTOR_FILE = "projector.safetensors"
 RECORD_FILE = "qllava.json"
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.

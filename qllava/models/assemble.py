@@ -35,6 +35,7 @@ from qllava.models.vision import LOAD_ERRORS, check_loading, load_tower, one_lin
 
 LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
 # Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
+# Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
 _KEPT_IN_FULL = ["model.multi_modal_projector", "model.vision_tower", "lm_head"]
 
 
@@ -94,7 +95,7 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
     """
     dtype: torch.dtype = getattr(torch, recipe.dtype) if recipe.dtype else compute_dtype()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    quantization = _nf4(dtype) if recipe.load_in_4bit else None
+    quantization = nf4(dtype) if recipe.load_in_4bit else None
     if recipe.model is not None:
         on_device = {"": device} if quantization else None
         model, processor = load_llava(recipe.model, dtype=dtype, quantization_config=quantization, device_map=on_device)
@@ -130,7 +131,8 @@ def template_of(tokenizer: Any) -> str:
     return "llama_2" if "[INST]" in str(tokenizer.chat_template or "") else "vicuna_v1"
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization for the language model only; `dtype` is what its layers compute in."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -209,7 +211,7 @@ def load_language_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **({"quantization_config": _nf4(dtype), "device_map": {"": device}} if four_bit else {}),
+            **({"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}),
         )
     except (*LOAD_ERRORS, TypeError) as error:
         raise InputError(f"The language model {name} cannot be loaded ({one_line(error)}); get it anew.") from error

@@ -21,14 +21,13 @@ from qllava.conversation import PLAIN, Template
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
 from qllava.models import ledger
-from qllava.models.adapter import read_record
+from qllava.models.adapter import PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.training import scores
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, checkpoints, saving, to_dataset
 
-PROBES_FILE = "probes.safetensors"
 PROBES = 32
 
 

@@ -47,9 +47,10 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def full_caption(scene: Scene) -> str:
-    """Every shape with size, colour, form and place, in reading order."""
-    parts = [f"{article(f'{s.size} {s.colour} {s.form}')} {AT[s.place]}" for s in scene.shapes]
+def full_caption(scene: Scene, *, colours: bool = True) -> str:
+    """Every shape with size, colour (unless `colours` is off), form and place, in reading order."""
+    colour = {s: f"{s.colour} " if colours else "" for s in scene.shapes}
+    parts = [f"{article(f'{s.size} {colour[s]}{s.form}')} {AT[s.place]}" for s in scene.shapes]
     return ", ".join(parts)
 
 

@@ -19,8 +19,9 @@ import os
 import random
 import shlex
 import shutil
+import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -33,9 +34,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Turn
+from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Rendered, Turn
 from qllava.nano import language
-from qllava.nano.scenes import COLOURS, FORMS, PLACES, SIZES, Scene, sample_scene
+from qllava.nano.scenes import COLOURS, FORMS, PLACES, SIZES, Scene, Shape, sample_scene
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 2048
@@ -107,6 +108,32 @@ def conversation(
     return Conversation(tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
 
 
+def copying(rng: random.Random) -> Conversation:
+    """What stands at each of a few places, in words that mean nothing, and questions that are answered by them.
+
+    The head is the table of embeddings: without these it would never have said most of its tokens, and tuning, which
+    leaves it as it is, could not bring it to say them.
+    """
+    there = {place: _meaningless(rng) for place in rng.sample(PLACES, rng.randint(1, 4))}
+    pairs = [(f"What is {language.AT[place]}?", words) for place, words in there.items()]
+    rng.shuffle(pairs)
+    facts = "\n".join(f"{place}: {words}" for place, words in there.items())
+    pairs[0] = (f"{facts}\n{pairs[0][0]}", pairs[0][1])
+    return Conversation(tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
+
+
+def _meaningless(rng: random.Random) -> str:
+    """One to four words of random letters; some begin with a capital, some are signs of any kind."""
+    out = []
+    for _ in range(rng.randint(1, 4)):
+        alphabet = (
+            string.ascii_lowercase if rng.random() < 0.85 else string.ascii_letters + string.digits + "-.,'äéñöüß"
+        )
+        word = "".join(rng.choices(alphabet, k=rng.randint(1, 7)))
+        out.append(word.capitalize() if rng.random() < 0.15 else word)
+    return " ".join(out)
+
+
 @dataclass(frozen=True)
 class Round:
     """One cycle of the learning rate over texts of its own."""
@@ -125,18 +152,28 @@ class Round:
     """Share of texts that are a map and a conversation; the rest are sentences and a conversation."""
     types: tuple[str, ...]
     """Types of questions are drawn from these; one that stands here twice is drawn twice as often."""
-    shared: bool
-    """Whether the embedding of a map's word is the sum of vectors for its size, colour, form and place (`Words`)."""
+    shared: tuple[str, ...]
+    """The embedding of a map's word is the sum of vectors for these attributes of its shape (`Words`); () for none."""
+    copies: float = 0.0
+    """Share of texts whose facts and answers are words that mean nothing (`copying`)."""
 
 
 # The first round leaves each of the 972 words of the maps to itself, and each is met too seldom: after it, presence and
 # count were answered always, places in 30 % of cases, and questions that compare two shapes no better than by a coin.
-# In the second the words share what they are made of, and it asks mostly what was not yet known.
+# In the second the words share what they are made of, and it asks mostly what was not yet known; after it, relations
+# alone were a coin still. In the third a place is also a row and a column, which is what relations ask about, and there
+# are words to repeat that mean nothing: the head must be able to say what its tuning will teach it to say.
+_WORD = ("size", "colour", "form", "place")
 ROUNDS = (
-    Round(3_600, 32, 2e-3, 2e-3, 0.15, 0.55, language.TYPES, shared=False),
+    Round(3_600, 32, 2e-3, 2e-3, 0.15, 0.55, language.TYPES, shared=()),
     Round(
         4_000, 16, 1.5e-3, 1.5e-3, 0.05, 0.8,
-        ("relation", "comparison", "place") * 3 + ("colour", "form") * 2 + ("size", "count", "presence"), shared=True,
+        ("relation", "comparison", "place") * 3 + ("colour", "form") * 2 + ("size", "count", "presence"), shared=_WORD,
+    ),
+    Round(
+        6_000, 16, 2e-3, 2e-3, 0.05, 0.75,
+        ("relation",) * 5 + ("comparison", "place", "colour") * 2 + ("form", "size", "count", "presence"),
+        shared=(*_WORD, "row", "column"), copies=0.1,
     ),
 )  # fmt: skip
 
@@ -146,6 +183,8 @@ def text(rng: random.Random, tokenizer: Tokenizer, round_: Round = ROUNDS[0]) ->
 
     A map takes the place that the tokens of a picture will take: where `<image>` stands.
     """
+    if round_.copies and rng.random() < round_.copies:
+        return _with_labels(CHATML.render(copying(rng)), tokenizer)
     scene = sample_scene(rng, unseen=rng.random() < 0.1)
     kind = rng.random()
     words = tokenizer.encode(" " + " ".join(language.scene_map(scene))).ids
@@ -155,9 +194,13 @@ def text(rng: random.Random, tokenizer: Tokenizer, round_: Round = ROUNDS[0]) ->
         said = tokenizer.encode(language.full_caption(scene) + "\n").ids
         return given + said, [-100] * len(given) + said
     facts = IMAGE_TOKEN if kind < round_.captions + round_.maps else sentences(scene, rng)
-    rendered = CHATML.render(conversation(scene, rng, facts=facts, types=round_.types))
+    return _with_labels(CHATML.render(conversation(scene, rng, facts=facts, types=round_.types)), tokenizer, words)
+
+
+def _with_labels(rendered: Rendered, tokenizer: Tokenizer, words: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation; `words` take the place of `<image>`."""
     before, _, after = rendered.text.rpartition(IMAGE_TOKEN)
-    ids = tokenizer.encode(before).ids + words if before else []
+    ids = [*tokenizer.encode(before).ids, *words] if before else []
     labels = [-100] * len(ids)
     encoded = tokenizer.encode(after)
     shift = len(rendered.text) - len(after)
@@ -204,25 +247,33 @@ def _compiled(body: torch.nn.Module) -> Callable[..., Any]:
 
 
 class Words:
-    """Embeddings in which the word of a map is the sum of vectors for its size, colour, form and place.
+    """Embeddings in which the word of a map is the sum of vectors for what it is made of: size, colour, form, place.
 
     What is learned about "top left" from one word then holds for all 108 that contain it. `fold` writes the sums into
     the model's own table, so that what is saved is a plain LLaMA.
     """
 
-    def __init__(self, table: torch.nn.Embedding, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Args: the model's table (V, D), which is also its head; it goes on learning for all other words."""
+    def __init__(
+        self, table: torch.nn.Embedding, tokenizer: PreTrainedTokenizerFast, attributes: tuple[str, ...]
+    ) -> None:
+        """Args: the model's table (V, D), which is also its head; it goes on learning for all other words.
+
+        `attributes` are of "size", "colour", "form", "place", "row" and "column".
+        """
         self.table = table
-        attributes = [*SIZES, *COLOURS, *FORMS, *PLACES]
-        parts = torch.zeros(table.num_embeddings, len(attributes))
-        for size, colour, form, place in product(SIZES, COLOURS, FORMS, PLACES):
-            word = f" {size}{colour}{form}{place.replace(' ', '')}"
-            (row,) = tokenizer(word)["input_ids"]
-            parts[row, [attributes.index(a) for a in (size, colour, form, place)]] = 1.0
-        self.parts = parts
-        words = parts.sum(1) > 0
+        columns: dict[tuple[str, str | int], int] = {}
+        rows: dict[int, list[int]] = {}
+        for size, colour, form, cell in product(SIZES, COLOURS, FORMS, range(len(PLACES))):
+            shape = Shape(form, colour, size, cell, x=0, y=0, angle=0)
+            (row,) = tokenizer(f" {language.word_of(shape)}")["input_ids"]
+            rows[row] = [columns.setdefault((a, getattr(shape, a)), len(columns)) for a in attributes]
+        self.parts = torch.zeros(table.num_embeddings, len(columns))
+        for row, its in rows.items():
+            self.parts[row, its] = 1.0
+        words = self.parts.sum(1) > 0
         self.others = (~words).float()[:, None]
-        fitted = torch.linalg.lstsq(parts[words], table.weight.detach()[words], driver="gelsd").solution
+        # The shortest of all solutions: what places share goes to their rows and columns.
+        fitted = torch.linalg.lstsq(self.parts[words], table.weight.detach()[words], driver="gelsd").solution
         self.vectors = torch.nn.Parameter(fitted)
 
     def weight(self) -> torch.Tensor:
@@ -269,7 +320,7 @@ def train_round(
     """One round, in place; bf16 matrix products, fp32 weights; Muon for the matrices, AdamW for the rest."""
     body = _compiled(model.model)
     table: torch.nn.Embedding = model.model.embed_tokens
-    words = Words(table, tokenizer) if round_.shared else None
+    words = Words(table, tokenizer, round_.shared) if round_.shared else None
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     others += [words.vectors] if words else []

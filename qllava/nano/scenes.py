@@ -17,8 +17,11 @@ Everything follows from the seed; the splits cannot meet because a scene belongs
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
+from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,12 +152,15 @@ def _place(rng: random.Random, colour: str, form: str, cell: int) -> Shape:
     return Shape(form, colour, size, cell, round(x, 2), round(y, 2), round(rng.uniform(-12, 12), 1))
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes."""
+def render(scene: Scene, colours: Sequence[tuple[int, int, int]] | None = None) -> Image.Image:
+    """The picture of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes.
+
+    `colours` paints the shapes, in their order, in other colours than their own.
+    """
     rng = np.random.default_rng(scene.background)
     canvas = _background(rng)
-    for shape in scene.shapes:
-        _paint(canvas, shape, rng)
+    for shape, colour in zip(scene.shapes, colours or [COLOURS[s.colour] for s in scene.shapes], strict=True):
+        _paint(canvas, shape, colour, rng)
     noise = rng.normal(0.0, 3.0, canvas.shape)
     return Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
 
@@ -175,7 +181,15 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return canvas
 
 
-def _paint(canvas: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
+def nameless_colour(rng: random.Random) -> tuple[int, int, int]:
+    """A strong colour that no word of `COLOURS` fits: cyan, pink, lime, brown and the like."""
+    while True:
+        drawn = [round(255 * c) for c in hsv_to_rgb(rng.random(), rng.uniform(0.45, 1), rng.uniform(0.45, 1))]
+        if all(math.dist(drawn, named) > 80 for named in COLOURS.values()):
+            return drawn[0], drawn[1], drawn[2]
+
+
+def _paint(canvas: np.ndarray, shape: Shape, rgb: tuple[int, int, int], rng: np.random.Generator) -> None:
     """Blend one shape into the canvas in place; its edge is smooth and its colour varies a little."""
     radius = SIZES[shape.size] / 2
     left, top = int(shape.x - radius) - 3, int(shape.y - radius) - 3
@@ -184,7 +198,7 @@ def _paint(canvas: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
     centre = ((shape.x - left) * _OVERSAMPLE, (shape.y - top) * _OVERSAMPLE)
     _draw(ImageDraw.Draw(mask), shape, centre, radius * _OVERSAMPLE)
     alpha = np.asarray(mask.reduce(_OVERSAMPLE), dtype=np.float64)[..., None] / 255
-    colour = np.array(COLOURS[shape.colour], dtype=np.float64) + rng.normal(0, 7, 3)
+    colour = np.array(rgb, dtype=np.float64) + rng.normal(0, 7, 3)
     top_, left_ = max(top, 0), max(left, 0)
     region = canvas[top_ : top + width, left_ : left + width]
     alpha = alpha[top_ - top : top_ - top + region.shape[0], left_ - left : left_ - left + region.shape[1]]

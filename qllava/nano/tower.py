@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from qllava.nano.language import full_caption
-from qllava.nano.scenes import SIZE, Scene, render, sample_scene
+from qllava.nano.scenes import SIZE, nameless_colour, render, sample_scene
 
 PATCH = 16
 WIDTH = 128
@@ -34,10 +35,19 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _PAD, _START = 0, 1
 
 
-def draw(seeds: list[int]) -> tuple[np.ndarray, list[Scene]]:
-    """Scenes of the training split by seed, as (B, SIZE, SIZE, 3) bytes and as scenes."""
-    scenes = [sample_scene(random.Random(f"tower-{seed}")) for seed in seeds]
-    return np.stack([np.asarray(render(s)) for s in scenes]), scenes
+def draw(seeds: list[int], nameless: float = 0.0) -> tuple[np.ndarray, list[str]]:
+    """Scenes of the training split by seed, as (B, SIZE, SIZE, 3) bytes and captions.
+
+    A share of `nameless` is painted in colours that have no name, and its captions say none.
+    """
+    pictures, captions = [], []
+    for seed in seeds:
+        rng = random.Random(f"tower-{seed}")
+        scene = sample_scene(rng)
+        odd = rng.random() < nameless
+        pictures.append(np.asarray(render(scene, [nameless_colour(rng) for _ in scene.shapes] if odd else None)))
+        captions.append(full_caption(scene, colours=not odd))
+    return np.stack(pictures), captions
 
 
 def pixels(pictures: np.ndarray) -> torch.Tensor:
@@ -122,10 +132,14 @@ class Round:
     """Optimizer steps."""
     lr: float
     """The highest learning rate; it falls to nothing along a cosine."""
+    nameless: float
+    """Share of scenes that are painted in colours without a name (`draw`)."""
 
 
-# After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all.
-ROUNDS = (Round(24_000, 2_200, 1.5e-3), Round(40_000, 2_200, 1.0e-3))
+# After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all. But what a
+# probe found in the patches was form and colour in one: of colours with forms that it had never met together it read
+# 24 % of the forms. Shapes in colours that have no name, and that come in every form, part the two.
+ROUNDS = (Round(24_000, 2_200, 1.5e-3, 0.0), Round(40_000, 2_200, 1.0e-3, 0.0), Round(60_000, 4_000, 1.0e-3, 0.5))
 
 
 def train(
@@ -137,19 +151,19 @@ def train(
     model = build(len(ids) + 2)
     drawn = 0
     for round_ in rounds:
-        pictures, text = _draw_all(range(drawn, drawn + round_.scenes), ids)
+        pictures, text = _draw_all(range(drawn, drawn + round_.scenes), ids, round_.nameless)
         drawn += round_.scenes
         train_round(model, pictures, text, round_, batch=batch, seed=seed, log=log)
     return model.eval()
 
 
-def _draw_all(seeds: range, ids: dict[str, int]) -> tuple[np.ndarray, torch.Tensor]:
+def _draw_all(seeds: range, ids: dict[str, int], nameless: float) -> tuple[np.ndarray, torch.Tensor]:
     """The pictures and tokenized captions of scenes, drawn in parallel."""
     chunks = [list(seeds[k : k + 500]) for k in range(0, len(seeds), 500)]
     with ProcessPoolExecutor() as pool:
-        drawn = list(tqdm(pool.map(draw, chunks), total=len(chunks), desc="scenes"))
+        drawn = list(tqdm(pool.map(draw, chunks, repeat(nameless)), total=len(chunks), desc="scenes"))
     pictures = np.concatenate([p for p, _ in drawn])
-    return pictures, tokens([full_caption(s) for _, part in drawn for s in part], ids)
+    return pictures, tokens([caption for _, part in drawn for caption in part], ids)
 
 
 def train_round(

@@ -167,6 +167,21 @@ def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
         assert torch.equal(weight, again[name]), name
 
 
+def test_words_that_mean_nothing_are_answered_as_they_were_given(tokenizer: PreTrainedTokenizerFast) -> None:
+    only_copies = replace(llama.ROUNDS[2], copies=1.0)
+    seen: set[str] = set()
+    for seed in range(300):
+        ids, labels = llama.text(random.Random(seed), tokenizer.backend_tokenizer, only_copies)
+        text = tokenizer.decode(ids)
+        facts = dict(re.findall(r"^([a-z ]+): (.+)$", text, re.MULTILINE))
+        places = {f"What is {language.AT[place]}?": words for place, words in facts.items()}
+        asked = re.findall(r"(What is [a-z ]+\?)<\|im_end\|>", text)
+        assert sorted(asked) == sorted(places)
+        assert [tokenizer.decode(run) for run in learned(labels)] == [places[q] + "<|im_end|>" for q in asked]
+        seen.update("".join(facts.values()))
+    assert {*"azAZ09-ü"} <= seen
+
+
 def test_a_word_of_a_map_becomes_the_sum_of_its_parts(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,3 +198,13 @@ def test_a_word_of_a_map_becomes_the_sum_of_its_parts(
     other = row("smallredringbottomleft") - row("smallblueringbottomleft")
     assert torch.allclose(one, other, atol=1e-5)
     assert one.norm() > 1e-3
+
+
+def test_making_words_of_parts_changes_no_word_that_is_their_sum_already(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    table = llama.build(len(tokenizer)).get_input_embeddings()
+    first = llama.Words(table, tokenizer, ("size", "colour", "form", "place"))
+    first.fold()
+    again = llama.Words(table, tokenizer, llama.ROUNDS[2].shared)
+    assert again.vectors.shape == (3 + 6 + 6 + 9 + 3 + 3, 192)
+    torch.testing.assert_close(again.weight(), first.weight(), rtol=0, atol=1e-5)

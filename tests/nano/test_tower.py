@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor
 from qllava.models.vision import convert_open_clip
 from qllava.nano import tower
 from qllava.nano.language import full_caption
-from qllava.nano.scenes import SIZE, UNSEEN_PAIRS, sample_scene
+from qllava.nano.scenes import COLOURS, SIZE, UNSEEN_PAIRS, nameless_colour, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def ids() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def drawn(ids: dict[str, int]) -> tuple[np.ndarray, torch.Tensor]:
-    pictures, scenes = tower.draw(list(range(32)))
-    return pictures, tower.tokens([full_caption(s) for s in scenes], ids)
+    pictures, captions = tower.draw(list(range(32)))
+    return pictures, tower.tokens(captions, ids)
 
 
 @pytest.fixture
@@ -66,11 +66,34 @@ def test_the_longest_caption_has_room(ids: dict[str, int]) -> None:
 
 
 def test_pictures_are_of_the_training_split_and_follow_from_their_seed() -> None:
-    pictures, scenes = tower.draw([3, 4])
+    pictures, captions = tower.draw([3, 4])
     assert (pictures.shape, pictures.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
-    again, (scene,) = tower.draw([4])
-    assert np.array_equal(pictures[1:], again) and scenes[1] == scene
-    assert not any((s.colour, s.form) in UNSEEN_PAIRS for one in tower.draw(list(range(200)))[1] for s in one.shapes)
+    again, (caption,) = tower.draw([4])
+    assert np.array_equal(pictures[1:], again) and captions[1] == caption
+    said = " ".join(tower.draw(list(range(200)))[1])
+    assert not [pair for pair in UNSEEN_PAIRS if " ".join(pair) in said]
+
+
+def test_a_share_is_painted_in_colours_without_a_name_and_says_none() -> None:
+    seeds = list(range(200))
+    named, full = tower.draw(seeds)
+    mixed, captions = tower.draw(seeds, 0.5)
+    without = [k for k in seeds if captions[k] != full[k]]
+    assert 70 < len(without) < 130
+    for k in seeds:
+        colours = [word for word in full[k].replace(",", "").split() if word in COLOURS]
+        expected = [w for w in full[k].split() if w not in COLOURS] if k in without else full[k].split()
+        # "a red ..." and "an orange ..." may leave another article behind.
+        assert [w for w in captions[k].split() if w not in ("a", "an")] == [w for w in expected if w not in ("a", "an")]
+        assert colours and np.array_equal(mixed[k], named[k]) == (k not in without)
+
+
+def test_a_nameless_colour_is_far_from_every_named_one() -> None:
+    rng = random.Random(0)
+    drawn = [nameless_colour(rng) for _ in range(300)]
+    assert len(set(drawn)) > 250
+    nearest = min(sum((a - b) ** 2 for a, b in zip(one, c, strict=True)) for one in drawn for c in COLOURS.values())
+    assert nearest > 80**2
 
 
 def test_pixels_are_what_the_shipped_image_processor_gives(drawn: tuple[np.ndarray, torch.Tensor]) -> None:
@@ -98,7 +121,7 @@ def test_a_round_trains_and_the_converted_tower_computes_the_same(
     model: CoCa, drawn: tuple[np.ndarray, torch.Tensor]
 ) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tower.train_round(model, *drawn, tower.Round(32, 2, 1e-3), batch=16, seed=0, log=print)
+    tower.train_round(model, *drawn, tower.Round(32, 2, 1e-3, 0.0), batch=16, seed=0, log=print)
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not still, f"not trained: {still}"
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -116,24 +139,24 @@ def test_a_round_trains_and_the_converted_tower_computes_the_same(
 
 
 def test_every_round_draws_scenes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranges: list[range] = []
+    ranges: list[tuple[range, float]] = []
     trained: list[int] = []
 
-    def draw_all(seeds: range, ids: dict[str, int]) -> tuple[np.ndarray, torch.Tensor]:
-        ranges.append(seeds)
+    def draw_all(seeds: range, ids: dict[str, int], nameless: float) -> tuple[np.ndarray, torch.Tensor]:
+        ranges.append((seeds, nameless))
         return np.zeros((1, SIZE, SIZE, 3), np.uint8), torch.zeros(1, tower.CONTEXT)
 
     monkeypatch.setattr(tower, "_draw_all", draw_all)
     monkeypatch.setattr(tower, "train_round", lambda *args, **_: trained.append(args[3].steps))
-    model = tower.train((tower.Round(5, 2, 1e-3), tower.Round(7, 3, 1e-3)))
-    assert ranges == [range(5), range(5, 12)]
+    model = tower.train((tower.Round(5, 2, 1e-3, 0.0), tower.Round(7, 3, 1e-3, 0.5)))
+    assert ranges == [(range(5), 0.0), (range(5, 12), 0.5)]
     assert trained == [2, 3]
     assert not model.training
 
 
 def test_drawing_in_parallel_keeps_the_order(ids: dict[str, int]) -> None:
-    pictures, text = tower._draw_all(range(498, 1002), ids)
+    pictures, text = tower._draw_all(range(498, 1002), ids, 0.5)
     for row, seed in ((0, 498), (499, 997), (500, 998), (503, 1001)):
-        one, (scene,) = tower.draw([seed])
+        one, captions = tower.draw([seed], 0.5)
         assert np.array_equal(pictures[row], one[0])
-        assert torch.equal(text[row], tower.tokens([full_caption(scene)], ids)[0])
+        assert torch.equal(text[row], tower.tokens(captions, ids)[0])

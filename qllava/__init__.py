@@ -8,10 +8,14 @@ Importing the package costs nothing: torch and transformers are imported by what
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qllava.inference import Chat
+
+# On its import bitsandbytes warns of an optional CPU kernel that nobody here misses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

@@ -5,6 +5,8 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
 0 done, 1 something is wrong with the input or a verification failed, 2 the command line is wrong.
 
     qllava doctor
+    qllava check train.json --image-folder pictures --model llava-hf/llava-1.5-7b-hf
+    qllava inspect train.json --rows 3 --html samples.html
     qllava merge runs/finetune_lora merged
     qllava chat nano --image photo.jpg --prompt "What is this?"
     qllava eval vqa merged questions.jsonl --json
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qllava import __version__
 from qllava.config import InputError
@@ -50,6 +52,25 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = _verb(verbs, "doctor", run_doctor, "look at this machine and say what is missing")
     _json_flag(doctor)
+
+    check = _verb(verbs, "check", run_check, "read a whole data set before training, and say what is wrong with it")
+    check.add_argument("data", metavar="DATA", type=Path, nargs="*", help="files or folders of one data set")
+    _reading_flags(check)
+    check.add_argument(
+        "--eval-file", metavar="FILE", type=Path, help="held-out rows: checked too, and looked for in DATA"
+    )
+    check.add_argument("--config", metavar="RECIPE.yaml", help="the data and model of a recipe, in place of the flags")
+    _json_flag(check)
+
+    inspect = _verb(
+        verbs, "inspect", run_inspect, "show samples as the model gets them: pictures, tokens, what is learned"
+    )
+    inspect.add_argument("data", metavar="DATA", type=Path, help="a file or folder of rows")
+    _reading_flags(inspect)
+    inspect.add_argument("--rows", metavar="N", type=_positive, help="the first N (default: 8; with --json, all)")
+    how = inspect.add_mutually_exclusive_group()
+    how.add_argument("--html", metavar="FILE", type=Path, help="write a page with the pictures")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
 
     merge = _verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
     merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
@@ -101,6 +122,18 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
+def _reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model will read the data; nano's own parts where nothing is said."""
+    parser.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="MODEL", default="nano", help=f"{MODEL_HELP}; its weights are not loaded")
+    which.add_argument(
+        "--tokenizer", metavar="T", type=Path, help="a tokenizer's file or folder; pictures then count as LLaVA-1.5's"
+    )
+    parser.add_argument("--template", choices=("plain", "vicuna_v1", "llama_2", "llama_3", "chatml"))
+    parser.add_argument("--max-length", metavar="N", type=_positive, default=2048, help="(default: 2048)")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -133,6 +166,47 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print("\n".join(check.line() for check in checks))
         print("\nReady: `make finetune` teaches nano to see." if healthy else "\nRepair what says fail first.")
     return 0 if healthy else 1
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`qllava check`: status 1 when a row would not be learned as it is written."""
+    from qllava.training.data import Part
+    from qllava.training.preview import Source, check_sources, reader_of, sources_of_recipe
+
+    if bool(arguments.data) == bool(arguments.config):
+        raise InputError("Name the data to check, or a recipe with --config; one of the two.")
+
+    def run() -> Any:
+        if arguments.config:
+            return check_sources(*sources_of_recipe(arguments.config))
+        reader = reader_of(arguments.model, arguments.tokenizer, arguments.template)
+
+        def source(paths: list[Path]) -> list[Source]:
+            return [Source([Part(p, arguments.image_folder) for p in paths], reader, arguments.max_length)]
+
+        return check_sources(source(arguments.data), source([arguments.eval_file] if arguments.eval_file else []))
+
+    verdict = _quietly(run, arguments.json)
+    print(json.dumps(verdict.as_json()) if arguments.json else verdict.text())
+    return 0 if verdict.ok else 1
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """`qllava inspect`: the first rows as the model gets them, in the terminal, as a page, or as JSON."""
+    from qllava.training.data import Part
+    from qllava.training.preview import Source, inspect_rows, reader_of
+
+    out = sys.stdout
+
+    def run() -> None:
+        reader = reader_of(arguments.model, arguments.tokenizer, arguments.template)
+        source = Source([Part(arguments.data, arguments.image_folder)], reader, arguments.max_length)
+        write = (lambda found: print(json.dumps(found), file=out)) if arguments.json else None
+        rows = arguments.rows or (None if arguments.json else 8)
+        inspect_rows(source, rows=rows, page=arguments.html, write=write)
+
+    _quietly(run, arguments.json)
+    return 0
 
 
 def run_merge(arguments: argparse.Namespace) -> int:

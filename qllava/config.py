@@ -6,12 +6,19 @@ so that the command line stays instant.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NANO = "nano"
 """The name of the embedded default, for a recipe: its parts."""
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
+
+
+def cache_folder() -> Path:
+    """Where data that can be made again is kept: `$QLLAVA_CACHE`, else `~/.cache/qllava`."""
+    given = os.environ.get("QLLAVA_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "qllava"
 
 
 class InputError(Exception):
@@ -74,7 +81,11 @@ class DataConfig:
     """What is learned from."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Conversations: LLaVA JSON, JSONL, or rows of messages. nano has its own."}
+        default=None,
+        metadata={
+            "help": "What is learned from: a file, or in a YAML a list of {path, repeat or weight, image_folder}. nano "
+            "has its own."
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out rows, for loss and exact match during the run."}
@@ -88,4 +99,7 @@ class DataConfig:
     too_long: str = field(
         default="error",
         metadata={"help": "What to do with a sample longer than max_length.", "choices": ["error", "drop", "trim"]},
+    )
+    skip_check: bool = field(
+        default=False, metadata={"help": "Do not look at the pictures before the run, and compare no rows."}
     )

@@ -7,7 +7,6 @@ fine, `warn` works but not everything does, `fail` means that training cannot ru
 from __future__ import annotations
 
 import contextlib
-import logging
 import platform
 import shutil
 import sys
@@ -133,8 +132,6 @@ def _bf16() -> Check:
 
 def _nf4() -> Check:
     """A 4-bit layer against the product with its own dequantized weight, and a gradient through it."""
-    # On the import bitsandbytes warns of an optional CPU kernel that nobody here misses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import torch
 
     with contextlib.redirect_stdout(sys.stderr):

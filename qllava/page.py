@@ -187,6 +187,23 @@ def gallery(cards: Sequence[Html]) -> Html:
     return Html(f'<div class="gallery">\n{join(cards)}\n</div>')
 
 
+def legend(marks: Sequence[tuple[Html, str]]) -> Html:
+    """Signs of a page and what they mean."""
+    lines = (f"<dt>{mark}</dt><dd>{escape(meaning)}</dd>" for mark, meaning in marks)
+    return Html(f'<dl class="legend">{"".join(lines)}</dl>')
+
+
+def exhibit(title: str, pictures: Sequence[tuple[Html, str]], *parts: Html) -> Html:
+    """One thing to look at closely: what belongs to it, and (picture, caption) beside it, or above on a narrow screen.
+
+    Without pictures the parts take the whole width.
+    """
+    figures = (f"<figure>{image}<figcaption>{escape(said)}</figcaption></figure>" for image, said in pictures)
+    side = f'<div class="side">{"".join(figures)}</div>' if pictures else ""
+    halves = f'<div class="halves">{side}<div>{join(parts)}</div></div>'
+    return Html(f'<article class="exhibit"><h3>{escape(title)}</h3>{halves}</article>')
+
+
 def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
     """Lines of (label, answer, right or wrong or not judged): the mark is colour and sign, never colour alone."""
     out = []

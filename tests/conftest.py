@@ -35,6 +35,14 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
     return tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs is kept for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Parts of a tiny LLaVA and both stages trained over them, once for all tests; read only."""

@@ -24,7 +24,7 @@ HOSTILE = "<script>alert('x')</script> & \"quoted\""
 class Reader(HTMLParser):
     """Collects the tags and the text of a page, and complains about tags that are not closed."""
 
-    VOID = {"meta", "img"}
+    VOID = {"meta", "img", "br"}
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -80,6 +80,8 @@ def full_page(text: str) -> str:
                 page.details(text, page.paragraph(text, muted=True)),
                 page.grid(page.line_chart(text, [Series(text, [(0, 1), (1, 2)]), Series(text, [(0, 2)])], x=text)),
                 page.gallery([page.card(image, page.group(page.verdicts([(text, text, True)])))]),
+                page.legend([(page.paragraph(text), text)]),
+                page.exhibit(text, [(image, text)], page.paragraph(text)),
             )
         ],
         footer=text,
@@ -207,6 +209,12 @@ def test_right_and_wrong_are_marked_by_sign_too() -> None:
     html = page.verdicts([("Truth", "red", None), ("Before", "", False), ("After", "red", True)])
     assert html.count("\u2713") == 1 and html.count("\u2717") == 1
     assert "nothing" in html, "an empty answer is shown as one"
+
+
+def test_an_exhibit_without_pictures_leaves_no_room_for_them() -> None:
+    image = page.picture(Image.new("RGB", (8, 8)), "dark")
+    assert page.exhibit("t", [(image, "one"), (image, "two")]).count("<figure>") == 2
+    assert "side" not in page.exhibit("t", [], page.paragraph("words"))
 
 
 def test_writing_replaces_the_page_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

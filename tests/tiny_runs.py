@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.data.encode import Encoder
-from qllava.data.formats import read_examples
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, Recipe, assemble
 from qllava.models.checkpoint import tokens_per_image
+from qllava.training.data import Part, prepare
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse
-from qllava.training.trainer import LlavaTrainer, to_dataset
+from qllava.training.trainer import LlavaTrainer
 from tests.tiny_models import make_tiny_parts, make_tiny_rows
 
 
@@ -115,20 +116,20 @@ def make_trainer(
         model,
         assembled,
         chosen.train,
-        train=to_dataset(encode(assembled, tiny.rows)),
+        train=encode(assembled, tiny.rows),
         evaluation=None,
         exact_match=None,
         callbacks=callbacks or [],
     )
 
 
-def encode(assembled: Assembled, rows: Path) -> list[Any]:
-    """The rows as samples."""
+def encode(assembled: Assembled, rows: Path) -> Dataset:
+    """The rows as a table to train on."""
     config = assembled.model.config
     encoder = Encoder(
         assembled.processor.tokenizer, assembled.template, config.image_token_index, tokens_per_image(config)
     )
-    return encoder.encode_all(read_examples(rows)).samples
+    return prepare([Part(rows, None)], encoder, seed=0)[0].dataset
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:

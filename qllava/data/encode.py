@@ -14,18 +14,18 @@ Labels are not shifted; the loss shifts them.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qllava.config import InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, Conversation, Rendered, Template
 from qllava.data.formats import Example
+from qllava.data.rows import OnProblem, Place, Problem, RowError, stop
 
 IGNORE_INDEX = -100
 
@@ -40,28 +40,14 @@ class Sample:
     input_ids: with `tokens_per_image` image tokens for each picture.
     labels: as long as input_ids; what is not learned is IGNORE_INDEX. Not shifted.
     images: the pictures in the order of their tokens.
-    source: where the example stands, for messages.
+    place: where the example stands, for messages.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     images: tuple[Path, ...]
-    source: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A whole data set.
-
-    samples: in the order of the examples.
-    dropped: ids of the examples that were too long and left out.
-    trimmed: ids of the examples that lost turns at their end.
-    """
-
-    samples: list[Sample]
-    dropped: tuple[str, ...]
-    trimmed: tuple[str, ...]
+    place: Place
 
 
 class _Tokens(NamedTuple):
@@ -121,31 +107,27 @@ class Encoder:
         return frozenset({*special, *(vocabulary[control] for control in self.template.controls), self.image_token_id})
 
     def encode(self, example: Example) -> Sample | None:
-        """One sample; None when the policy drops it. Raises InputError like `encode_all`."""
-        samples = self.encode_all([example]).samples
+        """One sample; None when the policy drops it. Raises RowError like `encode_all`."""
+        samples = self.encode_all([example])
         return samples[0] if samples else None
 
-    def encode_all(self, examples: Sequence[Example], *, progress: bool = False) -> Encoded:
-        """All samples of a data set, in order. They lie in memory at once: call it per part of a very large one.
+    def encode_all(self, examples: Sequence[Example], on_problem: OnProblem = stop) -> list[Sample]:
+        """The samples of examples, in order. They lie in memory at once: call it per part of a large data set.
 
-        Raises InputError, with source and id, for an example that is too long under the policy `error`, spells a
-        control token, does not suit the template, has other pictures than `<image>`, or teaches nothing.
+        Left out, and handed to `on_problem`, is an example that is too long under the policy, spells a control token,
+        does not suit the template, has other pictures than `<image>`, or teaches nothing; one that is trimmed is
+        handed to it too. `stop`, the default, raises a RowError for what is an error, and lets the policy be.
         """
         samples: list[Sample] = []
-        dropped: list[str] = []
-        trimmed: list[str] = []
-        with tqdm(total=len(examples), desc="Tokenizing", unit=" rows", disable=not progress) as bar:
-            for example, rendered, tokens in self._tokenized(examples):
-                self._check_words(rendered, tokens, _where(example))
-                end = self._end(example, rendered, tokens)
-                if end is None:
-                    dropped.append(example.id)
-                else:
-                    if end < len(tokens.ids):
-                        trimmed.append(example.id)
+        for example, rendered, tokens in self._tokenized(examples, on_problem):
+            try:
+                self._check_words(rendered, tokens, example.problem)
+                end = self._end(example, rendered, tokens, on_problem)
+                if end is not None:
                     samples.append(self._sample(example, rendered, tokens, end))
-                bar.update()
-        return Encoded(samples, tuple(dropped), tuple(trimmed))
+            except RowError as error:
+                on_problem(error.problem)
+        return samples
 
     def encode_prompt(self, conversation: Conversation, *, images: int | None = None) -> list[int]:
         """The ids up to where the answer begins, image tokens expanded.
@@ -158,7 +140,7 @@ class Encoder:
         except ValueError as error:
             raise InputError(f"The prompt cannot be written: {error}.") from error
         (tokens,) = self._tokens([rendered.text])
-        self._check_words(rendered, tokens, "The prompt")
+        self._check_words(rendered, tokens, lambda _, problem, hint: InputError(f"The prompt: {problem}; {hint}."))
         if images is not None and tokens.ids.count(self.image_token_id) != images:
             raise InputError(
                 f"The prompt holds {tokens.ids.count(self.image_token_id)} {IMAGE_TOKEN} for {images} "
@@ -170,19 +152,25 @@ class Encoder:
         bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         return self.template.render(conversation, generation_prompt=generation_prompt, bos=bos, eos=eos)
 
-    def _tokenized(self, examples: Sequence[Example]) -> Iterator[tuple[Example, Rendered, _Tokens]]:
-        for start in range(0, len(examples), _TEXTS_PER_CALL):
-            batch = examples[start : start + _TEXTS_PER_CALL]
-            texts = []
-            for example in batch:
+    def _tokenized(
+        self, examples: Sequence[Example], on_problem: OnProblem
+    ) -> Iterator[tuple[Example, Rendered, _Tokens]]:
+        for first in range(0, len(examples), _TEXTS_PER_CALL):
+            batch: list[Example] = []
+            texts: list[Rendered] = []
+            for example in examples[first : first + _TEXTS_PER_CALL]:
                 try:
                     texts.append(self._render(example.conversation))
+                    batch.append(example)
                 except ValueError as error:
-                    raise InputError(f"{_where(example)}: {error}.") from error
+                    hint = "choose another template, or drop the row"
+                    on_problem(example.problem("template", str(error), hint).problem)
             yield from zip(batch, texts, self._tokens([rendered.text for rendered in texts]), strict=True)
 
     def _tokens(self, texts: list[str]) -> list[_Tokens]:
         """The one tokenization. Begin of text stands in the text already; verbose would warn about long ones."""
+        if not texts:
+            return []
         out = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
@@ -191,7 +179,7 @@ class Encoder:
             for ids, offsets in zip(out["input_ids"], out["offset_mapping"], strict=True)
         ]
 
-    def _check_words(self, rendered: Rendered, tokens: _Tokens, where: str) -> None:
+    def _check_words(self, rendered: Rendered, tokens: _Tokens, refuse: Callable[[str, str, str], InputError]) -> None:
         """Refuse control tokens that come from what was said; `<image>` may stand in a question."""
         for start, end in rendered.contents:
             here = tokens.ids[bisect_right(tokens.ends, start) : bisect_left(tokens.starts, end)]
@@ -199,56 +187,61 @@ class Encoder:
                 in_answer = any(first <= start < last for first, last in rendered.spans)
                 if in_answer or id != self.image_token_id:
                     token = self.tokenizer.convert_ids_to_tokens(id)
-                    raise InputError(
-                        f"{where}: the words {rendered.text[start:end][:40]!r} ... contain {token}, "
-                        "which is a control token of this model; spell it differently or drop the row."
+                    raise refuse(
+                        "control token",
+                        f"the words {rendered.text[start:end][:40]!r} ... contain {token}, which is a control token of "
+                        "this model",
+                        "spell it differently or drop the row",
                     )
 
-    def _end(self, example: Example, rendered: Rendered, tokens: _Tokens) -> int | None:
+    def _end(self, example: Example, rendered: Rendered, tokens: _Tokens, on_problem: OnProblem) -> int | None:
         """How many tokens (before expansion) are kept; None when the example is dropped."""
         pictures = tokens.ids.count(self.image_token_id)
         if pictures != len(example.images):
-            raise InputError(
-                f"{_where(example)}: the text holds {pictures} {IMAGE_TOKEN} for {len(example.images)} "
-                "pictures; make them equal."
-            )
+            problem = f"the text holds {pictures} {IMAGE_TOKEN} for {len(example.images)} pictures"
+            raise example.problem("pictures", problem, "make them equal")
         spare = self.max_length - pictures * (self.tokens_per_image - 1)
         if len(tokens.ids) <= spare:
             return len(tokens.ids)
+        length = len(tokens.ids) - spare + self.max_length
+        too_long = (
+            f"{length} tokens ({pictures} pictures of {self.tokens_per_image}) are more than max_length "
+            f"{self.max_length}"
+        )
         if self.too_long == "error":
-            length = len(tokens.ids) - spare + self.max_length
-            raise InputError(
-                f"{_where(example)}: {length} tokens ({pictures} pictures of {self.tokens_per_image}) are "
-                f"more than max_length {self.max_length}; raise max_length, or set too_long to drop or trim."
-            )
+            raise example.problem("too long", too_long, "raise max_length, or set too_long to drop or trim")
         if self.too_long == "trim":
             # A control token or a newline ends every round, so the text is never cut inside a token.
-            for _, end in reversed(rendered.spans[:-1]):
-                kept = bisect_left(tokens.starts, end + len(self.template.after_turn))
+            for rounds in range(len(rendered.spans) - 1, 0, -1):
+                kept = bisect_left(tokens.starts, rendered.spans[rounds - 1][1] + len(self.template.after_turn))
                 if self.image_token_id in tokens.ids[kept:]:
                     break
                 if kept <= spare:
+                    lost = f"{too_long}, so {len(rendered.spans) - rounds} of {len(rendered.spans)} answers are lost"
+                    on_problem(replace(self._changed(example, lost), kind="trimmed"))
                     return kept
+        on_problem(self._changed(example, f"{too_long}, so the row is dropped"))
         return None
+
+    def _changed(self, example: Example, problem: str) -> Problem:
+        return Problem("dropped", problem, "raise max_length to keep it", example.place, example.id, "warning")
 
     def _sample(self, example: Example, rendered: Rendered, tokens: _Tokens, end: int) -> Sample:
         ids = tokens.ids[:end]
         labels = [IGNORE_INDEX] * end
-        for start, stop in rendered.spans:
+        for start, end_ in rendered.spans:
             # A token that a tokenizer puts in front (sentencepiece's lone space mark) is empty: it belongs to what
             # follows, so it is the start that decides.
-            first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, stop)
+            first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end_)
             if last > end:
                 break
-            if (first and tokens.ends[first - 1] > start) or (last and tokens.ends[last - 1] > stop):
-                raise InputError(
-                    f"{_where(example)}: a token reaches over the edge of the answer "
-                    f"{rendered.text[start:stop][:40]!r} ...; take white space off its ends."
-                )
+            if (first and tokens.ends[first - 1] > start) or (last and tokens.ends[last - 1] > end_):
+                problem = f"a token reaches over the edge of the answer {rendered.text[start:end_][:40]!r} ..."
+                raise example.problem("token edge", problem, "take white space off its ends")
             labels[first:last] = ids[first:last]
         if all(label == IGNORE_INDEX for label in labels):
-            raise InputError(f"{_where(example)}: nothing of this sample is learned; give it an answer.")
-        return Sample(example.id, self._expand(ids, ids), self._expand(labels, ids), example.images, example.source)
+            raise example.problem("nothing learned", "nothing of this sample is learned", "give it an answer")
+        return Sample(example.id, self._expand(ids, ids), self._expand(labels, ids), example.images, example.place)
 
     def _expand(self, values: list[int], ids: list[int]) -> list[int]:
         """Repeat the value at each image token `tokens_per_image` times."""
@@ -260,7 +253,3 @@ class Encoder:
             out += values[at : at + 1] * self.tokens_per_image
             start = at + 1
         return out + values[start:]
-
-
-def _where(example: Example) -> str:
-    return f"{example.source}, id {example.id}"

@@ -125,9 +125,7 @@ def truth(example: Example) -> str:
     """The right answer: the last turn. Raises InputError when the row does not end with an answer."""
     turns = example.conversation.turns
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
-        raise InputError(
-            f"{example.source}, id {example.id}: the row does not end with a question and its answer; add them."
-        )
+        raise InputError(f"{example.where}: the row does not end with a question and its answer; add them.")
     return turns[-1].content
 
 
@@ -185,7 +183,7 @@ def _asker(chat: Chat, batch_size: int) -> AnswerFn:
             try:
                 prompts.append(chat.prompt(question(example), example.images))
             except InputError as error:
-                raise InputError(f"{example.source}, id {example.id}: {error}") from error
+                raise InputError(f"{example.where}: {error}") from error
         return chat.complete(prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
 
     return ask

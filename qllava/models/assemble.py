@@ -149,9 +149,9 @@ def _from_parts(
     if recipe.language_model is None or recipe.vision_tower is None:
         raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
     llm, tokenizer = load_language_model(
-        _nano(recipe.language_model, "llama"), dtype, device, four_bit=recipe.load_in_4bit
+        nano_part(recipe.language_model, "llama"), dtype, device, four_bit=recipe.load_in_4bit
     )
-    tower = load_tower(_nano(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
+    tower = load_tower(nano_part(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
     image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if recipe.load_in_4bit:
         # It would be saved inside the merged model's config, and programs would take plain weights for packed ones.
@@ -177,7 +177,7 @@ def _from_parts(
     return model.eval(), build_processor(tokenizer, tower)
 
 
-def _nano(name: str, part: str) -> str:
+def nano_part(name: str, part: str) -> str:
     """The folder of one of nano's parts, or the name as it is."""
     if name != "nano":
         return name
@@ -187,6 +187,23 @@ def _nano(name: str, part: str) -> str:
             f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
         )
     return str(folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with `<image>` as one more token, and padding.
+
+    Raises InputError when it cannot be read.
+    """
+    try:
+        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, legacy=True)
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def load_language_model(
@@ -203,9 +220,8 @@ def load_language_model(
     if config.model_type not in LANGUAGE_MODELS:
         supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
         raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
+    tokenizer = load_tokenizer(name)
     try:
-        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
-        tokenizer = AutoTokenizer.from_pretrained(name, legacy=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -219,10 +235,6 @@ def load_language_model(
     check_loading(report, f"The language model {name}")
     if not four_bit:
         model.to(device)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     _grow_embeddings(model, len(tokenizer))
     return model, tokenizer
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qllava.config import cache_folder
 from qllava.nano import language
 from qllava.nano.scenes import UNSEEN_PAIRS, Scene, Split, render, sample_scene
 
@@ -73,12 +74,6 @@ class NanoData:
     def unseen(self) -> Path:
         """Questions about pairs that no training picture shows."""
         return self.folder / "unseen.json"
-
-
-def cache_folder() -> Path:
-    """Where data that can be made again is kept."""
-    given = os.environ.get("QLLAVA_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "qllava"
 
 
 def prepare(folder: Path | None = None) -> NanoData:

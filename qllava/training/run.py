@@ -21,12 +21,15 @@ import yaml
 from transformers import set_seed
 
 from qllava.config import NANO, InputError
-from qllava.conversation import PLAIN, TEMPLATES
-from qllava.data.formats import Example, read_examples
+from qllava.conversation import PLAIN, TEMPLATES, Template
+from qllava.data.encode import Encoder
+from qllava.data.formats import Example, read_some
 from qllava.models.adapter import add_lora, load_projector, train_projector_only
 from qllava.models.assemble import Assembled, Recipe, assemble
+from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import scores
+from qllava.training.data import Part, Prepared, parts_of, prepare
 from qllava.training.report import write_report
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.stage import Stage, train_stage
@@ -43,11 +46,12 @@ def pretrain(settings: Settings) -> Path:
     folder = _open_folder(settings)
     started = time.monotonic()
     assembled = _assemble(settings)
-    train = _read(settings.data.train_file, settings, "train_file", nano_file="pretrain")
-    evaluation = read_examples(Path(settings.data.eval_file), _images(settings)) if settings.data.eval_file else []
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
-    stage = Stage("pretrain", "Stage 1", template, train, evaluation, folder, _with_rate(settings.train, 1e-3))
-    trained = train_stage(stage, train_projector_only(assembled), assembled, settings)
+    files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
+    held_out = parts_of(settings.data.eval_file, _images(settings), "eval_file") if settings.data.eval_file else []
+    train, evaluation = _prepare(settings, assembled, template, files, held_out)
+    stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, _with_rate(settings.train, 1e-3))
+    trained = train_stage(stage, train_projector_only(assembled), assembled)
     _finish(folder, {"seconds": round(time.monotonic() - started, 1), **trained})
     _say_next(
         f"Stage 1 is done: {folder}",
@@ -73,13 +77,16 @@ def finetune(settings: Settings) -> Path:
     started = time.monotonic()
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
-    train = _read(settings.data.train_file, settings, "train_file", nano_file="train")
-    evaluation = _read_evaluation(settings)
-    shown = scores.spaced(evaluation, 12)
+    # All data is looked at before anything is trained: also that of the second stage before the first.
+    captions = _captions(settings, assembled, folder)
+    held_out = _held_out(settings)
+    files = _files(data.train_file, settings, "train_file", nano_file="train")
+    train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
+    shown = _some(held_out, evaluation, 12)
     before = scores.answers(assembled.model, assembled, shown) if shown else []
     if table:
         table.measure("untrained", assembled.model)
-    _align(settings, assembled, folder)
+    _align(settings, assembled, folder, captions)
     if table:
         table.measure("stage1", assembled.model)
     model = add_lora(
@@ -87,11 +94,12 @@ def finetune(settings: Settings) -> Path:
     )
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
-    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, folder, config)
-    trained = train_stage(stage, model, assembled, settings)
+    questions = _some(held_out, evaluation, config.eval_questions)
+    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config)
+    trained = train_stage(stage, model, assembled)
     after = scores.answers(model, assembled, shown) if shown else []
     scores.write_samples(folder / "samples.json", shown, before, after)
-    measured = table.finish(model, train) if table else {}
+    measured = table.finish(model) if table else {}
     _finish(folder, {**measured, "seconds": round(time.monotonic() - started, 1), **trained})
     if table:
         print("\n" + scores.format_table(measured))
@@ -107,28 +115,34 @@ def finetune(settings: Settings) -> Path:
     return folder
 
 
-def _align(settings: Settings, assembled: Assembled, folder: Path) -> None:
+def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
+    """What a stage 1 of finetune's own would learn from; None where the projector has its start already."""
+    exists = assembled.recipe.model is not None and not settings.data.pretrain_file
+    if settings.model.projector or exists or (folder / "stage1" / RESULTS_FILE).is_file():
+        return None
+    files = _files(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
+    return _prepare(settings, assembled, PLAIN, files, [])[0]
+
+
+def _align(settings: Settings, assembled: Assembled, folder: Path, captions: Prepared | None) -> None:
     """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one."""
-    if settings.model.projector:
-        load_projector(assembled.model, Path(settings.model.projector))
-        return
-    if assembled.recipe.model is not None and not settings.data.pretrain_file:
-        return
     stage1 = folder / "stage1"
-    if (stage1 / RESULTS_FILE).is_file():
-        load_projector(assembled.model, stage1)
+    if captions is None:
+        if settings.model.projector:
+            load_projector(assembled.model, Path(settings.model.projector))
+        elif (stage1 / RESULTS_FILE).is_file():
+            load_projector(assembled.model, stage1)
         return
     started = time.monotonic()
     stage1.mkdir(exist_ok=True)
-    train = _read(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = 1e-3
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
-    stage = Stage("pretrain", "Stage 1", PLAIN, train, [], stage1, config)
-    train_stage(stage, train_projector_only(assembled), assembled, settings)
+    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config)
+    train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     _finish(stage1, {"seconds": round(time.monotonic() - started, 1)})
     with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -216,23 +230,49 @@ def _images(settings: Settings) -> Path | None:
     return Path(settings.data.image_folder) if settings.data.image_folder else None
 
 
-def _read(given: str | None, settings: Settings, field: str, *, nano_file: str) -> list[Example]:
-    """The rows of a file, or of nano's own where none is given and the parts are nano's."""
-    if given is None:
-        if not settings.model.is_nano:
-            raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
-        data = nano.prepare()
-        return read_examples(getattr(data, nano_file), data.folder)
-    return read_examples(Path(given), _images(settings))
+def _files(given: Any, settings: Settings, field: str, *, nano_file: str) -> list[Part]:
+    """The files of a setting, or nano's own where none is given and the parts are nano's."""
+    if given is not None:
+        return parts_of(given, _images(settings), field)
+    if not settings.model.is_nano:
+        raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
+    data = nano.prepare()
+    return [Part(getattr(data, nano_file), data.folder)]
 
 
-def _read_evaluation(settings: Settings) -> list[Example]:
+def _held_out(settings: Settings) -> list[Part]:
+    """The held-out rows of stage 2; nano has its own, for its own training rows."""
     if settings.data.eval_file:
-        return read_examples(Path(settings.data.eval_file), _images(settings))
+        return parts_of(settings.data.eval_file, _images(settings), "eval_file")
     if settings.model.is_nano and not settings.data.train_file:
         data = nano.prepare()
-        return read_examples(data.validation, data.folder)
+        return [Part(data.validation, data.folder)]
     return []
+
+
+def _prepare(
+    settings: Settings, assembled: Assembled, template: Template, files: list[Part], held_out: list[Part]
+) -> tuple[Prepared, Prepared | None]:
+    """Check and open the rows, as this model reads them."""
+    encoder = Encoder(
+        assembled.processor.tokenizer,
+        template,
+        assembled.model.config.image_token_index,
+        tokens_per_image(assembled.model.config),
+        settings.train.max_length or 1 << 30,
+        settings.data.too_long,  # type: ignore[arg-type]
+    )
+    seed, skip = settings.train.seed, settings.data.skip_check
+    return prepare(files, encoder, seed=seed, evaluation=held_out, skip_check=skip)
+
+
+def _some(held_out: list[Part], prepared: Prepared | None, count: int) -> list[Example]:
+    """At most `count` held-out rows, evenly spaced, to be asked as questions."""
+    if prepared is None:
+        return []
+    each = -(-count // len(held_out))
+    read = zip(held_out, prepared.parts, strict=True)
+    return [e for part, found in read for e in read_some(part.path, part.image_folder, each, found.summary.rows)]
 
 
 def _finish(folder: Path, results: dict[str, Any]) -> None:

@@ -1,32 +1,34 @@
-"""One stage of training: rows become samples, samples become a table, the table is trained on and kept.
+"""One stage of training: rows that were prepared are trained on, and what was learned is kept.
 
 A stage is a set of values (`Stage`), not a code path: `train_stage` trains both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qllava.config import InputError
-from qllava.conversation import PLAIN, Template
-from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
+from qllava.conversation import Template
 from qllava.data.formats import Example
 from qllava.models import ledger
 from qllava.models.adapter import PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
-from qllava.models.checkpoint import tokens_per_image
 from qllava.training import scores
-from qllava.training.settings import Settings, TrainConfig
-from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, checkpoints, saving, to_dataset
+from qllava.training.data import Prepared
+from qllava.training.settings import TrainConfig
+from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, checkpoints, saving
 
 PROBES = 32
 
@@ -41,10 +43,12 @@ class Stage:
     """For people."""
     template: Template
     """How its rows are written."""
-    train: list[Example]
+    train: Prepared
     """Its rows."""
-    evaluation: list[Example]
+    evaluation: Prepared | None
     """Held-out rows."""
+    questions: list[Example]
+    """Some of the held-out rows, to be answered during the run."""
     folder: Path
     """Where it is written."""
     config: TrainConfig
@@ -83,36 +87,24 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def train_stage(stage: Stage, model: nn.Module, assembled: Assembled, settings: Settings) -> dict[str, float]:
+def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, float]:
     """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
-    encoder = Encoder(
-        assembled.processor.tokenizer,
-        stage.template,
-        assembled.model.config.image_token_index,
-        tokens_per_image(assembled.model.config),
-        stage.config.max_length or 1 << 30,
-        settings.data.too_long,  # type: ignore[arg-type]
-    )
-    encoded = encoder.encode_all(stage.train, progress=True)
-    if not encoded.samples:
-        raise InputError(f"No sample is left to train on: all {len(stage.train)} are longer than max_length; raise it.")
-    held_out = encoder.encode_all(stage.evaluation).samples if stage.evaluation else []
-    _settle_evaluation(stage.config, bool(held_out))
-    questions = scores.spaced(stage.evaluation, stage.config.eval_questions)
+    held_out = stage.evaluation.dataset if stage.evaluation else None
+    _settle_evaluation(stage.config, held_out is not None)
     progress = Progress(stage.title)
     trainer = LlavaTrainer(
         model,
         assembled,
         stage.config,
-        train=to_dataset(encoded.samples),
-        evaluation=to_dataset(held_out) if held_out else None,
-        exact_match=_exact_match(model, assembled, questions) if questions and stage.template is not PLAIN else None,
+        train=stage.train.dataset,
+        evaluation=held_out,
+        exact_match=partial(scores.exact_match, model, assembled, stage.questions) if stage.questions else None,
         callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), progress],
     )
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
-    text = _ledger_text(model, stage, encoded.samples, encoded.dropped, encoded.trimmed)
+    text = _ledger_text(model, stage)
     print(f"\n{text}\n")
     (stage.folder / "ledger.txt").write_text(text + "\n", encoding="utf-8")
     newest = _newest(stage.folder, assembled)
@@ -120,7 +112,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled, settings: 
         print(f"Continuing from {newest}.")
     with saving(f"{stage.folder / PROBES_FILE}"):
         # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
-        save_probes(stage.folder / PROBES_FILE, held_out or encoded.samples, trainer.data_collator)
+        save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, trainer.data_collator)
     if stage.config.gradient_checkpointing:
         model.train()
     try:
@@ -155,11 +147,11 @@ def _newest(folder: Path, assembled: Assembled) -> Path | None:
     return found[-1]
 
 
-def save_probes(path: Path, samples: Sequence[Sample], collator: Callable[[list[dict[str, Any]]], Any]) -> None:
+def save_probes(path: Path, rows: Dataset, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
     """Keep rows as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
     tensors: dict[str, torch.Tensor] = {}
-    for number, row in enumerate(to_dataset(scores.spaced(samples, PROBES))):
-        batch = collator([row])
+    for number, index in enumerate(scores.spaced(range(len(rows)), PROBES)):
+        batch = collator([rows[index]])
         for key in ("input_ids", "labels"):
             tensors[f"{number}.{key}"] = batch[key][0]
         if "pixel_values" in batch:
@@ -167,24 +159,18 @@ def save_probes(path: Path, samples: Sequence[Sample], collator: Callable[[list[
     save_file(tensors, path)
 
 
-def _exact_match(model: nn.Module, assembled: Assembled, questions: list[Example]) -> Callable[[], float]:
-    return lambda: scores.exact_match(model, assembled, questions)
-
-
-def _ledger_text(
-    model: nn.Module, stage: Stage, samples: Sequence[Sample], dropped: Sequence[str], trimmed: Sequence[str]
-) -> str:
+def _ledger_text(model: nn.Module, stage: Stage) -> str:
     """The ledger of the model, and what the data comes to."""
-    config = stage.config
+    config, data = stage.config, stage.train
     rates = {"LoRA": config.learning_rate or 0.0, "projector": config.learning_rate or 0.0}
     if config.projector_lr is not None and stage.name == "finetune":
         rates["projector"] = config.projector_lr
-    lengths = sorted(len(s.input_ids) for s in samples)
-    learned = sum(label != IGNORE_INDEX for s in samples for label in s.labels)
+    lengths = np.sort(data.lengths)
     lines = [
         stage.title,
         ledger.format_ledger(ledger.ledger(model), rates),
-        f"samples {len(samples):,} (dropped {len(dropped)}, trimmed {len(trimmed)}); template {stage.template.name}; "
-        f"tokens median {lengths[len(lengths) // 2]}, most {lengths[-1]}; learned {learned:,} of {sum(lengths):,}",
+        f"samples {len(lengths):,} (dropped {data.count('dropped')}, trimmed {data.count('trimmed')}); "
+        f"template {stage.template.name}; tokens median {lengths[len(lengths) // 2]}, most {lengths[-1]}; "
+        f"learned {data.learned:,} of {lengths.sum():,}",
     ]
     return "\n".join(lines)

@@ -30,7 +30,6 @@ from trl import SFTTrainer
 
 from qllava.config import InputError
 from qllava.data.collate import Collator
-from qllava.data.encode import Sample
 from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.models.vision import one_line
@@ -56,18 +55,6 @@ def saving(what: str) -> Iterator[None]:
             f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room and give "
             "the command again."
         ) from error
-
-
-def to_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Samples as a table on which TRL trains. No column is called image: TRL would prepare the rows itself."""
-    return Dataset.from_dict(
-        {
-            "id": [s.id for s in samples],
-            "input_ids": [s.input_ids for s in samples],
-            "labels": [s.labels for s in samples],
-            "pictures": [[str(path) for path in s.images] for s in samples],
-        }
-    )
 
 
 class Metrics(TrainerCallback):
@@ -104,7 +91,7 @@ class LlavaTrainer(SFTTrainer):
         """Args:
         model: what `add_lora` or `train_projector_only` returned.
         assembled: the model's parts, for its tokenizer and its record.
-        train, evaluation: tables from `to_dataset`.
+        train, evaluation: rows as `Collator` takes them.
         exact_match: answers held-out questions and returns the share that is right.
         """
         self.assembled = assembled

@@ -16,9 +16,11 @@ from qllava.config import InputError
 from qllava.conversation import CHATML, IMAGE_TOKEN, LLAMA_3, PLAIN, TEMPLATES, VICUNA_V1, Conversation, Template, Turn
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
+from qllava.data.rows import Place, Problem
 from tests.tiny_models import make_tiny_tokenizer
 
 PICTURE = Path("a.png")
+PLACE = Place("train.json", row=3)
 TOKENS_PER_IMAGE = 7
 
 
@@ -40,7 +42,7 @@ def encoder(template: Template = CHATML, tokens: PreTrainedTokenizerBase | None 
 def example(*said: str, images: int | None = None, id: str = "x7") -> Example:
     turns = tuple(Turn("assistant" if n % 2 else "user", content) for n, content in enumerate(said))
     count = "".join(said[::2]).count(IMAGE_TOKEN) if images is None else images
-    return Example(id, (PICTURE,) * count, Conversation(turns), "train.json, row 3")
+    return Example(id, (PICTURE,) * count, Conversation(turns), PLACE)
 
 
 def learned(sample: Sample, tokens: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -64,7 +66,7 @@ def test_a_sample() -> None:
     assert sample.input_ids == ids[:at] + [picture] * TOKENS_PER_IMAGE + ids[at + 1 :]
     assert len(sample.labels) == len(sample.input_ids)
     assert learned(sample) == ["red<|im_end|>", "two<|im_end|>"]
-    assert (sample.id, sample.images, sample.source) == ("x7", (PICTURE,), "train.json, row 3")
+    assert (sample.id, sample.images, sample.place) == ("x7", (PICTURE,), PLACE)
 
 
 # What people write, and what stands between words in the templates: the places where tokens could melt together.
@@ -164,7 +166,7 @@ def test_words_of_other_models_are_words(llama_tokenizer: PreTrainedTokenizerBas
 
 
 def test_system_prompts_cannot_spell_one_either() -> None:
-    bad = Example("x7", (), Conversation(example("a", "b").conversation.turns, "<|im_start|>"), "train.json, row 3")
+    bad = Example("x7", (), Conversation(example("a", "b").conversation.turns, "<|im_start|>"), PLACE)
     with pytest.raises(InputError, match="contain <|im_start|>"):
         encoder().encode(bad)
     with pytest.raises(InputError, match="The prompt: the words"):
@@ -204,7 +206,7 @@ ROUNDS = ("<image>\nWhat colour?", "red", "How many?", "two", "Describe it.", "a
 
 def lengths() -> list[int]:
     """Tokens of the first one, two and three rounds."""
-    samples = encoder().encode_all([example(*ROUNDS[: 2 * n]) for n in (1, 2, 3)]).samples
+    samples = encoder().encode_all([example(*ROUNDS[: 2 * n]) for n in (1, 2, 3)])
     return [len(sample.input_ids) for sample in samples]
 
 
@@ -218,9 +220,16 @@ def test_too_long_is_an_error_by_default() -> None:
 def test_too_long_is_dropped_and_counted() -> None:
     made = encoder(max_length=lengths()[2] - 1, too_long="drop")
     assert made.encode(example(*ROUNDS)) is None
-    encoded = made.encode_all([example(*ROUNDS, id="long"), example(*ROUNDS[:2], id="short")])
-    assert [sample.id for sample in encoded.samples] == ["short"]
-    assert (encoded.dropped, encoded.trimmed) == (("long",), ())
+    problems: list[Problem] = []
+    samples = made.encode_all([example(*ROUNDS, id="long"), example(*ROUNDS[:2], id="short")], problems.append)
+    assert [sample.id for sample in samples] == ["short"]
+    (problem,) = problems
+    assert (problem.kind, problem.severity) == ("dropped", "warning")
+    longest = lengths()[2]
+    assert str(problem) == (
+        f"train.json, row 3, id long: {longest} tokens (1 pictures of 7) are more than max_length {longest - 1}, "
+        "so the row is dropped; raise max_length to keep it."
+    )
 
 
 @pytest.mark.parametrize("template", [CHATML, VICUNA_V1], ids=lambda t: t.name)
@@ -228,23 +237,27 @@ def test_trimming_takes_whole_rounds_from_the_end(template: Template) -> None:
     """For every limit the result equals the longest beginning of the conversation that fits, encoded by itself."""
     whole = [encoder(template).encode(example(*ROUNDS[: 2 * n])) for n in (1, 2, 3)]
     for limit in range(1, 80):
-        encoded = encoder(template, max_length=limit, too_long="trim").encode_all([example(*ROUNDS)])
+        problems: list[Problem] = []
+        made = encoder(template, max_length=limit, too_long="trim")
+        samples = made.encode_all([example(*ROUNDS)], problems.append)
         fitting = [sample for sample in whole if sample is not None and len(sample.input_ids) <= limit]
-        assert encoded.samples == fitting[-1:]
-        assert encoded.dropped == (() if fitting else ("x7",))
-        assert encoded.trimmed == (("x7",) if fitting and len(fitting) < 3 else ())
+        assert samples == fitting[-1:]
+        assert [p.kind for p in problems] == {0: ["dropped"], 3: []}.get(len(fitting), ["trimmed"])
+        if 0 < len(fitting) < 3:
+            assert f"so {3 - len(fitting)} of 3 answers are lost; raise max_length" in str(problems[0])
 
 
 def test_trimming_never_takes_a_picture() -> None:
     late = example("What colour?", "red", "<image>\nAnd this?", "blue")
-    length = len(encoder().encode_all([late]).samples[0].input_ids)
-    encoded = encoder(max_length=length - 1, too_long="trim").encode_all([late])
-    assert (encoded.samples, encoded.dropped) == ([], ("x7",))
+    length = len(encoder().encode_all([late])[0].input_ids)
+    problems: list[Problem] = []
+    assert encoder(max_length=length - 1, too_long="trim").encode_all([late], problems.append) == []
+    assert [p.kind for p in problems] == ["dropped"]
 
 
 def test_many_examples_keep_their_order() -> None:
     examples = [example("How many?", f"{n}", id=str(n)) for n in range(600)]
-    samples = encoder().encode_all(examples).samples
+    samples = encoder().encode_all(examples)
     assert [sample.id for sample in samples] == [str(n) for n in range(600)]
     assert [learned(sample) for sample in samples[::97]] == [[f"{n}<|im_end|>"] for n in range(0, 600, 97)]
 

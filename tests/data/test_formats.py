@@ -12,6 +12,7 @@ from PIL import Image
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example, read_examples
+from qllava.data.rows import Place
 
 HUMAN = {"from": "human", "value": "What is it?"}
 GPT = {"from": "gpt", "value": "A bus."}
@@ -72,8 +73,10 @@ def test_every_format_gives_the_same_example(folder: Path, row: dict[str, Any], 
         id="x7",
         images=(folder / "pictures" / "a.png",),
         conversation=Conversation((Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A bus."))),
-        source="train.json, row 1" if suffix == "json" else "train.jsonl, line 1",
+        place=Place(str(folder / f"train.{suffix}"), line=1, row=1 if suffix == "json" else None),
+        lost=row["conversations"][0]["from"] == "gpt" if "conversations" in row else False,
     )
+    assert example.where == f"train.{suffix}, {'row' if suffix == 'json' else 'line'} 1, id x7"
 
 
 def test_rows_without_pictures_with_several_and_in_later_turns(folder: Path) -> None:
@@ -113,7 +116,7 @@ def test_a_byte_order_mark_blank_lines_and_line_separators_inside_a_text(folder:
     path = folder / "train.jsonl"
     path.write_text(f"\ufeff\n{json.dumps(row, ensure_ascii=False)}\n\n", encoding="utf-8")
     (example,) = read_examples(path)
-    assert example.source == "train.jsonl, line 2"
+    assert str(example.place) == "train.jsonl, line 2"
     assert example.conversation.turns[0].content == "one\u2028two"
 
 
@@ -126,7 +129,7 @@ BROKEN_ROWS = {
     "no turns": (llava(), "must be a list of turns, not an empty list"),
     "a turn is no object": (llava("a"), "turn 1 is a text"),  # type: ignore[arg-type]
     "unknown role": (llava({"from": "bot", "value": "a"}, GPT), "turn 1 has 'from': 'bot'; expected human or gpt"),
-    "role under the wrong key": (llava({"role": "user", "content": "a"}), "turn 1 has 'from': None"),
+    "role under the wrong key": (llava({"role": "user", "content": "a"}), "turn 1 has 'from': missing"),
     "no words": (llava({"from": "human"}, GPT), "turn 1 has no text under 'value'"),
     "words of a wrong type": (llava(HUMAN, {"from": "gpt", "value": 3}), "turn 2 has no text under 'value'"),
     "only an answer": (llava(GPT), "no turn of the human"),
@@ -183,10 +186,10 @@ def test_an_absolute_name_inside_the_folder_is_taken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"id": 1},\n {"id": }]', "train.json, line 2: this is not valid JSON"),
+        ('[{"question": "a", "answer": "b"},\n {"id": }]', "train.json, line 2: this is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "train.json, line 2: this is not valid JSON"),
         ('{\n"question": "a"\n}', "train.json, line 1: this is not valid JSON"),
-        ("question,answer\n", "train.json, line 1: this is not valid JSON"),
+        ("question,answer\n", "the file holds no rows"),
         ("", "the file holds no rows"),
         (" \n\n", "the file holds no rows"),
         ("[]", "the file holds no rows"),
@@ -201,7 +204,7 @@ def test_a_broken_file_is_named(folder: Path, text: str, message: str) -> None:
 def test_a_file_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.json: the data file cannot be read"):
         read_examples(folder / "gone.json")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="this is a folder without data files"):
         read_examples(folder)
     (folder / "train.json").write_bytes(b'[{"question": "\xff"}]')
     with pytest.raises(InputError, match="is not UTF-8 text"):

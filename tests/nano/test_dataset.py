@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qllava.config import cache_folder
 from qllava.data.formats import Example, read_examples
 from qllava.nano import dataset, language
-from qllava.nano.dataset import NanoData, cache_folder, prepare, scene_of
+from qllava.nano.dataset import NanoData, prepare, scene_of
 from qllava.nano.scenes import SIZE, UNSEEN_PAIRS, render
 
 UNSEEN = re.compile("|".join(f"{colour} {form}" for colour, form in UNSEEN_PAIRS))

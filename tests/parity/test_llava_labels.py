@@ -32,7 +32,7 @@ def test_ids_and_labels(
     (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
     image_id = llama_tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     encoder = Encoder(llama_tokenizer, TEMPLATES[template], image_id, TOKENS_PER_IMAGE)
-    samples = encoder.encode_all(read_examples(tmp_path / "train.json")).samples
+    samples = encoder.encode_all(read_examples(tmp_path / "train.json"))
     assert [sample.id for sample in samples] == list(cases)
     for sample in samples:
         ids, labels = [], []
@@ -54,6 +54,6 @@ def test_template_words_in_an_answer_are_learned(llama_tokenizer: PreTrainedToke
     turns = [{"from": "human", "value": "What did he write?"}, {"from": "gpt", "value": answer}]
     (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": turns}]), encoding="utf-8")
     encoder = Encoder(llama_tokenizer, TEMPLATES["vicuna_v1"], llama_tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), 1)
-    (sample,) = encoder.encode_all(read_examples(tmp_path / "train.json")).samples
+    (sample,) = encoder.encode_all(read_examples(tmp_path / "train.json"))
     learned = [label for label in sample.labels if label != IGNORE_INDEX]
     assert llama_tokenizer.decode(learned) == f"{answer}</s>"

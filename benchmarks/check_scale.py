@@ -1,0 +1,139 @@
+"""How fast and in how much memory a large data file is checked, and how soon a run on it can begin a second time.
+
+    python benchmarks/check_scale.py --rows 600000 --pictures 5000 --out benchmarks/results/check_scale.json
+
+The rows are made up: LLaVA's JSON, words drawn so that a row has 200 tokens of text on average, spread as in
+LLaVA-Instruct (log-normal), several rows a picture. Three commands are measured, each in a process of its own:
+
+    first     `qllava check`, nothing known: rows are read and every picture is decoded
+    edited    the same after a row was added: pictures are known, all rows are read again
+    again     the same file a second time, as a training run meets it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+STARTS, ENDS = ("b", "st", "c", "tr", "gr", "l", "wh", "m"), ("at", "ing", "ere", "ou")
+WORDS = [f"{start}{end}" for start in STARTS for end in ENDS]
+
+
+def make(folder: Path, rows: int, pictures: int) -> Path:
+    """Write pictures and rows; returns the data file."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    for n in range(pictures):
+        path = images / f"{n:06d}.jpg"
+        if not path.exists():
+            small = noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((640, 480)).save(path, quality=85)
+    rng = random.Random(0)
+    data = folder / "rows.json"
+    with data.open("w", encoding="utf-8") as file:
+        for n in range(rows):
+            row = _row(rng, n, rng.randrange(pictures))
+            file.write(("[" if n == 0 else ",\n") + json.dumps(row))
+        file.write("]\n")
+    return data
+
+
+def _row(rng: random.Random, number: int, picture: int) -> dict[str, Any]:
+    length = min(1200, max(12, round(rng.lognormvariate(4.85, 0.55))))
+    rounds = rng.choice((1, 1, 2, 4))
+    turns: list[dict[str, str]] = []
+    for k in range(rounds):
+        question = " ".join(rng.choices(WORDS, k=10))
+        answer = " ".join(rng.choices(WORDS, k=max(2, length // rounds - 10)))
+        turns.append({"from": "human", "value": f"<image>\n{question}?" if k == 0 else f"{question}?"})
+        turns.append({"from": "gpt", "value": f"{answer}."})
+    return {"id": f"row-{number}", "image": f"images/{picture:06d}.jpg", "conversations": turns}
+
+
+def measure(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Run a command; seconds, and the most memory that its processes held at one time (PSS, bytes)."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    most = 0
+    while process.poll() is None:
+        most = max(most, sum(_memory(pid) for pid in _tree(process.pid)))
+        time.sleep(0.25)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": most, "status": process.returncode}
+
+
+def _tree(root: int) -> list[int]:
+    """A process and all of its descendants."""
+    found = [root]
+    for pid in found:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def _memory(pid: int) -> int:
+    """Proportional set size: memory that processes share is counted once."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def main() -> int:
+    """Make the data, measure, write the result."""
+    parser = argparse.ArgumentParser(description="Check a large data file; Linux only.")
+    parser.add_argument("--rows", type=int, default=600_000)
+    parser.add_argument("--pictures", type=int, default=5_000)
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder, LLaMA's for one")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/qllava/benchmark-check")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    data = make(arguments.folder, arguments.rows, arguments.pictures)
+    cache = arguments.folder / "cache"
+    subprocess.run(["rm", "-rf", str(cache)], check=True)
+    environment = {**os.environ, "QLLAVA_CACHE": str(cache)}
+    command = [sys.executable, "-m", "qllava", "check", str(data), "--tokenizer", arguments.tokenizer, "--json"]
+    command += ["--template", "vicuna_v1"]
+    found = {"first": measure(command, environment)}
+    with data.open("r+", encoding="utf-8") as file:
+        file.seek(data.stat().st_size - 2)
+        file.write(",\n" + json.dumps(_row(random.Random(1), arguments.rows, 0)) + "]\n")
+    for name in ("edited", "again"):
+        found[name] = measure(command, environment)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "rows": arguments.rows,
+        "pictures": arguments.pictures,
+        "file_bytes": data.stat().st_size,
+        "rows_per_second_edited": round((arguments.rows + 1) / found["edited"]["seconds"]),
+        **found,
+    }
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The whole data set, before anything is trained: what is wrong with it, how long it is, what would be left out.
+
+    file --rows--> Place, row --formats--> Example --encode--> Sample --table--> samples.arrow
+                                                                  pictures ----> every one decoded, once
+
+Every row goes the way that it goes in training, through the same code, in processes of its own when there are many.
+What comes out is kept in a folder, named by a hash of the file's bytes and of everything that decides what its samples
+are, so the training run, and a second check, find it done. Which pictures are sound is remembered for a whole folder of
+them, so only those are decoded that are new or have changed, whatever was changed in the text.
+
+Memory does not grow with the rows: they stand in an Arrow file, and problems in a JSONL file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from hashlib import blake2b, file_digest
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tokenizers
+from datasets import Dataset
+from tqdm import tqdm
+
+from qllava.config import InputError, cache_folder
+from qllava.data.encode import Encoder
+from qllava.data.formats import Pictures, folder_of, no_rows, to_example
+from qllava.data.images import open_image
+from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows
+from qllava.data.table import Layout, batch_of, lists, open_table, writing
+
+_VERSION = 1
+"""Raised whenever the same file would give another table, so that an old one is not taken for it."""
+_ROWS = 1_000
+_PICTURES = 64
+_SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
+_ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
+_DATA = {".parquet", ".arrow", ".tar", ".json"}
+_ALONE = 6
+"""Chunks of rows after which it pays to start processes, which takes seconds."""
+
+_Row = tuple[Place, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a data file comes to.
+
+    rows: rows of the file that could be read, sound or not.
+    samples, images: what is learned from, and the distinct pictures of it.
+    shown: pictures of all samples together; divided by `images` it says how many samples share a picture.
+    tokens: length of a sample with its image tokens: least, median, 95th percentile, most.
+    learned_tokens: of all samples together.
+    counts: problems by kind.
+    failing: problems for which a check fails; `errors` are those for which a run would.
+    """
+
+    rows: int
+    samples: int
+    images: int
+    shown: int
+    tokens: dict[str, int]
+    learned_tokens: int
+    counts: dict[str, int]
+    failing: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A data file that was read to its end.
+
+    path: the file.
+    folder: where what was found is kept.
+    layout: how its samples are unfolded.
+    summary: its figures.
+    """
+
+    path: Path
+    folder: Path
+    layout: Layout
+    summary: Summary
+
+    @property
+    def table(self) -> Dataset:
+        """Its samples, folded, memory-mapped."""
+        return open_table(self.folder / _SAMPLES)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong, in the order of the rows; pictures come last."""
+        return _problems(self.folder)
+
+
+def check(
+    path: Path, image_folder: Path | None, encoder: Encoder, *, pictures: bool = True, progress: bool = True
+) -> Checked:
+    """Read a data file to its end; pictures lie in `image_folder`, or beside it; without `pictures` none is decoded.
+
+    Raises InputError when the result cannot be kept. What is wrong with the file is not raised: see `problems`.
+    """
+    root = cache_folder() / "checked"
+    folder = root / _key(path, image_folder, encoder)
+    try:
+        # One with errors is read anew: a picture that was missing may have been added, which the key does not see.
+        if not _is_sound(folder):
+            aside = root / f".{folder.name}.{os.getpid()}.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            try:
+                _read(path, aside, _Reader(encoder, Pictures(image_folder or folder_of(path))), progress)
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        table = open_table(folder / _SAMPLES)
+        pictured = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
+        known = root / f"pictures-{pictured.hexdigest()}.json"
+        uses = _uses(table)
+        broken = _broken_pictures(list(uses), known, progress) if pictures else {}
+        with (folder / _PICTURES_BROKEN).open("w", encoding="utf-8") as file:
+            _write(file, _at_their_rows(table, broken, uses))
+    except OSError as error:
+        raise InputError(
+            f"What was found in {path} cannot be kept in {root} ({error.strerror or error}); make room there, "
+            "or name another folder in $QLLAVA_CACHE."
+        ) from error
+    layout = Layout(encoder.image_token_id, encoder.tokens_per_image)
+    return Checked(path, folder, layout, _summary(folder, table, uses))
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether the rows of a file were read into this folder, and none of them is an error."""
+    try:
+        return bool(json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["errors"] == 0)
+    except (FileNotFoundError, ValueError):  # a machine that loses its power can leave the file empty
+        return False
+
+
+def _problems(folder: Path) -> Iterator[Problem]:
+    for name in (_ROWS_BROKEN, _PICTURES_BROKEN):
+        with (folder / name).open(encoding="utf-8") as file:
+            for line in file:
+                fields = json.loads(line)
+                yield Problem(**{**fields, "place": Place(**fields["place"])})
+
+
+def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
+    """A hash of the file's bytes and of everything else that decides its samples, the pictures excepted."""
+    core = encoder.tokenizer.backend_tokenizer.to_str()
+    decides = (
+        _VERSION, tokenizers.__version__,
+        str(path.absolute()), str((image_folder or folder_of(path)).absolute()),
+        blake2b(core.encode()).hexdigest(), encoder.tokenizer.bos_token, encoder.tokenizer.eos_token, encoder.template,
+        encoder.image_token_id, encoder.tokens_per_image, encoder.max_length, encoder.too_long,
+    )  # fmt: skip
+    digest = blake2b(repr(decides).encode(), digest_size=16)
+    inside = sorted(p for p in path.rglob("*") if p.suffix in _DATA) if is_folder(path) else [path]
+    for file in inside:  # pictures may lie there too
+        try:
+            if not file.is_file():
+                raise FileNotFoundError
+            with file.open("rb") as opened:
+                digest.update(os.fsencode(file.name) + file_digest(opened, "blake2b").digest())
+        except OSError:  # a Problem of `read_rows`
+            digest.update(b"unreadable")
+    return digest.hexdigest()
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns a chunk of rows into a piece of the table; knows nothing of other chunks, so it works in any process."""
+
+    encoder: Encoder
+    pictures: Pictures
+
+    def __call__(self, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem]]:
+        problems: list[Problem] = []
+        examples = []
+        for place, row in rows:
+            try:
+                examples.append(to_example(row, place, self.pictures))
+            except RowError as error:
+                problems.append(error.problem)
+        samples = self.encoder.encode_all(examples, problems.append)
+        by_place = {example.place: example for example in examples}
+        chosen = [by_place[sample.place] for sample in samples]
+        for example in chosen:
+            if example.lost:
+                problem, hint = "the conversation begins with an answer, which is not learned", "remove that turn"
+                lost = Problem("leading answer", problem, hint, example.place, example.id, "warning")
+                problems.append(lost)
+        layout = Layout(self.encoder.image_token_id, self.encoder.tokens_per_image)
+        problems.sort(key=lambda p: (p.place.line or 0, p.place.row or 0))
+        return batch_of(chosen, samples, layout), problems
+
+
+@cache
+def _reader(path: Path) -> _Reader:
+    """The reader in a process of its own: loaded once, not with every chunk."""
+    reader: _Reader = pickle.loads(path.read_bytes())
+    return reader
+
+
+def _read_elsewhere(path: Path, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem]]:
+    return _reader(path)(rows)
+
+
+def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    while chunk := list(islice(rows, _ROWS)):
+        yield chunk
+
+
+def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Iterator[tuple[pa.RecordBatch, Any]]:
+    """Every chunk read, in order: the first ones here, and if there are more, in processes."""
+    for chunk in islice(chunks, _ALONE):
+        yield reader(chunk)
+    first = next(chunks, None)
+    if first is None:
+        return
+    copy = aside / "reader.pickle"
+    copy.write_bytes(pickle.dumps(reader))
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from _in_order(pool, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
+    copy.unlink()
+
+
+def _in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
+    """`pool.map` that takes no more items than it can work on: those of a large file would fill the memory."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
+    """Read all rows into the table in `folder`, and what is wrong with them into the file beside it."""
+    rows = errors = 0
+    unread: list[Problem] = []
+    with (
+        writing(folder / _SAMPLES) as table,
+        (folder / _ROWS_BROKEN).open("w", encoding="utf-8") as file,
+        tqdm(desc=f"Reading {path.name}", unit=" rows", disable=not progress) as bar,
+    ):
+
+        def counted() -> Iterator[_Row]:
+            nonlocal rows
+            for row in read_rows(path, unread.append):
+                rows += 1
+                yield row
+
+        for batch, problems in _pieces(reader, _chunks(counted()), folder):
+            table.write_batch(batch)
+            errors += _write(file, problems)
+            bar.update(rows - bar.n)
+        if not rows and not unread:
+            unread.append(no_rows(path).problem)
+        errors += _write(file, unread)
+    (folder / _ROWS_DONE).write_text(json.dumps({"rows": rows, "errors": errors}), encoding="utf-8")
+
+
+def _write(file: Any, problems: Iterable[Problem]) -> int:
+    """Write problems, one in a line; returns how many are errors."""
+    errors = 0
+    for problem in problems:
+        file.write(json.dumps(asdict(problem)) + "\n")
+        errors += problem.severity == "error"
+    return errors
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _uses(table: Dataset) -> dict[str, int]:
+    """Every picture, and how many samples show it."""
+    chunks = table.data.column("pictures").chunks
+    counts = pc.value_counts(pa.chunked_array([chunk.flatten() for chunk in chunks], pa.string()))
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+
+
+def _broken_pictures(names: list[str], known: Path, progress: bool) -> dict[str, Problem]:
+    """Decode every picture that is new or has changed; `known` remembers the others, for all files of a folder."""
+    kept: dict[str, list[int]] = {}
+    with suppress(FileNotFoundError, ValueError):
+        kept = json.loads(known.read_text(encoding="utf-8"))
+    states = {name: _state(name) for name in names}
+    changed = [name for name, state in states.items() if state is None or kept.get(name) != state]
+    if not changed:
+        return {}
+    broken: dict[str, Problem] = {}
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(changed), desc="Decoding pictures", disable=not progress) as bar,
+    ):
+        for name, problem in _in_order(pool, _decode, changed, ahead=_PICTURES):
+            if problem is not None:
+                broken[name] = problem
+            bar.update()
+    kept |= {name: state for name in changed if (state := states[name]) is not None and name not in broken}
+    aside = known.with_suffix(f".{os.getpid()}.partial")
+    aside.write_text(json.dumps(kept), encoding="utf-8")
+    aside.replace(known)
+    return broken
+
+
+def _state(name: str) -> list[int] | None:
+    """Size and time of change of a picture: where one is another, it has to be decoded again."""
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _decode(name: str) -> tuple[str, Problem | None]:
+    try:
+        open_image(Path(name))
+    except RowError as error:
+        return name, error.problem
+    return name, None
+
+
+def _at_their_rows(table: Dataset, broken: dict[str, Problem], uses: dict[str, int]) -> Iterator[Problem]:
+    """What is wrong with pictures, each at the first row that shows it."""
+    missing = set(broken)
+    for index, names in enumerate(lists(table, "pictures")) if broken else ():
+        for name in missing.intersection(names):
+            missing.discard(name)
+            row, problem = table[index], broken[name]
+            said = f"{name}: {problem.problem}" + (f" ({uses[name]} rows show it)" if uses[name] > 1 else "")
+            yield replace(problem, problem=said, place=Place(row["file"], row["line"], row["row"]), id=row["id"])
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(table: Dataset, name: str) -> np.ndarray:
+    """A column of numbers, (rows,); the hashes of a column of lists one after the other."""
+    column = table.data.column(name)
+    is_list = pa.types.is_list(column.type)
+    # Of no rows too with the type of the others: a hash beside an empty column of int64 would become a float.
+    parts = [np.empty(0, dtype=(column.type.value_type if is_list else column.type).to_pandas_dtype())]
+    for chunk in column.chunks:
+        flat = chunk.flatten() if is_list else chunk.fill_null(0)
+        parts.append(flat.to_numpy(zero_copy_only=False))
+    return np.concatenate(parts)
+
+
+def lengths(checked: Checked) -> np.ndarray:
+    """Tokens of every sample, (samples,)."""
+    return numbers(checked.table, "length")
+
+
+def quantiles(sizes: np.ndarray) -> dict[str, int]:
+    """Least, median, 95th percentile and most of lengths; {} of none."""
+    if not len(sizes):
+        return {}
+    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    ordered = np.sort(sizes)
+    return {name: int(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
+
+
+def _summary(folder: Path, table: Dataset, uses: dict[str, int]) -> Summary:
+    counts: Counter[str] = Counter()
+    severities: Counter[str] = Counter()
+    for problem in _problems(folder):
+        counts[problem.kind] += 1
+        severities[problem.severity] += 1
+    return Summary(
+        rows=json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["rows"],
+        samples=len(table),
+        images=len(uses),
+        shown=sum(uses.values()),
+        tokens=quantiles(numbers(table, "length")),
+        learned_tokens=int(numbers(table, "learned_tokens").sum()),
+        counts=dict(counts),
+        failing=severities["error"] + severities["warning"],
+        errors=severities["error"],
+    )

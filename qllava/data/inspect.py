@@ -1,0 +1,290 @@
+"""Samples as the model gets them: every token, the learned ones marked, and the pictures after the image processor.
+
+What is shown is read back from the ids and labels of a `Sample`, which are what a batch is made of; the text of the
+row is not looked at. A space that a tokenizer puts in, or a capital that it does not keep, is seen for that reason.
+
+    shown = show(example, encoder, image_processor)
+    print(terminal(shown, colour=sys.stdout.isatty()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from qllava import page
+from qllava.config import InputError
+from qllava.conversation import IMAGE_TOKEN
+from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
+from qllava.data.formats import Example
+from qllava.data.images import open_image
+from qllava.page import Html
+
+IMAGE_INDEX = -200  # a picture in `as_json`: LLaVA's own number for it
+
+_BROKEN = "\ufffd"  # what a part of a character reads as
+_RETURN = "\u21b5"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token; or the few that make up one character, or the many that stand for one picture.
+
+    text: what it reads as; `<image>` for a picture.
+    ids: of its tokens.
+    learned: whether they are.
+    images: the number of image tokens; 0 for text.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    learned: bool
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample, ready to be looked at.
+
+    sample: as it goes into a batch.
+    pieces: all of its tokens in order.
+    pictures: in the order of their tokens, padded, cropped and resized as the model sees them.
+    """
+
+    sample: Sample
+    pieces: tuple[Piece, ...]
+    pictures: tuple[Image.Image, ...]
+
+
+def show(example: Example, encoder: Encoder, image_processor: BaseImageProcessor | None) -> Shown | None:
+    """Encode an example and read it back; None when the length policy drops it.
+
+    image_processor: the model's; without one, pictures are shown as they were opened.
+    Raises InputError, with place and id, for a row that the encoder refuses or a picture that cannot be read.
+    """
+    sample = encoder.encode(example)
+    if sample is None:
+        return None
+    try:
+        pictures = [open_image(path) for path in sample.images]
+    except InputError as error:
+        raise InputError(f"{sample.place}, id {sample.id}: {error}") from error
+    if image_processor is not None and pictures:
+        values = image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        pictures = [_restored(value, image_processor) for value in values]
+    return Shown(sample, tuple(_pieces(sample, encoder)), tuple(pictures))
+
+
+def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
+    """A picture from its pixel values (3, H, W): what the processor did to the colours is undone."""
+    values = values.float()
+    if processor.do_normalize:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (processor.image_mean, processor.image_std))
+        values = values * std + mean
+    if processor.do_rescale:
+        values = values / processor.rescale_factor
+    return Image.fromarray(values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
+    """All tokens of a sample, in order, those of a character or a picture folded into one piece."""
+    ids, labels, picture = sample.input_ids, sample.labels, encoder.image_token_id
+    at = 0
+    while at < len(ids):
+        learned = labels[at] != IGNORE_INDEX
+        if ids[at] == picture:
+            end = at + encoder.tokens_per_image
+            yield Piece(IMAGE_TOKEN, tuple(ids[at:end]), learned, encoder.tokens_per_image)
+            at = end
+            continue
+        end = at + 1
+        text = _read(encoder.tokenizer, picture, ids[at:end])
+        # Part of a character reads as U+FFFD, and so does its next part; a token that begins a new character does not.
+        while text.endswith(_BROKEN) and end < len(ids) and (labels[end] != IGNORE_INDEX) == learned:
+            if not _read(encoder.tokenizer, picture, ids[end : end + 1]).startswith(_BROKEN):
+                break
+            end += 1
+            text = _read(encoder.tokenizer, picture, ids[at:end])
+        yield Piece(text, tuple(ids[at:end]), learned)
+        at = end
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
+    """What tokens read as in the middle of a text: at its start, sentencepiece would lose their leading space."""
+    alone, both = (
+        str(tokenizer.decode(all, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for all in ([before], [before, *ids])
+    )
+    return both[len(alone) :]
+
+
+def terminal(shown: Shown, *, colour: bool) -> str:
+    """A sample as lines of text: a head line, and the tokens.
+
+    colour: with ANSI codes: learned tokens are green, and every other token is underlined, so that their edges are
+        seen. Without: learned tokens stand in double brackets, and a dot parts a token from the next.
+    No control character of the text gets through.
+    """
+    sample = shown.sample
+    how = "green" if colour else "in \u27e6 \u27e7"
+    seen = ", ".join(f"{path.name} {_size(image)}" for path, image in zip(sample.images, shown.pictures, strict=True))
+    head = _visible(
+        f"{sample.place}, id {sample.id}: {_count(len(sample.input_ids), 'token')}, "
+        f"{_learned(shown):,} learned ({how}), {seen or 'no picture'}"
+    )
+    if colour:
+        return f"\x1b[1m{head}\x1b[0m\n{_coloured(shown.pieces)}"
+    return f"{head}\n{_plain(shown.pieces)}"
+
+
+def _coloured(pieces: Sequence[Piece]) -> str:
+    out = []
+    for number, piece in enumerate(pieces):
+        codes = ["7"] if piece.images else ["1", "30", "42"] if piece.learned else ["0"]
+        codes += ["4"] if number % 2 else []
+        out.append(f"\x1b[{';'.join(codes)}m{_mark(piece)}\x1b[0m{_end_of_line(piece)}")
+    return "".join(out).rstrip("\n")
+
+
+def _plain(pieces: Sequence[Piece]) -> str:
+    out = []
+    for learned, run in groupby(pieces, key=lambda piece: piece.learned):
+        text = "\u00b7".join(_mark(piece) + _end_of_line(piece) for piece in run).replace("\n\u00b7", "\n")
+        if learned:
+            words = text.removesuffix("\n")
+            text = f"\u27e6{words}\u27e7{text[len(words) :]}"
+        out.append(text)
+    return "".join(out).rstrip("\n")
+
+
+def as_json(shown: Shown) -> dict[str, Any]:
+    """`id`, `input_ids` and `labels`, of equal length: a picture is one IMAGE_INDEX, and not learned."""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for piece in shown.pieces:
+        ids = [IMAGE_INDEX] if piece.images else list(piece.ids)
+        input_ids += ids
+        labels += ids if piece.learned else [IGNORE_INDEX] * len(ids)
+    return {"id": shown.sample.id, "input_ids": input_ids, "labels": labels}
+
+
+def html(shown: Sequence[Shown], *, title: str, about: Sequence[tuple[str, str]]) -> str:
+    """A page that shows samples and explains itself.
+
+    title: of the page.
+    about: where the samples come from, as (label, value).
+    """
+    tokens = sum(len(one.sample.input_ids) for one in shown)
+    learned = sum(map(_learned, shown))
+    figures = [("Samples", f"{len(shown):,}"), ("Tokens", f"{tokens:,}"), ("Learned tokens", f"{learned:,}")]
+    figures += [("Learned share", page.percent(learned / tokens))] if tokens else []
+    lead = "Training samples exactly as the model gets them: the pictures, every token, and which tokens it learns."
+    origin = [(Html(f'<span class="muted">{escape(label)}</span>'), value) for label, value in about]
+    samples = [_exhibit(one) for one in shown] or [page.paragraph("There are no samples to show.", muted=True)]
+    sections = [
+        _explanation(next((piece.images for one in shown for piece in one.pieces if piece.images), 576)),
+        page.section("What is shown here", page.tiles(figures), page.legend(origin)),
+        page.section("Samples", *samples),
+    ]
+    return page.page(title, lead, sections, footer="Written by qllava inspect.")
+
+
+def _explanation(tokens_per_image: int) -> Html:
+    """What a reader must know who has never heard of labels."""
+    learned, read = Piece(" bus", (), True), Piece(" What", (), False)
+    marks = [
+        (_boxes([learned]), "Learned: the model is trained to write this token, given everything before it."),
+        (_boxes([read]), "Read only: the model sees this token, and is not trained to write it."),
+        (
+            _boxes([Piece(IMAGE_TOKEN, (), False, tokens_per_image)]),
+            "A picture, and the number of tokens that it takes.",
+        ),
+        (
+            _boxes([Piece("\n", (), False)]),
+            "The end of a line. Other signs that cannot be seen are spelled, such as \\x1b.",
+        ),
+    ]
+    return page.section(
+        "How to read this",
+        page.paragraph(
+            "A language model reads tokens: words, parts of words, single signs. Each box is a token; a space before "
+            "a word is often part of it. Only a character that takes several tokens, and a picture, which takes many, "
+            "are drawn as one box. The model knows each token by a number: point at a box, or open the list below a "
+            "sample, to see it."
+        ),
+        page.paragraph(
+            "In training the model guesses each token from those before it, and is corrected where a token is "
+            "learned. Learned are the answers and the sign that ends them, so the model gets to know what to say and "
+            "when to stop. Questions, pictures and the words around them are what it answers to: it reads them, but "
+            "being corrected there would only teach it to ask."
+        ),
+        page.legend(marks),
+    )
+
+
+def _exhibit(shown: Shown) -> Html:
+    sample = shown.sample
+    named = list(zip(sample.images, shown.pictures, strict=True))
+    pictures = [
+        (page.picture(image, _visible(path.name)), _visible(f"{path.name}, {_size(image)}")) for path, image in named
+    ]
+    images = sum(piece.images for piece in shown.pieces)
+    numbers = f"{_count(len(sample.input_ids), 'token')}: {_learned(shown):,} learned"
+    numbers += f", {images:,} for {_count(len(named), 'picture')}" if images else ", no picture"
+    rows: list[tuple[str | float, ...]] = []
+    at = 0
+    for piece in shown.pieces:
+        ids = f"{piece.images} \u00d7 {piece.ids[0]}" if piece.images else " ".join(map(str, piece.ids))
+        rows.append((at, _mark(piece).replace(" ", "\u2423"), ids, "learned" if piece.learned else ""))
+        at += len(piece.ids)
+    table = page.details("Every token with its number", page.table(("Position", "Token", "Id", ""), rows))
+    title = _visible(f"{sample.place}, id {sample.id}")
+    return page.exhibit(title, pictures, page.paragraph(numbers, muted=True), _boxes(shown.pieces), table)
+
+
+def _boxes(pieces: Sequence[Piece]) -> Html:
+    """Tokens in boxes; learned ones are bold and underlined too, for those who cannot see the colour."""
+    out = []
+    for piece in pieces:
+        tag, kind = ("b", " learned") if piece.learned else ("span", " image" if piece.images else "")
+        number = str(piece.ids[0]) if piece.images and piece.ids else " ".join(map(str, piece.ids))
+        tip = f' title="id {number}{", learned" if piece.learned else ""}"' if number else ""
+        line = "<br>" if _end_of_line(piece) else ""
+        out.append(f'<{tag} class="token{kind}"{tip}>{escape(_mark(piece))}</{tag}>{line}')
+    return Html(f'<div class="tokens">{"".join(out)}</div>')
+
+
+def _mark(piece: Piece) -> str:
+    return f"<image \u00d7{piece.images}>" if piece.images else _visible(piece.text)
+
+
+def _end_of_line(piece: Piece) -> str:
+    """A line ends after the token that ends it: the line of the page is the line of the text."""
+    return "\n" if "\n" in piece.text else ""
+
+
+def _visible(text: str) -> str:
+    r"""Every character so that it is seen and does nothing: a newline as a sign, ESC as \x1b, a joiner as \u200d."""
+    return "".join(
+        _RETURN if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _learned(shown: Shown) -> int:
+    return sum(label != IGNORE_INDEX for label in shown.sample.labels)
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}\u00d7{image.height}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,280 @@
+"""Files -> rows, one after the other; what is wrong with a file or a line is a `Problem` with its place.
+
+What a file is is recognized by what it holds, not by its name:
+
+    text that begins with [      a JSON list of rows, read piece by piece: a file of any size costs no memory
+    text that begins with {      one JSON row per line (JSONL)
+    other text                   a table with a header: picture, question, answer (CSV)
+    Parquet, Arrow, tar          see `containers`
+    a folder                     of such files: a saved Hugging Face dataset, or the shards of a WebDataset
+
+Nothing is said here about what a row must hold: that is `formats`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal, TextIO
+
+from qllava.config import InputError
+
+_PIECE = 1 << 20  # characters that are read at a time
+# A token of JSON that the end of a piece cuts in two is at most this long; a string may be longer.
+_CUT = 32
+# And so much of a number may follow where it seems to end: "1e+" of 1e+5.
+_NUMBER_CUT = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands.
+
+    file: the path, as it was given.
+    line: where it begins, in a file that has lines.
+    row: its number, in a file whose rows are counted; both begin at 1.
+    """
+
+    file: str
+    line: int | None = None
+    row: int | None = None
+
+    def __post_init__(self) -> None:
+        # A file name that is not UTF-8 holds surrogates, which can be neither kept in a table nor printed.
+        object.__setattr__(self, "file", self.file.encode(errors="backslashreplace").decode())
+
+    def __str__(self) -> str:
+        name = PurePath(self.file).name
+        if self.row is not None:
+            return f"{name}, row {self.row}"
+        return f"{name}, line {self.line}" if self.line is not None else self.file
+
+    @property
+    def within(self) -> str:
+        """The place inside its file: "row 3"; it stands in for an id that a row does not have."""
+        return str(self).rpartition(", ")[2]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, in words for the user.
+
+    kind: a few words that all problems of one sort share.
+    problem, hint: what is wrong and what to do about it; no capital letter, no full stop.
+    place: where.
+    id: of the row, where it could be read.
+    severity: an `error` cannot be learned from, and ends a run before it begins; a `warning` fails a check, but not a
+        run: the row is dropped or trimmed as asked, loses a turn, or measures nothing; a `note` fails neither.
+    """
+
+    kind: str
+    problem: str
+    hint: str
+    place: Place
+    id: str | None = None
+    severity: Literal["error", "warning", "note"] = "error"
+
+    def __str__(self) -> str:
+        where = str(self.place)
+        if self.id is not None:  # an id may be a whole book, or hold line breaks; this is one sentence
+            plain = len(self.id) <= 80 and self.id.isprintable()
+            where += f", id {self.id if plain else repr(self.id[:80])}"
+        return f"{where}: {self.problem}; {self.hint}."
+
+
+class RowError(InputError):
+    """A problem as an exception, for the readers that end at the first one."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)  # as the only argument: exceptions travel between processes by their arguments
+        self.problem = problem
+
+
+OnProblem = Callable[[Problem], None]
+
+
+def stop(problem: Problem) -> None:
+    """The `OnProblem` of readers that end at the first error: raises it as a RowError."""
+    if problem.severity == "error":
+        raise RowError(problem)
+
+
+def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:
+    """The rows of a file or folder with their places, unchecked.
+
+    A line that cannot be read is handed to `on_problem` and left out; so is the rest of a file that cannot be read on.
+    """
+    try:
+        if is_folder(path):
+            from qllava.data import containers
+
+            yield from containers.read_folder(path, on_problem)
+            return
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            problem = "this is neither a file nor a folder"
+            on_problem(Problem("file unreadable", problem, "write the rows to a file", Place(str(path))))
+            return
+        with path.open("rb") as file:
+            head = file.read(512)
+        if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            from qllava.data import containers
+
+            yield from containers.read_container(path, head, on_problem)
+            return
+        with path.open(encoding="utf-8-sig") as text:
+            yield from _read_text(text, path, on_problem)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        on_problem(
+            Problem("file unreadable", f"the data file cannot be read ({reason})", "check its name", Place(str(path)))
+        )
+    except UnicodeDecodeError as error:
+        problem = f"the data file is not UTF-8 text ({error.reason})"
+        on_problem(Problem("not UTF-8", problem, "save it as UTF-8", Place(str(path), line=_undecodable(path))))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies there; False, and no error, where that cannot be seen."""
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, or a folder around it that may not be entered
+        return False
+
+
+def _undecodable(path: Path) -> int:
+    """The line of the first byte that is no UTF-8; the reader of text does not tell it."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                return line + error.object[: error.start].count(b"\n")
+            line += piece.count(b"\n")
+    return line
+
+
+def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
+    # Not by lines: all of a JSON list may stand in one.
+    first = next((piece.lstrip() for piece in iter(lambda: file.read(512), "") if piece.strip()), "")
+    file.seek(0)
+    if first.startswith("["):
+        yield from _JsonList(file, str(path)).rows(on_problem)
+    elif first.startswith("{") or not first:
+        yield from _read_lines(file, str(path), on_problem)
+    else:
+        from qllava.data import containers
+
+        yield from containers.read_csv(file, path, on_problem)
+
+
+def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
+    # Not str.splitlines: it also splits at U+2028 and others, which may stand unescaped inside a JSON string.
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Place(path, line=number), json.loads(line)
+        except (ValueError, RecursionError) as error:
+            on_problem(_not_json(error, Place(path, line=number)))
+            if line.strip() == "{":  # the rest of an object that spans lines is no row either: one problem is enough
+                return
+
+
+def _not_json(error: Exception, place: Place, column: int | None = None) -> Problem:
+    """A line that json cannot read: not JSON, nested absurdly deep, or with a number of thousands of digits."""
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg}, column {column or error.colno}"
+    else:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+    hint = "a data file is a JSON list of rows, or one row per line"
+    return Problem("not JSON", f"this is not valid JSON ({reason})", hint, place)
+
+
+class _JsonList:
+    """A JSON list that is read element by element: `text` holds what was read and is not used up yet."""
+
+    def __init__(self, file: TextIO, path: str) -> None:
+        self.file, self.path = file, path
+        self.text = ""
+        self.position = 0
+        self.line = 1
+        self.line_start = 0  # where the line began, relative to `text`; below 0 when it began before
+        self.ended = False
+        self.decoder = json.JSONDecoder()
+
+    def rows(self, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
+        """The elements; at the first text that is no JSON, `on_problem` and the end."""
+        try:
+            self._expect("[")
+            number = 0
+            if self._peek() == "]":
+                self._advance(self.position + 1)
+            else:
+                while True:
+                    self._peek()
+                    number += 1
+                    place = Place(self.path, line=self.line, row=number)
+                    yield place, self._value()
+                    if self._expect(",]") == "]":
+                        break
+            if self._peek():
+                raise json.JSONDecodeError("Extra data", self.text, self.position)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else self.position
+            self._advance(at)
+            column = self.position - self.line_start + 1
+            on_problem(_not_json(error, Place(self.path, line=self.line), column))
+
+    def _more(self) -> None:
+        """Read on: twice as much as is there, so that a large element is not looked at again and again."""
+        piece = self.file.read(max(_PIECE, len(self.text) - self.position))
+        self.ended = not piece
+        self.line_start -= self.position
+        self.text = self.text[self.position :] + piece
+        self.position = 0
+
+    def _advance(self, to: int) -> None:
+        """Use up the text to here, and count its lines."""
+        lines = self.text.count("\n", self.position, to)
+        if lines:
+            self.line += lines
+            self.line_start = self.text.rfind("\n", self.position, to) + 1
+        self.position = to
+
+    def _peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            at = self.position
+            while at < len(self.text) and self.text[at] in " \t\n\r":
+                at += 1
+            self._advance(at)
+            if at < len(self.text) or self.ended:
+                return self.text[at : at + 1]
+            self._more()
+
+    def _expect(self, characters: str) -> str:
+        found = self._peek()
+        if not found or found not in characters:
+            wanted = " or ".join(repr(c) for c in characters)
+            raise json.JSONDecodeError(f"Expecting {wanted}", self.text, self.position)
+        self._advance(self.position + 1)
+        return found
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _CUT
+                if self.ended or not cut:
+                    raise
+            else:
+                if end < len(self.text) - _NUMBER_CUT or self.ended:
+                    self._advance(end)
+                    return value
+            self._more()

@@ -1,0 +1,148 @@
+"""Samples on disk: an Arrow file that is memory-mapped, so that a data set of any size takes no memory.
+
+A picture's image tokens stand in it once, and what is learned as pairs of positions; both are unfolded when a row is
+taken out. For one picture of 4 tokens:
+
+    tokens     [10, <image>, 11, 12, 13]     learned  [3, 5]
+    input_ids  [10, <image>, <image>, <image>, <image>, 11, 12, 13]
+    labels     [-100, -100,  -100,    -100,    -100,  -100, 12, 13]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from qllava.conversation import IMAGE_TOKEN, Conversation
+from qllava.data.encode import IGNORE_INDEX, Sample
+from qllava.data.formats import Example
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "tokens": pa.list_(pa.int32()),
+        "learned": pa.list_(pa.int32()),
+        "length": pa.int32(),  # of input_ids
+        "learned_tokens": pa.int32(),
+        "pictures": pa.list_(pa.string()),
+        "file": pa.string(),
+        "line": pa.int64(),
+        "row": pa.int64(),
+        # Hashes, by which rows are compared without being read: of the id, the pictures, pictures and conversation,
+        # and for each answer of pictures, question and answer.
+        "id_hash": pa.uint64(),
+        "pictures_hash": pa.uint64(),
+        "content_hash": pa.uint64(),
+        "round_hashes": pa.list_(pa.uint64()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table is unfolded into `id`, `input_ids`, `labels` and `pictures`; the transform of its `Dataset`.
+
+    image_token_id: the id of `<image>`.
+    tokens_per_image: how many of them a picture takes.
+    """
+
+    image_token_id: int
+    tokens_per_image: int
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Rows as the collator takes them. No column is called image: TRL would prepare the rows itself."""
+        unfolded = [self.unfold(t, at) for t, at in zip(rows["tokens"], rows["learned"], strict=True)]
+        return {
+            "id": rows["id"],
+            "input_ids": [ids for ids, _ in unfolded],
+            "labels": [labels for _, labels in unfolded],
+            "pictures": rows["pictures"],
+        }
+
+    def unfold(self, tokens: Sequence[int], learned: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels with every image token."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        labels = np.full(len(ids), IGNORE_INDEX)
+        for start, end in zip(learned[::2], learned[1::2], strict=True):
+            labels[start:end] = ids[start:end]
+        counts = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
+        return np.repeat(ids, counts).tolist(), np.repeat(labels, counts).tolist()
+
+    def fold(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and learned positions of a sample, each picture a single token."""
+        ids, labels = np.asarray(sample.input_ids), np.asarray(sample.labels)
+        image = ids == self.image_token_id
+        kept = ~image | (np.cumsum(image) % self.tokens_per_image == (1 % self.tokens_per_image))
+        learned = np.concatenate([[False], labels[kept] != IGNORE_INDEX, [False]])
+        return ids[kept], np.flatnonzero(learned[1:] != learned[:-1])
+
+
+def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Layout) -> pa.RecordBatch:
+    """Samples as a piece of a table, each with its example in the same place of `examples`."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for example, sample in zip(examples, samples, strict=True):
+        tokens, learned = layout.fold(sample)
+        pictures = [str(path) for path in sample.images]
+        rounds = _rounds(example.conversation)
+        shown = _hash(*pictures) if pictures else 0
+        values = {
+            "id": sample.id,
+            "tokens": tokens.astype(np.int32),
+            "learned": learned.astype(np.int32),
+            "length": len(sample.input_ids),
+            "learned_tokens": int((learned[1::2] - learned[::2]).sum()),
+            "pictures": pictures,
+            "file": sample.place.file,
+            "line": sample.place.line,
+            "row": sample.place.row,
+            "id_hash": _hash(sample.id) if sample.id != sample.place.within else None,
+            "pictures_hash": shown,
+            "content_hash": _hash(str(shown), *(words for pair in rounds for words in pair)),
+            "round_hashes": [_hash(str(shown), question, answer) for question, answer in rounds],
+        }
+        for name, column in columns.items():
+            column.append(values[name])
+    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _rounds(conversation: Conversation) -> list[tuple[str, str]]:
+    """Questions without their pictures, and answers."""
+    said = [turn.content.replace(IMAGE_TOKEN, "").strip() for turn in conversation.turns]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def _hash(*words: str) -> int:
+    return int.from_bytes(blake2b("\0".join(words).encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
+    """A table that grows by `write_batch`."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        yield writer
+
+
+def write_table(path: Path, examples: Iterable[Example], samples: Iterable[Sample], layout: Layout) -> Path:
+    """A whole table at once, for few samples."""
+    with writing(path) as writer:
+        writer.write_batch(batch_of(list(examples), list(samples), layout))
+    return path
+
+
+def open_table(path: Path) -> Dataset:
+    """The rows as they lie there, memory-mapped; `with_transform(layout)` gives them to the trainer."""
+    return Dataset.from_file(str(path))
+
+
+def lists(table: Dataset, name: str) -> Iterator[list[Any]]:
+    """The values of a column of lists, row by row."""
+    for chunk in table.data.column(name).chunks:
+        yield from chunk.to_pylist()

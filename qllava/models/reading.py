@@ -1,0 +1,110 @@
+"""How a model reads: tokenizer, template, image tokens and pictures, without its weights.
+
+This is all that `qllava check` and `qllava inspect` need, so a data set for a 7B is looked at on a laptop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoProcessor, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.image_processing_utils import BaseImageProcessor
+
+from qllava.config import NANO, InputError
+from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
+from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.assemble import load_tokenizer, nano_part, template_of
+from qllava.models.checkpoint import build_processor
+from qllava.models.vision import LOAD_ERRORS, ImageAspect, load_tower, one_line
+
+LLAVA_TOKENS_PER_IMAGE = 576
+"""Of LLaVA-1.5, whose tower has 24 x 24 patches: for a tokenizer that comes without a tower."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What decides ids and labels.
+
+    tokenizer: with `<image>` as one token.
+    template: how a conversation is written.
+    tokens_per_image: how many image tokens a picture takes.
+    image_processor: turns a picture into pixels; None where only the tokenizer is known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    tokens_per_image: int
+    image_processor: BaseImageProcessor | None
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of `<image>`."""
+        id: int = self.tokenizer.get_vocab()[IMAGE_TOKEN]
+        return id
+
+
+def read_model(model: str) -> Reader:
+    """The reader of nano, a run folder, a merged folder or a hub name.
+
+    Raises InputError when there is no such model.
+    """
+    if model == NANO:
+        return read_parts(NANO, NANO)
+    folder = Path(model).expanduser()
+    try:
+        processor = AutoProcessor.from_pretrained(str(folder) if folder.is_dir() else model)
+        return _of_processor(processor, _template_of_folder(folder, processor))
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{model} cannot be read as a model ({one_line(error)}); name a LLaVA's folder, or give --tokenizer."
+        ) from error
+
+
+def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAspect = "pad") -> Reader:
+    """The reader of a LLaVA that is yet to be built from these parts."""
+    tokenizer = load_tokenizer(nano_part(language_model, "llama"))
+    tower = load_tower(nano_part(vision_tower, "tower"), image_aspect=image_aspect)
+    return _of_processor(build_processor(tokenizer, tower), TEMPLATES[template_of(tokenizer)])
+
+
+def read_tokenizer(path: Path) -> Reader:
+    """The reader of a tokenizer alone: a folder, a tokenizer.json or a sentencepiece tokenizer.model.
+
+    A picture is taken for LLaVA-1.5's. Raises InputError when it cannot be read.
+    """
+    if not path.is_file():
+        return _alone(load_tokenizer(str(path)))
+    try:
+        if path.suffix == ".json":
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            tokenizer = LlamaTokenizer.from_pretrained(str(path), legacy=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"The tokenizer {path} cannot be read ({one_line(error)}); get it anew.") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return _alone(tokenizer)
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase) -> Reader:
+    return Reader(tokenizer, TEMPLATES[template_of(tokenizer)], LLAVA_TOKENS_PER_IMAGE, None)
+
+
+def _of_processor(processor: Any, template: Template) -> Reader:
+    # Counted, not computed: whatever the processor does with a picture, this is what it writes for it.
+    written = processor(images=Image.new("RGB", (64, 64)), text=IMAGE_TOKEN)["input_ids"][0]
+    image = processor.tokenizer.get_vocab()[IMAGE_TOKEN]
+    return Reader(processor.tokenizer, template, list(written).count(image), processor.image_processor)
+
+
+def _template_of_folder(folder: Path, processor: Any) -> Template:
+    """The template that a run was trained in; else the one whose chat template is saved; else by the tokenizer."""
+    if (folder / RECORD_FILE).is_file() and (name := read_record(folder).template):
+        return TEMPLATES[name]
+    for template in TEMPLATES.values():
+        if template.chat_template() == processor.chat_template:
+            return template
+    return TEMPLATES[template_of(processor.tokenizer)]

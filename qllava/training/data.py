@@ -1,0 +1,157 @@
+"""The data of a run: a file or a mixture of files, checked before anything is trained, then read from the disk.
+
+A mixture stands in the recipe's YAML:
+
+    train_file:
+      - {path: instruct.json, image_folder: coco/train2017}
+      - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second row, drawn by the seed
+
+With `weight` in place of `repeat` the files have these shares of an epoch: the one that is largest for its share is
+gone through once, and the others are repeated until the shares hold, so that no row is left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from qllava.config import InputError
+from qllava.data.check import Checked, check, lengths, numbers
+from qllava.data.encode import Encoder
+from qllava.data.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a data set.
+
+    path: the file, or a folder that holds a data set.
+    image_folder: where its pictures lie; None for beside it.
+    repeat: how often an epoch shows each of its rows.
+    weight: its share of an epoch, relative to those of the others; in place of `repeat`.
+    """
+
+    path: Path
+    image_folder: Path | None
+    repeat: float = 1.0
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that can be trained on.
+
+    dataset: `id`, `input_ids`, `labels` and `pictures` of every row of an epoch; memory-mapped.
+    parts: the files that it comes from.
+    lengths: tokens of each row of an epoch.
+    learned: how many of all of them together are learned.
+    """
+
+    dataset: Dataset
+    parts: Sequence[Checked]
+    lengths: np.ndarray
+    learned: int
+
+    def count(self, kind: str) -> int:
+        """Problems of a kind in all files: "dropped", "trimmed"."""
+        return sum(part.summary.counts.get(kind, 0) for part in self.parts)
+
+
+def parts_of(given: Any, image_folder: Path | None, field: str) -> list[Part]:
+    """The files of a setting: a path, or the list of a mixture. Raises InputError for anything else."""
+    if isinstance(given, str | Path):
+        return [Part(Path(given), image_folder)]
+    if not isinstance(given, list) or not given:
+        raise InputError(f"The setting {field} is {given!r}; give a file, or a list of {{path, repeat or weight}}.")
+    parts = [_part(entry, number, image_folder, field) for number, entry in enumerate(given, start=1)]
+    if len({part.weight is None for part in parts}) > 1:
+        raise InputError(f"The setting {field} gives a weight to some files only; give one to each, or to none.")
+    return parts
+
+
+def _part(entry: Any, number: int, image_folder: Path | None, field: str) -> Part:
+    where = f"The setting {field}, file {number}"
+    if isinstance(entry, str):
+        return Part(Path(entry), image_folder)
+    known = ("path", "image_folder", "repeat", "weight")
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise InputError(f"{where}: expected a file, or {{path: FILE}} with {', '.join(known[1:])}.")
+    if unknown := [str(key) for key in entry if key not in known]:
+        raise InputError(f"{where} has the unknown key {unknown[0]!r}; possible are {', '.join(known)}.")
+    if "repeat" in entry and "weight" in entry:
+        raise InputError(f"{where} has both repeat and weight; keep one.")
+    for key in ("repeat", "weight"):
+        value = entry.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InputError(f"{where}: {key} is {value!r}; give a number above 0.")
+    folder = entry.get("image_folder")
+    if folder is not None and not isinstance(folder, str):
+        raise InputError(f"{where}: image_folder is {folder!r}; give a folder.")
+    own = Path(folder) if folder else image_folder
+    return Part(Path(entry["path"]), own, float(entry.get("repeat", 1)), entry.get("weight"))
+
+
+def prepare(
+    parts: Sequence[Part],
+    encoder: Encoder,
+    *,
+    seed: int,
+    evaluation: Sequence[Part] = (),
+    skip_check: bool = False,
+) -> tuple[Prepared, Prepared | None]:
+    """Check the files, say what was found, and open them: what is trained on, and what is held out.
+
+    seed: draws the rows of a part that is repeated a broken number of times.
+    skip_check: pictures are not looked at, and rows are not compared.
+    Raises InputError when a row cannot be used, or none is left; all such problems have been printed then.
+    """
+    checked = [check(p.path, p.image_folder, encoder, pictures=not skip_check) for p in parts]
+    held_out = [check(p.path, p.image_folder, encoder, pictures=not skip_check) for p in evaluation]
+    verdict = Verdict(checked, held_out, ()) if skip_check else Verdict.over(checked, held_out)
+    if skip_check:
+        print("NOT CHECKED, as asked: a picture that cannot be read will end the run when its batch comes.")
+    if verdict.errors:
+        print(verdict.text(verbose=False), file=sys.stderr)
+        first = next(problem for problem in verdict.problems() if problem.severity == "error")
+        more = f" There are {verdict.errors - 1:,} more such problems; `qllava check` lists them all."
+        raise InputError(f"{first}{more if verdict.errors > 1 else ''}")
+    print(verdict.text(verbose=False))
+    if not any(part.summary.samples for part in checked):
+        rows = sum(part.summary.rows for part in checked)
+        raise InputError(f"No sample is left to train on: all {rows} are longer than max_length; raise it.")
+    trained = _open(checked, [p.repeat for p in parts], [p.weight for p in parts], seed)
+    return trained, _open(held_out, [1.0] * len(held_out), [None] * len(held_out), seed) if held_out else None
+
+
+def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float | None], seed: int) -> Prepared:
+    sizes = [part.summary.samples for part in checked]
+    if all(weight is not None for weight in weights):
+        rates = [weight / max(size, 1) for weight, size in zip(weights, sizes, strict=True) if weight is not None]
+        repeats = [rate / min(rates) for rate in rates]
+    rows = chosen(sizes, repeats, seed)
+    table = concatenate_datasets([part.table for part in checked])
+    every = np.concatenate([lengths(part) for part in checked])
+    learned = np.concatenate([numbers(part.table, "learned_tokens") for part in checked])
+    if len(rows) != len(table) or (rows != np.arange(len(table))).any():
+        table = table.select(rows)
+    return Prepared(table.with_transform(checked[0].layout), checked, every[rows], int(learned[rows].sum()))
+
+
+def chosen(sizes: Sequence[int], repeats: Sequence[float], seed: int) -> np.ndarray:
+    """Which rows an epoch shows, by their number over all parts: whole copies, and a drawn share for the rest."""
+    rng = np.random.default_rng(seed)
+    out = []
+    start = 0
+    for size, repeat in zip(sizes, repeats, strict=True):
+        whole, share = divmod(repeat, 1.0)
+        rows = np.arange(start, start + size)
+        out += [rows] * int(whole)
+        out.append(np.sort(rng.choice(rows, round(share * size), replace=False)))
+        start += size
+    return np.concatenate(out)

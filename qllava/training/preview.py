@@ -1,0 +1,123 @@
+"""Data looked at before a run, as `qllava check` and `qllava inspect` do: with a model's reader, not its weights."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qllava.config import NANO, InputError
+from qllava.conversation import PLAIN, TEMPLATES
+from qllava.data import inspect
+from qllava.data.check import check
+from qllava.data.encode import Encoder
+from qllava.data.formats import Pictures, folder_of, no_rows, to_example
+from qllava.data.rows import read_rows
+from qllava.data.verdict import Verdict
+from qllava.models.reading import Reader, read_model, read_parts, read_tokenizer
+from qllava.training.data import Part, parts_of
+from qllava.training.settings import Settings, parse
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files, and how a model reads them.
+
+    parts: the files.
+    reader: tokenizer, template, image tokens.
+    max_length, too_long: as in the recipes.
+    """
+
+    parts: Sequence[Part]
+    reader: Reader
+    max_length: int = 2048
+    too_long: str = "error"
+
+    def encoder(self) -> Encoder:
+        """What makes samples of the rows."""
+        reader = self.reader
+        return Encoder(
+            reader.tokenizer,
+            reader.template,
+            reader.image_token_id,
+            reader.tokens_per_image,
+            self.max_length,
+            self.too_long,  # type: ignore[arg-type]
+        )
+
+
+def reader_of(model: str, tokenizer: Path | None, template: str | None) -> Reader:
+    """How the named model, or a tokenizer alone, reads; in another template than its own if one is given."""
+    reader = read_tokenizer(tokenizer) if tokenizer is not None else read_model(model)
+    return replace(reader, template=TEMPLATES[template]) if template else reader
+
+
+def check_sources(sources: Sequence[Source], evaluation: Sequence[Source] = ()) -> Verdict:
+    """Check all files, and compare their rows with each other and with the held-out ones."""
+
+    def checked(some: Sequence[Source]) -> list[Any]:
+        return [check(p.path, p.image_folder, s.encoder()) for s in some for p in s.parts]
+
+    return Verdict.over(checked(sources), checked(evaluation))
+
+
+def sources_of_recipe(config: str) -> tuple[list[Source], list[Source]]:
+    """What a recipe would train on, captions included, and its held-out rows."""
+    settings = parse(["--config", config], output_dir="unused", nano={})
+    reader = _reader_of_recipe(settings)
+    data, folder = settings.data, settings.data.image_folder
+    images = Path(folder) if folder else None
+    length, too_long = settings.train.max_length or 1 << 30, data.too_long
+    if data.train_file is None:
+        raise InputError(f"The configuration {config} names no train_file, so there is nothing to check; name one.")
+    sources = [Source(parts_of(data.train_file, images, "train_file"), reader, length, too_long)]
+    if data.pretrain_file:
+        captions = replace(reader, template=PLAIN)
+        sources.append(Source(parts_of(data.pretrain_file, images, "pretrain_file"), captions, length, too_long))
+    held_out = parts_of(data.eval_file, images, "eval_file") if data.eval_file else []
+    return sources, [Source(held_out, reader, length, too_long)] if held_out else []
+
+
+def _reader_of_recipe(settings: Settings) -> Reader:
+    model = settings.model
+    if model.language_model and model.vision_tower:
+        reader = read_parts(model.language_model, model.vision_tower, image_aspect=model.image_aspect)  # type: ignore[arg-type]
+    else:
+        reader = read_model(model.model_name_or_path or NANO)
+    return replace(reader, template=TEMPLATES[model.template]) if model.template else reader
+
+
+def inspect_rows(
+    source: Source, *, rows: int | None, page: Path | None = None, write: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Show the first rows of a file (all with None): on a page, one JSON object after the other, or in the terminal."""
+    encoder = source.encoder()
+    (part,) = source.parts
+    pictures = Pictures(part.image_folder or folder_of(part.path))
+    examples = (to_example(row, place, pictures) for place, row in islice(read_rows(part.path), rows))
+    shown = (inspect.show(example, encoder, source.reader.image_processor) for example in examples)
+    kept = (one for one in shown if one is not None)
+    if write is not None:
+        for one in kept:
+            write(inspect.as_json(one))
+        return
+    if page is None:
+        found = False
+        for one in kept:
+            found = True
+            print(inspect.terminal(one, colour=sys.stdout.isatty()) + "\n" + "-" * shutil.get_terminal_size().columns)
+        if not found:
+            raise no_rows(part.path)
+        return
+    exhibits = list(kept)
+    about = [("data", str(part.path)), ("template", encoder.template.name)]
+    about.append(("tokens per picture", str(encoder.tokens_per_image)))
+    try:
+        page.write_text(inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{page} cannot be written ({error.strerror}); choose another place.") from error
+    print(f"Wrote {page} with {len(exhibits)} samples; open it in a browser.")

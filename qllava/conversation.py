@@ -189,19 +189,19 @@ class Template:
         """The same as a Jinja chat template, with {% generation %} around what is learned.
 
         Contents may be strings, or lists of {"type": "image"} and {"type": "text", "text": ...}: then the pictures
-        come first, each followed by a newline, as `ask` writes them.
+        come first, each followed by a newline, and white space at the ends is taken off, as `ask` does it.
         """
         said = " | trim" if self.strip else ""
         asked = "'<image>' * content(message).count('<image>')" if self.pictures_only else f"content(message){said}"
         lines = [
             "{%- macro content(message) -%}",
             "{%- if message['content'] is string -%}{{- message['content'] -}}",
-            "{%- else -%}{%- set said = namespace(text='') -%}",
+            "{%- else -%}{%- set said = namespace(text='', pictures=false) -%}",
             "{%- for part in message['content'] if part['type'] == 'image' -%}",
-            "{%- set said.text = said.text ~ '<image>\\n' -%}{%- endfor -%}",
+            "{%- set said.text = said.text ~ '<image>\\n' -%}{%- set said.pictures = true -%}{%- endfor -%}",
             "{%- for part in message['content'] if part['type'] == 'text' -%}",
             "{%- set said.text = said.text ~ part['text'] -%}{%- endfor -%}",
-            "{{- said.text | trim -}}{%- endif -%}",
+            "{{- (said.text | trim) if said.pictures else said.text -}}{%- endif -%}",
             "{%- endmacro -%}",
             f"{{%- if messages[0]['role'] == 'system' -%}}{{%- set system = content(messages[0]){said} -%}}",
             "{%- set turns = messages[1:] -%}",

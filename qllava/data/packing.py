@@ -1,0 +1,233 @@
+"""Samples -> rows: what samples share stands there once, and rows are full. Pure functions on lengths and ids.
+
+Samples about the same picture(s) that begin with the same tokens become one group: the longest common prefix once
+(every image token is in it), then the rest of each sample as a branch, whose positions go on from the prefix. Two
+questions about a picture of 4 tokens, and a text, in one row:
+
+    index         0    1 2 3 4  5  |  6     7  8  9   |  10     11  12  13  |  14  15  16
+    token         <s>  P P P P  \\n |  What  ?  A  </s> |  Where  ?   B   </s> |  <s> Hi  </s>
+    position      0    1 2 3 4  5  |  6     7  8  9   |  6      7   8   9   |  0   1   2
+    group         0 ..................................................     |  1 ........
+    branch        -             -  |  0               |  1                  |  0
+    sees          before it        |  prefix and its own branch, before it  |  its own sample, before it
+    shift_labels  -                |  -     A  </s> - |  -      B   </s> -  |  Hi </s> -
+
+`shift_labels` are the labels of the next token of the same sample, so a branch predicts nothing of another one. What
+predicts a learned token is never shared: where a branch would begin with a learned token (captions in `plain`), the
+token before it is repeated in each branch, and if it is an image token, its feature too. For three captions:
+
+    token         <s>  P P P  |  P  a  cat  \\n  |  P  two  cats  \\n
+    position      0    1 2 3  |  4  5  6    7   |  4  5    6     7
+    feature            0 1 2  |  3              |  3
+    shift_labels  -           |  a  cat \\n  -   |  two cats \\n -
+
+S tokens of a row, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qllava.data.encode import IGNORE_INDEX
+
+_WINDOW = 256
+"""Groups among which the best fit for a step is looked for."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where the samples of a group stand in a row.
+
+    start: of the prefix, an index into the row.
+    prefix: tokens that they share; 0 for a sample by itself.
+    branches: tokens of each one's rest, one after the other behind the prefix.
+    """
+
+    start: int
+    prefix: int
+    branches: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Behind the last token."""
+        return self.start + self.prefix + sum(self.branches)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that go through the model at once; see the head of this file.
+
+    input_ids, position_ids, shift_labels: (S,) each.
+    features: for each image token of the row, in order, which feature stands there: an index into the features of
+        `pictures`, one picture after the other.
+    pictures: the distinct pictures of the row.
+    groups: who stands where.
+    ids: of the samples, in the order of the branches.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    shift_labels: np.ndarray
+    features: np.ndarray
+    pictures: tuple[str, ...]
+    groups: tuple[Group, ...]
+    ids: tuple[str, ...]
+
+
+def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_token_id: int) -> int:
+    """How many tokens samples (input_ids, labels) can share; 0 when that would not hold every image token but the last.
+
+    Nothing that is learned is shared, nor the token before it, which predicts it.
+    """
+    if len(samples) < 2:
+        return 0
+    first = np.asarray(samples[0][0])
+    length = len(first)
+    for ids, labels in samples:
+        learned = np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
+        length = min(length, int(learned[0]) - 1 if len(learned) else len(ids))
+        other = np.asarray(ids[:length])
+        different = np.flatnonzero(other != first[: len(other)])
+        length = min(length, len(other), int(different[0]) if len(different) else len(other))
+    pictures = max(int((np.asarray(ids) == image_token_id).sum()) for ids, _ in samples)
+    shared = int((first[:length] == image_token_id).sum())
+    return length if length > 0 and shared >= max(pictures - 1, 0) else 0
+
+
+def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Row:
+    """One row of samples {"id", "input_ids", "labels", "pictures"}; those about the same pictures become a group."""
+    shown: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for number, sample in enumerate(samples):
+        # A text shares no picture: it is a group by itself, whatever else is in the row.
+        key = tuple(sample["pictures"]) if share and sample["pictures"] else ("", str(number))
+        shown.setdefault(key, []).append(sample)
+    pictures = tuple(dict.fromkeys(name for sample in samples for name in sample["pictures"]))
+    builder = _Builder(image_token_id, {name: index for index, name in enumerate(pictures)})
+    for members in shown.values():
+        prefix = shared_prefix([(m["input_ids"], m["labels"]) for m in members], image_token_id)
+        for group in [members] if prefix else [[member] for member in members]:
+            builder.add(group, prefix)
+    return builder.row(pictures)
+
+
+class _Builder:
+    """A row that grows by groups."""
+
+    def __init__(self, image_token_id: int, numbers: dict[str, int]) -> None:
+        self.image_token_id, self.numbers = image_token_id, numbers
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.features: list[np.ndarray] = []
+        self.groups: list[Group] = []
+        self.samples: list[str] = []
+        self.length = 0
+
+    def add(self, members: list[dict[str, Any]], prefix: int) -> None:
+        """Append a group: the prefix of its first member, and the rest of each."""
+        start = self.length
+        if prefix:
+            self._append(members[0], 0, prefix)
+        for member in members:
+            self._append(member, prefix, len(member["input_ids"]))
+        lengths = tuple(len(member["input_ids"]) - prefix for member in members)
+        self.groups.append(Group(start, prefix, lengths))
+        self.samples += [str(member["id"]) for member in members]
+
+    def _append(self, sample: dict[str, Any], start: int, end: int) -> None:
+        ids = np.asarray(sample["input_ids"], dtype=np.int64)
+        images = np.flatnonzero(ids == self.image_token_id)
+        if len(images):
+            each = len(images) // len(sample["pictures"])
+            of = np.array([self.numbers[name] for name in sample["pictures"]])
+            number = np.searchsorted(images, np.arange(start, end)[ids[start:end] == self.image_token_id])
+            self.features.append(of[number // each] * each + number % each)
+        shifted = np.append(np.asarray(sample["labels"], dtype=np.int64)[1:], IGNORE_INDEX)[start:end]
+        self.ids.append(ids[start:end])
+        self.positions.append(np.arange(start, end))
+        self.labels.append(shifted)
+        self.length += end - start
+
+    def row(self, pictures: tuple[str, ...]) -> Row:
+        """What was appended, as one row."""
+        features = np.concatenate(self.features) if self.features else np.empty(0, dtype=np.int64)
+        return Row(
+            np.concatenate(self.ids),
+            np.concatenate(self.positions),
+            np.concatenate(self.labels),
+            features,
+            pictures,
+            tuple(self.groups),
+            tuple(self.samples),
+        )
+
+
+def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which items stand in which row: best fit, longest first; one that is longer than a row has a row of its own."""
+    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for item in order:
+        fitting = [row for row in range(len(rows)) if free[row] >= lengths[item]]
+        if fitting:
+            row = min(fitting, key=lambda r: free[r])
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(item)
+        free[row] -= lengths[item]
+    return rows
+
+
+def steps_of(
+    pictures: np.ndarray, samples_per_step: int, *, seed: int, epoch: int, share: bool = True
+) -> Iterator[np.ndarray]:
+    """The samples of each optimizer step of an epoch, (samples_per_step,) indices each; the last may be shorter.
+
+    pictures: (N,) a hash of each sample's pictures, 0 for none.
+
+    Samples about the same pictures come in one step, as far as they fit: groups are shuffled, and a step takes the
+    next ones; what its last place has no room for waits, and if nothing in sight fits, the next group is cut. The same
+    seed and epoch give the same steps.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    groups = _groups(pictures, rng) if share else [np.array([k]) for k in rng.permutation(len(pictures))]
+    step: list[np.ndarray] = []
+    room = samples_per_step
+    waiting: list[np.ndarray] = []
+    position = 0
+    while position < len(groups) or waiting:
+        while len(waiting) < _WINDOW and position < len(groups):
+            waiting.append(groups[position])
+            position += 1
+        fitting = next((k for k, group in enumerate(waiting) if len(group) <= room), None)
+        if fitting is None:
+            group = waiting[0]
+            step.append(group[:room])
+            waiting[0] = group[room:]
+        else:
+            step.append(waiting.pop(fitting))
+        room -= len(step[-1])
+        if room == 0:
+            yield np.concatenate(step)
+            step, room = [], samples_per_step
+    if step:
+        yield np.concatenate(step)
+
+
+def _groups(pictures: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group by itself."""
+    order = rng.permutation(len(pictures))
+    keys = pictures[order]
+    alone = keys == 0
+    by_key = np.argsort(keys[~alone], kind="stable")
+    sorted_keys = keys[~alone][by_key]
+    edges = np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1
+    groups = np.split(order[~alone][by_key], edges) if len(by_key) else []
+    groups += [np.array([k]) for k in order[alone]]
+    return [groups[k] for k in rng.permutation(len(groups))]

@@ -1,0 +1,132 @@
+"""Rows equal the separate samples: loss and every gradient, in fp32, for random mixtures."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+
+from qllava.data.encode import IGNORE_INDEX
+from qllava.data.packing import lay_out
+from qllava.training.attention import looking_at
+from qllava.training.exact import row_loss
+from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_tiny_model, make_tiny_processor
+
+PROCESSOR = make_tiny_processor()
+IMAGE = PROCESSOR.tokenizer.convert_tokens_to_ids("<image>")
+
+
+def a_sample(
+    rng: random.Random, number: int, pictures: tuple[str, ...], prefix: list[int], plain: bool
+) -> dict[str, Any]:
+    """A sample that begins with the prefix that samples of these pictures share; `plain`: it is learned at once."""
+    words = [rng.randrange(10, 300) for _ in range(rng.randint(1, 12))]
+    ids = prefix + words
+    labels = [IGNORE_INDEX] * len(prefix) + [w if plain or rng.random() < 0.5 else IGNORE_INDEX for w in words]
+    labels[-1] = ids[-1]
+    return {"id": str(number), "input_ids": ids, "labels": labels, "pictures": list(pictures)}
+
+
+def a_mixture(seed: int) -> list[dict[str, Any]]:
+    """0 to 3 pictures a sample, 1 to 6 samples a set of pictures, texts between them, captions among them."""
+    rng = random.Random(seed)
+    samples: list[dict[str, Any]] = []
+    for group in range(rng.randint(1, 4)):
+        count = rng.randint(0, 3)
+        pictures = tuple(f"{group}-{k}" if rng.random() < 0.8 else "everywhere" for k in range(count))
+        plain = count == 1 and rng.random() < 0.4
+        prefix = [1]
+        for _ in pictures:
+            prefix += [rng.randrange(10, 300)] * rng.randint(0, 2) + [IMAGE] * IMAGE_TOKENS
+        prefix += [] if plain else [rng.randrange(10, 300) for _ in range(rng.randint(1, 3))]
+        for _ in range(rng.randint(1, 6)):
+            own = prefix if rng.random() < 0.85 else [2, *prefix]
+            samples.append(a_sample(rng, len(samples), pictures, own, plain))
+    rng.shuffle(samples)
+    return samples
+
+
+def pixels(name: str) -> torch.Tensor:
+    """The pixel values of a picture that is made of its name."""
+    colour = tuple(random.Random(name).randrange(256) for _ in range(3))
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour)
+    picture.paste("white", (random.Random(name + "x").randrange(20), 3, 24, 20))
+    values: torch.Tensor = PROCESSOR.image_processor(picture, return_tensors="pt")["pixel_values"]
+    return values
+
+
+def learner() -> Any:
+    """A tiny model in which everything learns but the tower."""
+    model = make_tiny_model(PROCESSOR)
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def separate(model: Any, samples: list[dict[str, Any]]) -> torch.Tensor:
+    """The sum of losses, each sample by itself through transformers' own forward pass."""
+    total = torch.zeros(())
+    for sample in samples:
+        inputs = {"input_ids": torch.tensor([sample["input_ids"]])}
+        if sample["pictures"]:
+            inputs["pixel_values"] = torch.cat([pixels(name) for name in sample["pictures"]])
+        logits = model(**inputs).logits[0, :-1]
+        labels = torch.tensor(sample["labels"][1:])
+        total = total + cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total
+
+
+def packed(model: Any, samples: list[dict[str, Any]], *, share: bool = True) -> torch.Tensor:
+    """The same as one row."""
+    row = lay_out(samples, IMAGE, share=share)
+    return row_loss(
+        model,
+        input_ids=torch.from_numpy(row.input_ids),
+        position_ids=torch.from_numpy(row.position_ids),
+        shift_labels=torch.from_numpy(row.shift_labels),
+        features=torch.from_numpy(row.features),
+        groups=row.groups,
+        pixel_values=torch.cat([pixels(name) for name in row.pictures]) if row.pictures else None,
+    )
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: torch.zeros(1) if g is None else g for name, g in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_row_equals_its_samples(seed: int, share: bool) -> None:
+    model, samples = learner(), a_mixture(seed)
+    expected = separate(model, samples)
+    wanted = gradients(model, expected)
+    with looking_at(model.model.language_model):
+        loss = packed(model, samples, share=share)
+        found = gradients(model, loss)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in wanted.items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_order_of_samples_changes_nothing() -> None:
+    model, samples = learner(), a_mixture(3)
+    turned = samples[::-1]
+    with looking_at(model.model.language_model), torch.no_grad():
+        torch.testing.assert_close(packed(model, samples), packed(model, turned), rtol=1e-5, atol=1e-5)
+
+
+def test_sharing_saves_the_tokens_that_are_shared() -> None:
+    prefix = [1, *[IMAGE] * IMAGE_TOKENS, 7]
+    rng = random.Random(0)
+    samples = [a_sample(rng, n, ("a",), prefix, False) for n in range(3)]
+    shared, alone = lay_out(samples, IMAGE), lay_out(samples, IMAGE, share=False)
+    assert len(alone.input_ids) - len(shared.input_ids) >= 2 * (len(prefix) - 1)
+    assert shared.pictures == alone.pictures == ("a",)
+    assert len(shared.groups) == 1 and len(alone.groups) == 3

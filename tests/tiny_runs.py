@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback
 
 from qllava.config import InputError
@@ -16,7 +15,7 @@ from qllava.data.encode import Encoder
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, Recipe, assemble
 from qllava.models.checkpoint import tokens_per_image
-from qllava.training.data import Part, prepare
+from qllava.training.data import Part, Prepared, prepare
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
@@ -112,24 +111,26 @@ def make_trainer(
         if lora
         else train_projector_only(assembled)
     )
+    rows = encode(assembled, tiny.rows)
     return LlavaTrainer(
         model,
         assembled,
         chosen.train,
-        train=encode(assembled, tiny.rows),
+        train=rows.dataset,
         evaluation=None,
+        pictures=rows.pictures,
         exact_match=None,
         callbacks=callbacks or [],
     )
 
 
-def encode(assembled: Assembled, rows: Path) -> Dataset:
-    """The rows as a table to train on."""
+def encode(assembled: Assembled, rows: Path) -> Prepared:
+    """The rows, ready to be trained on."""
     config = assembled.model.config
     encoder = Encoder(
         assembled.processor.tokenizer, assembled.template, config.image_token_index, tokens_per_image(config)
     )
-    return prepare([Part(rows, None)], encoder, seed=0)[0].dataset
+    return prepare([Part(rows, None)], encoder, seed=0)[0]
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:

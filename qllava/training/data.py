@@ -51,12 +51,14 @@ class Prepared:
     parts: the files that it comes from.
     lengths: tokens of each row of an epoch.
     learned: how many of all of them together are learned.
+    pictures: a hash of the pictures of each row, 0 for none.
     """
 
     dataset: Dataset
     parts: Sequence[Checked]
     lengths: np.ndarray
     learned: int
+    pictures: np.ndarray
 
     def count(self, kind: str) -> int:
         """Problems of a kind in all files: "dropped", "trimmed"."""
@@ -138,9 +140,12 @@ def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float 
     table = concatenate_datasets([part.table for part in checked])
     every = np.concatenate([lengths(part) for part in checked])
     learned = np.concatenate([numbers(part.table, "learned_tokens") for part in checked])
+    shown = np.concatenate([numbers(part.table, "pictures_hash") for part in checked])
     if len(rows) != len(table) or (rows != np.arange(len(table))).any():
         table = table.select(rows)
-    return Prepared(table.with_transform(checked[0].layout), checked, every[rows], int(learned[rows].sum()))
+    return Prepared(
+        table.with_transform(checked[0].layout), checked, every[rows], int(learned[rows].sum()), shown[rows]
+    )
 
 
 def chosen(sizes: Sequence[int], repeats: Sequence[float], seed: int) -> np.ndarray:

@@ -58,6 +58,9 @@ class TrainConfig(SFTConfig):
     num_train_epochs: float = field(default=1.0, metadata={"help": "How often the data is gone through."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    share_image_prefix: bool = field(
+        default=True, metadata={"help": "Let samples about one picture share its tokens; the loss is the same."}
+    )
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
     )

@@ -5,7 +5,6 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qllava.config import InputError
 from qllava.conversation import Template
+from qllava.data.collate import Collator
 from qllava.data.formats import Example
 from qllava.models import ledger
 from qllava.models.adapter import PROBES_FILE, read_record
@@ -98,6 +98,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         stage.config,
         train=stage.train.dataset,
         evaluation=held_out,
+        pictures=stage.train.pictures,
         exact_match=partial(scores.exact_match, model, assembled, stage.questions) if stage.questions else None,
         callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), progress],
     )
@@ -112,7 +113,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         print(f"Continuing from {newest}.")
     with saving(f"{stage.folder / PROBES_FILE}"):
         # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
-        save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, trainer.data_collator)
+        save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
     if stage.config.gradient_checkpointing:
         model.train()
     try:
@@ -147,8 +148,9 @@ def _newest(folder: Path, assembled: Assembled) -> Path | None:
     return found[-1]
 
 
-def save_probes(path: Path, rows: Dataset, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
+def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
     """Keep rows as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
+    collator = Collator(assembled.processor.tokenizer.pad_token_id, assembled.processor.image_processor)
     tensors: dict[str, torch.Tensor] = {}
     for number, index in enumerate(scores.spaced(range(len(rows)), PROBES)):
         batch = collator([rows[index]])

@@ -7,6 +7,7 @@ What is added to TRL's trainer, and why:
   (transformers would log a loss of 0 and go on to the end with NaN in every weight.)
 - A checkpoint is written aside and renamed, so a folder `checkpoint-N` is always whole; it holds what `load_run` needs.
 - Held-out questions are answered and compared, beside the held-out loss.
+- A batch is one row (`data.packing`): samples about one picture come together and share its tokens.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from qllava.config import InputError
-from qllava.data.collate import Collator
+from qllava.data.collate import RowCollator
+from qllava.data.packing import steps_of
 from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.models.vision import one_line
+from qllava.training.attention import looking_at
+from qllava.training.exact import teach_rows
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,6 +77,25 @@ class Metrics(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
+class PictureOrder(Sampler[int]):
+    """The rows of an epoch in the order of `packing.steps_of`; the same seed and epoch give the same one."""
+
+    def __init__(self, pictures: np.ndarray, batch: int, seed: int, *, share: bool) -> None:
+        self.pictures, self.batch, self.seed, self.share = pictures, batch, seed, share
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the beginning of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in steps_of(self.pictures, self.batch, seed=self.seed, epoch=self.epoch, share=self.share):
+            yield from step.tolist()
+
+
 class LlavaTrainer(SFTTrainer):
     """See the head of this file."""
 
@@ -85,17 +110,22 @@ class LlavaTrainer(SFTTrainer):
         *,
         train: Dataset,
         evaluation: Dataset | None,
+        pictures: np.ndarray,
         exact_match: Callable[[], float] | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         """Args:
         model: what `add_lora` or `train_projector_only` returned.
         assembled: the model's parts, for its tokenizer and its record.
-        train, evaluation: rows as `Collator` takes them.
+        train, evaluation: rows as `RowCollator` takes them.
+        pictures: a hash of the pictures of each row of train, 0 for none.
         exact_match: answers held-out questions and returns the share that is right.
         """
         self.assembled = assembled
         self.exact_match = exact_match
+        self._order = PictureOrder(
+            pictures, config.per_device_train_batch_size, config.seed, share=config.share_image_prefix
+        )
         self._aside: str | None = None
         self._seen: list[str] = []
         tokenizer = assembled.processor.tokenizer
@@ -103,10 +133,13 @@ class LlavaTrainer(SFTTrainer):
         config.remove_unused_columns = False
         config.logging_nan_inf_filter = False
         config.use_cache = False
+        teach_rows(assembled.model)
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
             args=config,
-            data_collator=Collator(tokenizer.pad_token_id, assembled.processor.image_processor),
+            data_collator=RowCollator(
+                assembled.model.config.image_token_index, assembled.processor.image_processor, config.share_image_prefix
+            ),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -128,8 +161,9 @@ class LlavaTrainer(SFTTrainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, after the ids of the samples were taken out of the batch."""
+        """TRL's loss, after what is not the model's was taken out of the batch."""
         ids = inputs.pop("ids", [])
+        inputs.pop("lengths", None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.model.training:
             self._seen += ids
@@ -137,6 +171,20 @@ class LlavaTrainer(SFTTrainer):
             if not torch.isfinite(value):
                 raise self._not_finite(f"The loss is {value.item()}", ids)
         return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward pass of a row."""
+        with looking_at(self.assembled.model.model.language_model):
+            return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The held-out loss of a row."""
+        with looking_at(self.assembled.model.model.language_model):
+            return super().prediction_step(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Samples about one picture come in one batch, so that they can share it."""
+        return self._order
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import lay_out
 from qllava.training.attention import looking_at
-from qllava.training.exact import row_loss
+from qllava.training.exact import row_forward
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_tiny_model, make_tiny_processor
 
 PROCESSOR = make_tiny_processor()
@@ -83,15 +83,17 @@ def separate(model: Any, samples: list[dict[str, Any]]) -> torch.Tensor:
 def packed(model: Any, samples: list[dict[str, Any]], *, share: bool = True) -> torch.Tensor:
     """The same as one row."""
     row = lay_out(samples, IMAGE, share=share)
-    return row_loss(
+    out = row_forward(
         model,
-        input_ids=torch.from_numpy(row.input_ids),
-        position_ids=torch.from_numpy(row.position_ids),
-        shift_labels=torch.from_numpy(row.shift_labels),
+        input_ids=torch.from_numpy(row.input_ids)[None],
+        position_ids=torch.from_numpy(row.position_ids)[None],
+        shift_labels=torch.from_numpy(row.shift_labels)[None],
         features=torch.from_numpy(row.features),
-        groups=row.groups,
+        row_groups=row.groups,
         pixel_values=torch.cat([pixels(name) for name in row.pictures]) if row.pictures else None,
     )
+    assert out.log_probs is not None
+    return -out.log_probs.sum()
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qllava.config import InputError
+from qllava.data.collate import Collator
 from qllava.models import assemble as parts
 from qllava.models.adapter import load_run, projector_state
 from qllava.training.trainer import LlavaTrainer, Metrics, NotFinite, checkpoints, saving
@@ -215,7 +216,8 @@ class TestSixteenBit:
         trainer = make_trainer(tiny, tmp_path / "run", max_steps=2, bf16=True, use_cpu=True, save_strategy="steps")
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
         trainer.train()
-        batch = trainer.data_collator([trainer.train_dataset[0]])
+        processor = trainer.assembled.processor
+        batch = Collator(processor.tokenizer.pad_token_id, processor.image_processor)([trainer.train_dataset[0]])
         batch.pop("ids")
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # without autocast
         with torch.no_grad():

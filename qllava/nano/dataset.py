@@ -5,7 +5,8 @@ They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`)
     images/train-000000.png ...      96 x 96
     pretrain.json                    LLaVA JSON: a picture and the caption that names everything in it
     train.json                       LLaVA JSON: a conversation of about ten questions a picture, now and then a
-                                     description or reasons
+                                     description or reasons; and pictures in colours without a name, whose questions
+                                     speak of none
     validation.json                  question, image, answer, type: looked at during the run
     test.json                        the same: the table, every type alike often
     unseen.json                      the same, about shapes whose pair of colour and form no training picture shows
@@ -24,23 +25,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from qllava.config import cache_folder
 from qllava.nano import language
-from qllava.nano.scenes import UNSEEN_PAIRS, Scene, Split, render, sample_scene
+from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_colour, render, sample_scene
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
 PRETRAIN_PICTURES = 6_000
-TRAIN_PICTURES = 8_000
+TRAIN_PICTURES = 7_500
+NAMELESS_PICTURES = 2_000
 QUESTIONS_PER_PICTURE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000
 UNSEEN_QUESTIONS = 400
 _CHUNK = 250
-_Row = Callable[[int, random.Random], tuple[Scene, dict[str, Any]]]
-"""What makes a row: its number and randomness of its own -> the scene to draw, and the fields beside id and image."""
+_Row = Callable[[int, random.Random], tuple[Image.Image, dict[str, Any]]]
+"""What makes a row: its number and randomness of its own -> its picture, and the fields beside id and image."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def prepare(folder: Path | None = None) -> NanoData:
     try:
         with ProcessPoolExecutor() as pool:
             train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)
-            _write(aside / "train.json", train)
+            nameless = _draw(pool, aside, "nameless", NAMELESS_PICTURES, _nameless_row)
+            _write(aside / "train.json", train + nameless)
             # Stage 1 sees the first of the same pictures: nothing is drawn for it that stage 2 does not use.
             _write(aside / "pretrain.json", [_caption_row(one["id"]) for one in train[:PRETRAIN_PICTURES]])
             held_out: dict[str, tuple[int, _Row]] = {
@@ -120,8 +124,8 @@ def _draw_chunk(folder: Path, name: str, row: _Row, bounds: tuple[int, int]) -> 
     out = []
     for index in range(*bounds):
         id_ = f"{name}-{index:06d}"
-        scene, fields = row(index, random.Random(f"nano-{id_}"))
-        render(scene).save(folder / "images" / f"{id_}.png", compress_level=1)
+        picture, fields = row(index, random.Random(f"nano-{id_}"))
+        picture.save(folder / "images" / f"{id_}.png", compress_level=1)
         out.append({"id": id_, "image": f"images/{id_}.png", **fields})
     return out
 
@@ -137,21 +141,40 @@ def _caption_row(id_: str) -> dict[str, Any]:
     return {"id": id_, "image": f"images/{id_}.png", "conversations": turns}
 
 
-def _conversation_row(index: int, rng: random.Random) -> tuple[Scene, dict[str, Any]]:
+def _conversation_row(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
     scene = sample_scene(rng)
     pairs = [(q.text, q.answer) for q in language.questions(scene, rng, QUESTIONS_PER_PICTURE)]
     if index % 12 == 0:
         pairs = [language.detail(scene, rng), *pairs[:6]]
     elif index % 12 == 1:
         pairs = [*pairs[:6], language.reasoning(scene, rng)]
+    return render(scene), {"conversations": _turns(pairs)}
+
+
+def _nameless_row(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
+    """A picture in colours that have no name, and questions that need none.
+
+    Forms are learned from them apart from colours: a form is known by them in a colour that it was never seen in.
+    """
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < 4:
+        scene = sample_scene(rng)
+        asked = language.questions(scene, rng, 4 * QUESTIONS_PER_PICTURE)
+        pairs = [(q.text, q.answer) for q in asked if not COLOURS.keys() & {*q.text.split(), q.answer}]
+    picture = render(scene, [nameless_colour(rng) for _ in scene.shapes])
+    return picture, {"conversations": _turns(pairs[:QUESTIONS_PER_PICTURE])}
+
+
+def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Questions and answers as LLaVA's turns; the first has the picture."""
     turns = []
     for number, (asked, answered) in enumerate(pairs):
         turns.append({"from": "human", "value": f"<image>\n{asked}" if number == 0 else asked})
         turns.append({"from": "gpt", "value": answered})
-    return scene, {"conversations": turns}
+    return turns
 
 
-def _question_row(index: int, rng: random.Random, *, split: Split, unseen: bool) -> tuple[Scene, dict[str, Any]]:
+def _question_row(index: int, rng: random.Random, *, split: Split, unseen: bool) -> tuple[Image.Image, dict[str, Any]]:
     """One question about one picture; types take turns, so that each is asked equally often."""
     type_ = language.TYPES[index % len(language.TYPES)]
     question = None
@@ -159,4 +182,4 @@ def _question_row(index: int, rng: random.Random, *, split: Split, unseen: bool)
         scene = sample_scene(rng, split, unseen=unseen)
         about = next((s for s in scene.shapes if (s.colour, s.form) in UNSEEN_PAIRS), None) if unseen else None
         question = language.ask(scene, type_, rng, about=about)
-    return scene, {"question": question.text, "answer": question.answer, "type": question.type}
+    return render(scene), {"question": question.text, "answer": question.answer, "type": question.type}

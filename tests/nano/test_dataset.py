@@ -14,7 +14,7 @@ from qllava.config import cache_folder
 from qllava.data.formats import Example, read_examples
 from qllava.nano import dataset, language
 from qllava.nano.dataset import NanoData, prepare, scene_of
-from qllava.nano.scenes import SIZE, UNSEEN_PAIRS, render
+from qllava.nano.scenes import COLOURS, SIZE, UNSEEN_PAIRS, render
 
 UNSEEN = re.compile("|".join(f"{colour} {form}" for colour, form in UNSEEN_PAIRS))
 
@@ -24,6 +24,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "PRETRAIN_PICTURES": 9,
         "TRAIN_PICTURES": 26,
+        "NAMELESS_PICTURES": 8,
         "VALIDATION_QUESTIONS": 8,
         "TEST_QUESTIONS": 24,
         "UNSEEN_QUESTIONS": 16,
@@ -58,7 +59,7 @@ def test_every_file_is_read_like_anybodys_data(data: NanoData) -> None:
             (picture,) = example.images
             with Image.open(picture) as image:
                 assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
-    assert counts == {"pretrain": 9, "train": 26, "validation": 8, "test": 24, "unseen": 16}
+    assert counts == {"pretrain": 9, "train": 34, "validation": 8, "test": 24, "unseen": 16}
 
 
 def test_no_picture_lies_there_unused(data: NanoData) -> None:
@@ -90,7 +91,7 @@ def test_the_captions_are_those_of_the_pictures(data: NanoData) -> None:
 
 
 def test_conversations_have_questions_descriptions_and_reasons(data: NanoData) -> None:
-    for number, example in enumerate(read(data.train)):
+    for number, example in enumerate(read(data.train)[:26]):
         asked = [turn.content for turn in example.conversation.turns if turn.role == "user"]
         answers = [turn.content for turn in example.conversation.turns if turn.role == "assistant"]
         assert asked[0].startswith("<image>\n")
@@ -98,6 +99,17 @@ def test_conversations_have_questions_descriptions_and_reasons(data: NanoData) -
         assert ("There are " in answers[0]) == (number % 12 == 0)
         assert asked[-1].endswith("Give your reasons.") == (number % 12 == 1)
         assert len(asked) == (7 if number % 12 < 2 else 10)
+
+
+def test_pictures_in_colours_without_a_name_are_asked_about_everything_else(data: NanoData) -> None:
+    nameless = read(data.train)[26:]
+    assert [e.id for e in nameless] == [f"nameless-{n:06d}" for n in range(8)]
+    for example in nameless:
+        said = " ".join(turn.content for turn in example.conversation.turns)
+        assert not any(colour in re.findall("[a-z]+", said) for colour in COLOURS)
+        assert 4 <= len(example.conversation.turns) // 2 <= 10
+        (picture,) = example.images
+        assert Image.open(picture).tobytes() != render(scene_of(example.id)).tobytes()
 
 
 def test_training_and_ordinary_questions_know_nothing_of_unseen_pairs(data: NanoData) -> None:

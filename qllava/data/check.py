@@ -41,7 +41,7 @@ from qllava.data.encode import Encoder
 from qllava.data.formats import Pictures, folder_of, no_rows, to_example
 from qllava.data.images import open_image
 from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows
-from qllava.data.table import Layout, batch_of, lists, open_table, writing
+from qllava.data.table import Layout, batch_of, lists, open_table, quantiles, writing
 
 _VERSION = 1
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
@@ -244,13 +244,21 @@ def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Itera
 
 def _in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
     """`pool.map` that takes no more items than it can work on: those of a large file would fill the memory."""
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+
+    def oldest() -> Any:
+        item, future = waiting.popleft()
+        try:
+            return future.result()
+        except RecursionError:  # a row that is nested as deeply as json reads it cannot be sent
+            return work(item)
+
     for item in items:
-        waiting.append(pool.submit(work, item))
+        waiting.append((item, pool.submit(work, item)))
         if len(waiting) > ahead:
-            yield waiting.popleft().result()
+            yield oldest()
     while waiting:
-        yield waiting.popleft().result()
+        yield oldest()
 
 
 def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
@@ -369,15 +377,6 @@ def numbers(table: Dataset, name: str) -> np.ndarray:
 def lengths(checked: Checked) -> np.ndarray:
     """Tokens of every sample, (samples,)."""
     return numbers(checked.table, "length")
-
-
-def quantiles(sizes: np.ndarray) -> dict[str, int]:
-    """Least, median, 95th percentile and most of lengths; {} of none."""
-    if not len(sizes):
-        return {}
-    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-    ordered = np.sort(sizes)
-    return {name: int(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
 
 
 def _summary(folder: Path, table: Dataset, uses: dict[str, int]) -> Summary:

@@ -133,7 +133,7 @@ class Pictures:
 
 def to_example(row: Any, place: Place, pictures: Pictures) -> Example:
     """Check one row and bring it into the one form. Raises RowError."""
-    id = row.get("id") if isinstance(row, dict) else None
+    id = (None if row.get("id") == "" else row.get("id")) if isinstance(row, dict) else None
     said = str(id) if isinstance(id, str | int) and not isinstance(id, bool) and _is_whole(str(id)) else None
     try:
         if not isinstance(row, dict):

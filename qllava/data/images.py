@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from qllava.data.rows import Place, Problem, RowError
 
-# The longest side of a picture, and how many times it may be as long as the other one: image processors make a square of
-# it, and need 1 GB for one of 12,000 x 60 pixels.
+# The longest side of a picture, and how many times it may be as long as the other one: image processors make a square
+# of it, and need 1 GB for one of 12,000 x 60 pixels.
 _LONGEST = 12_000
 _SLENDER = 200
 _TOO_LONG = f"more than {_LONGEST:,} pixels"

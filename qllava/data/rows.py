@@ -47,10 +47,10 @@ class Place:
         object.__setattr__(self, "file", self.file.encode(errors="backslashreplace").decode())
 
     def __str__(self) -> str:
-        name = PurePath(self.file).name
+        name = _plain(PurePath(self.file).name)
         if self.row is not None:
             return f"{name}, row {self.row}"
-        return f"{name}, line {self.line}" if self.line is not None else self.file
+        return f"{name}, line {self.line}" if self.line is not None else _plain(self.file)
 
     @property
     def within(self) -> str:
@@ -77,12 +77,23 @@ class Problem:
     id: str | None = None
     severity: Literal["error", "warning", "note"] = "error"
 
+    def __post_init__(self) -> None:
+        if self.id == self.place.within:  # a row without an id goes by its place
+            object.__setattr__(self, "id", None)
+        # File names, and the words of the libraries that read broken files, may hold anything.
+        object.__setattr__(self, "problem", _plain(self.problem))
+
     def __str__(self) -> str:
         where = str(self.place)
         if self.id is not None:  # an id may be a whole book, or hold line breaks; this is one sentence
             plain = len(self.id) <= 80 and self.id.isprintable()
             where += f", id {self.id if plain else repr(self.id[:80])}"
         return f"{where}: {self.problem}; {self.hint}."
+
+
+def _plain(text: str) -> str:
+    """Text that can be printed, in one line: line breaks and control characters as escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RowError(InputError):
@@ -178,7 +189,7 @@ def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            yield Place(path, line=number), json.loads(line)
+            yield Place(path, line=number), json.loads(line.rstrip("\n"))
         except (ValueError, RecursionError) as error:
             on_problem(_not_json(error, Place(path, line=number)))
             if line.strip() == "{":  # the rest of an object that spans lines is no row either: one problem is enough

@@ -142,6 +142,15 @@ def open_table(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
+def quantiles(sizes: np.ndarray) -> dict[str, int]:
+    """Least, median, 95th percentile and most of lengths; {} of none."""
+    if not len(sizes):
+        return {}
+    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    ordered = np.sort(sizes)
+    return {name: int(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
+
+
 def lists(table: Dataset, name: str) -> Iterator[list[Any]]:
     """The values of a column of lists, row by row."""
     for chunk in table.data.column(name).chunks:

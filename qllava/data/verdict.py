@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qllava.data.check import Checked, lengths, quantiles
+from qllava.data.check import Checked, lengths
 from qllava.data.compare import leaked, repeated
 from qllava.data.rows import Place, Problem
+from qllava.data.table import quantiles
 
 _SHOWN = 3
 _BINS = 10

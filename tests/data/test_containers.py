@@ -581,7 +581,7 @@ class TestFolders:
     )
     def test_a_state_that_names_what_is_not_there(self, folder: Path, name: str, reason: str) -> None:
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-        place = folder / Path(name).name
+        place = Place(str(folder / Path(name).name))
         assert rows_of(folder)[1] == [f"{place}: the data file cannot be read ({reason}); check the folder it lies in."]
 
 

@@ -18,7 +18,19 @@ from transformers.models.clip import CLIPImageProcessor
 
 import qllava.nano
 from qllava.config import InputError
-from qllava.conversation import CHATML, IMAGE_TOKEN, LLAMA_3, TEMPLATES, VICUNA_V1, Conversation, Template, Turn
+from qllava.conversation import (
+    CHATML,
+    IMAGE_TOKEN,
+    LLAMA_2,
+    LLAMA_3,
+    PLAIN,
+    TEMPLATES,
+    VICUNA_V1,
+    Conversation,
+    Template,
+    Turn,
+)
+from qllava.data import inspect
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
 from qllava.data.inspect import IMAGE_INDEX, Piece, Shown, as_json, html, show, terminal
@@ -183,6 +195,14 @@ def test_a_character_of_several_tokens_is_one_piece(
     assert any(len(piece.ids) > 1 for piece in shown("€", "€").pieces), "the tiny tokenizer has bytes only"
 
 
+def test_a_character_that_is_learned_by_half_is_shown_so() -> None:
+    """No template makes such labels; if some mistake did, it must be seen here."""
+    ids = tokenizer().encode("€", add_special_tokens=False)
+    assert len(ids) > 1
+    sample = Sample("x7", ids, [IGNORE_INDEX, *ids[1:]], (), PLACE)
+    assert [piece.learned for piece in inspect._pieces(sample, encoder())] == [False, True]
+
+
 def test_each_picture_is_one_piece(picture: Path) -> None:
     one = shown("<image>\n<image><image>Alike?", "yes", images=(picture,) * 3)
     check(one)
@@ -318,6 +338,7 @@ def test_the_page_explains_itself_and_marks_by_more_than_colour(picture: Path) -
     words = " ".join(reader.words)
     for expected in (
         "How to read this",
+        "train.json, row 3, id x7",
         "Learned:",
         "a.json",
         "bus.png, 64×32",

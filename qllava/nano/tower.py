@@ -139,7 +139,12 @@ class Round:
 # After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all. But what a
 # probe found in the patches was form and colour in one: of colours with forms that it had never met together it read
 # 24 % of the forms. Shapes in colours that have no name, and that come in every form, part the two.
-ROUNDS = (Round(24_000, 2_200, 1.5e-3, 0.0), Round(40_000, 2_200, 1.0e-3, 0.0), Round(60_000, 4_000, 1.0e-3, 0.5))
+ROUNDS = (
+    Round(24_000, 2_200, 1.5e-3, 0.0),
+    Round(40_000, 2_200, 1.0e-3, 0.0),
+    Round(60_000, 4_000, 1.0e-3, 0.5),
+    Round(60_000, 3_000, 8.0e-4, 0.6),
+)
 
 
 def train(

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qllava.data.formats import Pictures, folder_of, no_rows, to_example
 from qllava.data.rows import read_rows
 from qllava.data.verdict import Verdict
 from qllava.models.reading import Reader, read_model, read_parts, read_tokenizer
+from qllava.page import write_page
 from qllava.training.data import Part, parts_of
 from qllava.training.settings import Settings, parse
 
@@ -105,19 +106,18 @@ def inspect_rows(
         for one in kept:
             write(inspect.as_json(one))
         return
+    first = next(kept, None)
+    if first is None:
+        raise no_rows(part.path)
     if page is None:
-        found = False
-        for one in kept:
-            found = True
+        for one in chain([first], kept):
             print(inspect.terminal(one, colour=sys.stdout.isatty()) + "\n" + "-" * shutil.get_terminal_size().columns)
-        if not found:
-            raise no_rows(part.path)
         return
-    exhibits = list(kept)
+    exhibits = [first, *kept]
     about = [("data", str(part.path)), ("template", encoder.template.name)]
     about.append(("tokens per picture", str(encoder.tokens_per_image)))
     try:
-        page.write_text(inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about), encoding="utf-8")
+        write_page(page, inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about))
     except OSError as error:
         raise InputError(f"{page} cannot be written ({error.strerror}); choose another place.") from error
     print(f"Wrote {page} with {len(exhibits)} samples; open it in a browser.")

@@ -166,24 +166,6 @@ class _Builder:
         )
 
 
-def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which items stand in which row: best fit, longest first; one that is longer than a row has a row of its own."""
-    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for item in order:
-        fitting = [row for row in range(len(rows)) if free[row] >= lengths[item]]
-        if fitting:
-            row = min(fitting, key=lambda r: free[r])
-        else:
-            row = len(rows)
-            rows.append([])
-            free.append(capacity)
-        rows[row].append(item)
-        free[row] -= lengths[item]
-    return rows
-
-
 def steps_of(
     pictures: np.ndarray, samples_per_step: int, *, seed: int, epoch: int, share: bool = True
 ) -> Iterator[np.ndarray]:

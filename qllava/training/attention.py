@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,32 +55,24 @@ def row_attention(
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("a row is one sequence without an attention mask")
 
-    def attend(start: int, end: int, seen: Sequence[tuple[int, int]], mask: Tensor | None) -> Tensor:
-        keys, values = (torch.cat([x[:, :, a:b] for a, b in seen], dim=2) for x in (key, value))
-        return scaled_dot_product_attention(
-            query[:, :, start:end],
-            keys,
-            values,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-
+    # Cut once: taking slices one by one would, on the way back, fill a whole row with zeros for each of them.
+    lengths = [length for group in row_groups for length in (group.prefix, *group.branches) if length]
+    queries, keys, values = (iter(x.split(lengths, dim=2)) for x in (query, key, value))
+    attend = partial(
+        scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
     out = []
     for group in row_groups:
-        start, edge = group.start, group.start + group.prefix
         if group.prefix:
-            out.append(attend(start, edge, [(start, edge)], None))
+            first_key, first_value = next(keys), next(values)
+            out.append(attend(next(queries), first_key, first_value, is_causal=True))
         for length in group.branches:
-            end = edge + length
-            if group.prefix:
-                seen = [(start, start + group.prefix), (edge, end)]
-                out.append(attend(edge, end, seen, _corner(length, group.prefix, query.device)))
-            else:
-                out.append(attend(edge, end, [(edge, end)], None))
-            edge = end
+            own_query, own_key, own_value = next(queries), next(keys), next(values)
+            if not group.prefix:
+                out.append(attend(own_query, own_key, own_value, is_causal=True))
+                continue
+            seen = torch.cat([first_key, own_key], dim=2), torch.cat([first_value, own_value], dim=2)
+            out.append(attend(own_query, *seen, attn_mask=_corner(length, group.prefix, query.device)))
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 

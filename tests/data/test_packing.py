@@ -1,0 +1,111 @@
+"""Rows and the order of samples: what is shared, where it stands, and that an epoch shows every sample once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qllava.data.encode import IGNORE_INDEX
+from qllava.data.packing import Group, lay_out, shared_prefix, steps_of
+
+P = 9
+N = IGNORE_INDEX
+
+
+def sample(id: str, ids: list[int], labels: list[int], *pictures: str) -> dict[str, Any]:
+    return {"id": id, "input_ids": ids, "labels": labels, "pictures": list(pictures)}
+
+
+def test_the_row_that_the_docstring_draws() -> None:
+    row = lay_out(
+        [
+            sample("a", [1, P, P, P, P, 2, 20, 21, 22, 3], [N] * 8 + [22, 3], "x.png"),
+            sample("t", [1, 40, 3], [N, 40, 3]),
+            sample("b", [1, P, P, P, P, 2, 30, 21, 32, 3], [N] * 8 + [32, 3], "x.png"),
+        ],
+        P,
+    )
+    assert row.input_ids.tolist() == [1, P, P, P, P, 2, 20, 21, 22, 3, 30, 21, 32, 3, 1, 40, 3]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 6, 7, 8, 9, 0, 1, 2]
+    assert row.shift_labels.tolist() == [N] * 6 + [N, 22, 3, N] + [N, 32, 3, N] + [40, 3, N]
+    assert row.groups == (Group(0, 6, (4, 4)), Group(14, 0, (3,)))
+    assert (row.groups[0].end, row.groups[1].end) == (14, 17)
+    assert (row.features.tolist(), row.pictures, row.ids) == ([0, 1, 2, 3], ("x.png",), ("a", "b", "t"))
+
+
+def test_captions_repeat_the_token_before_them_and_its_feature() -> None:
+    captions = [
+        sample(str(n), [1, P, P, P, P, word, 2], [N] * 5 + [word, 2], "x.png") for n, word in enumerate((50, 60, 70))
+    ]
+    row = lay_out(captions, P)
+    assert row.groups == (Group(0, 4, (3, 3, 3)),)
+    assert row.input_ids.tolist() == [1, P, P, P] + [P, 50, 2] + [P, 60, 2] + [P, 70, 2]
+    assert row.features.tolist() == [0, 1, 2, 3, 3, 3]
+    assert row.shift_labels.tolist() == [N] * 4 + [50, 2, N] + [60, 2, N] + [70, 2, N]
+
+
+def test_a_picture_of_two_samples_that_cannot_share_is_looked_at_once() -> None:
+    rows = [
+        sample("a", [1, P, P, 20, 3], [N] * 4 + [3], "x.png"),
+        sample("b", [7, P, P, 20, 3], [N] * 4 + [3], "x.png"),
+        sample("c", [1, P, P, P, P, 3], [N] * 5 + [3], "y.png", "x.png"),
+    ]
+    row = lay_out(rows, P)
+    assert row.pictures == ("x.png", "y.png")
+    assert row.features.tolist() == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert [group.prefix for group in row.groups] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "learned", "prefix"),
+    [
+        ([[1, P, P, 5, 6], [1, P, P, 5, 7]], [4, 4], 3),  # 5 predicts what is learned
+        ([[1, P, P, 5, 6], [1, P, P, 8, 6]], [4, 4], 3),
+        ([[1, P, P, 5, 6, 7], [1, P, P, 5, 6, 8]], [5, 5], 4),
+        ([[1, P, P, 6], [1, P, P, 7]], [3, 3], 2),  # the last image token predicts
+        ([[1, P, P, 6], [2, P, P, 6]], [3, 3], 0),
+        ([[1, 5, P, P, 6], [1, 4, P, P, 6]], [4, 4], 0),
+        ([[1, P, P, 5], [1, P, P]], [3, 3], 2),  # the second teaches nothing
+        ([[1, P, P, 5, 6]], [4], 0),
+    ],
+)
+def test_what_is_shared(ids: list[list[int]], learned: list[int], prefix: int) -> None:
+    samples = [(one, [N if k < at else t for k, t in enumerate(one)]) for one, at in zip(ids, learned, strict=True)]
+    found = shared_prefix(samples, P)
+    assert found == prefix
+
+
+HASHES = st.lists(st.sampled_from([0, 0, 1, 2, 3, 4, 5, 6]), min_size=1, max_size=120)
+
+
+@settings(deadline=None, max_examples=80)
+@given(HASHES, st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_an_epoch_shows_every_sample_once_in_steps_of_the_size_asked_for(
+    hashes: list[int], size: int, epoch: int, share: bool
+) -> None:
+    pictures = np.array(hashes)
+    steps = list(steps_of(pictures, size, seed=1, epoch=epoch, share=share))
+    assert sorted(np.concatenate(steps).tolist()) == list(range(len(hashes)))
+    assert all(len(step) == size for step in steps[:-1]) and 0 < len(steps[-1]) <= size
+    again = steps_of(pictures, size, seed=1, epoch=epoch, share=share)
+    assert all(np.array_equal(a, b) for a, b in zip(steps, again, strict=True))
+
+
+def test_samples_of_a_picture_come_together_and_epochs_differ() -> None:
+    pictures = np.repeat(np.arange(1, 101), 3)
+    steps = list(steps_of(pictures, 6, seed=0, epoch=0))
+    whole = [sorted(np.unique(pictures[step], return_counts=True)[1].tolist()) for step in steps]
+    assert whole.count([3, 3]) == len(steps)
+    other = list(steps_of(pictures, 6, seed=0, epoch=1))
+    assert not all(np.array_equal(a, b) for a, b in zip(steps, other, strict=True))
+    alone = list(steps_of(pictures, 6, seed=0, epoch=0, share=False))
+    assert np.mean([len(np.unique(pictures[step])) for step in alone]) > 5
+
+
+def test_a_group_that_is_larger_than_a_step_is_cut() -> None:
+    steps = list(steps_of(np.full(10, 7), 4, seed=0, epoch=0))
+    assert [len(step) for step in steps] == [4, 4, 2]

@@ -35,8 +35,8 @@ from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_col
 VERSION = 2
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
 PRETRAIN_PICTURES = 6_000
-TRAIN_PICTURES = 7_500
-NAMELESS_PICTURES = 2_000
+TRAIN_PICTURES = 7_000
+NAMELESS_PICTURES = 3_000
 QUESTIONS_PER_PICTURE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000

@@ -17,17 +17,17 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-# The answers are words that nano has: its head is frozen and has never said others.
+# Ordinary words, most of which nano's LLaMA had never said before it was tuned.
 QUESTIONS = [
+    "What is this?",
+    "What is it made of?",
     "Which colour stands out?",
+    "What stands in the background?",
     "How many cars are there?",
-    "Is there a lake?",
-    "Where is the sky?",
-    "How large is the nearest thing?",
 ]
 PHOTOGRAPHS = {
-    "waterview.jpg": ["blue", "0", "yes", "top", "medium"],
-    "extreme_ironing.jpg": ["yellow", "2", "no", "top right", "large"],
+    "waterview.jpg": ["a wooden pier", "planks and piles", "blue", "forest and hills", "0"],
+    "extreme_ironing.jpg": ["a man who irons", "steel and rubber", "yellow", "shops of a city", "2"],
 }
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qllava.config import InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, Conversation, Rendered, Template
-from qllava.data.formats import Example
+from qllava.data.formats import Example, count_of
 from qllava.data.rows import OnProblem, Place, Problem, RowError, stop
 
 IGNORE_INDEX = -100
@@ -198,14 +198,14 @@ class Encoder:
         """How many tokens (before expansion) are kept; None when the example is dropped."""
         pictures = tokens.ids.count(self.image_token_id)
         if pictures != len(example.images):
-            problem = f"the text holds {pictures} {IMAGE_TOKEN} for {len(example.images)} pictures"
+            problem = f"the text holds {pictures} {IMAGE_TOKEN} for {count_of(len(example.images))}"
             raise example.problem("pictures", problem, "make them equal")
         spare = self.max_length - pictures * (self.tokens_per_image - 1)
         if len(tokens.ids) <= spare:
             return len(tokens.ids)
         length = len(tokens.ids) - spare + self.max_length
         too_long = (
-            f"{length} tokens ({pictures} pictures of {self.tokens_per_image}) are more than max_length "
+            f"{length} tokens ({count_of(pictures)} of {self.tokens_per_image}) are more than max_length "
             f"{self.max_length}"
         )
         if self.too_long == "error":

@@ -90,6 +90,11 @@ def folder_of(path: Path) -> Path:
     return path if is_folder(path) else path.parent
 
 
+def count_of(pictures: int) -> str:
+    """A number of pictures in words: "1 picture"."""
+    return f"{pictures} picture" if pictures == 1 else f"{pictures} pictures"
+
+
 def no_rows(path: Path) -> RowError:
     """The error of a file that holds nothing."""
     return RowError(Problem("no rows", "the file holds no rows", "give it at least one conversation", Place(str(path))))
@@ -257,7 +262,7 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
             raise _Unusable("pictures", f"the system prompt holds {IMAGE_TOKEN}", "pictures belong into questions")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)
     if marks != images:
-        problem = f"the questions hold {marks} {IMAGE_TOKEN}, the row names {images} pictures"
+        problem = f"the questions hold {marks} {IMAGE_TOKEN}, the row names {count_of(images)}"
         raise _Unusable("pictures", problem, "make them equal")
     return conversation
 

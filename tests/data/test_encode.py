@@ -174,7 +174,7 @@ def test_system_prompts_cannot_spell_one_either() -> None:
 
 
 def test_pictures_and_image_tokens_are_equal_in_number() -> None:
-    with pytest.raises(InputError, match="id x7: the text holds 2 <image> for 1 pictures"):
+    with pytest.raises(InputError, match="id x7: the text holds 2 <image> for 1 picture"):
         encoder().encode(example("<image><image> a", "b", images=1))
     with pytest.raises(InputError, match="holds 1 <image> for 0 pictures"):
         encoder().encode_prompt(Conversation((Turn("user", "<image>"),)), images=0)
@@ -227,7 +227,7 @@ def test_too_long_is_dropped_and_counted() -> None:
     assert (problem.kind, problem.severity) == ("dropped", "warning")
     longest = lengths()[2]
     assert str(problem) == (
-        f"train.json, row 3, id long: {longest} tokens (1 pictures of 7) are more than max_length {longest - 1}, "
+        f"train.json, row 3, id long: {longest} tokens (1 picture of 7) are more than max_length {longest - 1}, "
         "so the row is dropped; raise max_length to keep it."
     )
 

@@ -43,11 +43,13 @@ from qllava.data.images import open_image
 from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows
 from qllava.data.table import Layout, batch_of, lists, open_table, quantiles, writing
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
 _ROWS = 1_000
 _PICTURES = 64
 _SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
+# The key of a folder does not see what else lies on the disk: a picture that was missing may have been added.
+_UNSETTLED = ("picture missing", "file unreadable")
 _ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
 _DATA = {".parquet", ".arrow", ".tar", ".json"}
 _ALONE = 6
@@ -115,8 +117,7 @@ def check(
     root = cache_folder() / "checked"
     folder = root / _key(path, image_folder, encoder)
     try:
-        # One with errors is read anew: a picture that was missing may have been added, which the key does not see.
-        if not _is_sound(folder):
+        if not _is_settled(folder):
             aside = root / f".{folder.name}.{os.getpid()}.partial"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -142,10 +143,10 @@ def check(
     return Checked(path, folder, layout, _summary(folder, table, uses))
 
 
-def _is_sound(folder: Path) -> bool:
-    """Whether the rows of a file were read into this folder, and none of them is an error."""
+def _is_settled(folder: Path) -> bool:
+    """Whether the rows of a file were read into this folder, and would be read the same again."""
     try:
-        return bool(json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["errors"] == 0)
+        return bool(json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["unsettled"] == 0)
     except (FileNotFoundError, ValueError):  # a machine that loses its power can leave the file empty
         return False
 
@@ -263,7 +264,7 @@ def _in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) ->
 
 def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
     """Read all rows into the table in `folder`, and what is wrong with them into the file beside it."""
-    rows = errors = 0
+    rows = unsettled = 0
     unread: list[Problem] = []
     with (
         writing(folder / _SAMPLES) as table,
@@ -279,21 +280,21 @@ def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
 
         for batch, problems in _pieces(reader, _chunks(counted()), folder):
             table.write_batch(batch)
-            errors += _write(file, problems)
+            unsettled += _write(file, problems)
             bar.update(rows - bar.n)
         if not rows and not unread:
             unread.append(no_rows(path).problem)
-        errors += _write(file, unread)
-    (folder / _ROWS_DONE).write_text(json.dumps({"rows": rows, "errors": errors}), encoding="utf-8")
+        unsettled += _write(file, unread)
+    (folder / _ROWS_DONE).write_text(json.dumps({"rows": rows, "unsettled": unsettled}), encoding="utf-8")
 
 
 def _write(file: Any, problems: Iterable[Problem]) -> int:
-    """Write problems, one in a line; returns how many are errors."""
-    errors = 0
+    """Write problems, one in a line; returns of how many the cause may be gone the next time."""
+    unsettled = 0
     for problem in problems:
         file.write(json.dumps(asdict(problem)) + "\n")
-        errors += problem.severity == "error"
-    return errors
+        unsettled += problem.kind in _UNSETTLED
+    return unsettled
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

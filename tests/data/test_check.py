@@ -427,6 +427,14 @@ def test_a_second_check_reads_nothing(train: Path, work: list[str]) -> None:
     assert (second.folder, second.summary, learned(second)) == (first.folder, first.summary, learned(first))
 
 
+def test_rows_that_cannot_be_used_are_found_again_without_reading(train: Path, work: list[str]) -> None:
+    train.write_text(json.dumps([{"id": "bad", "question": "a", "answer": ""}]), encoding="utf-8")
+    first = looked_at(train)
+    assert first.summary.errors == 1
+    assert again(train, work) == []
+    assert list(looked_at(train).problems()) == list(first.problems())
+
+
 def test_text_that_changed_is_read_again_and_its_pictures_are_known(train: Path, work: list[str]) -> None:
     looked_at(train)
     train.write_text(PRETTY.replace("bus", "car"), encoding="utf-8")

@@ -34,7 +34,10 @@ from qllava.models.vision import one_line
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
 # weights the result is another model by design: there the figures are reported, not judged.
 MAX_KL = 1e-3
-MIN_AGREEMENT = 0.98
+# Where the adapter model prefers its token to the merged model's by less than this (nats), rounding decides: a tie.
+TIE = 0.05
+# Share of learned positions with the same token, or a tie.
+MIN_AGREEMENT = 0.995
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,14 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
     with write_aside(out) as aside:
         _write(run, record if base == "nf4" else _original(record), aside, getattr(torch, dtype), max_shard_size)
         if verify:
-            kl, agreement, tokens = compare(run, aside)
-            # Of few tokens one may be a tie, which rounding decides: the KL divergence says that it is no more.
-            least = min(MIN_AGREEMENT, 1 - 1 / tokens)
-            held = (kl <= MAX_KL and agreement >= least) if base == "nf4" else math.isfinite(kl)
-            result = MergeResult(base, kl, agreement, held)
+            found = compare(run, aside)
+            held = found.agrees if base == "nf4" else math.isfinite(found.kl_per_token)
+            result = MergeResult(base, found.kl_per_token, found.top1_agreement, held)
             if not held:
                 raise InputError(
-                    f"The merged model differs from what was trained (KL {kl:.2e} per token, the same token "
-                    f"{agreement:.1%} of the time), so it was not written; please report this with the ledger.txt."
+                    f"The merged model differs from what was trained (KL {found.kl_per_token:.2e} per token, the same "
+                    f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
+                    "written; please report this with the ledger.txt."
                 )
         (aside / "README.md").write_text(_card(run, result, dtype), encoding="utf-8")
     return result
@@ -162,8 +164,25 @@ def read_probes(run: Path) -> list[dict[str, torch.Tensor]]:
     return list(rows.values())
 
 
-def compare(run: Path, merged: Path) -> tuple[float, float, int]:
-    """A merged folder against the adapter model: KL per learned token (nats), share of equal first tokens, tokens.
+@dataclass(frozen=True)
+class Comparison:
+    """Two models at the same learned positions."""
+
+    kl_per_token: float
+    """Mean KL divergence, in nats."""
+    top1_agreement: float
+    """Share of positions where both find the same token likeliest."""
+    same_or_tie: float
+    """The same, and where the first model prefers its own token by less than `TIE`."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no more than rounding lies between them."""
+        return self.kl_per_token <= MAX_KL and self.same_or_tie >= MIN_AGREEMENT
+
+
+def compare(run: Path, merged: Path) -> Comparison:
+    """A merged folder against the adapter model, on the run's own probes.
 
     One model is in memory after the other. Both compute as they would serve: in fp32 on a CPU.
     """
@@ -176,13 +195,22 @@ def compare(run: Path, merged: Path) -> tuple[float, float, int]:
     del adapter
     whole, _ = load_llava(str(merged), dtype=torch.float32 if device.type == "cpu" else "auto")
     whole.to(device)
-    kl, same, count = 0.0, 0, 0
+    kl, lost = 0.0, []
     for probe, wanted in zip(tqdm(probes, desc="Asking the merged model", leave=False), expected, strict=True):
         found = log_probabilities(whole, probe)[:, : wanted.shape[1]]
         kl += float(F.kl_div(found, wanted, log_target=True, reduction="sum"))
-        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
-        count += wanted.shape[0]
-    return max(kl, 0.0) / count, same / count, count
+        lost.append(lost_by_choice(wanted, found))
+    preferred = torch.cat(lost)
+    same, tied = preferred == 0, preferred < TIE
+    return Comparison(max(kl, 0.0) / len(preferred), float(same.float().mean()), float(tied.float().mean()))
+
+
+def lost_by_choice(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """(T,): how much less likely (nats) the first model finds the second's likeliest token than its own; 0: the same.
+
+    wanted, found: (T, vocabulary) log-probabilities.
+    """
+    return wanted.max(-1).values - wanted.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
 
 
 @torch.no_grad()

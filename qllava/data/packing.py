@@ -205,8 +205,10 @@ def steps_of(
 def _groups(pictures: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group by itself."""
     order = rng.permutation(len(pictures))
-    keys = pictures[order]
-    alone = keys == 0
+    alone = pictures[order] == 0
+    # The first sample about them stands for pictures: by hashes of paths, a folder that moves would change the order.
+    _, first, of = np.unique(pictures, return_index=True, return_inverse=True)
+    keys = first[of][order]
     by_key = np.argsort(keys[~alone], kind="stable")
     sorted_keys = keys[~alone][by_key]
     edges = np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1

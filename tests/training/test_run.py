@@ -200,6 +200,16 @@ class TestFolder:
         assert "{'loss'" not in captured.out + captured.err  # transformers' own report beside our bar
 
 
+def test_the_same_data_in_another_place_gives_the_same_run(tiny: Tiny, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in [tiny.rows, *tiny.rows.parent.glob("*.png")]:
+        shutil.copy(path, elsewhere)
+    torch.rand(3)  # nor does it matter what the process drew before
+    folder = pretrain(stage1_settings(tiny, tmp_path / "run", train_file=elsewhere / tiny.rows.name))
+    assert same(load_file(folder / "projector.safetensors"), load_file(tiny.stage1 / "projector.safetensors"))
+
+
 class TestTheModelOfAFolder:
     def test_the_projector_starts_where_stage_1_ended(self, tiny: Tiny, tmp_path: Path) -> None:
         chosen = stage2_settings(tiny, tmp_path / "run", max_steps=1, learning_rate=0, projector_lr=0)

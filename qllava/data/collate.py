@@ -1,4 +1,4 @@
-"""Rows -> tensors: samples laid out as one row, or one below the other, padded on the right.
+"""Samples -> tensors: laid out as rows, or one below the other, padded on the right.
 
     B rows, S tokens of the longest, I pictures of all rows together, H x W pixels
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
@@ -24,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from qllava.config import InputError
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.images import open_image
-from qllava.data.packing import lay_out
+from qllava.data.packing import Row, rows_of
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class Collator:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Lays the samples of a batch out as one row (`packing`), for the forward pass of `training.exact`.
+    """Lays the samples of a batch out as rows (`packing`), for the forward pass of `training.exact`.
 
     image_token_id: the id of `<image>`.
     image_processor: turns RGB pictures into pixel_values, all of one size.
     share: whether samples about the same pictures share their tokens.
+    tokens_per_row: most tokens of a row; None: all in one.
 
-        lengths       (N,)    tokens of each sample; the first entry, because the trainer counts samples by it
-        input_ids, position_ids, shift_labels, labels  (1, S); labels are shift_labels, for what only counts them
-        features      (P,)    which feature stands at each image token
-        row_groups    who stands where
-        pixel_values  (I, 3, H, W) of the distinct pictures; absent when there is none
-        ids           of the samples, for messages; the trainer takes them out
+        lengths  (N,)  tokens of each sample; the first entry, because the trainer counts samples by it
+        labels   (1, S of all rows)  the tokens that are to come, for what only counts them
+        rows     a list; each as `row_tensors` has it, and `pixel_values` (I, 3, H, W) of its distinct pictures, absent
+                 when it has none
+        ids      of the samples, for messages; the trainer takes them out
 
     Raises InputError, with file and id, when a picture cannot be read.
     """
@@ -82,26 +83,55 @@ class RowCollator:
     image_token_id: int
     image_processor: BaseImageProcessor
     share: bool = True
+    tokens_per_row: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch."""
-        row = lay_out(rows, self.image_token_id, share=self.share)
-        shift_labels = torch.from_numpy(row.shift_labels)[None]
+        rows = rows_of(samples, self.image_token_id, tokens_per_row=self.tokens_per_row, share=self.share)
+        pixels = self._pixels(samples)
         batch: dict[str, Any] = {
-            "lengths": torch.tensor([len(sample["input_ids"]) for sample in rows]),
-            "input_ids": torch.from_numpy(row.input_ids)[None],
-            "position_ids": torch.from_numpy(row.position_ids)[None],
-            "shift_labels": shift_labels,
-            "labels": shift_labels,
-            "features": torch.from_numpy(row.features),
-            "row_groups": row.groups,
-            "ids": [str(sample["id"]) for sample in rows],
+            "lengths": torch.tensor([len(sample["input_ids"]) for sample in samples]),
+            "labels": torch.from_numpy(np.concatenate([row.shift_labels for row in rows]))[None],
+            "rows": [row_tensors(row) for row in rows],
+            "ids": [str(sample["id"]) for sample in samples],
         }
-        if row.pictures:
-            owner = {path: sample["id"] for sample in reversed(rows) for path in sample["pictures"]}
-            pictures = [_open(owner[path], path) for path in row.pictures]
-            batch["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        for row, tensors in zip(rows, batch["rows"], strict=True):
+            if row.pictures:
+                tensors["pixel_values"] = torch.stack([pixels[path] for path in row.pictures])
         return batch
+
+    def _pixels(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """(3, H, W) of each distinct picture of the batch."""
+        owner = {path: sample["id"] for sample in reversed(samples) for path in sample["pictures"]}
+        if not owner:
+            return {}
+        opened = [_open(id, path) for path, id in owner.items()]
+        values = self.image_processor(images=opened, return_tensors="pt")["pixel_values"]
+        return dict(zip(owner, values, strict=True))
+
+
+def row_tensors(row: Row) -> dict[str, Any]:
+    """A row as the model takes it, but for its pixels.
+
+    input_ids, position_ids (1, S); image_places, features (P,): where the image tokens stand, and which feature is put
+    there; learned, targets (L,): the places that predict a learned token, and that token; learned_counts: how many of
+    them lie in each branch; row_groups: who stands where.
+    """
+    learned = np.flatnonzero(row.shift_labels != IGNORE_INDEX)
+    edges = [
+        group.start + group.prefix + sum(group.branches[:n]) for group in row.groups for n in range(len(group.branches))
+    ]
+    counts = np.diff(np.searchsorted(learned, [*edges, len(row.input_ids)]))
+    return {
+        "input_ids": torch.from_numpy(row.input_ids)[None],
+        "position_ids": torch.from_numpy(row.position_ids)[None],
+        "image_places": torch.from_numpy(row.image_places),
+        "features": torch.from_numpy(row.features),
+        "learned": torch.from_numpy(learned),
+        "targets": torch.from_numpy(row.shift_labels[learned]),
+        "learned_counts": tuple(counts.tolist()),
+        "row_groups": row.groups,
+    }
 
 
 def _open(id: str, path: str) -> Image.Image:

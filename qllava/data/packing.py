@@ -62,8 +62,8 @@ class Row:
     """Tokens that go through the model at once; see the head of this file.
 
     input_ids, position_ids, shift_labels: (S,) each.
-    features: for each image token of the row, in order, which feature stands there: an index into the features of
-        `pictures`, one picture after the other.
+    image_places: (P,) where the image tokens stand.
+    features: (P,) which feature stands there: an index into the features of `pictures`, one picture after the other.
     pictures: the distinct pictures of the row.
     groups: who stands where.
     ids: of the samples, in the order of the branches.
@@ -72,6 +72,7 @@ class Row:
     input_ids: np.ndarray
     position_ids: np.ndarray
     shift_labels: np.ndarray
+    image_places: np.ndarray
     features: np.ndarray
     pictures: tuple[str, ...]
     groups: tuple[Group, ...]
@@ -100,17 +101,75 @@ def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_
 
 def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Row:
     """One row of samples {"id", "input_ids", "labels", "pictures"}; those about the same pictures become a group."""
+    return rows_of(samples, image_token_id, tokens_per_row=None, share=share)[0]
+
+
+def rows_of(
+    samples: Sequence[dict[str, Any]], image_token_id: int, *, tokens_per_row: int | None, share: bool = True
+) -> list[Row]:
+    """The same samples in rows of at most `tokens_per_row` tokens; None: in one row.
+
+    A group that is longer is cut between branches, and its prefix repeated. A sample that is longer by itself is a row
+    by itself.
+    """
+    parts = [
+        part for members in _by_pictures(samples, share) for part in _parts(members, image_token_id, tokens_per_row)
+    ]
+    rows = [parts]
+    if tokens_per_row is not None:
+        sizes = [prefix + _rest(members, prefix) for prefix, members in parts]
+        rows = [[parts[k] for k in sorted(row)] for row in best_fit(sizes, tokens_per_row)]
+    return [_row(row, image_token_id) for row in rows]
+
+
+def _by_pictures(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict[str, Any]]]:
     shown: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for number, sample in enumerate(samples):
         # A text shares no picture: it is a group by itself, whatever else is in the row.
         key = tuple(sample["pictures"]) if share and sample["pictures"] else ("", str(number))
         shown.setdefault(key, []).append(sample)
-    pictures = tuple(dict.fromkeys(name for sample in samples for name in sample["pictures"]))
+    return list(shown.values())
+
+
+def _parts(
+    members: list[dict[str, Any]], image_token_id: int, limit: int | None
+) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Samples about the same pictures as groups (prefix, members) that are no longer than the limit."""
+    prefix = shared_prefix([(m["input_ids"], m["labels"]) for m in members], image_token_id)
+    if not prefix:
+        return [(0, [member]) for member in members]
+    if limit is None or prefix + _rest(members, prefix) <= limit:
+        return [(prefix, members)]
+    found = best_fit([_rest([member], prefix) for member in members], limit - prefix)
+    return [(prefix if len(some) > 1 else 0, [members[k] for k in sorted(some)]) for some in found]
+
+
+def _rest(members: Sequence[dict[str, Any]], prefix: int) -> int:
+    """Tokens behind the prefix, of all members."""
+    return sum(len(member["input_ids"]) - prefix for member in members)
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices by bins: the largest first, each into the fullest bin that has room; one that fits nowhere is alone."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        fitting = [k for k, left in enumerate(room) if sizes[index] <= left]
+        if fitting:
+            best = min(fitting, key=lambda k: room[k])
+            bins[best].append(index)
+            room[best] -= sizes[index]
+        else:
+            bins.append([index])
+            room.append(capacity - sizes[index])
+    return bins
+
+
+def _row(parts: list[tuple[int, list[dict[str, Any]]]], image_token_id: int) -> Row:
+    pictures = tuple(dict.fromkeys(name for _, members in parts for m in members for name in m["pictures"]))
     builder = _Builder(image_token_id, {name: index for index, name in enumerate(pictures)})
-    for members in shown.values():
-        prefix = shared_prefix([(m["input_ids"], m["labels"]) for m in members], image_token_id)
-        for group in [members] if prefix else [[member] for member in members]:
-            builder.add(group, prefix)
+    for prefix, members in parts:
+        builder.add(members, prefix)
     return builder.row(pictures)
 
 
@@ -155,10 +214,12 @@ class _Builder:
     def row(self, pictures: tuple[str, ...]) -> Row:
         """What was appended, as one row."""
         features = np.concatenate(self.features) if self.features else np.empty(0, dtype=np.int64)
+        ids = np.concatenate(self.ids)
         return Row(
-            np.concatenate(self.ids),
+            ids,
             np.concatenate(self.positions),
             np.concatenate(self.labels),
+            np.flatnonzero(ids == self.image_token_id),
             features,
             pictures,
             tuple(self.groups),

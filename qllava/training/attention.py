@@ -1,7 +1,6 @@
 """Attention inside a row: a token sees the prefix of its own group and its own branch, causally, and nothing else.
 
-Every group is computed by itself with torch's scaled dot product attention: the prefix causally; then each branch
-against prefix and branch, where only its own corner is triangular. For a prefix of 3 and branches of 2 and 1:
+For a prefix of 3 and branches of 2 and 1:
 
              prefix   a a   b
     prefix   x . .
@@ -11,29 +10,126 @@ against prefix and branch, where only its own corner is triangular. For a prefix
              x x x    x x
     b        x x x          x
 
-so nothing is computed that the model may not see, whatever else stands in the row.
+Three kernels compute it, and none looks at what a token may not see:
 
-It is registered with transformers under a name of its own and used while `looking_at` a row; at all other times the
-model attends as it did before.
+    groups   torch's scaled dot product attention, group by group: the prefix causally, then each branch against
+             prefix and branch. Runs everywhere
+    varlen   torch's variable-length flash attention: the same pieces in one call, each branch beside a copy of its
+             prefix's keys, causal from the bottom right. CUDA, 16 bit
+    flex     torch's FlexAttention, compiled, with a block mask. CUDA
 
-B = 1, H heads, S tokens, D width of a head.
+`training/kernels.py` chooses. Attention by rows is registered with transformers under a name of its own and used while
+`looking_at` a row; at all other times the model attends as it did before.
+
+B = 1, H heads, S tokens, D width of a head, L learned tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qllava.data.packing import Group
 
 NAME = "qllava_rows"
+Kernel = Literal["groups", "varlen", "flex"]
+
+
+@dataclass
+class Sight:
+    """Who sees whom in a row, and what the kernels make of it: worked out once, for all layers.
+
+    groups: who stands where.
+    learned: (L,) places that predict a learned token, in order, on the row's device.
+    counts: how many of them lie in each branch, branch by branch.
+    kernel: which one computes it.
+    """
+
+    groups: Sequence[Group]
+    learned: Tensor
+    counts: Sequence[int]
+    kernel: Kernel = "groups"
+
+    @cached_property
+    def branches(self) -> list[tuple[int, int, int]]:
+        """(prefix, start, length) of every branch: tokens of its group's prefix, and where it stands itself."""
+        found = []
+        for group in self.groups:
+            start = group.start + group.prefix
+            for length in group.branches:
+                found.append((group.prefix, start, length))
+                start += length
+        return found
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each prefix and each branch, in the order in which they stand."""
+        return [length for group in self.groups for length in (group.prefix, *group.branches) if length]
+
+    @cached_property
+    def corners(self) -> list[Tensor | None]:
+        """What each branch sees, (length, prefix + length): its prefix, and itself up to the token; None: causal."""
+        device = self.learned.device
+        return [
+            torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix) if prefix else None
+            for prefix, _, length in self.branches
+        ]
+
+    @cached_property
+    def learned_corners(self) -> list[Tensor]:
+        """The same for the learned places of each branch, (count, prefix + length)."""
+        of_branches = zip(self.learned.split(list(self.counts)), self.branches, strict=True)
+        return [
+            torch.arange(prefix + length, device=self.learned.device) <= prefix + (places - start)[:, None]
+            for places, (prefix, start, length) in of_branches
+        ]
+
+    @cached_property
+    def copies(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Each prefix, and each branch behind a copy of its prefix, one piece after the other.
+
+        Which token each key is of; where the queries and the keys of the pieces begin and end, (pieces + 1,); the
+        longest piece's queries and keys.
+        """
+        seen, queries, keys = [], [0], [0]
+        for group in self.groups:
+            start = group.start
+            for prefix, length in ((0, group.prefix), *((group.prefix, length) for length in group.branches)):
+                if length:
+                    seen += [torch.arange(group.start, group.start + prefix), torch.arange(start, start + length)]
+                    queries.append(length)
+                    keys.append(prefix + length)
+                start += length
+        which, query_ends, key_ends = torch.cat(seen), torch.tensor(queries), torch.tensor(keys)
+        ends = [x.cumsum(0).int() for x in (query_ends, key_ends)]
+        which, *ends = (x.to(self.learned.device, non_blocking=True) for x in (which, *ends))
+        return which, ends[0], ends[1], max(queries), max(keys)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Who sees whom, as FlexAttention takes it."""
+        groups, branches = [], []  # of each token; a prefix is branch 0 of its group
+        for number, group in enumerate(self.groups):
+            lengths = torch.tensor([group.prefix, *group.branches])
+            branches.append(torch.arange(len(lengths)).repeat_interleave(lengths))
+            groups.append(torch.full((int(lengths.sum()),), number))
+        group_of, branch_of = (torch.cat(x).to(self.learned.device, non_blocking=True) for x in (groups, branches))
+
+        def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            own = (branch_of[k] == 0) | (branch_of[k] == branch_of[q])
+            return (group_of[q] == group_of[k]) & own & (k <= q)
+
+        length, device = len(group_of), str(group_of.device)
+        return create_block_mask(seen, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
 
 
 def row_attention(
@@ -43,42 +139,84 @@ def row_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    row_groups: Sequence[Group],
+    sight: Sight,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one row, as transformers calls it: query (1, H, S, D), key and value (1, H_kv, S, D).
 
-    Returns (1, S, H, D). `attention_mask` has to be None: the groups say who sees whom.
+    The queries may be those of the learned places alone, (1, H, L, D). Returns (1, S or L, H, D). `attention_mask` has
+    to be None: `sight` says who sees whom.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("a row is one sequence without an attention mask")
+    if query.shape[2] != key.shape[2] or sight.kernel == "groups" or dropout:
+        out = by_groups(query, key, value, sight, scaling, dropout)
+    else:
+        out = (varlen if sight.kernel == "varlen" else flex)(query, key, value, sight, scaling)
+    return out.transpose(1, 2), None
 
+
+def by_groups(
+    query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The kernel `groups`: (1, H, S or L, D) -> the same."""
+    few = query.shape[2] != key.shape[2]
     # Cut once: taking slices one by one would, on the way back, fill a whole row with zeros for each of them.
-    lengths = [length for group in row_groups for length in (group.prefix, *group.branches) if length]
-    queries, keys, values = (iter(x.split(lengths, dim=2)) for x in (query, key, value))
+    keys, values = (iter(x.split(sight.lengths, dim=2)) for x in (key, value))
+    queries = iter(query.split(list(sight.counts) if few else sight.lengths, dim=2))
+    masks = iter(sight.learned_corners if few else sight.corners)
     attend = partial(
         scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
     out = []
-    for group in row_groups:
+    for group in sight.groups:
         if group.prefix:
             first_key, first_value = next(keys), next(values)
-            out.append(attend(next(queries), first_key, first_value, is_causal=True))
-        for length in group.branches:
-            own_query, own_key, own_value = next(queries), next(keys), next(values)
-            if not group.prefix:
-                out.append(attend(own_query, own_key, own_value, is_causal=True))
-                continue
-            seen = torch.cat([first_key, own_key], dim=2), torch.cat([first_value, own_value], dim=2)
-            out.append(attend(own_query, *seen, attn_mask=_corner(length, group.prefix, query.device)))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+            if not few:  # nothing in a prefix predicts what is learned
+                out.append(attend(next(queries), first_key, first_value, is_causal=True))
+        for _ in group.branches:
+            own_query, own_key, own_value, mask = next(queries), next(keys), next(values), next(masks)
+            if group.prefix:
+                own_key, own_value = torch.cat([first_key, own_key], dim=2), torch.cat([first_value, own_value], dim=2)
+            out.append(attend(own_query, own_key, own_value, attn_mask=mask, is_causal=mask is None))
+    return torch.cat(out, dim=2)
 
 
-def _corner(length: int, prefix: int, device: torch.device) -> Tensor:
-    """(length, prefix + length): all of the prefix, and the branch up to the token itself."""
-    return torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
+def varlen(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None) -> Tensor:
+    """The kernel `varlen`: (1, H, S, D) -> the same."""
+    from torch.nn.attention.varlen import varlen_attn  # where there is no CUDA it may be missing
+
+    which, query_ends, key_ends, most_queries, most_keys = sight.copies
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    out: Any = varlen_attn(
+        queries,
+        keys[which],
+        values[which],
+        query_ends,
+        key_ends,
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    turned: Tensor = out.transpose(0, 1)[None]
+    return turned
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None) -> Tensor:
+    """The kernel `flex`: (1, H, S, D) -> the same."""
+    out: Tensor = _compiled()(
+        query, key, value, block_mask=sight.block_mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return out
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 AttentionInterface.register(NAME, row_attention)
@@ -86,7 +224,7 @@ AttentionInterface.register(NAME, row_attention)
 
 @contextmanager
 def looking_at(language_model: Any) -> Iterator[None]:
-    """Let a language model attend by rows: forward passes inside, and their backward passes, need `row_groups`."""
+    """Let a language model attend by rows: forward passes inside, and their backward passes, need a `Sight`."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = NAME

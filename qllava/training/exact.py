@@ -4,23 +4,37 @@
     tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
 
 What is left out changes nothing: tokens that predict nothing have no logits, and a picture is looked at once however
-many samples show it.
+many samples show it. Three shortcuts more are functions of their own, each of which changes an instance and can be left
+out (`stop_tower`, `prune_last_layer`, `lora_first` of the settings):
+
+- `stop_tower`: no layer of the tower is computed behind the one whose features are used.
+- `prune_last_layer`: the last layer of the language model gives keys and values of all tokens, and everything else only
+  where something is predicted.
+- `lora_first`: LoRA's product before the base's. When a layer is recomputed on the way back, torch ends as soon as it
+  has what it needs; the base's product (4 bit, frozen) is needed by nothing, so that the last one of a layer is saved.
 
 S tokens, P image tokens of a row, I its pictures, L its learned tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.utils import ModelOutput
 
-from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Group
+from qllava.training.attention import Kernel, Sight, row_attention
+
+MOST_LOGITS = 1 << 25
+"""That are held at once: 128 MB in fp32, for 1,048 learned tokens of a vocabulary of 32,000."""
 
 
 @dataclass
@@ -37,17 +51,18 @@ class RowOutput(ModelOutput):
     """Whether the token that was to come was the likeliest."""
 
 
-def teach_rows(model: Any) -> None:
+def teach_rows(model: Any, kernel: Kernel = "groups") -> None:
     """Let a LlavaForConditionalGeneration's forward take rows too: a call with `row_groups` is one of a row.
 
     It stands on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
     """
     plain = model.forward
 
+    @wraps(plain)  # `generate` looks at its signature
     def forward(*args: Any, row_groups: Sequence[Group] | None = None, **kwargs: Any) -> Any:
         if row_groups is None:
             return plain(*args, **kwargs)
-        return row_forward(model, row_groups=row_groups, **kwargs)
+        return row_forward(model, row_groups=row_groups, kernel=kernel, **kwargs)
 
     model.forward = forward
 
@@ -57,48 +72,155 @@ def row_forward(
     *,
     input_ids: Tensor,
     position_ids: Tensor,
-    shift_labels: Tensor,
+    image_places: Tensor,
     features: Tensor,
+    learned: Tensor,
+    targets: Tensor,
+    learned_counts: Sequence[int],
     row_groups: Sequence[Group],
+    kernel: Kernel = "groups",
     pixel_values: Tensor | None = None,
     **_: Any,
 ) -> RowOutput:
-    """What the model says to the learned tokens of a row.
+    """What the model says to the learned tokens of a row (`data.collate.row_tensors`).
 
     model: a LlavaForConditionalGeneration whose language model is `looking_at` rows.
-    input_ids, position_ids, shift_labels: (1, S).
     features: (P,) indices into the features of all pictures, (I * tokens_per_image, D).
     pixel_values: (I, 3, H, W); None for a row without pictures.
     """
     embeddings = model.model.language_model.get_input_embeddings()(input_ids[0])
     if pixel_values is not None:
         seen = image_features(model, pixel_values)
-        places = (input_ids[0] == model.config.image_token_index).nonzero()[:, 0]
-        embeddings = embeddings.index_put((places,), seen[features].to(embeddings.dtype))
+        embeddings = embeddings.index_put((image_places,), seen[features].to(embeddings.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embeddings[None],
         position_ids=position_ids,
         attention_mask=None,
         use_cache=False,
-        row_groups=tuple(row_groups),
+        sight=Sight(tuple(row_groups), learned, tuple(learned_counts), kernel),
     ).last_hidden_state[0]
-    learned = shift_labels[0] != IGNORE_INDEX
-    logits = model.lm_head(hidden[learned]).float()
-    labels = shift_labels[0][learned]
-    likely = logits.log_softmax(-1)
+    # A last layer that was pruned has given the learned places alone.
+    predicting = hidden if len(hidden) == len(learned) else hidden[learned]
+    log_probs, entropy, is_top1 = _scores(model.lm_head, predicting, targets)
+    return RowOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
+
+
+def _scores(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D), (L,) -> log-probability, entropy and whether it was the likeliest, (L,) each.
+
+    Where the logits of a row are many, they are made in pieces, and again on the way back.
+    """
+    size = max(1, MOST_LOGITS // head.weight.shape[0])
+    if len(hidden) <= size:
+        return _score(head, hidden, targets)
+    pieces = [
+        checkpoint(_score, head, some, of, use_reentrant=False, preserve_rng_state=False)
+        for some, of in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    log_probs, entropy, is_top1 = (torch.cat(of) for of in zip(*pieces, strict=True))
+    return log_probs, entropy, is_top1
+
+
+def _score(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    likely = head(hidden).float().log_softmax(-1)
     with torch.no_grad():
         entropy = -(likely.exp() * likely).sum(-1)
-        is_top1 = likely.argmax(-1) == labels
-    log_probs = likely.gather(-1, labels[:, None])[:, 0]
-    return RowOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
+        is_top1 = likely.argmax(-1) == targets
+    return likely.gather(-1, targets[:, None])[:, 0], entropy, is_top1
 
 
 def image_features(model: Any, pixel_values: Tensor) -> Tensor:
     """(I, 3, H, W) -> (I * tokens_per_image, D): the tower outside the graph, then the projector."""
+    layer = model.config.vision_feature_layer
+    tower = model.model.vision_tower
     with torch.no_grad():
-        out = model.model.vision_tower(pixel_values, output_hidden_states=True)
-    chosen = out.hidden_states[model.config.vision_feature_layer]
+        stopped = getattr(tower, "features_at", None)
+        chosen = (
+            stopped(pixel_values, layer)
+            if stopped is not None
+            else tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+        )
     if model.config.vision_feature_select_strategy == "default":
         chosen = chosen[:, 1:]
     seen: Tensor = model.model.multi_modal_projector(chosen)
     return seen.flatten(0, 1)
+
+
+def stop_tower(model: Any) -> None:
+    """Let the tower of a LLaVA stop at the layer whose features are used, when a row is computed."""
+    tower = model.model.vision_tower
+    tower.features_at = partial(_features_at, getattr(tower, "vision_model", tower))
+
+
+def _features_at(tower: Any, pixel_values: Tensor, layer: int) -> Tensor:
+    """(I, 3, H, W) -> (I, tokens, D) of the tower: its hidden states before `layer`, -1 for those behind the last."""
+    hidden = tower.embeddings(pixel_values.to(tower.embeddings.patch_embedding.weight.dtype))
+    if hasattr(tower, "pre_layrnorm"):  # CLIP's, spelt so; SigLIP has none
+        hidden = tower.pre_layrnorm(hidden)
+    layers = tower.encoder.layers
+    for module in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        hidden = module(hidden, None)
+    return hidden  # type: ignore[no-any-return]
+
+
+def prune_last_layer(language_model: Any) -> None:
+    """Let the last layer of a LLaMA or Mistral compute only what the learned places of a row need.
+
+    It is never recomputed on the way back, which begins with it: what it holds is small, and would be made again at
+    once. Other calls than those of rows are as before.
+    """
+    layer = language_model.layers[-1]
+    if not isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer):
+        raise TypeError(f"no layer of a LLaMA or Mistral: {type(layer).__name__}")
+    layer.forward = partial(_pruned, layer, layer.forward)  # type: ignore[method-assign]
+
+
+def _pruned(
+    layer: Any,
+    plain: Callable[..., Any],
+    hidden_states: Tensor,
+    *args: Any,
+    sight: Sight | None = None,
+    **kwargs: Any,
+) -> Any:
+    """(1, S, D) -> (1, L, D): a decoder layer at the learned places of a row."""
+    if sight is None:
+        return plain(hidden_states, *args, **kwargs)
+    attention, places = layer.self_attn, sight.learned
+    cos, sin = kwargs["position_embeddings"]
+    every = layer.input_layernorm(hidden_states)
+    few = every[:, places]
+    query, key, value = (
+        project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for project, x in ((attention.q_proj, few), (attention.k_proj, every), (attention.v_proj, every))
+    )
+    query, key = _rotated(query, cos[:, places], sin[:, places]), _rotated(key, cos, sin)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    out, _ = row_attention(attention, query, key, value, None, sight=sight, scaling=attention.scaling, dropout=dropout)
+    hidden = hidden_states[:, places] + attention.o_proj(out.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1, H, S, D) turned by the angles of its positions, (1, S, D)."""
+    turned: Tensor = x * cos[:, None] + rotate_half(x) * sin[:, None]
+    return turned
+
+
+def lora_first(model: nn.Module) -> None:
+    """Let every LoRA of a model be computed before its base layer, while it trains."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            module.forward = partial(_lora_first, module, module.forward)
+
+
+def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """(..., in) -> (..., out): (alpha / r) B A x + W x, in the base's type as peft has it."""
+    if not layer.training or layer.disable_adapters or layer.merged or args or kwargs:
+        return plain(x, *args, **kwargs)
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    # Under autocast torch chooses the type; without, LoRA computes in its own.
+    given = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
+    delta = b(a(layer.lora_dropout["default"](given)) * layer.scaling["default"])
+    base = layer.base_layer(x)
+    return base + delta.to(base.dtype)

@@ -36,6 +36,7 @@ NO_EFFECT = {
     "model_init_kwargs": "the model is assembled from its parts",
     "trust_remote_code": "no remote code is run",
     "use_liger_kernel": "TRL's fused head is used, which it would replace",
+    "label_smoothing_factor": "only learned tokens have logits, and it needs all",
     "remove_unused_columns": "the collator takes what it needs",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "resume_from_checkpoint": "the newest checkpoint in output_dir is taken",
@@ -60,6 +61,34 @@ class TrainConfig(SFTConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
     share_image_prefix: bool = field(
         default=True, metadata={"help": "Let samples about one picture share its tokens; the loss is the same."}
+    )
+    tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that go through the model at once; by memory when not given. The loss is the same."
+        },
+    )
+    fit_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A limit such as 12GB: choose rows and recomputation to stay under it; else what the GPU has."
+        },
+    )
+    recompute_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many decoder layers are recomputed on the way back; all when gradient_checkpointing is set."
+        },
+    )
+    stop_tower: bool = field(
+        default=True, metadata={"help": "Compute no layer of the tower behind the one in use; the loss is the same."}
+    )
+    prune_last_layer: bool = field(
+        default=True,
+        metadata={"help": "Compute the last layer only where something is predicted; the loss is the same."},
+    )
+    lora_first: bool = field(
+        default=True, metadata={"help": "Compute LoRA before its base layer, which recomputation then saves."}
     )
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}

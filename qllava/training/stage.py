@@ -27,6 +27,7 @@ from qllava.models.adapter import PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.training import scores
 from qllava.training.data import Prepared
+from qllava.training.kernels import Chosen
 from qllava.training.settings import TrainConfig
 from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, checkpoints, saving
 
@@ -105,7 +106,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
-    text = _ledger_text(model, stage)
+    text = _ledger_text(model, stage, trainer.kernel)
     print(f"\n{text}\n")
     (stage.folder / "ledger.txt").write_text(text + "\n", encoding="utf-8")
     newest = _newest(stage.folder, assembled)
@@ -161,8 +162,8 @@ def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
     save_file(tensors, path)
 
 
-def _ledger_text(model: nn.Module, stage: Stage) -> str:
-    """The ledger of the model, and what the data comes to."""
+def _ledger_text(model: nn.Module, stage: Stage, kernel: Chosen) -> str:
+    """The ledger of the model, what the data comes to, and how it is computed."""
     config, data = stage.config, stage.train
     rates = {"LoRA": config.learning_rate or 0.0, "projector": config.learning_rate or 0.0}
     if config.projector_lr is not None and stage.name == "finetune":
@@ -174,5 +175,6 @@ def _ledger_text(model: nn.Module, stage: Stage) -> str:
         f"samples {len(lengths):,} (dropped {data.count('dropped')}, trimmed {data.count('trimmed')}); "
         f"template {stage.template.name}; tokens median {lengths[len(lengths) // 2]}, most {lengths[-1]}; "
         f"learned {data.learned:,} of {lengths.sum():,}",
+        f"attention by rows: {kernel.kernel} ({kernel.why})",
     ]
     return "\n".join(lines)

@@ -7,7 +7,8 @@ What is added to TRL's trainer, and why:
   (transformers would log a loss of 0 and go on to the end with NaN in every weight.)
 - A checkpoint is written aside and renamed, so a folder `checkpoint-N` is always whole; it holds what `load_run` needs.
 - Held-out questions are answered and compared, beside the held-out loss.
-- A batch is one row (`data.packing`): samples about one picture come together and share its tokens.
+- A batch is rows (`data.packing`): samples about one picture come together and share its tokens. However many rows a
+  batch becomes, its samples are one step's, and its loss is that of all their learned tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.models.vision import one_line
 from qllava.training.attention import looking_at
-from qllava.training.exact import teach_rows
+from qllava.training.exact import lora_first, prune_last_layer, stop_tower, teach_rows
+from qllava.training.kernels import choose
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -128,23 +130,36 @@ class LlavaTrainer(SFTTrainer):
         )
         self._aside: str | None = None
         self._seen: list[str] = []
+        self._losses: list[Tensor] = []
         tokenizer = assembled.processor.tokenizer
         config.dataset_kwargs = {"skip_prepare_dataset": True}
         config.remove_unused_columns = False
         config.logging_nan_inf_filter = False
         config.use_cache = False
-        teach_rows(assembled.model)
+        llava: Any = assembled.model
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
             args=config,
             data_collator=RowCollator(
-                assembled.model.config.image_token_index, assembled.processor.image_processor, config.share_image_prefix
+                llava.config.image_token_index,
+                assembled.processor.image_processor,
+                config.share_image_prefix,
+                config.tokens_per_row,
             ),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.kernel = choose(llava.config.text_config, llava.device, _computing_in(config, llava.dtype))
+        # After TRL, which puts a forward pass of its own on the instance.
+        teach_rows(llava, self.kernel.kernel)
+        if config.stop_tower:
+            stop_tower(llava)
+        if config.prune_last_layer:
+            prune_last_layer(llava.model.language_model)
+        if config.lora_first:
+            lora_first(llava)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""
@@ -160,27 +175,32 @@ class LlavaTrainer(SFTTrainer):
             self.optimizer = kind([group for group in groups if group["params"]], **arguments)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, after what is not the model's was taken out of the batch."""
-        ids = inputs.pop("ids", [])
-        inputs.pop("lengths", None)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.model.training:
-            self._seen += ids
-            value = loss[0] if isinstance(loss, tuple) else loss
-            if not torch.isfinite(value):
-                raise self._not_finite(f"The loss is {value.item()}", ids)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a batch, row after row; gradients add up to those of all its samples."""
+        self._seen += inputs["ids"]
+        losses = []
+        with looking_at(self.assembled.model.model.language_model):
+            for number, row in enumerate(inputs["rows"], start=1):
+                last = number == len(inputs["rows"])
+                # Several processes share their gradients once a batch: each may have another number of rows.
+                alone = nullcontext() if last else self.accelerator.no_sync(model)
+                with alone:
+                    losses.append(super().training_step(model, row, num_items_in_batch))  # type: ignore[no-untyped-call]
+        loss: Tensor = torch.stack(losses).sum()
+        self._losses.append(loss.detach())
         return loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward and backward pass of a row."""
-        with looking_at(self.assembled.model.model.language_model):
-            return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The held-out loss of a row."""
-        with looking_at(self.assembled.model.model.language_model):
-            return super().prediction_step(*args, **kwargs)
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The held-out loss of a batch, per learned token."""
+        language_model = self.assembled.model.model.language_model
+        total = torch.zeros((), device=self.args.device)
+        with looking_at(language_model), torch.no_grad(), self.compute_loss_context_manager():
+            for row in inputs["rows"]:
+                loss = self.compute_loss(model, self._prepare_inputs(row))  # type: ignore[no-untyped-call]
+                total += loss * len(row["targets"])
+        return total / sum(len(row["targets"]) for row in inputs["rows"]), None, None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Samples about one picture come in one batch, so that they can share it."""
@@ -189,7 +209,11 @@ class LlavaTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        # Looked at once per step, before any weight is touched: each look makes a GPU wait.
+        losses, self._losses = torch.stack(self._losses), []
         ids, self._seen = self._seen, []
+        if not torch.isfinite(losses).all():
+            raise self._not_finite(f"The loss is {losses.sum().item()}", ids)
         # With fp16 an infinite gradient now and then is how the scaler finds its scale; it skips that step itself.
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise self._not_finite("A gradient is not finite", ids)
@@ -253,6 +277,11 @@ class LlavaTrainer(SFTTrainer):
         else:
             state = load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE)
             self.model.model.multi_modal_projector.load_state_dict(state)
+
+
+def _computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the model computes in: autocast's type, or its own."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import Group, lay_out, shared_prefix, steps_of
+from qllava.data.packing import Group, best_fit, lay_out, rows_of, shared_prefix, steps_of
 
 P = 9
 N = IGNORE_INDEX
@@ -46,6 +46,41 @@ def test_captions_repeat_the_token_before_them_and_its_feature() -> None:
     assert row.input_ids.tolist() == [1, P, P, P] + [P, 50, 2] + [P, 60, 2] + [P, 70, 2]
     assert row.features.tolist() == [0, 1, 2, 3, 3, 3]
     assert row.shift_labels.tolist() == [N] * 4 + [50, 2, N] + [60, 2, N] + [70, 2, N]
+
+
+def questions(count: int, picture: str, length: int = 4) -> list[dict[str, Any]]:
+    """Samples of 6 shared tokens and `length` of their own."""
+    start = [1, P, P, P, P, 2]
+    return [
+        sample(f"{picture}{n}", start + [20 + n] * length, [N] * 8 + [20 + n] * (length - 2), picture)
+        for n in range(count)
+    ]
+
+
+def test_rows_are_no_longer_than_asked_for() -> None:
+    samples = [*questions(5, "x.png"), *questions(2, "y.png"), sample("t", [1, 40, 3], [N, 40, 3])]
+    whole = rows_of(samples, P, tokens_per_row=None)
+    assert [len(row.input_ids) for row in whole] == [26 + 14 + 3]
+    rows = rows_of(samples, P, tokens_per_row=18)
+    # x: 6 + 3 x 4, and 6 + 2 x 4 beside nothing; y: 6 + 2 x 4, with the text of 3 tokens
+    assert sorted(len(row.input_ids) for row in rows) == [14, 17, 18]
+    assert sorted(id for row in rows for id in row.ids) == sorted(s["id"] for s in samples)
+
+
+def test_a_sample_that_is_longer_is_a_row_by_itself() -> None:
+    samples = [*questions(1, "x.png", 30), *questions(2, "y.png")]
+    assert [row.ids for row in rows_of(samples, P, tokens_per_row=20)] == [("x.png0",), ("y.png0", "y.png1")]
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 40))
+def test_bins_hold_everything_once_and_no_more_than_fits(sizes: list[int], capacity: int) -> None:
+    bins = best_fit(sizes, capacity)
+    assert sorted(k for some in bins for k in some) == list(range(len(sizes)))
+    assert all(sum(sizes[k] for k in some) <= capacity or len(some) == 1 for some in bins)
+    # Two bins that could be one would not be a best fit.
+    loads = [sum(sizes[k] for k in some) for some in bins]
+    assert sum(2 * load <= capacity for load in loads) <= 1
 
 
 def test_a_picture_of_two_samples_that_cannot_share_is_looked_at_once() -> None:

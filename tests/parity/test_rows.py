@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import lay_out
+from qllava.data.packing import lay_out, rows_of
 from qllava.training.attention import looking_at
-from qllava.training.exact import row_forward
+from qllava.training.exact import prune_last_layer, row_forward, stop_tower
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_tiny_model, make_tiny_processor
 
 PROCESSOR = make_tiny_processor()
@@ -80,20 +82,17 @@ def separate(model: Any, samples: list[dict[str, Any]]) -> torch.Tensor:
     return total
 
 
-def packed(model: Any, samples: list[dict[str, Any]], *, share: bool = True) -> torch.Tensor:
-    """The same as one row."""
-    row = lay_out(samples, IMAGE, share=share)
-    out = row_forward(
-        model,
-        input_ids=torch.from_numpy(row.input_ids)[None],
-        position_ids=torch.from_numpy(row.position_ids)[None],
-        shift_labels=torch.from_numpy(row.shift_labels)[None],
-        features=torch.from_numpy(row.features),
-        row_groups=row.groups,
-        pixel_values=torch.cat([pixels(name) for name in row.pictures]) if row.pictures else None,
-    )
-    assert out.log_probs is not None
-    return -out.log_probs.sum()
+def packed(
+    model: Any, samples: list[dict[str, Any]], *, share: bool = True, tokens_per_row: int | None = None
+) -> torch.Tensor:
+    """The same as one row, or as several."""
+    total = torch.zeros(())
+    for row in rows_of(samples, IMAGE, tokens_per_row=tokens_per_row, share=share):
+        shown = torch.cat([pixels(name) for name in row.pictures]) if row.pictures else None
+        out = row_forward(model, **row_tensors(row), pixel_values=shown)
+        assert out.log_probs is not None
+        total = total - out.log_probs.sum()
+    return total
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -102,14 +101,17 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(1) if g is None else g for name, g in zip(names, found, strict=True)}
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("seed", range(12))
-def test_a_row_equals_its_samples(seed: int, share: bool) -> None:
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 1_000_000), st.booleans(), st.booleans(), st.sampled_from([None, 60, 150]))
+def test_rows_equal_their_samples(seed: int, share: bool, shortcuts: bool, tokens_per_row: int | None) -> None:
     model, samples = learner(), a_mixture(seed)
     expected = separate(model, samples)
     wanted = gradients(model, expected)
+    if shortcuts:
+        stop_tower(model)
+        prune_last_layer(model.model.language_model)
     with looking_at(model.model.language_model):
-        loss = packed(model, samples, share=share)
+        loss = packed(model, samples, share=share, tokens_per_row=tokens_per_row)
         found = gradients(model, loss)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from qllava.data.collate import Collator
 from qllava.models import assemble as parts
 from qllava.models.adapter import load_run, projector_state
 from qllava.training.trainer import LlavaTrainer, Metrics, NotFinite, checkpoints, saving
-from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal
+from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 
 
 class Gradients(TrainerCallback):
@@ -137,6 +138,49 @@ class TestTheSameNumbers:
         assert loss == pytest.approx(whole, rel=1e-5)
         assert_close(expected, found, 1e-5)
 
+    @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"tokens_per_row": 100},
+            {"share_image_prefix": False},
+            {"stop_tower": False},
+            {"prune_last_layer": False},
+            {"lora_first": False},
+            {"gradient_checkpointing": False},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_a_switch_changes_nothing(self, tiny: Tiny, tmp_path: Path, changes: dict[str, Any], lora: bool) -> None:
+        same = {"per_device_train_batch_size": 8, "lora": lora}
+        loss, expected, trainer = one_step(tiny, tmp_path / "a", **same)
+        other, found, changed_one = one_step(tiny, tmp_path / "b", **same, **changes)
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert_close(expected, found, 1e-5)
+        rows = [len(next(iter(t.get_train_dataloader()))["rows"]) for t in (trainer, changed_one)]
+        assert rows[0] == 1 and (rows[1] > 1) is ("tokens_per_row" in changes)
+
+    def test_captions_of_one_picture_share_it(self, tiny: Tiny, tmp_path: Path) -> None:
+        """Where a caption follows its picture at once, the last image token and its feature are repeated."""
+        rows = [
+            {"id": f"c{n}", "image": f"{n % 2}.png", "conversations": [{"from": "gpt", "value": text}]}
+            for n, text in enumerate(("red", "a circle", "one", "green", "two"))
+        ]
+        for row in rows:
+            row["conversations"].insert(0, {"from": "human", "value": "<image>"})  # type: ignore[attr-defined]
+        write_rows(tiny.rows.with_name("shared_captions.json"), rows)
+        captions = dataclasses.replace(tiny, rows=tiny.rows.with_name("shared_captions.json"))
+        recipe = tiny.recipe(template="plain")
+        results = [
+            one_step(captions, tmp_path / str(share), lora=False, recipe=recipe, share_image_prefix=share,
+                     per_device_train_batch_size=5)
+            for share in (True, False)
+        ]  # fmt: skip
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+        assert_close(results[0][1], results[1][1], 1e-5)
+        sizes = [next(iter(trainer.get_train_dataloader()))["rows"][0]["input_ids"].shape[1] for *_, trainer in results]
+        assert sizes[0] < sizes[1]
+
 
 class _Poisoned:
     """A collator whose pictures turn into NaN when a row comes by."""
@@ -147,7 +191,8 @@ class _Poisoned:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(rows)
         if self.id in batch["ids"]:
-            batch["pixel_values"] = batch["pixel_values"] * float("nan")
+            for row in batch["rows"]:
+                row["pixel_values"] = row["pixel_values"] * float("nan")
         return batch
 
 

@@ -7,6 +7,7 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
     qllava doctor
     qllava check train.json --image-folder pictures --model llava-hf/llava-1.5-7b-hf
     qllava inspect train.json --rows 3 --html samples.html
+    qllava plan --config recipes/llava15_7b_8gb.yaml
     qllava merge runs/finetune_lora merged
     qllava chat nano --image photo.jpg --prompt "What is this?"
     qllava eval vqa merged questions.jsonl --json
@@ -71,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     how = inspect.add_mutually_exclusive_group()
     how.add_argument("--html", metavar="FILE", type=Path, help="write a page with the pictures")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
+
+    plan = _verb(verbs, "plan", run_plan, "say how much memory a training run will need, by part, and what would fit")
+    plan.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; the flags below are above it")
+    plan.add_argument("--model", metavar="MODEL", help="nano (default), a LLaVA's folder or hub name, or a run folder")
+    plan.add_argument("--language-model", metavar="L", help="of a new LLaVA; only config.json is read")
+    plan.add_argument("--vision-tower", metavar="V", help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder")
+    plan.add_argument("--lora-r", metavar="R", type=_rank, help="rank of LoRA; 0 for stage 1, the projector alone")
+    plan.add_argument("--tokens-per-row", metavar="N", type=_positive, help="tokens that go through the model at once")
+    plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
+    _json_flag(plan)
 
     merge = _verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
     merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
@@ -141,6 +152,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rank(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
+    return value
+
+
 def _temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -207,6 +225,26 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
     _quietly(run, arguments.json)
     return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`qllava plan`: the peak by part; status 1 when nothing fits."""
+    from qllava.training.plan import as_json, as_text, plan
+
+    found = _quietly(
+        lambda: plan(
+            config=arguments.config,
+            model=arguments.model,
+            language_model=arguments.language_model,
+            vision_tower=arguments.vision_tower,
+            lora_r=arguments.lora_r,
+            tokens_per_row=arguments.tokens_per_row,
+            limit=arguments.fit,
+        ),
+        arguments.json,
+    )
+    print(json.dumps(as_json(found)) if arguments.json else as_text(found))
+    return 1 if found.fits is False else 0
 
 
 def run_merge(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,13 @@ class Collator:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Samples as the collator got them; of a type of its own, so that nothing looks for tensors inside."""
+
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class RowCollator:
     """Lays the samples of a batch out as rows (`packing`), for the forward pass of `training.exact`.
 
@@ -75,7 +82,8 @@ class RowCollator:
         labels   (1, S of all rows)  the tokens that are to come, for what only counts them
         rows     a list; each as `row_tensors` has it, and `pixel_values` (I, 3, H, W) of its distinct pictures, absent
                  when it has none
-        ids      of the samples, for messages; the trainer takes them out
+        ids      of the samples, for messages
+        kept     the samples, should they have to be laid out anew
 
     Raises InputError, with file and id, when a picture cannot be read.
     """
@@ -94,6 +102,7 @@ class RowCollator:
             "labels": torch.from_numpy(np.concatenate([row.shift_labels for row in rows]))[None],
             "rows": [row_tensors(row) for row in rows],
             "ids": [str(sample["id"]) for sample in samples],
+            "kept": Kept(samples),
         }
         for row, tensors in zip(rows, batch["rows"], strict=True):
             if row.pictures:

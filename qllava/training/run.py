@@ -45,9 +45,9 @@ def pretrain(settings: Settings) -> Path:
             raise InputError(f"The setting {name} is one of finetune_lora; stage 1 learns from train_file, remove it.")
     folder = _open_folder(settings)
     started = time.monotonic()
+    files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
-    files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     held_out = parts_of(settings.data.eval_file, _images(settings), "eval_file") if settings.data.eval_file else []
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
     stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, _with_rate(settings.train, 1e-3))
@@ -75,12 +75,13 @@ def finetune(settings: Settings) -> Path:
         raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
     folder = _open_folder(settings)
     started = time.monotonic()
+    # Before the model, which may be a download of 14 GB.
+    files = _files(data.train_file, settings, "train_file", nano_file="train")
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
     captions = _captions(settings, assembled, folder)
     held_out = _held_out(settings)
-    files = _files(data.train_file, settings, "train_file", nano_file="train")
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
     shown = _some(held_out, evaluation, 12)
     before = scores.answers(assembled.model, assembled, shown) if shown else []

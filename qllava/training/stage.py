@@ -5,7 +5,8 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from qllava.config import InputError
+from qllava.config import InputError, ModelConfig
 from qllava.conversation import Template
 from qllava.data.collate import Collator
 from qllava.data.formats import Example
@@ -28,8 +30,9 @@ from qllava.models.assemble import Assembled
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen
+from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
 from qllava.training.settings import TrainConfig
-from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, checkpoints, saving
+from qllava.training.trainer import LEDGER_FILE, METRICS_FILE, LlavaTrainer, Metrics, checkpoints, computing_in, saving
 
 PROBES = 32
 
@@ -54,6 +57,23 @@ class Stage:
     """Where it is written."""
     config: TrainConfig
     """The loop's settings."""
+
+
+class Begin(TrainerCallback):
+    """What is settled when transformers has prepared the model: recomputation, and on a GPU a rehearsal."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+        self.trainer: LlavaTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the first step."""
+        assert self.trainer is not None
+        if args.recompute_layers is not None:
+            llava: Any = self.trainer.assembled.model
+            recompute(llava.model.language_model, args.recompute_layers)
+        if args.device.type == "cuda":
+            self.trainer.rehearse(self.lengths)
 
 
 class Progress(TrainerCallback):
@@ -92,7 +112,9 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
     held_out = stage.evaluation.dataset if stage.evaluation else None
     _settle_evaluation(stage.config, held_out is not None)
-    progress = Progress(stage.title)
+    _check_lengths(stage, assembled)
+    stage, memory = _fitted(stage, model, assembled)
+    progress, begin = Progress(stage.title), Begin(stage.train.lengths)
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -101,14 +123,15 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         evaluation=held_out,
         pictures=stage.train.pictures,
         exact_match=partial(scores.exact_match, model, assembled, stage.questions) if stage.questions else None,
-        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), progress],
+        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress],
     )
+    begin.trainer = trainer
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
-    text = _ledger_text(model, stage, trainer.kernel)
+    text = "\n".join([*_ledger_lines(model, stage, trainer.kernel), *memory])
     print(f"\n{text}\n")
-    (stage.folder / "ledger.txt").write_text(text + "\n", encoding="utf-8")
+    (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
     newest = _newest(stage.folder, assembled)
     if newest:
         print(f"Continuing from {newest}.")
@@ -126,6 +149,65 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     with saving(f"The result {stage.folder}"):
         trainer.save_model(str(stage.folder))
     return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
+
+
+def _check_lengths(stage: Stage, assembled: Assembled) -> None:
+    """A sample has to fit into a row, and into what the language model sees. Raises InputError."""
+    longest, most = int(stage.train.lengths.max()), stage.config.tokens_per_row
+    if most is not None and longest > most:
+        raise InputError(
+            f"The longest sample has {longest} tokens and tokens_per_row is {most}; raise it to {longest}, or lower "
+            "max_length and choose too_long."
+        )
+    window = getattr(assembled.model.config.text_config, "sliding_window", None)
+    if window is not None and longest > window:
+        raise InputError(
+            f"The longest sample has {longest} tokens and this language model looks back at {window}; lower max_length "
+            "to that and choose too_long."
+        )
+
+
+def _fitted(stage: Stage, model: Any, assembled: Assembled) -> tuple[Stage, list[str]]:
+    """Row size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
+
+    Raises InputError when nothing fits.
+    """
+    given, on_card = stage.config, torch.cuda.is_available()
+    if not (on_card or given.fit_memory):
+        return stage, []
+    limits = [parse_bytes(given.fit_memory)] if given.fit_memory else []
+    if on_card:  # a card sold with 8 GB has a little less
+        limits.append(torch.cuda.mem_get_info()[1])
+    limit = min(limits)
+    lora: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    parts = ModelConfig(
+        load_in_4bit=assembled.recipe.load_in_4bit,
+        lora_dropout=float(lora.lora_dropout) if lora else 0.0,
+    )
+    llava: Any = assembled.model
+    setup = setup_of(parts, given, llava.config, lora_r=lora.r if lora else 0)
+    setup = replace(setup, device="cuda" if on_card else "cpu", dtype=computing_in(given, llava.dtype))
+    lengths = np.sort(stage.train.lengths)
+    plan = fit(
+        setup,
+        limit,
+        least_tokens=int(lengths[-1]),
+        most_tokens=max(int(lengths[-given.per_device_train_batch_size :].sum()), int(lengths[-1])),
+        fixed=settled(given),
+    )
+    config = copy.copy(given)
+    config.tokens_per_row, config.recompute_layers, config.optim = (
+        plan.tokens_per_row,
+        plan.recompute_layers,
+        plan.optim,
+    )
+    # From here on `recompute_layers` decides.
+    config.gradient_checkpointing = config.activation_checkpointing = False
+    line = (
+        f"memory: {format_bytes(plan.estimate.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
+        f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
+    )
+    return replace(stage, config=config), [line]
 
 
 def _settle_evaluation(config: TrainConfig, held_out: bool) -> None:
@@ -162,14 +244,14 @@ def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
     save_file(tensors, path)
 
 
-def _ledger_text(model: nn.Module, stage: Stage, kernel: Chosen) -> str:
+def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen) -> list[str]:
     """The ledger of the model, what the data comes to, and how it is computed."""
     config, data = stage.config, stage.train
     rates = {"LoRA": config.learning_rate or 0.0, "projector": config.learning_rate or 0.0}
     if config.projector_lr is not None and stage.name == "finetune":
         rates["projector"] = config.projector_lr
     lengths = np.sort(data.lengths)
-    lines = [
+    return [
         stage.title,
         ledger.format_ledger(ledger.ledger(model), rates),
         f"samples {len(lengths):,} (dropped {data.count('dropped')}, trimmed {data.count('trimmed')}); "
@@ -177,4 +259,3 @@ def _ledger_text(model: nn.Module, stage: Stage, kernel: Chosen) -> str:
         f"learned {data.learned:,} of {lengths.sum():,}",
         f"attention by rows: {kernel.kernel} ({kernel.why})",
     ]
-    return "\n".join(lines)

@@ -13,11 +13,13 @@ What is added to TRL's trainer, and why:
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from tqdm import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from qllava.config import InputError
 from qllava.data.collate import RowCollator
+from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import steps_of
 from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
@@ -44,6 +48,7 @@ from qllava.training.kernels import choose
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.txt"
 
 
 class NotFinite(InputError):
@@ -129,7 +134,8 @@ class LlavaTrainer(SFTTrainer):
             pictures, config.per_device_train_batch_size, config.seed, share=config.share_image_prefix
         )
         self._aside: str | None = None
-        self._seen: list[str] = []
+        # Of the optimizer step that is being computed.
+        self._step: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         tokenizer = assembled.processor.tokenizer
         config.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -151,7 +157,7 @@ class LlavaTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self.kernel = choose(llava.config.text_config, llava.device, _computing_in(config, llava.dtype))
+        self.kernel = choose(llava.config.text_config, llava.device, computing_in(config, llava.dtype))
         # After TRL, which puts a forward pass of its own on the instance.
         teach_rows(llava, self.kernel.kernel)
         if config.stop_tower:
@@ -176,19 +182,82 @@ class LlavaTrainer(SFTTrainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass of a batch, row after row; gradients add up to those of all its samples."""
-        self._seen += inputs["ids"]
+        """Forward and backward pass of a batch; when memory runs out, of the whole step again in shorter rows."""
+        self._step.append(self._cut(inputs))
+        batches = self._step[-1:]
+        while True:
+            try:
+                losses = [self._rows(model, batch, num_items_in_batch) for batch in batches]
+                break
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:  # the others would wait for ever
+                    raise
+            # Not inside the except block: there the error still holds what the rows held.
+            self._halve_rows()
+            model.zero_grad(set_to_none=True)
+            self._losses.clear()
+            batches = self._step = [self._cut(batch) for batch in self._step]
+        self._losses += [loss.detach() for loss in losses]
+        return losses[-1]
+
+    def _rows(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
+        """Row after row; gradients add up to those of all samples of the batch."""
         losses = []
         with looking_at(self.assembled.model.model.language_model):
-            for number, row in enumerate(inputs["rows"], start=1):
-                last = number == len(inputs["rows"])
+            for number, row in enumerate(batch["rows"], start=1):
+                last = number == len(batch["rows"])
                 # Several processes share their gradients once a batch: each may have another number of rows.
-                alone = nullcontext() if last else self.accelerator.no_sync(model)
-                with alone:
-                    losses.append(super().training_step(model, row, num_items_in_batch))  # type: ignore[no-untyped-call]
-        loss: Tensor = torch.stack(losses).sum()
-        self._losses.append(loss.detach())
-        return loss
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, row, num_items))  # type: ignore[no-untyped-call]
+        return torch.stack(losses).sum()
+
+    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch in rows of the present length: workers that began before it was halved still make longer ones."""
+        limit = getattr(self.data_collator, "tokens_per_row", None)
+        most = max(row["input_ids"].shape[1] for row in batch["rows"])
+        if limit is None or most <= max(limit, int(batch["lengths"].max())):
+            return batch
+        collator: Any = self.data_collator
+        return collator(batch["kept"].samples)  # type: ignore[no-any-return]
+
+    def _halve_rows(self) -> None:
+        """Rows of half the length from here on. Raises InputError when a single sample is too long."""
+        longest = max(row["input_ids"].shape[1] for batch in self._step for row in batch["rows"])
+        sample = max(int(batch["lengths"].max()) for batch in self._step)
+        if longest <= sample:
+            raise InputError(
+                f"Memory does not suffice for one sample of {sample} tokens, at step {self.state.global_step + 1}; "
+                "lower max_length or lora_r, or see what `qllava plan` proposes. Checkpoints are untouched."
+            )
+        limit = max(longest // 2, sample)
+        collator: Any = self.data_collator
+        self.data_collator = replace(collator, tokens_per_row=limit)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        line = f"Out of memory at step {self.state.global_step + 1}: rows have at most {limit:,} tokens from here on."
+        tqdm.write(line)
+        with (Path(str(self.args.output_dir)) / LEDGER_FILE).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rehearse(self, lengths: np.ndarray) -> None:
+        """Try the longest samples of the data before the first step, so that memory ends now and not at step 4,000.
+
+        lengths: tokens of each row of the training data. Rows are halved if need be; nothing is learned, and the random
+        state is as before.
+        """
+        longest = np.argsort(lengths, kind="stable")[-self.args.per_device_train_batch_size :]
+        batch = self.data_collator([self.train_dataset[int(index)] for index in longest])  # type: ignore[index]
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        each = 2 if "8bit" in str(self.args.optim) else 8
+        # The optimizer's moments come with the first step.
+        moments = torch.empty(each * sum(p.numel() for p in learned), dtype=torch.uint8, device=self.args.device)
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        with torch.random.fork_rng():
+            self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+        del moments
+        self.model.zero_grad(set_to_none=True)
+        self._metrics, self._total_train_tokens = metrics, tokens
+        self._losses, self._step = [], []
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -211,7 +280,7 @@ class LlavaTrainer(SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         # Looked at once per step, before any weight is touched: each look makes a GPU wait.
         losses, self._losses = torch.stack(self._losses), []
-        ids, self._seen = self._seen, []
+        ids, self._step = [id for batch in self._step for id in batch["ids"]], []
         if not torch.isfinite(losses).all():
             raise self._not_finite(f"The loss is {losses.sum().item()}", ids)
         # With fp16 an infinite gradient now and then is how the scaler finds its scale; it skips that step itself.
@@ -279,7 +348,7 @@ class LlavaTrainer(SFTTrainer):
             self.model.model.multi_modal_projector.load_state_dict(state)
 
 
-def _computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
     """What the model computes in: autocast's type, or its own."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
 

@@ -210,6 +210,41 @@ def test_the_same_data_in_another_place_gives_the_same_run(tiny: Tiny, tmp_path:
     assert same(load_file(folder / "projector.safetensors"), load_file(tiny.stage1 / "projector.safetensors"))
 
 
+class TestFitMemory:
+    def test_chooses_and_says_so(self, tiny: Tiny, tmp_path: Path) -> None:
+        folder = finetune(stage2_settings(tiny, tmp_path / "run", fit_memory="2GB", per_device_train_batch_size=8))
+        ledger = (folder / "ledger.txt").read_text(encoding="utf-8")
+        assert "memory: " in ledger and "of 2.0 GB expected" in ledger and "0 layers recomputed" in ledger
+
+    def test_refuses_what_cannot_fit(self, tiny: Tiny, tmp_path: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, tmp_path / "run", fit_memory="0.5MB"))
+        assert "more than the" in refusal(caught.value)
+
+    def test_a_sample_that_is_longer_than_a_row(self, tiny: Tiny, tmp_path: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, tmp_path / "run", tokens_per_row=40))
+        assert "has 78 tokens and tokens_per_row is 40; raise it to 78" in refusal(caught.value)
+
+    def test_a_sample_that_is_longer_than_what_the_model_sees(self, tiny: Tiny, tmp_path: Path) -> None:
+        shutil.copytree(tiny.language_model, tmp_path / "llama")
+        path = tmp_path / "llama" / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 30}
+        path.write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, tmp_path / "run", language_model=tmp_path / "llama"))
+        assert "this language model looks back at 30" in refusal(caught.value)
+
+    def test_layers_are_recomputed_as_asked(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: list[Any] = []
+        monkeypatch.setattr(Progress, "on_train_end", lambda *args, **kwargs: kept.append(kwargs["model"]))
+        quick = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+        finetune(stage2_settings(tiny, tmp_path / "run", recompute_layers=1, **quick))
+        layers = kept[0].get_base_model().model.language_model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+
+
 class TestTheModelOfAFolder:
     def test_the_projector_starts_where_stage_1_ended(self, tiny: Tiny, tmp_path: Path) -> None:
         chosen = stage2_settings(tiny, tmp_path / "run", max_steps=1, learning_rate=0, projector_lr=0)

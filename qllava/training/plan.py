@@ -1,0 +1,201 @@
+"""`qllava plan`: what a run will need, before anything but a config.json is downloaded.
+
+A model's shapes come from its config, a tower's of open_clip from what open_clip itself knows of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
+
+from qllava.config import NANO, InputError, ModelConfig
+from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.assemble import LANGUAGE_MODELS, nano_part
+from qllava.models.vision import LOAD_ERRORS, SUPPORTED, one_line
+from qllava.training import memory
+from qllava.training.settings import parse
+
+_BAR = 30
+
+
+def plan(
+    *,
+    config: str | None = None,
+    model: str | None = None,
+    language_model: str | None = None,
+    vision_tower: str | None = None,
+    lora_r: int | None = None,
+    tokens_per_row: int | None = None,
+    limit: str | None = None,
+) -> memory.Plan:
+    """What a run on a card comes to.
+
+    config: a recipe's YAML. model, or language_model and vision_tower: in its place, with the recipes' defaults; nano
+    where nothing is said. lora_r: 0 for stage 1. limit: such as 12GB; choose what fits, but for what is set.
+
+    Raises InputError when a config cannot be read.
+    """
+    # Imported here: a run plans too, and these are its defaults.
+    from qllava.training.run import NANO_FINETUNE
+
+    line = ["--config", config] if config else []
+    given: dict[str, Any] = {
+        "model_name_or_path": model,
+        "language_model": language_model,
+        "vision_tower": vision_tower,
+        "lora_r": lora_r,
+        "tokens_per_row": tokens_per_row,
+        "fit_memory": limit,
+    }
+    for name, value in given.items():
+        line += [f"--{name}", str(value)] if value is not None else []
+    settings = parse(line, output_dir="unused", nano=NANO_FINETUNE)
+    train = settings.train
+    setup = memory.setup_of(settings.model, train, llava_config(settings.model), lora_r=settings.model.lora_r)
+    if not train.fit_memory:
+        return memory.plan_of(setup, memory.estimate(setup))
+    try:
+        return memory.fit(
+            setup,
+            memory.parse_bytes(train.fit_memory),
+            least_tokens=setup.tokens_per_row,
+            fixed=memory.settled(train),
+        )
+    except memory.DoesNotFit as refusal:
+        return refusal.plan
+
+
+def as_json(plan: memory.Plan) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    return {**asdict(plan.estimate), **{k: v for k, v in asdict(plan).items() if k != "estimate"}}
+
+
+def as_text(plan: memory.Plan) -> str:
+    """A line with a bar for each part, the peak, and what to do."""
+    most = max(plan.estimate.parts.values())
+    lines = []
+    for name, size in plan.estimate.parts.items():
+        bar = "#" * round(_BAR * size / most)
+        lines.append(f"{name:<12} {memory.format_bytes(size):>9}  {bar}".rstrip())
+    lines.append(f"{'peak':<12} {memory.format_bytes(plan.estimate.peak_bytes):>9}")
+    verdict = {None: "", True: "It fits. ", False: "It does not fit. "}[plan.fits]
+    lines.append(
+        f"with rows of {plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; GB are "
+        "2^30 bytes, as cards are sold"
+    )
+    return "\n".join([*lines, f"{verdict}{plan.suggestion}"])
+
+
+def llava_config(model: ModelConfig) -> LlavaConfig:
+    """The shapes of the model of a recipe. Raises InputError when they cannot be read."""
+    if model.is_nano:
+        return _of_parts(nano_part(NANO, "llama"), nano_part(NANO, "tower"), model.vision_feature_layer)
+    if model.model_name_or_path:
+        if model.language_model or model.vision_tower:
+            raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
+        return _of_model(model.model_name_or_path)
+    if not (model.language_model and model.vision_tower):
+        raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
+    return _of_parts(
+        nano_part(model.language_model, "llama"), nano_part(model.vision_tower, "tower"), model.vision_feature_layer
+    )
+
+
+def _of_model(name: str) -> LlavaConfig:
+    """The config of a LLaVA, or of the one that a run's adapter belongs to."""
+    folder = Path(name).expanduser()
+    if (folder / RECORD_FILE).is_file():
+        base = read_record(folder)
+        return llava_config(
+            ModelConfig(
+                base.model, base.language_model, base.vision_tower, vision_feature_layer=base.vision_feature_layer
+            )
+        )
+    config = _read(str(folder) if folder.is_dir() else name, "model")
+    if not isinstance(config, LlavaConfig):
+        raise InputError(f"The model {name} is of type '{config.model_type}', not 'llava'; give a LLaVA, or two parts.")
+    return config
+
+
+def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig:
+    """The config of a LLaVA that is yet to be built."""
+    text = _read(language_model, "language model")
+    if text.model_type not in LANGUAGE_MODELS:
+        supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
+        raise InputError(
+            f"The language model {language_model} is of type '{text.model_type}'; supported are: {supported}."
+        )
+    vision = _tower(vision_tower)
+    # `<image>` becomes one more token, and the table a multiple of 64.
+    image_token = text.vocab_size
+    text.vocab_size = -(-(text.vocab_size + 1) // 64) * 64
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy="default" if isinstance(vision, CLIPVisionConfig) else "full",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+
+
+def _read(name: str, what: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except LOAD_ERRORS as error:
+        raise InputError(f"The {what} {name} has no readable config.json ({one_line(error)}).") from error
+
+
+def _tower(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
+    """The shapes of a tower by its name in open_clip, or from its folder."""
+    if spec.startswith("open_clip:"):
+        return _of_open_clip(spec)
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED.")
+    config = _read(str(folder), "vision tower")
+    config = getattr(config, "vision_config", config)
+    if not isinstance(config, CLIPVisionConfig | SiglipVisionConfig):
+        raise InputError(f"The vision tower {spec} is a model of type '{config.model_type}'; {SUPPORTED}.")
+    return config
+
+
+def _of_open_clip(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
+    name = spec.removeprefix("open_clip:")
+    arch = name if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")[0]
+    try:
+        known = (open_clip.get_model_config(arch) or {}).get("vision_cfg")
+    except LOAD_ERRORS as error:
+        raise InputError(f"open_clip could not read '{spec}': {one_line(error)}") from error
+    if known is None:
+        raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); open_clip.list_models() lists them.")
+    timm_name = known.get("timm_model_name", "")
+    if "siglip" in timm_name:
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(timm_name, pretrained=False, num_classes=0)
+        return SiglipVisionConfig(
+            hidden_size=trunk.embed_dim,
+            intermediate_size=trunk.blocks[0].mlp.fc1.out_features,
+            num_hidden_layers=len(trunk.blocks),
+            num_attention_heads=trunk.blocks[0].attn.num_heads,
+            image_size=trunk.patch_embed.img_size[0],
+            patch_size=trunk.patch_embed.patch_size[0],
+            vision_use_head=trunk.attn_pool is not None,
+        )
+    if timm_name or not isinstance(known["layers"], int):
+        raise InputError(f"The vision tower '{spec}' cannot be used; {SUPPORTED}.")
+    width = known["width"]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=int(width * known.get("mlp_ratio", 4.0)),
+        num_hidden_layers=known["layers"],
+        num_attention_heads=width // known.get("head_width", 64),
+        image_size=known["image_size"],
+        patch_size=known["patch_size"],
+    )

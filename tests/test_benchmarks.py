@@ -1,0 +1,208 @@
+"""The benchmarks at no size: that they run, that they compare what is equal, and that their figures are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import flops, gpu, shapes, throughput
+from benchmarks.counting import counter
+from benchmarks.pairing import largest_difference, paired_ratio
+from benchmarks.samples import Text, make_texts, within_steps, write_texts
+from benchmarks.systems import Job, build, mean_loss
+from benchmarks.turns import Failed, Step, Worker
+from qllava.data.packing import lay_out
+
+KEYS = {
+    "samples_per_image",
+    "system",
+    "samples_per_second",
+    "ratio",
+    "ratio_ci95",
+    "loss",
+    "useful_tokens",
+    "tflop_per_sample",
+}
+
+
+# Statistics, by hand
+
+
+def test_the_ratio_is_the_median_of_the_repetitions_own():
+    # The machine was three times slower in the second repetition: a ratio of means would be 20 / 11.
+    ratio, (low, high) = paired_ratio([1, 9, 1], [2, 16, 2])
+    assert ratio == 2
+    assert low == pytest.approx(16 / 9) and high == 2
+
+
+def test_an_equal_ratio_has_no_spread():
+    assert paired_ratio([1, 2, 3, 4], [3, 6, 9, 12]) == (3, (3, 3))
+
+
+@pytest.mark.parametrize(("seconds", "baseline"), [([], []), ([1], [1, 2])])
+def test_what_has_no_partner_is_no_ratio(seconds, baseline):
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_ratio(seconds, baseline)
+
+
+def test_losses_that_differ_by_more_than_a_hundredth_are_told():
+    def lines(*losses):
+        return [{"samples_per_image": 1.0, "loss": loss} for loss in losses]
+
+    assert largest_difference([2.0, 2.0, 1.0]) == 0.5
+    assert throughput.disagreement(lines(5.00, 5.04, 4.96)) is None
+    assert "more than 1 %" in str(throughput.disagreement(lines(5.0, 5.0, 5.06)))
+    assert throughput.disagreement(lines(5.0, 5.0, float("nan")))
+
+
+def test_other_learned_tokens_end_the_comparison():
+    def step(learned):
+        return Step(1.0, 2, 10, learned, 10, None, 0, 0)
+
+    throughput.check_same([step(3), step(3)], [[step(4)], [step(4)]])
+    with pytest.raises(SystemExit, match="same tokens"):
+        throughput.check_same([step(3), step(3)], [[step(4)], [step(5)]])
+
+
+# Samples
+
+
+def test_a_mixture_has_its_mean_and_lengths_are_those_of_instruct(tmp_path):
+    texts = make_texts(tmp_path, side=28, samples_per_image=1.95, samples_per_step=6, steps=60, seed=0)
+    mean = sum(text.tokens for text in texts) / len(texts)
+    assert 180 < mean < 220
+    assert 1.7 < len(texts) / len({text.picture for text in texts}) < 2.1
+    learned = sum(len(text.answer.split()) for text in texts) / sum(text.tokens for text in texts)
+    assert 0.4 < learned < 0.6
+    with pytest.raises(ValueError, match="samples per image"):
+        make_texts(tmp_path, side=28, samples_per_image=2.5, samples_per_step=6, steps=1, seed=0)
+
+
+def test_another_order_has_the_same_samples_in_each_step():
+    texts = [Text(str(n), "w " * n, "w") for n in (3, 9, 1, 8, 2, 7)]
+    for order in ("sorted", "shuffled"):
+        moved = within_steps(texts, 3, order, seed=0)
+        for start in (0, 3):
+            assert sorted(map(str, moved[start : start + 3])) == sorted(map(str, texts[start : start + 3]))
+    assert [text.picture for text in within_steps(texts, 3, "sorted", seed=0)] == ["9", "3", "1", "8", "7", "2"]
+
+
+# FLOPs
+
+
+def equal_texts(folder: Path, *, samples: int, text: int, learned: int) -> str:
+    """A file of samples of one length about one picture, two steps of them."""
+    picture = make_texts(folder / "pictures", side=28, samples_per_image=1, samples_per_step=1, steps=1, seed=0)[0]
+    made = Text(picture.picture, "w1 " * (text - learned - 5), "w2 " * (learned - 1))
+    assert made.tokens == text
+    write_texts(folder / "texts.json", [made] * samples * 2)
+    return str(folder / "texts.json")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_counted_on_fake_tensors_are_those_of_trls_real_step(tmp_path, recompute):
+    texts = equal_texts(tmp_path, samples=2, text=40, learned=20)
+    job = Job("trl", "tiny", "cpu", str(tmp_path), texts, 2, batch=2, recompute=recompute, lora_r=4)
+    trainer = build(job, []).trainer
+    with counter() as counted:
+        trainer.train()
+    expected = flops.trl_step(shapes.tiny(), samples=2, text=40, learned=None, recompute=recompute, lora_r=4)
+    assert counted.get_total_flops() == pytest.approx(2 * expected, rel=0.001)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_counted_on_fake_tensors_are_those_of_our_real_step(tmp_path, recompute):
+    texts = equal_texts(tmp_path, samples=3, text=40, learned=20)
+    job = Job("qllava", "tiny", "cpu", str(tmp_path), texts, 3, recompute=recompute, lora_r=4)
+    system = build(job, [])
+    config = shapes.tiny()
+    row = lay_out([system.rows.dataset[n] for n in range(3)], config.image_token_index)
+    assert row.groups[0].prefix > 4
+    with counter() as counted:
+        system.trainer.train()
+    expected = flops.count_row(config, row, recompute=recompute, shortcuts=flops.Shortcuts(), lora_r=4)
+    assert counted.get_total_flops() == pytest.approx(2 * expected, rel=0.001)
+
+
+def test_flops_are_those_of_the_formula():
+    """Forward 2, and 2 for the inputs' gradients, per frozen parameter and token; LoRA's and attention's besides."""
+    config = shapes.tiny()
+    text = config.text_config
+    width, mlp, layers, tokens, r = text.hidden_size, text.intermediate_size, text.num_hidden_layers, 204, 4
+    heads = width // text.num_attention_heads * text.num_key_value_heads
+    shaped = [(width, width), (width, heads), (width, heads), (width, width), *[(width, mlp)] * 2, (mlp, width)]
+    frozen = sum(a * b for a, b in shaped)
+    lora = sum((a + b) * r for a, b in shaped)
+    attention = 2 * 2 * tokens * tokens * width
+    head = 6 * 100 * width * text.vocab_size
+    by_hand = layers * (4 * frozen * tokens + 6 * lora * tokens + 3.5 * attention) + head
+    counted = flops.trl_step(config, recompute=False, lora_r=r)
+    assert counted == pytest.approx(by_hand, rel=0.02)
+    again = flops.trl_step(config, recompute=True, lora_r=r) - counted
+    assert again == pytest.approx(layers * (2 * frozen * tokens + 2 * lora * tokens + attention), rel=0.02)
+
+
+def test_each_shortcut_costs_flops_when_it_is_off():
+    config = shapes.tiny()
+    all_on = flops.qllava_step(config, samples=2, recompute=True)
+    for name in flops.Shortcuts.__dataclass_fields__:
+        off = flops.Shortcuts(**{name: False})
+        assert flops.qllava_step(config, samples=2, recompute=True, shortcuts=off) > all_on, name
+
+
+# The commands
+
+
+def test_throughput_compares_three_systems(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    line = ["--tiny", "--samples-per-image", "3", "--repetitions", "1", "--samples-per-step", "3", "--json", str(out)]
+    assert throughput.main(line) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [entry["system"] for entry in found] == ["trl", "trl_tuned", "qllava"]
+    assert all(entry.keys() >= KEYS | {"date", "machine", "commit"} for entry in found)
+    assert found[0]["ratio"] == 1 and found[2]["useful_tokens"] == 1 > found[0]["useful_tokens"]
+    assert found[2]["tflop_per_sample"] <= found[1]["tflop_per_sample"]
+    assert "| trl_tuned |" in capsys.readouterr().out
+
+
+def test_gpu_runs_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu"
+    line = ["--device", "cpu", "--tiny", "--samples-per-image", "1", "--repetitions", "1", "--samples-per-step", "1"]
+    assert gpu.main([*line, "--out", str(out)]) == 0
+    found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert found["ceiling_tflops"] > 0 and len(found["throughput"]) == 3
+    assert found["kernels"][0]["milliseconds"] > 0
+    assert "aten::" in (tmp_path / "gpu.tiny.profile.txt").read_text(encoding="utf-8")
+    assert "## throughput" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_systems_begin_and_end_alike(tmp_path):
+    texts = make_texts(tmp_path / "pictures", side=28, samples_per_image=3, samples_per_step=3, steps=4, seed=0)
+    write_texts(tmp_path / "texts.json", texts)
+    losses, digests = [], []
+    for system in ("trl", "trl_tuned", "qllava"):
+        job = Job(system, "tiny", "cpu", str(tmp_path / system), str(tmp_path / "texts.json"), 3, lora_r=4)
+        built = build(job, [])
+        before = mean_loss(built, range(12), "cpu")
+        built.trainer.train()
+        digests.append(built.digest)
+        losses.append(mean_loss(built, range(12), "cpu"))
+        assert losses[-1] < before - 0.01
+    assert len(set(digests)) == 1
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_a_system_that_fails_says_why(tmp_path):
+    with pytest.raises(Failed, match=r"none\.json") as caught:
+        Worker(Job("qllava", "tiny", "cpu", str(tmp_path), str(tmp_path / "none.json"), 1))
+    assert not caught.value.out_of_memory
+
+
+def test_the_cards_are_asked_for(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main([]) == 1
+    assert "No CUDA device" in capsys.readouterr().err

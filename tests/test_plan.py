@@ -1,0 +1,154 @@
+"""`qllava plan` over tiny folders and real names of open_clip: what it prints, its JSON, its errors. No weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from transformers import LlamaConfig, LlavaConfig
+
+from benchmarks import shapes
+from qllava import cli
+from qllava.config import InputError, ModelConfig
+from qllava.models.checkpoint import tokens_per_image
+from qllava.training import memory, plan
+from tests.tiny_runs import Tiny
+
+L336 = "open_clip:ViT-L-14-336-quickgelu/openai"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that holds a LLaMA's config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=1000
+    )
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *line: str, status: int = 0) -> dict[str, Any]:
+    assert cli.main(["plan", *line, "--json"]) == status
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((hf_layout / "config.json").read_bytes())
+    found = planned(capsys, "--model", str(tmp_path), "--lora-r", "4", "--tokens-per-row", "300")
+    assert {"peak_bytes", "parts", "fits", "suggestion"} <= found.keys()
+    assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == found["peak_bytes"]
+    assert found["fits"] is None and found["suggestion"] == "A card of 4 GB is enough."
+    setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), 4, tokens_per_row=300)
+    assert found["peak_bytes"] == memory.estimate(setup).peak_bytes
+    assert planned(capsys, "--model", str(tmp_path), "--lora-r", "0")["parts"]["LoRA"] == 0
+
+
+def test_a_run_folder_is_planned_as_its_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ["--language-model", str(tiny.language_model), "--vision-tower", str(tiny.tower)]
+    flags = ["--lora-r", "4", "--tokens-per-row", "64"]
+    assert planned(capsys, "--model", str(tiny.stage2), *flags) == planned(capsys, *parts, *flags)
+
+
+def test_parts_and_a_limit(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--language-model", llama, "--vision-tower", L336, "--lora-r", "4"]
+    found = planned(capsys, *line, "--fit", "4GB")
+    assert found["fits"] is True and found["peak_bytes"] <= 4 << 30
+    assert found["tokens_per_row"] >= 2048 and "fit_memory" in found["suggestion"]
+    assert found["parts"]["weights"] > 2 * 300e6  # the tower, in 16 bit
+    refused = planned(capsys, *line, "--fit", "1GB", "--tokens-per-row", "2048", status=1)
+    assert refused["fits"] is False and refused["peak_bytes"] > 1 << 30
+    assert "more than the 1.0 GB" in refused["suggestion"]
+
+
+def test_a_recipe_and_a_flag_above_it(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"language_model: {llama}\nvision_tower: {L336}\nlora_r: 8\nrecompute_layers: 1\nmax_length: 700\n"
+        "fit_memory: 2GB\n"
+    )
+    found = planned(capsys, "--config", str(recipe))
+    assert found["fits"] is True and found["recompute_layers"] == 1
+    more = planned(capsys, "--config", str(recipe), "--lora-r", "16", "--tokens-per-row", "700")
+    fewer = planned(capsys, "--config", str(recipe), "--tokens-per-row", "700")
+    assert more["parts"]["LoRA"] == 2 * fewer["parts"]["LoRA"] > 0
+
+
+def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--tokens-per-row", "200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*memory.PARTS, "peak"):
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert " MB" in line or " GB" in line
+    assert any("###" in line for line in lines)
+    assert lines[-2].startswith("with rows of 200 tokens, 0 layers recomputed")  # nano's own settings
+    assert lines[-1] == "A card of 4 GB is enough."
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--model", "{empty}"], "no readable config.json"),
+        (["--model", "{llama}"], "of type 'llama', not 'llava'"),
+        (["--language-model", "{llama}"], "needs both"),
+        (["--model", "x", "--language-model", "{llama}"], "not both"),
+        (["--language-model", "{empty}", "--vision-tower", L336], "no readable config.json"),
+        (["--language-model", "{llama}", "--vision-tower", "open_clip:ViT-Z/x"], "no architecture 'ViT-Z'"),
+        (["--language-model", "{llama}", "--vision-tower", "open_clip:RN50/openai"], "cannot be used"),
+        (["--language-model", "{llama}", "--vision-tower", "somewhere"], "neither a folder nor"),
+        (["--language-model", "{llama}", "--vision-tower", "{llama}"], "of type 'llama'"),
+        (["--fit", "much"], "write it as 12GB"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+    ],
+)
+def test_errors(line: list[str], said: str, llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *[word.format(empty=tmp_path, llama=llama) for word in line], "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and said in captured.err
+    assert captured.err.startswith("qllava: ") and captured.err.count("\n") == 1 and captured.err.endswith(".\n")
+
+
+@pytest.mark.parametrize("line", ["--lora-r -1", "--lora-r many", "--tokens-per-row 0"])
+def test_a_wrong_command_line(line: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", *line.split()])
+    assert end.value.code == 2
+
+
+class TestTowersOfOpenClip:
+    """Sizes that open_clip would build, found without building it."""
+
+    def test_llava_15(self, llama: str) -> None:
+        config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=L336))
+        own, known = config.vision_config, shapes.llava_7b().vision_config
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            assert getattr(own, name) == getattr(known, name)  # type: ignore[union-attr]
+        assert tokens_per_image(config) == 576
+        assert config.text_config.vocab_size == 1024 and config.image_token_index == 1000
+
+    def test_siglip(self, llama: str) -> None:
+        tower = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
+        config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=tower))
+        own, known = config.vision_config, shapes.smollm2_siglip().vision_config
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            assert getattr(own, name) == getattr(known, name)  # type: ignore[union-attr]
+        assert tokens_per_image(config) == 729
+
+    @pytest.mark.parametrize("arch", ["ViT-B-32", "ViT-S-32-alt"])
+    def test_the_same_as_the_tower_itself(self, arch: str) -> None:
+        from qllava.models.vision import convert_open_clip
+
+        with torch.random.fork_rng(devices=[]):
+            built = convert_open_clip(open_clip.create_model(arch).visual).config
+        own = plan._of_open_clip(f"open_clip:{arch}/any")
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+            assert getattr(own, name) == getattr(built, name), name
+
+    def test_a_folder_that_is_missing(self) -> None:
+        with pytest.raises(InputError, match="could not read"):
+            plan._of_open_clip("open_clip:local-dir:nowhere")

@@ -1,0 +1,84 @@
+"""Memory that runs out: rows are halved, the step is computed again, and the gradients are those of all its samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qllava.config import InputError
+from qllava.training.trainer import LlavaTrainer
+from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal
+from tests.training.test_trainer import Gradients, assert_close, one_step
+
+
+def small_card(trainer: LlavaTrainer, most: int) -> list[int]:
+    """Let rows of more tokens run out of memory half way through the backward pass; returns the sizes that came by."""
+    sizes: list[int] = []
+
+    def check(_: Any, gradient: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(gradient[0].shape[1])
+        if gradient[0].shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    language_model: Any = trainer.assembled.model.model.language_model
+    language_model.layers[0].register_full_backward_pre_hook(check)
+    return sizes
+
+
+class TestOutOfMemory:
+    def test_the_step_is_computed_again_in_shorter_rows(self, tiny: Tiny, tmp_path: Path) -> None:
+        same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        loss, expected, _ = one_step(tiny, tmp_path / "a", **same)
+        kept = Gradients()
+        trainer = make_trainer(tiny, tmp_path / "b", callbacks=[kept], max_steps=1, max_grad_norm=0, **same)
+        (tmp_path / "b").mkdir(exist_ok=True)
+        sizes = small_card(trainer, 120)
+        trainer.train()
+        assert max(sizes) > 120 and sizes[-1] <= 120
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert_close(expected, kept.steps[0], 1e-5)
+        assert "Out of memory at step 1: rows have at most" in (tmp_path / "b" / "ledger.txt").read_text()
+
+    def test_rows_stay_short(self, tiny: Tiny, tmp_path: Path) -> None:
+        trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)
+        sizes = small_card(trainer, 120)
+        trainer.train()
+        assert sum(size > 120 for size in sizes) == 1
+
+    def test_one_sample_is_too_much(self, tiny: Tiny, tmp_path: Path) -> None:
+        trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)
+        before = bits(trainer.model)
+        small_card(trainer, 10)
+        with pytest.raises(InputError) as caught:
+            trainer.train()
+        assert "Memory does not suffice for one sample of 72 tokens, at step 1;" in refusal(caught.value)
+        assert not changed(before, trainer.model)
+
+    def test_a_rehearsal_leaves_nothing_behind_but_shorter_rows(self, tiny: Tiny, tmp_path: Path) -> None:
+        runs = []
+        for rehearsed in (False, True):
+            folder = tmp_path / str(rehearsed)
+            folder.mkdir()
+            trainer = make_trainer(tiny, folder, per_device_train_batch_size=4, lora_dropout=0.1, max_steps=2)
+            if rehearsed:
+                sizes = small_card(trainer, 150)
+                lengths = np.array([len(row["input_ids"]) for row in trainer.train_dataset])  # type: ignore[union-attr]
+                before, state = bits(trainer.model), torch.get_rng_state()
+                trainer.rehearse(lengths)
+                assert not changed(before, trainer.model) and torch.equal(state, torch.get_rng_state())
+                assert all(p.grad is None for p in trainer.model.parameters())
+                assert max(sizes) > 150 and max(lengths) == 78
+                sizes.clear()
+            trainer.train()
+            runs.append((trainer.state.log_history, bits(trainer.model)))
+        assert max(sizes) <= 150
+        plain, rehearsed_log = (
+            [{k: v for k, v in line.items() if "loss" in k or "tokens" in k} for line in log] for log, _ in runs
+        )
+        assert [line["loss"] for line in rehearsed_log[:2]] == pytest.approx(
+            [line["loss"] for line in plain[:2]], rel=1e-3
+        )

@@ -1,0 +1,26 @@
+"""Floating point operations of what torch really computes, a multiplication and an addition counted as two.
+
+torch's counter knows matrix products, convolutions and attention; it is told here of the packed layers: their forward
+pass is one operation of bitsandbytes, their backward pass unpacks and multiplies, which is seen as it is. Attention is
+counted whole, also where a causal kernel leaves half of it out; the same for every system.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import bitsandbytes  # noqa: F401  # defines the operation that is counted
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counter() -> FlopCounterMode:
+    """A context in which FLOPs are counted; `get_total_flops()` says how many."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.bitsandbytes.gemm_4bit: _packed_product})
+
+
+def _packed_product(a: Any, b: Any, shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """(..., K) times a packed (N, K)."""
+    n, k = shape
+    return 2 * prod(a[:-1]) * int(n) * int(k)

@@ -1,0 +1,196 @@
+"""FLOPs of a training step at the real sizes, counted without weights.
+
+    python benchmarks/flops.py --json benchmarks/results/flops.json
+
+The real code runs on fake tensors: they have shapes and no contents, so 13B parameters take no memory, and torch's
+counter sees every product, forward, recomputed and backward. Counted are TRL with and without recomputation, and qllava
+with one and three samples per picture, with and without recomputation, and with each shortcut off by itself. A sample
+has a picture of 576 tokens and 200 tokens of text, 100 of them learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlavaConfig
+from trl.kernels import ChunkedLogProbFunction
+
+from benchmarks import shapes
+from benchmarks.counting import counter
+from benchmarks.machine import provenance
+from benchmarks.tables import format_table
+from benchmarks.whole_head import compute_whole_head
+from qllava.data.collate import row_tensors
+from qllava.data.encode import IGNORE_INDEX
+from qllava.data.packing import Row, lay_out
+from qllava.models.checkpoint import tokens_per_image
+from qllava.training.attention import looking_at
+from qllava.training.exact import lora_first, prune_last_layer, stop_tower, teach_rows
+from qllava.training.fake import fake_llava, llava_of
+from qllava.training.memory import recompute as recompute_layers
+
+TEXT_TOKENS, LEARNED_TOKENS = 200, 100
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What qllava leaves out; see `training.exact`."""
+
+    share: bool = True
+    stop_tower: bool = True
+    prune_last_layer: bool = True
+    lora_first: bool = True
+    head_on_learned: bool = True
+
+
+def trl_step(
+    config: LlavaConfig,
+    *,
+    samples: int = 1,
+    text: int = TEXT_TOKENS,
+    learned: int | None = LEARNED_TOKENS,
+    recompute: bool = True,
+    lora_r: int = 64,
+) -> int:
+    """FLOPs of a step of TRL's trainer over a batch of samples of one length.
+
+    learned: how many positions of a sample go through the head: those learned, as on CUDA; None: all, as on a CPU.
+    """
+    with FakeTensorMode():
+        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
+        llava = llava_of(model)
+        # As SFTTrainer prepares a model: the inputs' gradients let the frozen tower run in the graph, recomputed too.
+        model.train()
+        if recompute:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        image = tokens_per_image(config)
+        # transformers compares the number of image tokens with the features' here; these tensors hold no numbers.
+        llava.model.get_placeholder_mask = lambda ids, *_, **__: (ids == config.image_token_index).unsqueeze(-1)
+        side = getattr(config.vision_config, "image_size", 0)
+        ids = torch.zeros(samples, image + text, dtype=torch.long)
+        pixels = torch.zeros(samples, 3, side, side)
+        with counter() as counted:
+            hidden = llava.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state[:, :-1]
+            picked = hidden[:, -(learned or hidden.shape[1]) :].reshape(-1, hidden.shape[-1])
+            targets = torch.zeros(len(picked), dtype=torch.long)
+            log_probs, *_ = ChunkedLogProbFunction.apply(
+                picked, llava.lm_head.weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
+            )
+            (-log_probs.sum()).backward()
+        return int(counted.get_total_flops())
+
+
+def qllava_step(
+    config: LlavaConfig,
+    *,
+    samples: int = 1,
+    text: int = TEXT_TOKENS,
+    learned: int = LEARNED_TOKENS,
+    recompute: bool = False,
+    shortcuts: Shortcuts = Shortcuts(),
+    lora_r: int = 64,
+) -> int:
+    """FLOPs of a step of qllava over one picture and all samples about it."""
+    row = _row(config, samples, text, learned, share=shortcuts.share)
+    return count_row(config, row, recompute=recompute, shortcuts=shortcuts, lora_r=lora_r)
+
+
+def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shortcuts, lora_r: int) -> int:
+    """FLOPs of a row, forward and backward."""
+    with FakeTensorMode() as fake:
+        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
+        llava = llava_of(model)
+        teach_rows(llava)
+        if shortcuts.stop_tower:
+            stop_tower(llava)
+        if shortcuts.prune_last_layer:
+            prune_last_layer(llava.model.language_model)
+        if shortcuts.lora_first:
+            lora_first(llava)
+        if not shortcuts.head_on_learned:
+            compute_whole_head(llava)
+        model.train()
+        if recompute:
+            recompute_layers(llava.model.language_model, None)
+        side = getattr(config.vision_config, "image_size", 0)
+        tensors = {
+            name: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in row_tensors(row).items()
+        }
+        pixels = torch.zeros(len(row.pictures), 3, side, side)
+        with counter() as counted, looking_at(llava.model.language_model):
+            (-model(**tensors, pixel_values=pixels).log_probs.sum()).backward()
+        return int(counted.get_total_flops())
+
+
+def _row(config: LlavaConfig, samples: int, text: int, learned: int, *, share: bool) -> Row:
+    """Samples about one picture in one row: the picture, a question of other words each, an answer."""
+    picture = [config.image_token_index] * tokens_per_image(config)
+    asked = [IGNORE_INDEX] * (len(picture) + text - learned)
+    rows = [
+        {"id": str(n), "input_ids": picture + [n + 1] * text, "labels": asked + [n + 1] * learned, "pictures": ["a"]}
+        for n in range(samples)
+    ]
+    return lay_out(rows, config.image_token_index, share=share)
+
+
+LINES: list[tuple[str, Callable[[LlavaConfig], int], int]] = [
+    ("TRL, defaults", lambda config: trl_step(config), 1),
+    ("TRL, defaults, head on all positions", lambda config: trl_step(config, learned=None), 1),
+    ("TRL, no recomputation", lambda config: trl_step(config, recompute=False), 1),
+    *(
+        (
+            f"qllava, {samples} per picture{', recomputation' * recompute}{f', without {off}' * bool(off)}",
+            lambda config, samples=samples, recompute=recompute, off=off: qllava_step(
+                config,
+                samples=samples,
+                recompute=recompute,
+                shortcuts=Shortcuts(**({off: False} if off else {})),
+            ),
+            samples,
+        )
+        for samples in (1, 3)
+        for recompute in (False, True)
+        for off in ("", *Shortcuts.__dataclass_fields__)
+        if not (off == "share" and samples == 1) and not (off == "lora_first" and not recompute)
+    ),
+]
+"""What is counted: a name, how, and for how many samples."""
+
+
+def table(names: Sequence[str]) -> list[dict[str, Any]]:
+    """All lines for these shapes."""
+    found = []
+    for name in names:
+        for line, count, samples in LINES:
+            config = getattr(shapes, name)()
+            found.append({"shape": name, "step": line, "tflop_per_sample": count(config) / samples / 1e12})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print, write."""
+    parser = argparse.ArgumentParser(description="FLOPs of a training step, without weights.")
+    parser.add_argument("--shape", nargs="+", default=["llava_7b", "llava_13b"], help="functions of shapes.py")
+    parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args(arguments)
+    found = table(["tiny"] if given.tiny else given.shape)
+    print(format_table(found))
+    if given.json:
+        about = provenance("cpu")
+        given.json.write_text(json.dumps([{**line, **about} for line in found], indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Samples to train on, made up: pictures of noise, and questions and answers as long as those of LLaVA-Instruct.
+
+A sample's text is log-normally long, 200 tokens in the mean, and about half of it is learned. The words mean nothing;
+they come from a few hundred, so that there is something to learn (how often each comes) and losses can be compared.
+
+All systems get the same rows and the same samples in each optimizer step. Steps are those of `packing.steps_of`, as a
+run of qllava has them: samples about one picture come together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+from qllava.conversation import CHATML, IMAGE_TOKEN, ask
+from qllava.data.packing import steps_of
+from qllava.models.checkpoint import tokens_per_image
+
+MEAN_TOKENS = 200
+SPREAD = 0.55
+"""Standard deviation of the logarithm of a text's length."""
+TEMPLATE_TOKENS = 6
+"""Begin and end of turn, and the two roles, of a ChatML round."""
+WORDS = 256
+MIXTURE = {1: 0.30, 2: 0.45, 3: 0.25}
+"""How many pictures have one, two and three samples when the mean is 1.95, that of LLaVA-Instruct-158K."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sample.
+
+    picture: its file.
+    question, answer: words.
+    """
+
+    picture: str
+    question: str
+    answer: str
+
+    @property
+    def tokens(self) -> int:
+        """Of the text; the tokenizer has one for each word."""
+        return len(self.question.split()) + len(self.answer.split()) + TEMPLATE_TOKENS
+
+
+def make_processor(config: LlavaConfig) -> LlavaProcessor:
+    """A processor with a tokenizer of one token a word, as many as fit below `<image>`, and ChatML as its template."""
+    image_token: int = config.image_token_index
+    special = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, "user", "assistant"]
+    words += [f"w{number}" for number in range(image_token - len(words))]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*words, IMAGE_TOKEN])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", IMAGE_TOKEN],
+    )
+    side = config.vision_config.image_size
+    strategy = config.vision_feature_select_strategy
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1 if strategy == "default" else 0,
+        chat_template=CHATML.chat_template(),
+    )
+
+
+def make_texts(
+    folder: Path, *, side: int, samples_per_image: float, samples_per_step: int, steps: int, seed: int
+) -> list[Text]:
+    """Samples of `steps` optimizer steps, one step after the other; pictures of side x side are written to `folder`."""
+    rng = np.random.default_rng([seed, round(100 * samples_per_image)])
+    shown: list[int] = []
+    while len(shown) < steps * samples_per_step + 64:
+        shown += [len(shown) + 1] * _group(rng, samples_per_image)
+    order = steps_of(np.array(shown), samples_per_step, seed=seed, epoch=0)
+    chosen = np.concatenate([next(order) for _ in range(steps)])
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_text(rng, _picture(folder, side, samples_per_image, shown[index])) for index in chosen]
+
+
+def _group(rng: np.random.Generator, samples_per_image: float) -> int:
+    """How many samples the next picture has."""
+    if samples_per_image == round(samples_per_image):
+        return round(samples_per_image)
+    mean = sum(size * share for size, share in MIXTURE.items())
+    if abs(mean - samples_per_image) > 1e-6:
+        raise ValueError(f"samples per image are whole numbers or {mean:.2f}, not {samples_per_image}")
+    return int(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
+
+
+def _text(rng: np.random.Generator, picture: str) -> Text:
+    drawn = rng.lognormal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD)
+    length = int(np.clip(drawn, 24, 700)) - TEMPLATE_TOKENS
+    learned = max(1, round(length * rng.uniform(0.4, 0.6)))
+    # Common words and rare ones, as in a language.
+    numbers = (WORDS * rng.random(length) ** 2).astype(int)
+    words = [f"w{number}" for number in numbers]
+    return Text(picture, " ".join(words[learned:]), " ".join(words[:learned]))
+
+
+def _picture(folder: Path, side: int, samples_per_image: float, number: int) -> str:
+    path = folder / f"{samples_per_image}-{number:05d}.jpg"
+    if not path.exists():
+        noise = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((side, side)).save(path, quality=85)
+    return str(path)
+
+
+def write_texts(path: Path, texts: Sequence[Text]) -> None:
+    """For the processes that train on them."""
+    path.write_text(json.dumps([asdict(text) for text in texts]), encoding="utf-8")
+
+
+def read_texts(path: Path) -> list[Text]:
+    """What `write_texts` wrote."""
+    return [Text(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def as_messages(text: Text) -> dict[str, Any]:
+    """A row as TRL takes it."""
+    turns = [{"role": "user", "content": text.question}, {"role": "assistant", "content": text.answer}]
+    return {"messages": turns, "images": [text.picture]}
+
+
+def as_conversation(number: int, text: Text) -> dict[str, Any]:
+    """A row of LLaVA's JSON; its picture's name is relative to the pictures' folder."""
+    turns = [{"from": "human", "value": ask(text.question)}, {"from": "gpt", "value": text.answer}]
+    return {"id": f"{number:06d}", "image": Path(text.picture).name, "conversations": turns}
+
+
+def within_steps(texts: Sequence[Text], samples_per_step: int, order: str, seed: int) -> list[Text]:
+    """The same samples in each step, in another order: `shuffled`, as plain data comes, or `sorted`, longest first."""
+    rng = np.random.default_rng(seed)
+    out: list[Text] = []
+    for start in range(0, len(texts), samples_per_step):
+        step = list(texts[start : start + samples_per_step])
+        if order == "sorted":
+            step.sort(key=lambda text: -text.tokens)
+        else:
+            rng.shuffle(step)  # type: ignore[arg-type]
+        out += step
+    return out
+
+
+def longest(config: LlavaConfig, texts: Sequence[Text]) -> int:
+    """Tokens of the longest sample, its picture's counted."""
+    return max(text.tokens for text in texts) + tokens_per_image(config)

@@ -1,0 +1,233 @@
+"""The three systems that are compared, each as its user would start it, over the same model and the same samples.
+
+    trl        TRL's SFTTrainer with its own collator and its defaults: layers recomputed on the way back, a batch
+               padded to its longest. Set is only what it takes to run at all, or to compute the same: no cutting at
+               `max_length`, answers alone learned (`assistant_only_loss`), samples in the given order
+    trl_tuned  the same with the best settings that were found for it: batch size, recomputation, samples by length
+    qllava     LlavaTrainer
+
+All have the same frozen weights, LoRA and projector at the start, learning rate, optimizer and samples per optimizer
+step. On a CPU all compute in fp32; on a GPU in bf16, where TRL also holds what it trains in bf16, as it does for every
+4-bit model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, Image, List
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks import shapes
+from benchmarks.samples import Text, as_conversation, as_messages, make_processor, read_texts, within_steps
+from benchmarks.weights import random_llava
+from benchmarks.whole_head import compute_whole_head
+from qllava.conversation import CHATML
+from qllava.data.collate import Collator
+from qllava.data.encode import IGNORE_INDEX, Encoder
+from qllava.models.adapter import add_lora
+from qllava.models.assemble import Assembled, Recipe, _prepare_for_training
+from qllava.models.checkpoint import tokens_per_image
+from qllava.training.data import Part, Prepared, prepare
+from qllava.training.settings import TrainConfig
+from qllava.training.stage import Begin, Stage, _fitted
+from qllava.training.trainer import LlavaTrainer
+
+SYSTEMS = ("trl", "trl_tuned", "qllava")
+LEARNING_RATE = 1e-3
+EVERY_LAYER = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains.
+
+    system: which of the three.
+    shape: a function of `shapes`.
+    device: cpu or cuda.
+    folder: where it may write.
+    texts: file of the samples, the steps one after the other.
+    samples_per_step: of an optimizer step.
+    batch: samples that go through TRL's model at once.
+    recompute: whether layers are recomputed on the way back; None: qllava decides by the memory of the GPU.
+    changes: fields of qllava's TrainConfig.
+    whole_head: qllava's head computes all positions, for the price of that.
+    lora_r: rank; alpha is twice that.
+    memory: bytes that the process may take of a GPU; None: all.
+    """
+
+    system: Literal["trl", "trl_tuned", "qllava"]
+    shape: str
+    device: str
+    folder: str
+    texts: str
+    samples_per_step: int
+    batch: int = 1
+    recompute: bool | None = True
+    changes: dict[str, Any] = field(default_factory=dict)
+    whole_head: bool = False
+    lora_r: int = 16
+    memory: int | None = None
+
+
+@dataclass
+class System:
+    """A trainer before its first step.
+
+    trainer: of transformers' kind.
+    rows: the samples as the model takes them, in the order in which this system sees them.
+    digest: of everything that will be trained; equal for equal starts.
+    collator: makes one padded batch of rows.
+    """
+
+    trainer: Any
+    rows: Prepared
+    digest: str
+    collator: Collator
+
+
+class InOrder(LlavaTrainer):
+    """Takes the samples as they come; their order is that of `steps_of` already."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
+    """The system of a job."""
+    texts = read_texts(Path(job.texts))
+    if job.system != "qllava":
+        order = "sorted" if job.system == "trl_tuned" else "shuffled"
+        texts = within_steps(texts, job.samples_per_step, order, seed=0)
+    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+    config = getattr(shapes, job.shape)()
+    model = random_llava(config, device=job.device, dtype=dtype)
+    processor = make_processor(config)
+    recipe = Recipe(None, "random", "random", "mlp2x_gelu", config.vision_feature_layer, "pad", CHATML.name, True)
+    assembled = Assembled(model, processor, recipe)
+    encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, tokens_per_image(config), 1 << 30)
+    rows = _prepare(texts, encoder, Path(job.folder))
+    if job.system == "qllava":
+        _prepare_for_training(model)
+    set_seed(0)
+    adapted = add_lora(assembled, r=job.lora_r, alpha=2 * job.lora_r, dropout=0.0)
+    digest = _digest(adapted)
+    make = _qllava if job.system == "qllava" else _trl
+    trainer = make(job, adapted, assembled, rows, texts)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return System(trainer, rows, digest, Collator(processor.tokenizer.pad_token_id, processor.image_processor))
+
+
+def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list[Text]) -> Any:
+    config = TrainConfig(
+        **_common(job, len(texts)),
+        per_device_train_batch_size=job.samples_per_step,
+        gradient_checkpointing=job.recompute is None,
+        recompute_layers=None if job.recompute is None else job.recompute * EVERY_LAYER,
+        projector_lr=LEARNING_RATE,
+        **job.changes,
+    )
+    if job.whole_head:
+        compute_whole_head(assembled.model)
+    # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
+    stage, _ = _fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config), model, assembled)
+    begin = Begin(rows.lengths)
+    begin.trainer = InOrder(
+        model,
+        assembled,
+        stage.config,
+        train=rows.dataset,
+        evaluation=None,
+        pictures=rows.pictures,
+        exact_match=None,
+        callbacks=[begin],
+    )
+    return begin.trainer
+
+
+def _trl(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list[Text]) -> Any:
+    # With this mark TRL holds what is trained in bf16; an fp32 model cannot be trained so.
+    model.is_loaded_in_4bit = job.device == "cuda"
+    config = SFTConfig(
+        **_common(job, len(texts)),
+        per_device_train_batch_size=job.batch,
+        gradient_accumulation_steps=job.samples_per_step // job.batch,
+        gradient_checkpointing=bool(job.recompute),
+        max_length=None,
+        assistant_only_loss=True,
+        train_sampling_strategy="sequential",
+    )
+    # Pictures are opened when a batch asks for them, like qllava's.
+    dataset = Dataset.from_list([as_messages(text) for text in texts]).cast_column("images", List(Image()))
+    return SFTTrainer(model, config, train_dataset=dataset, processing_class=assembled.processor)
+
+
+def _common(job: Job, samples: int) -> dict[str, Any]:
+    return {
+        "output_dir": job.folder,
+        "max_steps": samples // job.samples_per_step,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "bf16": job.device == "cuda",
+        "use_cpu": job.device == "cpu",
+        "dataloader_pin_memory": job.device == "cuda",
+    }
+
+
+def _prepare(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
+    """The rows as a run of qllava reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["QLLAVA_CACHE"] = str(folder / "cache")
+    path = folder / "rows.json"
+    path.write_text(json.dumps([as_conversation(n, text) for n, text in enumerate(texts)]), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return prepare([Part(path, Path(texts[0].picture).parent)], encoder, seed=0, skip_check=True)[0]
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def mean_loss(system: System, numbers: Sequence[int], device: str) -> float:
+    """Mean loss over the learned tokens of samples, one after the other by the model's own plain forward pass."""
+    model = system.trainer.model
+    base = model.get_base_model()
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for number in numbers:
+        batch = system.collator([system.rows.dataset[int(number)]])
+        labels = batch.pop("labels")[0, 1:].to(device)
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "ids"}
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
+            learned = labels != IGNORE_INDEX
+            logits = nn.functional.linear(hidden[learned], base.lm_head.weight)
+        total += float(nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum"))
+        count += int(learned.sum())
+    model.train(was_training)
+    return total / count

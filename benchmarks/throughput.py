@@ -1,0 +1,260 @@
+"""Samples per second of qllava beside TRL, on the same samples, in turn.
+
+    python benchmarks/throughput.py --device cpu --json benchmarks/results/throughput_cpu.json
+
+Three systems (`systems.py`) train the same model on the same samples, each in a process of its own, and compute their
+optimizer steps in turn (`turns.py`). Printed are the median of the ratios within repetitions and its interval, the loss
+over learned tokens after the same samples, which has to agree within 1 %, the share of positions that are neither
+padding nor a prefix computed twice, and FLOPs. On a CPU the model has the fixed shape `shapes.cpu_bench`.
+
+`--ablate` measures qllava against itself instead: each shortcut switched off by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.machine import provenance
+from benchmarks.pairing import largest_difference, paired_ratio
+from benchmarks.samples import make_texts, write_texts
+from benchmarks.systems import SYSTEMS, Job
+from benchmarks.tables import format_table
+from benchmarks.turns import Failed, Step, Worker, interleave
+
+MIXTURES = (1.0, 1.95, 3.0)
+AGREEMENT = 0.01
+
+ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # Changes of a Job: with the shortcut, without it. LoRA first has an effect under recomputation alone.
+    "share_image_prefix": ({}, {"changes": {"share_image_prefix": False}}),
+    "stop_tower": ({}, {"changes": {"stop_tower": False}}),
+    "prune_last_layer": ({}, {"changes": {"prune_last_layer": False}}),
+    "lora_first": ({"recompute": True}, {"recompute": True, "changes": {"lora_first": False}}),
+    "head_on_learned": ({}, {"whole_head": True}),
+    "no_recomputation": ({"recompute": False}, {"recompute": True}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    shape, device, mixtures, samples_per_step: see `systems.Job` and `samples`.
+    repetitions: timed steps of each mixture; one more before them is counted and not timed.
+    folder: for pictures, rows and what the trainers write.
+    """
+
+    shape: str
+    device: str
+    mixtures: tuple[float, ...]
+    samples_per_step: int
+    repetitions: int
+    folder: Path
+    lora_r: int = 16
+    memory: int | None = None
+
+    def texts(self, mixtures: Sequence[float], steps: int) -> str:
+        """Samples of `steps` steps of each mixture, one mixture after the other, and of one step more, in a file."""
+        side = getattr(shapes, self.shape)().vision_config.image_size
+        # The step behind the last is never computed: the loader reads one ahead, and reading is a part of each step.
+        texts = [
+            text
+            for mixture in [*mixtures, mixtures[-1]]
+            for text in make_texts(
+                self.folder / "pictures",
+                side=side,
+                samples_per_image=mixture,
+                samples_per_step=self.samples_per_step,
+                steps=steps,
+                seed=0,
+            )
+        ][: (len(mixtures) * steps + 1) * self.samples_per_step]
+        path = self.folder / f"texts-{'-'.join(map(str, mixtures))}-{steps}.json"
+        write_texts(path, texts)
+        return str(path)
+
+    def job(self, system: Any, texts: str, **changes: Any) -> Job:
+        """The job of a system with its defaults: on a CPU qllava keeps what the way back needs, on a GPU as it fits."""
+        whole = next(size for size in range(min(8, self.samples_per_step), 0, -1) if self.samples_per_step % size == 0)
+        recompute = system == "trl" or (None if system == "qllava" and self.device == "cuda" else False)
+        values = {"batch": whole, "recompute": recompute, **changes}
+        return Job(
+            system,
+            self.shape,
+            self.device,
+            tempfile.mkdtemp(dir=self.folder, prefix=f"{system}-"),
+            texts,
+            self.samples_per_step,
+            lora_r=self.lora_r,
+            memory=self.memory,
+            **values,
+        )
+
+
+def tuned(plan: Plan) -> Job:
+    """TRL at its best: the fastest of batch sizes, with and without recomputation where there is memory for it."""
+    texts = plan.texts(plan.mixtures[:1], 2)
+    sizes = [size for size in range(1, plan.samples_per_step + 1) if plan.samples_per_step % size == 0]
+    best: tuple[float, Job] | None = None
+    for recompute in (False, True):
+        for batch in sizes:
+            try:
+                (steps,) = measure([plan.job("trl_tuned", texts, batch=batch, recompute=recompute)], 1)
+            except Failed as error:
+                if not error.out_of_memory:
+                    raise
+                break  # a larger batch does not fit either
+            seconds = steps[-1].seconds
+            print(f"TRL, batch {batch}, recomputation {recompute}: {seconds:.2f} s a step", flush=True)
+            if best is not None and seconds > best[0]:
+                break  # still larger ones have still more padding
+            best = seconds, plan.job("trl_tuned", texts, batch=batch, recompute=recompute)
+        if best is not None:
+            break  # what is recomputed where nothing need be is slower
+    if best is None:
+        raise SystemExit("TRL does not fit into the memory with any batch size.")
+    return best[1]
+
+
+def measure(jobs: Sequence[Job], repetitions: int) -> list[list[Step]]:
+    """Steps of jobs in turn, the first of each counted and not timed."""
+    workers: list[Worker] = []
+    try:
+        for job in jobs:
+            workers.append(Worker(job))
+        counted = [[worker.step(count=True)] for worker in workers]
+        return [first + rest for first, rest in zip(counted, interleave(workers, repetitions), strict=True)]
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def compare(plan: Plan) -> list[dict[str, Any]]:
+    """The three systems over all mixtures; raises SystemExit when they did not learn the same tokens."""
+    best = tuned(plan)
+    texts = plan.texts(plan.mixtures, 1 + plan.repetitions)
+    jobs = [
+        plan.job("trl", texts),
+        replace(best, texts=texts),
+        plan.job("qllava", texts),
+    ]
+    workers: list[Worker] = []
+    found: list[dict[str, Any]] = []
+    try:
+        for job in jobs:
+            workers.append(Worker(job))
+        if len({worker.digest for worker in workers}) != 1:
+            raise SystemExit("The systems do not start from the same LoRA and projector.")
+        for mixture in plan.mixtures:
+            counted = [worker.step(count=True) for worker in workers]
+            steps = interleave(workers, plan.repetitions)
+            check_same(counted, steps)
+            losses = [worker.loss(plan.samples_per_step) for worker in workers]
+            found += summarize(mixture, counted, steps, losses)
+            print(format_table(found[-len(SYSTEMS) :]), flush=True)
+    finally:
+        for worker in workers:
+            worker.close()
+    return found
+
+
+def check_same(counted: Sequence[Step], steps: Sequence[Sequence[Step]]) -> None:
+    """Every system learned the same number of tokens in each step; else what is compared is not the same."""
+    learned = [[step.learned for step in (first, *rest)] for first, rest in zip(counted, steps, strict=True)]
+    if any(other != learned[0] for other in learned):
+        raise SystemExit(f"The systems did not learn the same tokens: {learned} of each step.")
+
+
+def summarize(
+    mixture: float, counted: Sequence[Step], steps: Sequence[Sequence[Step]], losses: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A line for each system; the first is what the others are compared with."""
+    out = []
+    baseline = [step.seconds for step in steps[0]]
+    for system, first, taken, loss in zip(SYSTEMS, counted, steps, losses, strict=True):
+        ratio, interval = paired_ratio([step.seconds for step in taken], baseline)
+        seconds = sorted(step.seconds for step in taken)[len(taken) // 2]
+        out.append(
+            {
+                "samples_per_image": mixture,
+                "system": system,
+                "samples_per_second": round(first.samples / seconds, 3),
+                "ratio": round(ratio, 3),
+                "ratio_ci95": [round(edge, 3) for edge in interval],
+                "loss": loss,
+                "useful_tokens": round(sum(step.needed for step in taken) / sum(step.positions for step in taken), 4),
+                "tflop_per_sample": round((first.flops or 0) / first.samples / 1e12, 4),
+                "repetitions": len(taken),
+            }
+        )
+    return out
+
+
+def ablate(plan: Plan, mixture: float) -> list[dict[str, Any]]:
+    """Each shortcut of qllava by itself: how much faster a step is with it than without."""
+    texts = plan.texts([mixture], 1 + plan.repetitions)
+    out = []
+    for name, (on, off) in ABLATIONS.items():
+        steps = measure([plan.job("qllava", texts, **changes) for changes in (on, off)], plan.repetitions)
+        ratio, interval = paired_ratio(*([step.seconds for step in taken[1:]] for taken in steps))
+        flops = [(taken[0].flops or 0) / taken[0].samples / 1e12 for taken in steps]
+        out.append(
+            {
+                "samples_per_image": mixture,
+                "shortcut": name,
+                "ratio": round(ratio, 3),
+                "ratio_ci95": [round(edge, 3) for edge in interval],
+                "tflop_per_sample": [round(value, 4) for value in flops],
+                "repetitions": plan.repetitions,
+            }
+        )
+        print(format_table(out[-1:]), flush=True)
+    return out
+
+
+def disagreement(found: Sequence[dict[str, Any]]) -> str | None:
+    """What is wrong with the losses; None when they agree."""
+    for mixture in dict.fromkeys(line["samples_per_image"] for line in found):
+        losses = [line["loss"] for line in found if line["samples_per_image"] == mixture]
+        if not largest_difference(losses) <= AGREEMENT:
+            return f"With {mixture} samples per picture the losses are {losses}: they differ by more than 1 %."
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; 1 when the losses do not agree."""
+    parser = argparse.ArgumentParser(description="Samples per second of qllava beside TRL.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", default=None, help="a function of benchmarks/shapes.py")
+    parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
+    parser.add_argument("--samples-per-step", type=int, default=6)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--ablate", action="store_true", help="qllava against itself, each shortcut off by itself")
+    parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args(arguments)
+    shape = given.shape or ("tiny" if given.tiny else "cpu_bench" if given.device == "cpu" else "llava_7b")
+    with tempfile.TemporaryDirectory() as folder:
+        mixtures = tuple(given.samples_per_image)
+        plan = Plan(shape, given.device, mixtures, given.samples_per_step, given.repetitions, Path(folder))
+        found = [line for m in mixtures for line in ablate(plan, m)] if given.ablate else compare(plan)
+    print(format_table(found))
+    if given.json:
+        about = provenance(given.device)
+        given.json.write_text(json.dumps([{**line, **about} for line in found], indent=2) + "\n", encoding="utf-8")
+    wrong = None if given.ablate else disagreement(found)
+    if wrong:
+        print(wrong, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

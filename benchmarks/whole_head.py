@@ -1,0 +1,28 @@
+"""A shortcut of qllava switched off: the head computes all positions, as it would without `training.exact`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compute_whole_head(model: Any) -> None:
+    """Let the head multiply as many positions as the row has, and throw away what is not learned.
+
+    The positions that are not learned are zeros here: what they hold costs nothing less or more.
+    """
+    seen: dict[str, int] = {}
+    plain = model.lm_head.forward
+
+    def remember(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["positions"] = kwargs["inputs_embeds"].shape[1]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        padding = hidden.new_zeros(max(0, seen["positions"] - len(hidden)), hidden.shape[1])
+        out: torch.Tensor = plain(torch.cat([hidden, padding]))[: len(hidden)]
+        return out
+
+    model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
+    model.lm_head.forward = forward

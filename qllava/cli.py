@@ -73,15 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--html", metavar="FILE", type=Path, help="write a page with the pictures")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
 
-    plan = _verb(verbs, "plan", run_plan, "say how much memory a training run will need, by part, and what would fit")
-    plan.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; the flags below are above it")
-    plan.add_argument("--model", metavar="MODEL", help="nano (default), a LLaVA's folder or hub name, or a run folder")
-    plan.add_argument("--language-model", metavar="L", help="of a new LLaVA; only config.json is read")
-    plan.add_argument("--vision-tower", metavar="V", help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder")
-    plan.add_argument("--lora-r", metavar="R", type=_rank, help="rank of LoRA; 0 for stage 1, the projector alone")
-    plan.add_argument("--tokens-per-row", metavar="N", type=_positive, help="tokens that go through the model at once")
-    plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
-    _json_flag(plan)
+    _add_plan(verbs)
 
     merge = _verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
     merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
@@ -107,6 +99,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", metavar="N", type=_positive, default=256, help="(default: 256)")
     chat.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
 
+    _add_eval(verbs)
+    return parser
+
+
+def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = _verb(verbs, "plan", run_plan, "say how much memory a training run will need, by part, and what would fit")
+    plan.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; the flags below are above it")
+    plan.add_argument("--model", metavar="MODEL", help="nano (default), a LLaVA's folder or hub name, or a run folder")
+    plan.add_argument("--language-model", metavar="L", help="of a new LLaVA; only config.json is read")
+    plan.add_argument("--vision-tower", metavar="V", help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder")
+    plan.add_argument("--lora-r", metavar="R", type=_rank, help="rank of LoRA; 0 for stage 1, the projector alone")
+    plan.add_argument("--tokens-per-row", metavar="N", type=_positive, help="tokens that go through the model at once")
+    plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
+    _json_flag(plan)
+
+
+def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
     vqa = _verb(kinds, "vqa", run_eval_vqa, "short answers to questions about pictures, exact match")
@@ -115,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
     vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
     _json_flag(vqa)
-    return parser
 
 
 def _verb(

@@ -14,7 +14,7 @@ The figures come from the real training step on fake tensors (`training.fake`). 
   as AdamW.
 
 A step is looked at as a second row of it sees it: gradients and the optimizer's state are there. Memory is affine in
-the number of equal layers, phase by phase, so a model of six layers or fewer tells that of any number; with
+the number of equal layers, phase by phase, so a model of five layers or fewer tells that of any number; with
 `whole=True` all layers are run, and a test holds one against the other.
 
 GB are 2**30 bytes here, as cards are sold.
@@ -297,7 +297,7 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
         shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
         ways += [{"tokens_per_row": n} for n in shorter]
         ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if setup.lora_r > 8]
-    would = "a smaller language model or tower"
+    would = "a smaller model"
     for way in ways:
         if estimate(replace(setup, **way)).peak_bytes <= limit:  # type: ignore[arg-type]
             names = {"lora_r": "lora_r", "tokens_per_row": "max_length"}

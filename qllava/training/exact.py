@@ -92,6 +92,11 @@ def row_forward(
     if pixel_values is not None:
         seen = image_features(model, pixel_values)
         embeddings = embeddings.index_put((image_places,), seen[features].to(embeddings.dtype))
+    elif torch.is_grad_enabled():
+        # A text teaches the projector nothing, and its gradient is zero, not missing: stage 1 has no other, and
+        # several processes wait for it.
+        learning = [p.sum() for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
+        embeddings = embeddings + 0 * sum(learning)
     hidden = model.model.language_model(
         inputs_embeds=embeddings[None],
         position_ids=position_ids,

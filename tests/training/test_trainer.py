@@ -160,6 +160,19 @@ class TestTheSameNumbers:
         rows = [len(next(iter(t.get_train_dataloader()))["rows"]) for t in (trainer, changed_one)]
         assert rows[0] == 1 and (rows[1] > 1) is ("tokens_per_row" in changes)
 
+    @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
+    def test_a_row_of_texts_gives_the_projector_a_gradient_of_zero(
+        self, tiny: Tiny, tmp_path: Path, lora: bool
+    ) -> None:
+        turns = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "two"}]
+        write_rows(tiny.rows.with_name("texts.json"), [{"id": f"t{n}", "conversations": turns} for n in range(2)])
+        kept = Gradients()
+        texts = dataclasses.replace(tiny, rows=tiny.rows.with_name("texts.json"))
+        make_trainer(texts, tmp_path, lora=lora, callbacks=[kept], max_steps=1, max_grad_norm=0).train()
+        projector = {name: g for name, g in kept.steps[0].items() if "multi_modal_projector" in name}
+        assert len(projector) == 4 and not any(g.any() for g in projector.values())
+        assert (len(kept.steps[0]) > 4) is lora
+
     def test_captions_of_one_picture_share_it(self, tiny: Tiny, tmp_path: Path) -> None:
         """Where a caption follows its picture at once, the last image token and its feature are repeated."""
         rows = [

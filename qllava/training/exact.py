@@ -24,7 +24,9 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -35,6 +37,9 @@ from qllava.training.attention import Kernel, Sight, row_attention
 
 MOST_LOGITS = 1 << 25
 """That are held at once: 128 MB in fp32, for 1,048 learned tokens of a vocabulary of 32,000."""
+
+_STEPS = 6
+"""Twice the three that count: the small products of a LoRA are bound by memory. Measured with nano."""
 
 
 @dataclass
@@ -213,7 +218,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def lora_first(model: nn.Module) -> None:
-    """Let every LoRA of a model be computed before its base layer, while it trains."""
+    """Let every LoRA of a model be computed before its base layer, while it trains; or in it, where that is less."""
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             module.forward = partial(_lora_first, module, module.forward)
@@ -223,9 +228,32 @@ def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **
     """(..., in) -> (..., out): (alpha / r) B A x + W x, in the base's type as peft has it."""
     if not layer.training or layer.disable_adapters or layer.merged or args or kwargs:
         return plain(x, *args, **kwargs)
-    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
     # Under autocast torch chooses the type; without, LoRA computes in its own.
-    given = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
-    delta = b(a(layer.lora_dropout["default"](given)) * layer.scaling["default"])
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and x.dtype == torch.float32 and _is_large(layer):
+        whole = torch.addmm(_weight(layer.base_layer), b.weight, a.weight, alpha=scaling)
+        return linear(x, whole, layer.base_layer.bias)
+    given = x if autocast else x.to(a.weight.dtype)
+    delta = b(a(layer.lora_dropout["default"](given)) * scaling)
     base = layer.base_layer(x)
     return base + delta.to(base.dtype)
+
+
+def _is_large(layer: Any) -> bool:
+    """Whether a LoRA costs as much as its layer.
+
+    By itself it takes 3 r (in + out) products a token, both ways, in seven small steps; added to the weight, the
+    gradient of the weight, in * out in one. In 16 bit the sum would be rounded, so it is for fp32 alone.
+    """
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    (rank, wide), tall = a.shape, b.shape[0]
+    plain = isinstance(layer.lora_dropout["default"], nn.Identity) and a.dtype == torch.float32
+    return plain and _STEPS * rank * (wide + tall) >= wide * tall
+
+
+@torch.no_grad()
+def _weight(base: Any) -> Tensor:
+    """(out, in) of a frozen linear layer, in fp32."""
+    state = getattr(base.weight, "quant_state", None)
+    return base.weight.float() if state is None else dequantize_4bit(base.weight.data, state).float()

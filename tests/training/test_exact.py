@@ -69,11 +69,13 @@ def test_only_layers_that_are_known_are_pruned() -> None:
 
 
 class TestLoraFirst:
-    def passes(self, tiny: Tiny, first: bool, four_bit: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+    def passes(
+        self, tiny: Tiny, first: bool, four_bit: bool, rank: int = 4, dropout: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor], int]:
         """Output and gradients of a layer that is recomputed, and how often its last base product was computed."""
         assembled = assemble(tiny.recipe(load_in_4bit=four_bit))
         torch.manual_seed(0)
-        model = add_lora(assembled, r=4, alpha=8, dropout=0.0).train()
+        model = add_lora(assembled, r=rank, alpha=2 * rank, dropout=dropout).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -85,17 +87,25 @@ class TestLoraFirst:
         language_model.gradient_checkpointing_enable({"use_reentrant": False})
         given = torch.randn(1, 5, 64, requires_grad=True)
         out = language_model(inputs_embeds=given, use_cache=False).last_hidden_state
-        out.square().sum().backward()
+        # Not its square: a norm comes last, and no weight changes its length.
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         learned = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         return out.detach(), {**learned, "input": given.grad}, len(products)  # type: ignore[dict-item]
 
+    @pytest.mark.parametrize("rank", [2, 16], ids=["small", "large"])
     @pytest.mark.parametrize("four_bit", [True, False], ids=["4 bit", "whole"])
-    def test_is_the_same(self, tiny: Tiny, four_bit: bool) -> None:
-        (out, gradients, _), (wanted, expected, _) = (self.passes(tiny, first, four_bit) for first in (True, False))
+    def test_is_the_same(self, tiny: Tiny, four_bit: bool, rank: int) -> None:
+        (out, gradients, products), (wanted, expected, _) = (
+            self.passes(tiny, first, four_bit, rank) for first in (True, False)
+        )
+        assert (products == 0) is (rank == 16)  # one that is large is a part of the weight
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
         assert gradients.keys() == expected.keys() and len(gradients) == 2 * 2 * 7 + 1
         for name, gradient in expected.items():
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+    def test_a_large_one_with_dropout_stays_by_itself(self, tiny: Tiny) -> None:
+        assert self.passes(tiny, True, True, rank=16, dropout=0.1)[2] > 0
 
     def test_saves_the_last_base_product_of_a_layer_that_is_recomputed(self, tiny: Tiny) -> None:
         assert self.passes(tiny, False, True)[2] == 2

@@ -33,7 +33,7 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
 from qllava.models.checkpoint import tokens_per_image
 from qllava.training.attention import looking_at
-from qllava.training.exact import lora_first, prune_last_layer, stop_tower, teach_rows
+from qllava.training.exact import take_shortcuts, teach_rows
 from qllava.training.fake import fake_llava, llava_of
 from qllava.training.memory import recompute as recompute_layers
 
@@ -110,12 +110,7 @@ def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shor
         model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
         llava = llava_of(model)
         teach_rows(llava)
-        if shortcuts.stop_tower:
-            stop_tower(llava)
-        if shortcuts.prune_last_layer:
-            prune_last_layer(llava.model.language_model)
-        if shortcuts.lora_first:
-            lora_first(llava)
+        take_shortcuts(llava, shortcuts)
         if not shortcuts.head_on_learned:
             compute_whole_head(llava)
         model.train()

@@ -38,11 +38,11 @@ from qllava.conversation import CHATML
 from qllava.data.collate import Collator
 from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.models.adapter import add_lora
-from qllava.models.assemble import Assembled, Recipe, _prepare_for_training
+from qllava.models.assemble import Assembled, Recipe, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.settings import TrainConfig
-from qllava.training.stage import Begin, Stage, _fitted
+from qllava.training.stage import Begin, Stage, fitted
 from qllava.training.trainer import LlavaTrainer
 
 SYSTEMS = ("trl", "trl_tuned", "qllava")
@@ -120,7 +120,7 @@ def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
     encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, tokens_per_image(config), 1 << 30)
     rows = _prepare(texts, encoder, Path(job.folder))
     if job.system == "qllava":
-        _prepare_for_training(model)
+        prepare_for_training(model)
     set_seed(0)
     adapted = add_lora(assembled, r=job.lora_r, alpha=2 * job.lora_r, dropout=0.0)
     digest = _digest(adapted)
@@ -143,7 +143,7 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
     if job.whole_head:
         compute_whole_head(assembled.model)
     # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
-    stage, _ = _fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config), model, assembled)
+    stage, _ = fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config), model, assembled)
     begin = Begin(rows.lengths)
     begin.trainer = InOrder(
         model,

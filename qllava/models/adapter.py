@@ -8,6 +8,7 @@ qllava.json                                    the `Recipe` of the base, with it
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def add_lora(assembled: Assembled, *, r: int, alpha: int, dropout: float) -> Pef
         modules_to_save=["multi_modal_projector"],
         bias="none",
     )
-    model: Any = get_peft_model(assembled.model, config)
+    with warnings.catch_warnings():
+        # peft asks for recomputation by the name that transformers is about to drop.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model: Any = get_peft_model(assembled.model, config)
     _freeze_identity(model, assembled.recipe)
     _unmark(assembled.model)
     return model  # type: ignore[no-any-return]

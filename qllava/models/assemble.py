@@ -109,7 +109,7 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
     # `plain` is how captions are learned; nobody chats with it, so the model keeps the template it will be asked in.
     processor.chat_template = processor.tokenizer.chat_template = template.chat_template()
     _settle_end_of_turn(model, processor.tokenizer, template)
-    _prepare_for_training(model)
+    prepare_for_training(model)
     found = fingerprint(model, built=recipe.model is None)
     if recipe.fingerprint and recipe.fingerprint != found:
         raise InputError(
@@ -272,7 +272,7 @@ def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _prepare_for_training(model: Any) -> None:
+def prepare_for_training(model: Any) -> None:
     """Freeze everything, take the tower out of the graph, and let a 16-bit tower feed an fp32 projector."""
     model.requires_grad_(False)
     for module in model.modules():

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -54,6 +54,32 @@ class RowOutput(ModelOutput):
     """Of what was predicted, in nats."""
     is_top1: Tensor | None = None
     """Whether the token that was to come was the likeliest."""
+
+
+class Switches(Protocol):
+    """Which shortcuts are taken; a run's settings say so, among others."""
+
+    @property
+    def stop_tower(self) -> bool:
+        """See the head of this file."""
+
+    @property
+    def prune_last_layer(self) -> bool:
+        """See the head of this file."""
+
+    @property
+    def lora_first(self) -> bool:
+        """See the head of this file."""
+
+
+def take_shortcuts(model: Any, switches: Switches) -> None:
+    """Change a LlavaForConditionalGeneration, with LoRA in it or without, as the switches say."""
+    if switches.stop_tower:
+        stop_tower(model)
+    if switches.prune_last_layer:
+        prune_last_layer(model.model.language_model)
+    if switches.lora_first:
+        lora_first(model)
 
 
 def teach_rows(model: Any, kernel: Kernel = "groups") -> None:

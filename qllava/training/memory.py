@@ -386,10 +386,5 @@ def prepare(model: Any, setup: Setup, again: int) -> None:
     """What a run does to a model before its first step: rows, shortcuts, recomputation of the first layers."""
     llava = llava_of(model)
     exact.teach_rows(llava)
-    if setup.stop_tower:
-        exact.stop_tower(llava)
-    if setup.prune_last_layer:
-        exact.prune_last_layer(llava.model.language_model)
-    if setup.lora_first:
-        exact.lora_first(model)
+    exact.take_shortcuts(llava, setup)
     recompute(llava.model.language_model, again, preserve_rng_state=False)

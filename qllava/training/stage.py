@@ -113,7 +113,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     held_out = stage.evaluation.dataset if stage.evaluation else None
     _settle_evaluation(stage.config, held_out is not None)
     _check_lengths(stage, assembled)
-    stage, memory = _fitted(stage, model, assembled)
+    stage, memory = fitted(stage, model, assembled)
     progress, begin = Progress(stage.title), Begin(stage.train.lengths)
     trainer = LlavaTrainer(
         model,
@@ -167,7 +167,7 @@ def _check_lengths(stage: Stage, assembled: Assembled) -> None:
         )
 
 
-def _fitted(stage: Stage, model: Any, assembled: Assembled) -> tuple[Stage, list[str]]:
+def fitted(stage: Stage, model: Any, assembled: Assembled) -> tuple[Stage, list[str]]:
     """Row size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
 
     Raises InputError when nothing fits.

@@ -43,7 +43,7 @@ from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.models.vision import one_line
 from qllava.training.attention import looking_at
-from qllava.training.exact import lora_first, prune_last_layer, stop_tower, teach_rows
+from qllava.training.exact import take_shortcuts, teach_rows
 from qllava.training.kernels import choose
 from qllava.training.settings import TrainConfig
 
@@ -160,12 +160,7 @@ class LlavaTrainer(SFTTrainer):
         self.kernel = choose(llava.config.text_config, llava.device, computing_in(config, llava.dtype))
         # After TRL, which puts a forward pass of its own on the instance.
         teach_rows(llava, self.kernel.kernel)
-        if config.stop_tower:
-            stop_tower(llava)
-        if config.prune_last_layer:
-            prune_last_layer(llava.model.language_model)
-        if config.lora_first:
-            lora_first(llava)
+        take_shortcuts(llava, config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""

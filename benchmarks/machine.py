@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from qllava.training.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD
+
 MALLOC = {
-    # A layer's weights that were just unpacked go back to the allocator, not to the kernel, which would have to fill
-    # their pages with zeros again: unpacking is 7 to 8 times faster so. Set for every system alike. Not higher: what is
-    # never given back adds up over several processes.
-    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
+    # What qllava sets for itself on a CPU, for every system alike: a layer's weights that were just unpacked go back to
+    # the allocator, not to the kernel, which would have to fill their pages with zeros again.
+    "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD),
+    "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD),
 }
 
 

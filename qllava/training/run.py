@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import set_seed
 
@@ -29,6 +30,7 @@ from qllava.models.assemble import Assembled, Recipe, assemble
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import scores
+from qllava.training.allocator import keep_freed_memory
 from qllava.training.data import Part, Prepared, parts_of, prepare
 from qllava.training.report import write_report
 from qllava.training.settings import Settings, TrainConfig
@@ -182,6 +184,8 @@ def _assemble(settings: Settings) -> Assembled:
     if model.model_name_or_path and built:
         raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
     set_seed(settings.train.seed)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     # `plain` is for captions; the model itself keeps the template in which it will be asked.
     template = model.template if model.template != "plain" else None
     recipe = Recipe(

@@ -38,6 +38,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stop_tower": ({}, {"changes": {"stop_tower": False}}),
     "prune_last_layer": ({}, {"changes": {"prune_last_layer": False}}),
     "lora_first": ({"recompute": True}, {"recompute": True, "changes": {"lora_first": False}}),
+    "compile_layers": ({"changes": {"compile_layers": True}}, {"changes": {"compile_layers": False}}),
     "head_on_learned": ({}, {"whole_head": True}),
     "no_recomputation": ({"recompute": False}, {"recompute": True}),
 }

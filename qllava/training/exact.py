@@ -4,14 +4,16 @@
     tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
 
 What is left out changes nothing: tokens that predict nothing have no logits, and a picture is looked at once however
-many samples show it. Three shortcuts more are functions of their own, each of which changes an instance and can be left
-out (`stop_tower`, `prune_last_layer`, `lora_first` of the settings):
+many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can be left
+out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
 
 - `stop_tower`: no layer of the tower is computed behind the one whose features are used.
 - `prune_last_layer`: the last layer of the language model gives keys and values of all tokens, and everything else only
   where something is predicted.
 - `lora_first`: LoRA's product before the base's. When a layer is recomputed on the way back, torch ends as soon as it
   has what it needs; the base's product (4 bit, frozen) is needed by nothing, so that the last one of a layer is saved.
+- `compile_layers`: what stands between the products of a decoder layer, its norms and the gate of its MLP, is one
+  compiled kernel each. The products themselves, 4-bit ones and LoRA's, and attention are libraries' kernels already.
 
 S tokens, P image tokens of a row, I its pictures, L its learned tokens, D width.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -283,3 +285,28 @@ def _weight(base: Any) -> Tensor:
     """(out, in) of a frozen linear layer, in fp32."""
     state = getattr(base.weight, "quant_state", None)
     return base.weight.float() if state is None else dequantize_4bit(base.weight.data, state).float()
+
+
+def compile_layers(language_model: Any) -> None:
+    """Compile the norms of a LLaMA or Mistral, and the gates of its MLPs, for rows of any length."""
+    for layer in language_model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = partial(compiled(type(norm).forward), norm)
+        layer.mlp.forward = partial(_mlp, layer.mlp)
+
+
+def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """What a LLaMA's MLP does between its products."""
+    return act(gate) * up
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """(..., D) -> (..., D)."""
+    out: Tensor = mlp.down_proj(compiled(gated)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+    return out
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile's, once for all layers."""
+    return torch.compile(function, dynamic=True)

@@ -1,8 +1,8 @@
-"""Which kernel computes attention by rows on this device (`training/attention.py` has them).
+"""Which kernels compute a row on this device: attention (`training/attention.py`), and what stands between products.
 
-On a CUDA device each computes a row of the model's own heads, forward and backward. One that is not there, or does not
-agree with `groups`, is left out, and the fastest of the others is taken; in fp32 and on a CPU it is `groups`. What
-was measured stands in the ledger.
+On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
+with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
+fp32 too. What was measured stands in the ledger.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qllava.data.packing import Group
 from qllava.training.attention import Kernel, Sight, by_groups, flex, varlen
+from qllava.training.exact import compiled, gated
 
 TOLERANCE = 2e-2
 """Largest difference from `groups` in outputs and gradients, against the largest value: 16-bit rounding, not a mask."""
@@ -25,16 +28,23 @@ TRIAL = (Group(0, 600, (200, 120, 80)), Group(1000, 600, (150, 50)), Group(1800,
 KERNELS: dict[Kernel, Callable[..., Tensor]] = {"groups": by_groups, "varlen": varlen, "flex": flex}
 
 
+TRIAL_TOKENS = 2048
+"""Of the row in which compiled kernels are tried."""
+Layers = Literal["plain", "compiled"]
+Trial = Callable[[list[Tensor]], list[Tensor]]
+Name = TypeVar("Name", bound=str)
+
+
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Generic[Name]):
     """A kernel, and why it was chosen, in a line."""
 
-    kernel: Kernel
+    kernel: Name
     why: str
 
 
-def choose(config: Any, device: torch.device, dtype: torch.dtype) -> Chosen:
-    """The kernel for a language model's heads.
+def choose(config: Any, device: torch.device, dtype: torch.dtype) -> Chosen[Kernel]:
+    """The kernel of attention for a language model's heads.
 
     config: a LlamaConfig or MistralConfig.
     dtype: what the model computes in.
@@ -53,7 +63,41 @@ def choose(config: Any, device: torch.device, dtype: torch.dtype) -> Chosen:
     return fastest(row, {name: partial_trial(name) for name in KERNELS})
 
 
-def partial_trial(kernel: Kernel) -> Callable[[list[Tensor]], list[Tensor]]:
+def choose_layers(config: Any, device: torch.device, dtype: torch.dtype, asked: bool | None) -> Chosen[Layers]:
+    """Whether norms and gates of the decoder layers are compiled.
+
+    config: a LlamaConfig or MistralConfig.
+    dtype: what the model computes in.
+    asked: what the user says; None: the faster on CUDA, plain elsewhere.
+    """
+    if asked is not None:
+        return Chosen("compiled" if asked else "plain", "as asked")
+    if device.type != "cuda":
+        return Chosen("plain", "as everywhere but on CUDA")
+    generator = torch.Generator(device).manual_seed(0)
+    row = [
+        torch.randn(1, TRIAL_TOKENS, width, dtype=dtype, device=device, generator=generator)
+        for width in (config.hidden_size, config.intermediate_size, config.intermediate_size)
+    ]
+    norm = LlamaRMSNorm(config.hidden_size).to(device, dtype).requires_grad_(False)
+    return fastest(
+        row, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}
+    )
+
+
+def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trial:
+    """Forward and backward pass of a norm and a gate: outputs and gradients."""
+
+    def run(row: list[Tensor]) -> list[Tensor]:
+        given = [x.detach().requires_grad_() for x in row]
+        out = [how(type(norm).forward)(norm, given[0]), how(gated)(silu, given[1], given[2])]
+        total = torch.stack([x.float().square().sum() for x in out]).sum()
+        return [*(x.detach() for x in out), *torch.autograd.grad(total, given)]
+
+    return run
+
+
+def partial_trial(kernel: Kernel) -> Trial:
     """Forward and backward pass of a kernel over the trial's row: output and the three gradients."""
 
     def run(row: list[Tensor]) -> list[Tensor]:
@@ -66,10 +110,11 @@ def partial_trial(kernel: Kernel) -> Callable[[list[Tensor]], list[Tensor]]:
     return run
 
 
-def fastest(row: list[Tensor], trials: dict[Kernel, Callable[[list[Tensor]], list[Tensor]]]) -> Chosen:
-    """The fastest of the trials that agree with `groups`."""
-    wanted = trials["groups"](row)
-    seconds: dict[Kernel, float] = {}
+def fastest(row: list[Tensor], trials: dict[Name, Trial]) -> Chosen[Name]:
+    """The fastest of the trials that agree with the first."""
+    first, *_ = trials
+    wanted = trials[first](row)
+    seconds: dict[Name, float] = {}
     said = []
     for name, trial in trials.items():
         try:
@@ -86,7 +131,7 @@ def fastest(row: list[Tensor], trials: dict[Kernel, Callable[[list[Tensor]], lis
     return Chosen(min(seconds, key=lambda name: seconds[name]), ", ".join(said))
 
 
-def _median_seconds(trial: Callable[[list[Tensor]], list[Tensor]], row: list[Tensor], repetitions: int = 7) -> float:
+def _median_seconds(trial: Trial, row: list[Tensor], repetitions: int = 7) -> float:
     taken = []
     for _ in range(repetitions):
         began = time.perf_counter()

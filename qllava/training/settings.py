@@ -90,6 +90,12 @@ class TrainConfig(SFTConfig):
     lora_first: bool = field(
         default=True, metadata={"help": "Compute LoRA before its base layer, which recomputation then saves."}
     )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile norms and gates of the decoder layers; when not given, where a trial on CUDA is faster."
+        },
+    )
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
     )

@@ -28,8 +28,9 @@ from qllava.models import ledger
 from qllava.models.adapter import PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.training import scores
+from qllava.training.attention import Kernel
 from qllava.training.data import Prepared
-from qllava.training.kernels import Chosen
+from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
 from qllava.training.settings import TrainConfig
 from qllava.training.trainer import LEDGER_FILE, METRICS_FILE, LlavaTrainer, Metrics, checkpoints, computing_in, saving
@@ -129,7 +130,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
-    text = "\n".join([*_ledger_lines(model, stage, trainer.kernel), *memory])
+    text = "\n".join([*_ledger_lines(model, stage, trainer.kernel, trainer.layers), *memory])
     print(f"\n{text}\n")
     (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
     newest = _newest(stage.folder, assembled)
@@ -244,7 +245,7 @@ def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
     save_file(tensors, path)
 
 
-def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen) -> list[str]:
+def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen[Kernel], layers: Chosen[Layers]) -> list[str]:
     """The ledger of the model, what the data comes to, and how it is computed."""
     config, data = stage.config, stage.train
     rates = {"LoRA": config.learning_rate or 0.0, "projector": config.learning_rate or 0.0}
@@ -257,5 +258,5 @@ def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen) -> list[str]:
         f"samples {len(lengths):,} (dropped {data.count('dropped')}, trimmed {data.count('trimmed')}); "
         f"template {stage.template.name}; tokens median {lengths[len(lengths) // 2]}, most {lengths[-1]}; "
         f"learned {data.learned:,} of {lengths.sum():,}",
-        f"attention by rows: {kernel.kernel} ({kernel.why})",
+        f"attention by rows: {kernel.kernel} ({kernel.why}); norms and gates: {layers.kernel} ({layers.why})",
     ]

@@ -43,8 +43,8 @@ from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.models.vision import one_line
 from qllava.training.attention import looking_at
-from qllava.training.exact import take_shortcuts, teach_rows
-from qllava.training.kernels import choose
+from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
+from qllava.training.kernels import choose, choose_layers
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -157,10 +157,13 @@ class LlavaTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self.kernel = choose(llava.config.text_config, llava.device, computing_in(config, llava.dtype))
+        kind = (llava.config.text_config, llava.device, computing_in(config, llava.dtype))
+        self.kernel, self.layers = choose(*kind), choose_layers(*kind, config.compile_layers)
         # After TRL, which puts a forward pass of its own on the instance.
         teach_rows(llava, self.kernel.kernel)
         take_shortcuts(llava, config)
+        if self.layers.kernel == "compiled":
+            compile_layers(llava.model.language_model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qllava.data.packing import Group
 from qllava.training import attention
 from qllava.training.attention import Sight, by_groups, flex, varlen
-from qllava.training.kernels import choose, fastest
+from qllava.training.exact import compiled
+from qllava.training.kernels import choose, choose_layers, fastest, layer_trial
 
 GROUPS = (Group(0, 3, (2, 1)), Group(6, 0, (4,)), Group(10, 5, (3,)))
 HEADS, SHARED, WIDTH = 4, 2, 16
@@ -153,3 +156,20 @@ class TestChoice:
         assert chosen.kernel == "groups" and "flex differs by 5.0%" in chosen.why
         nan = fastest([torch.ones(3)], {"groups": right, "flex": lambda row: [row[0] * float("nan")]})
         assert nan.kernel == "groups"
+
+    @pytest.mark.parametrize(
+        ("asked", "kernel", "why"),
+        [(None, "plain", "but on CUDA"), (True, "compiled", "as asked"), (False, "plain", "as asked")],
+    )
+    def test_layers_on_a_cpu(self, asked: bool | None, kernel: str, why: str) -> None:
+        chosen = choose_layers(LlamaConfig(), torch.device("cpu"), torch.float32, asked)
+        assert chosen.kernel == kernel and why in chosen.why
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+    def test_layers_are_tried_forward_and_backward(self) -> None:
+        norm = LlamaRMSNorm(16).requires_grad_(False)
+        row = [torch.randn(1, 5, width) for width in (16, 24, 24)]
+        plain, fused = (layer_trial(norm, how)(row) for how in (lambda function: function, compiled))
+        assert [x.shape for x in plain] == [row[n].shape for n in (0, 1, 0, 1, 2)]
+        for a, b in zip(fused, plain, strict=True):
+            torch.testing.assert_close(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,10 @@ class TestTheSameNumbers:
             {"prune_last_layer": False},
             {"lora_first": False},
             {"gradient_checkpointing": False},
+            pytest.param(
+                {"compile_layers": True},
+                marks=pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+            ),
         ],
         ids=lambda changes: next(iter(changes)),
     )

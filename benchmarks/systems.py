@@ -38,8 +38,9 @@ from qllava.conversation import CHATML
 from qllava.data.collate import Collator
 from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.models.adapter import add_lora
-from qllava.models.assemble import Assembled, Recipe, prepare_for_training
+from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.settings import TrainConfig
 from qllava.training.stage import Begin, Stage, fitted

@@ -279,7 +279,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
         held = "and verified" if result.base == "nf4" else "onto the original weights, which training never saw"
         print(
             f"Merged into {arguments.out} {held}: {result.kl_per_token:.2e} nats per token from the adapter model, "
-            f"{100 * result.top1_agreement:.2f} % of the tokens the same."
+            f"{100 * result.top1_agreement:.2f} % of the tokens the same, "
+            f"{100 * (result.same_text or 0):.1f} % of the greedy answers."
         )
     return 0
 

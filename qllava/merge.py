@@ -4,33 +4,41 @@
 
 Chosen: the delta goes onto the weights that training saw. Onto the original 16-bit weights it is another model (KL per
 token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again another still. The result is written
-aside, loaded anew as any program would load it, and asked the run's own held-out rows beside the adapter model: it gets
-its name only if they agree.
+aside, read anew, and asked the run's own held-out rows beside the adapter model: it gets its name only if they agree.
+
+Nothing holds a whole model: weights come from disk one by one and go back in shards, and both models that are compared
+are computed layer by layer (`models/stream.py`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from peft import PeftModel
+import yaml
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.models.adapter import PROBES_FILE, load_adapter, load_run, read_record
-from qllava.models.assemble import Recipe, assemble
-from qllava.models.checkpoint import load_llava, save_llava, write_aside
+from qllava.models.adapter import DATA_FILE, PROBES_FILE, RECORD_FILE, read_record
+from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
+from qllava.models.delta import Delta
+from qllava.models.outline import Outline, Recipe, compute_dtype, outline
+from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.vision import one_line
+from qllava.models.weights import HEAD, open_weights
 
+MERGE_FILE = "merge.json"
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
 # weights the result is another model by design: there the figures are reported, not judged.
 MAX_KL = 1e-3
@@ -38,6 +46,14 @@ MAX_KL = 1e-3
 TIE = 0.05
 # Share of learned positions with the same token, or a tie.
 MIN_AGREEMENT = 0.995
+SETTINGS_FILE = "run.yaml"
+_TOLD = (
+    "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "load_in_4bit", "vision_feature_layer",
+    "image_aspect", "seed",
+)  # fmt: skip
+# Positions whose logits are in memory at once.
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -50,8 +66,24 @@ class MergeResult:
     """Mean KL divergence from the adapter model at learned positions, in nats; None when it was not measured."""
     top1_agreement: float | None
     """Share of learned positions where both find the same token likeliest."""
+    same_text: float | None
+    """Share of held-out rows that both answer greedily with the same text, as far as `Comparison` follows it."""
     verified: bool
-    """Whether the result was loaded anew and agreed."""
+    """Whether the result was read anew and agreed."""
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of each tensor; names are those of the merged folder."""
+
+    merged: list[str]
+    """A delta was added."""
+    copied: list[str]
+    """As the base has it, in another type perhaps."""
+    replaced: list[str]
+    """Trained whole: the projector."""
+    left_out: list[str]
+    """In the base's files, and no part of a LLaVA."""
 
 
 def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, verify: bool) -> MergeResult:
@@ -61,94 +93,109 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
         base: `nf4` for the weights that training saw, `original` for the 16-bit ones.
         dtype: of the result: bfloat16, float16 or float32.
 
-    Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, or the result does
-    not agree with the adapter model; nothing is written then.
+    Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, there is no room
+    for it, or the result does not agree with the adapter model; nothing is written then.
     """
-    record = read_record(run)
-    if not (run / "adapter_config.json").is_file():
-        raise InputError(
-            f"{run} holds no adapter (a stage 1 has only a projector); give a run of finetune_lora or its checkpoint."
-        )
-    result = MergeResult(base, None, None, False)
+    record = _record(run)
+    result = MergeResult(base, None, None, None, False)
     with write_aside(out) as aside:
-        _write(run, record if base == "nf4" else _original(record), aside, getattr(torch, dtype), max_shard_size)
+        plan, delta = outline(record), Delta(run)
+        delta.check(plan.base)
+        four_bit = record.load_in_4bit
+        accounting = _write(plan, delta, aside, getattr(torch, dtype), max_shard_size, four_bit and base == "nf4")
         if verify:
-            found = compare(run, aside)
+            found = compare(run, plan, delta, aside, four_bit=four_bit)
             held = found.agrees if base == "nf4" else math.isfinite(found.kl_per_token)
-            result = MergeResult(base, found.kl_per_token, found.top1_agreement, held)
+            result = MergeResult(base, found.kl_per_token, found.top1_agreement, found.same_text, held)
             if not held:
                 raise InputError(
                     f"The merged model differs from what was trained (KL {found.kl_per_token:.2e} per token, the same "
                     f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
                     "written; please report this with the ledger.txt."
                 )
-        (aside / "README.md").write_text(_card(run, result, dtype), encoding="utf-8")
+        kept = {**asdict(result), "dtype": dtype, "tensors": asdict(accounting)}
+        (aside / MERGE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_card(run, record, result, accounting, dtype), encoding="utf-8")
     return result
 
 
-def _original(record: Recipe) -> Recipe:
-    """The same base in 16 bit, which has another fingerprint than the quantized one that the record names."""
-    return replace(record, load_in_4bit=False, fingerprint="") if record.load_in_4bit else record
+def _record(run: Path) -> Recipe:
+    """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
+    adapter, record = run / "adapter_config.json", run / RECORD_FILE
+    if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
+        raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
+    begun = [path.parent for path in run.glob(f"checkpoint-*/{adapter.name}")]
+    if not adapter.is_file() and begun:
+        newest = max(begun, key=lambda path: int(path.name.rpartition("-")[2]))
+        raise InputError(
+            f"{run} is a run that has not finished: give the training command again to go on, or merge its newest "
+            f"checkpoint, {newest}."
+        )
+    found = read_record(run)
+    if not adapter.is_file():
+        raise InputError(
+            f"{run} holds no adapter (a stage 1 has only a projector); give a run of finetune_lora or its checkpoint."
+        )
+    return found
 
 
-def _write(run: Path, base: Recipe, aside: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Load base and adapter, fold one into the other and save; nothing of it stays in memory."""
-    assembled = assemble(base)
-    merged = fold(load_adapter(assembled, run), dtype)
-    try:
-        save_llava(merged, assembled.processor, aside, max_shard_size=max_shard_size)
-    except InputError as error:
-        if not isinstance(error.__cause__, OSError | SafetensorError):
-            raise
-        raise error.__cause__ from error  # a full disk: `write_aside` says it with the name that the user gave
+def _write(
+    plan: Outline, delta: Delta, aside: Path, dtype: torch.dtype, max_shard_size: str, four_bit: bool
+) -> Accounting:
+    """Write weights and settings; no more than a shard is in memory."""
+    shapes = {name: tensor.to(dtype) for name, tensor in names_on_disk(plan.model).items()}
+    config: Any = plan.model.config
+    tied = bool(config.text_config.tie_word_embeddings)
+    if tied:
+        del shapes[HEAD]
+    need, free = sum(tensor.nbytes for tensor in shapes.values()), shutil.disk_usage(aside).free
+    if need > free:
+        raise InputError(
+            f"The merged model takes {need / 1e9:.1f} GB and {aside.parent} has {free / 1e9:.1f} GB left; make room or "
+            "choose another place."
+        )
+    packed = _quantized(plan.model) if four_bit else set()
+    merged = {f"{layer}.weight": layer for layer in delta.layers}
+    with tqdm(total=len(shapes), desc="Merging", unit="tensor", leave=False) as bar:
+
+        def read(name: str) -> Tensor:
+            bar.update()
+            if name in delta.replaced:
+                return delta[name].to(dtype)
+            tensor = plan.base[name]
+            if name in packed:
+                tensor = as_quantized(tensor)
+            if name in merged:
+                tensor = tensor.float() + delta.of(merged[name])
+            return tensor.to(dtype)
+
+        write_weights(aside, shapes, read, max_shard_size=max_shard_size)
+    write_settings(aside, plan.model, plan.processor, dtype=dtype, tied=tied)
+    return Accounting(
+        merged=sorted(merged),
+        copied=sorted(set(shapes) - set(merged) - set(delta.replaced)),
+        replaced=delta.replaced,
+        left_out=sorted(set(plan.base) - set(shapes)),
+    )
 
 
-def fold(model: PeftModel, dtype: torch.dtype) -> Any:
-    """Add every LoRA to its layer, dequantized, and return the bare LLaVA in one dtype, on the CPU.
-
-    Changes the model in place.
-    """
-    bare = model.get_base_model()
-    for name, module in list(bare.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            bare.set_submodule(name, _linear(module.base_layer, _delta(module), dtype))
-        elif hasattr(module, "modules_to_save"):
-            bare.set_submodule(name, module.modules_to_save["default"])
-    for name, module in list(bare.named_modules()):
-        if module.__class__.__name__ == "Linear4bit":  # a quantized layer that carries no LoRA
-            bare.set_submodule(name, _linear(module, None, dtype))
-    left = [name for name, _ in bare.named_parameters() if "lora_" in name or "base_layer" in name]
-    if left:
-        raise ValueError(f"not merged: {left[0]}")
-    # transformers' own `to` refuses a model that was once quantized.
-    return nn.Module.to(bare, device="cpu", dtype=dtype)
+def _quantized(model: Any) -> set[str]:
+    """Weights that training held in NF4: the linear layers of the language model's decoder."""
+    layers = model.model.language_model.layers
+    return {
+        f"language_model.model.layers.{path}.weight"
+        for path, module in layers.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
-def _delta(layer: Any) -> torch.Tensor:
-    """(alpha / r) B A of one layer, in fp32: shape (out, in)."""
-    a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-    delta: torch.Tensor = layer.scaling["default"] * (b @ a)
-    return delta.detach()
+def as_quantized(weight: Tensor) -> Tensor:
+    """A weight as training saw it: through NF4 with double quantization and back, in its own type."""
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(packed, state).reshape(weight.shape)
 
 
-def _linear(layer: Any, delta: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A plain linear layer with the layer's weights as training saw them, plus a delta: added in fp32, cast once.
-
-    It is moved to the CPU at once: the card holds the packed weights, and may have no room for the whole ones.
-    """
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    full = dequantize_4bit(weight.data, state).float() if state is not None else weight.detach().float()
-    full = full.reshape(layer.out_features, layer.in_features)
-    out = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    full = full if delta is None else full + delta
-    out.weight = nn.Parameter(full.to(dtype).cpu(), requires_grad=False)
-    if layer.bias is not None:
-        out.bias = nn.Parameter(layer.bias.detach().to(dtype).cpu(), requires_grad=False)
-    return out
-
-
-def read_probes(run: Path) -> list[dict[str, torch.Tensor]]:
+def read_probes(run: Path) -> list[dict[str, Tensor]]:
     """The held-out rows that a run kept: input_ids (S), labels (S), pixel_values (I, 3, H, W) where it has pictures."""
     path = run / PROBES_FILE if (run / PROBES_FILE).is_file() else run.parent / PROBES_FILE
     try:
@@ -157,7 +204,7 @@ def read_probes(run: Path) -> list[dict[str, torch.Tensor]]:
         raise InputError(
             f"{path} cannot be read ({one_line(error)}), so the merge cannot be verified; --no-verify merges without."
         ) from error
-    rows: dict[str, dict[str, torch.Tensor]] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         row, _, key = name.partition(".")
         rows.setdefault(row, {})[key] = tensor
@@ -174,6 +221,8 @@ class Comparison:
     """Share of positions where both find the same token likeliest."""
     same_or_tie: float
     """The same, and where the first model prefers its own token by less than `TIE`."""
+    same_text: float
+    """Share of rows whose greedy answer is the same, followed up to the token where it leaves the row's own answer."""
 
     @property
     def agrees(self) -> bool:
@@ -181,31 +230,53 @@ class Comparison:
         return self.kl_per_token <= MAX_KL and self.same_or_tie >= MIN_AGREEMENT
 
 
-def compare(run: Path, merged: Path) -> Comparison:
-    """A merged folder against the adapter model, on the run's own probes.
+def compare(run: Path, plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> Comparison:
+    """A merged folder against base and adapter, on the run's own probes; on the GPU where there is one.
 
-    One model is in memory after the other. Both compute as they would serve: in fp32 on a CPU.
+    Both compute as they would serve: in fp32 on a CPU.
     """
     probes = read_probes(run)
-    adapter, _ = load_run(run)
-    expected = [
-        log_probabilities(adapter, probe) for probe in tqdm(probes, desc="Asking the adapter model", leave=False)
-    ]
-    device = next(adapter.parameters()).device
-    del adapter
-    whole, _ = load_llava(str(merged), dtype=torch.float32 if device.type == "cpu" else "auto")
-    whole.to(device)
-    kl, lost = 0.0, []
-    for probe, wanted in zip(tqdm(probes, desc="Asking the merged model", leave=False), expected, strict=True):
-        found = log_probabilities(whole, probe)[:, : wanted.shape[1]]
-        kl += float(F.kl_div(found, wanted, log_target=True, reduction="sum"))
-        lost.append(lost_by_choice(wanted, found))
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else compute_dtype()
+    sources: Sequence[tuple[str, Source]] = (
+        ("Asking the adapter model", Adapted(plan.base, delta, dtype, device, four_bit=four_bit)),
+        ("Asking the merged model", Stored(open_weights(str(merged)), dtype, device)),
+    )
+    states = [hidden_states(plan.model, source, probes, title) for title, source in sources]
+    heads = [source.filled("language_model.lm_head", plan.model.lm_head) for _, source in sources]
+    labels = [probe["labels"][1:][probe["labels"][1:] != -100] for probe in probes]
+    # A token behind one that is not learned begins another answer.
+    firsts = [_first_answer(probe["labels"][1:] != -100) for probe in probes]
+    divergence, lost, same_text = 0.0, [], []
+    for wanted, found, truth, first in zip(*states, labels, firsts, strict=True):
+        likeliest = []
+        for one, other in _log_probabilities(heads, (wanted, found)):
+            divergence += float(F.kl_div(other, one, log_target=True, reduction="sum"))
+            lost.append(lost_by_choice(one, other))
+            likeliest.append(torch.stack([one.argmax(-1), other.argmax(-1)]))
+        one, other = torch.cat(likeliest, dim=1)[:, :first]
+        same_text.append(_same_text(one, other, truth[:first]))
     preferred = torch.cat(lost)
     same, tied = preferred == 0, preferred < TIE
-    return Comparison(max(kl, 0.0) / len(preferred), float(same.float().mean()), float(tied.float().mean()))
+    return Comparison(
+        kl_per_token=max(divergence, 0.0) / len(preferred),
+        top1_agreement=float(same.float().mean()),
+        same_or_tie=float(tied.float().mean()),
+        same_text=sum(same_text) / len(same_text),
+    )
 
 
-def lost_by_choice(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def _log_probabilities(
+    heads: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(T, D) of two models -> their log-probabilities, (at most _PIECE, vocabulary) at a time, on the CPU."""
+    for pieces in zip(*(state.split(_PIECE) for state in states), strict=True):
+        one, other = (F.log_softmax(head(x).float(), dim=-1).cpu() for head, x in zip(heads, pieces, strict=True))
+        yield one, other
+
+
+def lost_by_choice(wanted: Tensor, found: Tensor) -> Tensor:
     """(T,): how much less likely (nats) the first model finds the second's likeliest token than its own; 0: the same.
 
     wanted, found: (T, vocabulary) log-probabilities.
@@ -213,32 +284,50 @@ def lost_by_choice(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return wanted.max(-1).values - wanted.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
 
 
-@torch.no_grad()
-def log_probabilities(model: Any, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(learned positions, vocabulary): what the model expects where the row has something to learn; on the CPU."""
-    device = next(model.parameters()).device
-    inputs = {key: probe[key][None] if key == "input_ids" else probe[key] for key in probe if key != "labels"}
-    logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits[0, :-1]
-    return F.log_softmax(logits[(probe["labels"][1:] != -100).to(device)].float(), dim=-1).cpu()
+def _first_answer(learned: Tensor) -> int:
+    """How many tokens the first answer of a row has. learned: (S,), which tokens are."""
+    begun = learned[int(learned.int().argmax()) :]
+    return len(begun) if begun.all() else int(begun.int().argmin())
 
 
-def _card(run: Path, result: MergeResult, dtype: str) -> str:
+def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
+    """Whether two greedy answers are the same. (T,) each; what follows another token than the truth is unknown."""
+    left = (wanted != truth).nonzero()
+    known = int(left[0]) + 1 if len(left) else len(truth)
+    return torch.equal(wanted[:known], found[:known])
+
+
+def _card(run: Path, record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> str:
     """The model card of a merged folder."""
-    record = read_record(run)
     results = run / "results.json"
     onto = "NF4 weights that training saw" if result.base == "nf4" and record.load_in_4bit else "original weights"
     base = record.model or f"{record.language_model} with the tower {record.vision_tower}"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags: [llava, qllava]", "---", "",
         f"# {run.name}", "",
-        f"A LLaVA in {dtype}, tuned with qllava from {base} (template {record.template}).",
-        f"The adapter was added to the {onto}.",
+        f"A LLaVA in {dtype}, tuned with qllava from {base} (template {record.template}, base {record.fingerprint}).",
+        f"The adapter was added to the {onto}: {len(accounting.merged)} tensors merged, {len(accounting.replaced)} "
+        f"replaced, {len(accounting.copied)} copied (`{MERGE_FILE}` names each).",
     ]  # fmt: skip
     if result.kl_per_token is not None:
         lines.append(
-            f"Against the adapter model: KL {result.kl_per_token:.2e} per token, same first token "
-            f"{result.top1_agreement:.2%}."
+            f"Against the adapter model: KL {result.kl_per_token:.2e} per token, same token "
+            f"{result.top1_agreement:.2%}, same greedy answer {result.same_text:.1%}."
         )
+    lines += ["", *_facts(run if (run / SETTINGS_FILE).is_file() else run.parent)]
     if results.is_file():
         lines += ["", "```json", json.dumps(json.loads(results.read_text(encoding="utf-8")), indent=2), "```"]
     return "\n".join([*lines, "", "The licences of the base model and of the data apply.", ""])
+
+
+def _facts(run: Path) -> list[str]:
+    """Data and settings of a run, as lists of Markdown; what its folder does not hold is left out."""
+    lines = []
+    if (run / DATA_FILE).is_file():
+        data = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+        lines += ["Data (SHA-256):", "", *(f"- `{file['file']}` {file['sha256']}" for file in data), ""]
+    if (run / SETTINGS_FILE).is_file():
+        settings = yaml.safe_load((run / SETTINGS_FILE).read_text(encoding="utf-8"))
+        said = [f"- {name}: {settings[name]}" for name in _TOLD if settings.get(name) is not None]
+        lines += ["Settings:", "", *said]
+    return lines

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from qllava import merge as merging
 from qllava.config import InputError
 from qllava.merge import TIE, Comparison, MergeResult, lost_by_choice, merge
 from qllava.models.adapter import load_run
+from qllava.models.delta import Delta
 from qllava.training.run import finetune
 from tests.tiny_models import make_tiny_model, make_tiny_parts, make_tiny_processor
 from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_rows
@@ -42,6 +45,43 @@ with torch.no_grad():
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
 torch.save({"ids": ids, "logits": logits, "text": processor.decode(ids[0, inputs["input_ids"].shape[1]:])}, out)
 assert "qllava" not in sys.modules
+"""
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# What llava-hf/llava-1.5-7b-hf calls its tensors, for a tower of 3 layers and a LLaMA of 2.
+_VISION = "vision_tower.vision_model"
+_TOWER_LAYER = [
+    f"{part}.{kind}"
+    for part in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2",
+                 *(f"self_attn.{x}_proj" for x in ("k", "out", "q", "v")))
+    for kind in ("bias", "weight")
+]  # fmt: skip
+_LLAMA_LAYER = [
+    "input_layernorm", "post_attention_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
+    "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
+]  # fmt: skip
+LAYOUT = [
+    f"{_VISION}.embeddings.class_embedding",
+    f"{_VISION}.embeddings.patch_embedding.weight",
+    f"{_VISION}.embeddings.position_embedding.weight",
+    *(f"{_VISION}.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("bias", "weight")),
+    *(f"{_VISION}.encoder.layers.{n}.{name}" for n in range(3) for name in _TOWER_LAYER),
+    *(f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("bias", "weight")),
+    "language_model.model.embed_tokens.weight",
+    *(f"language_model.model.layers.{n}.{name}.weight" for n in range(2) for name in _LLAMA_LAYER),
+    "language_model.model.norm.weight",
+    "language_model.lm_head.weight",
+]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from unittest import mock
+from qllava.merge import merge
+with mock.patch("{target}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)):
+    merge(Path("{run}"), Path("{out}"), base="nf4", dtype="float32", max_shard_size="5GB", verify=True)
 """
 
 
@@ -99,7 +139,26 @@ class TestTheMergedModel:
         _, result = merged
         assert result.base == "nf4" and result.verified
         assert result.kl_per_token is not None and 0 <= result.kl_per_token < 1e-6
-        assert result.top1_agreement == 1.0
+        assert result.top1_agreement == result.same_text == 1.0
+
+    def test_accounts_for_every_tensor(self, merged: tuple[Path, MergeResult]) -> None:
+        said = json.loads((merged[0] / "merge.json").read_text(encoding="utf-8"))
+        tensors = said["tensors"]
+        assert sorted(tensors["merged"] + tensors["copied"] + tensors["replaced"]) == sorted(LAYOUT)
+        assert {name.split(".")[-2] for name in tensors["merged"]} == LINEAR and len(tensors["merged"]) == 14
+        assert {name.split(".")[0] for name in tensors["replaced"]} == {"multi_modal_projector"}
+        assert tensors["left_out"] == [] and said["verified"] is True
+
+    def test_has_llava_hfs_names(self, merged: tuple[Path, MergeResult]) -> None:
+        assert sorted(load_file(merged[0] / "model.safetensors")) == sorted(LAYOUT)
+
+    def test_in_shards(self, learned: Path, merged: tuple[Path, MergeResult], tmp_path: Path) -> None:
+        assert run_merge(learned, tmp_path / "out", max_shard_size="100KB").verified
+        shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+        assert len(shards) > 3
+        state = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+        whole = load_file(merged[0] / "model.safetensors")
+        assert state.keys() == whole.keys() and all(torch.equal(state[name], whole[name]) for name in whole)
 
     def test_answers_without_qllava(
         self, tiny: Tiny, learned: Path, merged: tuple[Path, MergeResult], tmp_path: Path
@@ -157,7 +216,7 @@ class TestTheMergedModel:
 
     def test_unverified_as_asked(self, tiny: Tiny, tmp_path: Path) -> None:
         result = run_merge(tiny.stage2, tmp_path / "out", verify=False)
-        assert result == MergeResult("nf4", None, None, False)
+        assert result == MergeResult("nf4", None, None, None, False)
         assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -182,7 +241,23 @@ class TestTheVerdict:
     )
     def test_bounds(self, kl: float, same_or_tie: float, agrees: bool) -> None:
         # The share of the very same token is reported; of few tokens one tie would be more than the bound allows.
-        assert Comparison(kl, 0.9, same_or_tie).agrees is agrees
+        assert Comparison(kl, 0.9, same_or_tie, 1.0).agrees is agrees
+
+    @pytest.mark.parametrize(
+        ("wanted", "found", "same"),
+        [
+            ([5, 6, 7], [5, 6, 7], True),
+            ([5, 6, 7], [5, 8, 7], False),
+            ([5, 9, 7], [5, 9, 8], True),  # both say 9, not 6: what follows was asked behind another text
+            ([5, 9, 7], [5, 6, 7], False),
+        ],
+    )
+    def test_a_greedy_answer(self, wanted: list[int], found: list[int], same: bool) -> None:
+        assert merging._same_text(*(torch.tensor(x) for x in (wanted, found, [5, 6, 7]))) is same
+
+    @pytest.mark.parametrize(("learned", "length"), [([0, 1, 1, 0, 1], 2), ([0, 1, 1], 2), ([1], 1)])
+    def test_the_first_answer(self, learned: list[int], length: int) -> None:
+        assert merging._first_answer(torch.tensor(learned, dtype=torch.bool)) == length
 
 
 class TestOtherRuns:
@@ -274,7 +349,7 @@ class TestRefusals:
         def load(*_: Any, **__: Any) -> Any:
             raise AssertionError("minutes of loading, for nothing")
 
-        monkeypatch.setattr(merging, "assemble", load)
+        monkeypatch.setattr(merging, "outline", load)
         assert "is not empty" in self.refused(tiny.stage2, tmp_path / "out")
 
     def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -282,6 +357,87 @@ class TestRefusals:
 
     def test_no_run(self, tmp_path: Path) -> None:
         assert "is no run of qllava" in self.refused(tmp_path, tmp_path / "out")
+
+    def test_a_run_that_never_finished(self, tiny: Tiny, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        run.mkdir()
+        shutil.copytree(tiny.stage2 / "checkpoint-2", run / "checkpoint-2")
+        message = self.refused(run, tmp_path / "out")
+        assert "has not finished" in message and str(run / "checkpoint-2") in message
+
+    def test_a_merged_folder(self, merged: tuple[Path, MergeResult], tmp_path: Path) -> None:
+        assert "is a whole model already" in self.refused(merged[0], tmp_path / "out")
+
+    def adapter(self, tiny: Tiny, tmp_path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+        """A copy of the run with other tensors in its adapter."""
+        shutil.copytree(tiny.stage2, tmp_path / "run")
+        path = tmp_path / "run" / "adapter_model.safetensors"
+        save_file({n: change(n, t).contiguous() for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+        return tmp_path / "run"
+
+    def test_an_adapter_of_another_rank(self, tiny: Tiny, tmp_path: Path) -> None:
+        def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:2] if "lora_A" in name else tensor[:, :2] if "lora_B" in name else tensor
+
+        message = self.refused(self.adapter(tiny, tmp_path, cut), tmp_path / "out")
+        assert "another rank" in message and "rank 2, and r is 4" in message
+
+    def test_an_adapter_of_another_base(self, tiny: Tiny, tmp_path: Path) -> None:
+        def widen(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor], dim=1) if "lora_A" in name else tensor
+
+        assert "does not fit this base" in self.refused(self.adapter(tiny, tmp_path, widen), tmp_path / "out")
+
+    def test_an_adapter_with_nan(self, tiny: Tiny, tmp_path: Path) -> None:
+        def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.fill_(float("nan")) if "layers.1.mlp.up_proj.lora_B" in name else tensor
+
+        message = self.refused(self.adapter(tiny, tmp_path, spoil), tmp_path / "out")
+        assert "not finite" in message and "layers.1.mlp.up_proj.lora_B" in message
+
+    @pytest.mark.parametrize("how", ["missing", "cut off", "changed"])
+    def test_a_base_that_is_not_whole(self, tiny: Tiny, tmp_path: Path, how: str) -> None:
+        run, place = tmp_path / "run", tmp_path / "llama"
+        shutil.copytree(tiny.language_model, place)
+        shutil.copytree(tiny.stage2, run)
+        record = json.loads((run / "qllava.json").read_text(encoding="utf-8"))
+        (run / "qllava.json").write_text(json.dumps({**record, "language_model": str(place)}), encoding="utf-8")
+        weights = place / "model.safetensors"
+        if how == "missing":
+            weights.unlink()
+        elif how == "cut off":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        else:
+            state = load_file(weights)
+            state["model.norm.weight"][0] += 1
+            save_file(state, weights, metadata={"format": "pt"})
+        said = {"missing": "are not there", "cut off": "cut off or damaged", "changed": "another weights"}[how]
+        message = self.refused(run, tmp_path / "out")
+        assert said in message and str(place) in message
+
+    def test_no_room(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+        assert "make room" in self.refused(tiny.stage2, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        "point",
+        [
+            "checkpoint.save_file",
+            "checkpoint._save_config",
+            "checkpoint._save_processor",
+            "merge.compare",
+            "merge._card",
+        ],
+    )
+    def test_a_merge_that_is_killed(self, tiny: Tiny, tmp_path: Path, point: str) -> None:
+        """Wherever it ends, no folder of that name is left, and the next one is whole."""
+        module = point.replace("checkpoint", "qllava.models.checkpoint").replace("merge.", "qllava.merge.")
+        script = KILLED.format(target=module, run=str(tiny.stage2), out=str(tmp_path / "out"))
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+        assert not (tmp_path / "out").exists()
+        assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+        assert run_merge(tiny.stage2, tmp_path / "out", verify=False)
 
     def test_no_rows_to_verify_on(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.stage2, tmp_path / "run", ignore=shutil.ignore_patterns("probes*"))
@@ -297,7 +453,7 @@ class TestRefusals:
 
     def test_a_merge_that_went_wrong(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A forgotten delta is found by asking, not by trusting."""
-        monkeypatch.setattr(merging, "_delta", lambda layer: torch.zeros(layer.out_features, layer.in_features))
+        monkeypatch.setattr(Delta, "of", lambda delta, layer: torch.zeros(()))
         shutil.copytree(tiny.stage2, tmp_path / "run")
         path = tmp_path / "run" / "adapter_model.safetensors"
         state = {name: t + 0.05 if "lora_B" in name else t for name, t in load_file(path).items()}

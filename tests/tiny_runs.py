@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from qllava.config import InputError
 from qllava.data.encode import Encoder
 from qllava.models.adapter import add_lora, train_projector_only
-from qllava.models.assemble import Assembled, Recipe, assemble
+from qllava.models.assemble import Assembled, assemble
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse

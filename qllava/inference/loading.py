@@ -29,8 +29,9 @@ def load(model: str, *, load_in_4bit: bool = False) -> Chat:
         return Chat(network.eval(), processor, str(folder))
     if (folder / "run.yaml").is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
-    from qllava.models.assemble import compute_dtype, nf4
+    from qllava.models.assemble import nf4
     from qllava.models.checkpoint import load_llava
+    from qllava.models.outline import compute_dtype
 
     cuda = torch.cuda.is_available()
     dtype = compute_dtype()

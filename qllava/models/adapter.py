@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from qllava.config import InputError
-from qllava.models.assemble import Assembled, Recipe, assemble
+from qllava.models.assemble import Assembled, assemble
+from qllava.models.outline import Recipe
 from qllava.models.vision import LOAD_ERRORS, one_line
 
+ADAPTER_FILE = "adapter_model.safetensors"
+DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
 PROJECTOR_FILE = "projector.safetensors"
 RECORD_FILE = "qllava.json"
+BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
+"""Settings that an adapter was trained with, and is useless without."""
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -128,6 +133,44 @@ def read_record(folder: Path) -> Recipe:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
+
+
+def adapter_at(name: str | None) -> Path | None:
+    """The folder of a run or checkpoint with an adapter; None for any other model."""
+    folder = Path(name).expanduser() if name else None
+    found = folder is not None and all((folder / file).is_file() for file in (RECORD_FILE, "adapter_config.json"))
+    return folder if found else None
+
+
+def read_lora(folder: Path) -> LoraConfig:
+    """The shape of a run's LoRA. Raises InputError when the folder does not say."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise InputError(f"The adapter in {folder} is not a LoRA of qllava's ({config.peft_type}).")
+    return config
+
+
+def continue_adapter(model: PeftModel, folder: Path) -> None:
+    """Put LoRA and projector of another run into a model that `add_lora` returned; they are trained on.
+
+    Raises InputError when they are of another shape.
+    """
+    given, own = read_lora(folder), model.peft_config["default"]
+    if (given.r, given.lora_alpha) != (own.r, own.lora_alpha):  # type: ignore[attr-defined]
+        raise InputError(
+            f"The adapter in {folder} has lora_r {given.r} and lora_alpha {given.lora_alpha}, and it is trained on as "
+            "it is: a second one on top would fit only while the first is there. Leave both settings out, or merge "
+            "the run and start from the merged model."
+        )
+    try:
+        found: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
+    if found.unexpected_keys:
+        raise InputError(f"The adapter in {folder} does not fit this base: it has {found.unexpected_keys[0]}.")
 
 
 def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:

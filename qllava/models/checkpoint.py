@@ -23,29 +23,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
 from qllava.models.vision import LOAD_ERRORS, Tower, check_loading, one_line
-
-_NAMES_ON_DISK = (
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)
-
-_INDEX = "model.safetensors.index.json"
+from qllava.models.weights import EMBEDDING, HEAD, INDEX, llava_name, open_weights
 
 # Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -93,21 +85,51 @@ def save_llava(
     no permission); what was there before is then still there, and nothing else. Raises ValueError for a model that is
     quantized or wrapped.
     """
-    tensors, tied = _tensors_on_disk(model)
+    tensors = names_on_disk(model)
+    head, embedding = (tensors.get(name) for name in (HEAD, EMBEDDING))
+    # The weights decide about tying and not a config: a trained head is no longer tied.
+    tied = head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr()
+    if tied:
+        del tensors[HEAD]
+    with write_aside(folder) as aside:
+        write_weights(aside, tensors, tensors.__getitem__, max_shard_size=max_shard_size)
+        write_settings(aside, model, processor, dtype=model.dtype, tied=tied)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    *,
+    max_shard_size: int | str,
+) -> None:
+    """Write safetensors, in shards where they are many; no more than one shard is in memory.
+
+    tensors: shapes and types by name; they may be on the meta device.
+    read: gives what is written under a name.
+
+    Raises InputError when the size is not understood.
+    """
     try:
-        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     except ValueError as error:
         raise InputError(
             f"The shard size '{max_shard_size}' is not understood; write a number and a unit, such as 5GB."
         ) from error
-    with write_aside(folder) as aside:
-        for name, keys in split.filename_to_tensors.items():
-            save_file({key: tensors[key].contiguous() for key in keys}, aside / name, metadata={"format": "pt"})
-        if split.is_sharded:
-            _write_json(aside / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        _save_config(model, aside, tied)
-        _save_generation_config(model, processor.tokenizer, aside)
-        _save_processor(processor, aside)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: read(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def write_settings(folder: Path, model: Any, processor: LlavaProcessor, *, dtype: torch.dtype, tied: bool) -> None:
+    """Write everything but the weights: configs, tokenizer, image processor and chat template.
+
+    tied: the head is the embedding itself, and is not among the weights.
+    """
+    _save_config(model, folder, dtype, tied)
+    _save_generation_config(model, processor.tokenizer, folder)
+    _save_processor(processor, folder)
 
 
 def load_llava(
@@ -125,6 +147,27 @@ def load_llava(
 
     Raises InputError when it is no LLaVA, or files are missing, cut off, or do not belong together.
     """
+    config, processor = load_config(folder_or_name)  # first: it is quick, the weights are not
+    loading: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device_map}
+    if quantization_config is not None:  # handing in None would drop the one that the checkpoint brings
+        loading["quantization_config"] = quantization_config
+    try:
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            str(Path(folder_or_name).expanduser()) if Path(folder_or_name).expanduser().is_dir() else folder_or_name,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **loading,
+        )
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded: {one_line(error)}") from error
+    model, report = loaded
+    check_loading(report, f"The LLaVA {folder_or_name}")
+    return model.eval(), processor
+
+
+def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
+    """What `load_llava` loads but for the weights: config and processor, which belong together. Raises InputError."""
     folder = Path(folder_or_name).expanduser()
     if folder.exists():
         _check_folder(folder)
@@ -132,25 +175,17 @@ def load_llava(
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_name) or folder_or_name.startswith("."):
         raise InputError(f"There is no folder {folder_or_name}; give a LLaVA's folder or its name on the hub.")
     try:
-        config = AutoConfig.from_pretrained(folder_or_name)
+        config: Any = AutoConfig.from_pretrained(folder_or_name)
     except LOAD_ERRORS as error:
         raise InputError(f"{folder_or_name} has no readable config.json: {one_line(error)}") from error
     if config.model_type != "llava":
         raise InputError(f"{folder_or_name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
-    loading: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device_map}
-    if quantization_config is not None:  # handing in None would drop the one that the checkpoint brings
-        loading["quantization_config"] = quantization_config
     try:
-        processor = LlavaProcessor.from_pretrained(folder_or_name)  # first: it is quick, the weights are not
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder_or_name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **loading
-        )
+        processor: Any = LlavaProcessor.from_pretrained(folder_or_name)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(f"The LLaVA {folder_or_name} cannot be loaded: {one_line(error)}") from error
-    model, report = loaded
-    check_loading(report, f"The LLaVA {folder_or_name}")
-    _settle_image_tokens(processor, model.config, folder_or_name)
-    return model.eval(), processor
+    _settle_image_tokens(processor, config, folder_or_name)
+    return config, processor
 
 
 @contextmanager
@@ -178,25 +213,21 @@ def write_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _tensors_on_disk(model: LlavaForConditionalGeneration) -> tuple[dict[str, torch.Tensor], bool]:
-    """Tensors of the model under their names on disk, and whether the head is the embedding itself and left out.
+def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """The model's tensors under their names on disk; a head that is the embedding is among them.
 
-    The weights decide about tying and not a config: a trained head is no longer tied.
+    Raises ValueError for a model that is quantized or wrapped.
     """
-    state = model.state_dict()
-    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
-    tied = head in state and embedding in state and state[head].data_ptr() == state[embedding].data_ptr()
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        prefix, on_disk = next((pair for pair in _NAMES_ON_DISK if name.startswith(pair[0])), ("", ""))
-        if not prefix or not tensor.is_floating_point() or "lora_" in name:
+    for name, tensor in model.state_dict().items():
+        on_disk = llava_name(name)
+        if not name.startswith(("model.", "lm_head.")) or not tensor.is_floating_point() or "lora_" in name:
             raise ValueError(f"{name} ({tensor.dtype}) is no weight of a LLaVA in full precision; merge it first")
-        if not (tied and name == head):
-            tensors[on_disk + name.removeprefix(prefix)] = tensor.detach()
-    return tensors, tied
+        tensors[on_disk] = tensor.detach()
+    return tensors
 
 
-def _save_config(model: LlavaForConditionalGeneration, folder: Path, tied: bool) -> None:
+def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torch.dtype, tied: bool) -> None:
     """Write config.json, with the spellings of transformers 4 beside those of 5 where they differ."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = ["LlavaForConditionalGeneration"]
@@ -204,7 +235,7 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, tied: bool)
     config.image_seq_length = tokens_per_image(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = model.dtype
+    config.dtype = dtype
     config.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     written["torch_dtype"] = written["dtype"]
@@ -255,27 +286,10 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
         raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
-    index = folder / _INDEX
     for either in (("tokenizer.json", "tokenizer.model"), ("preprocessor_config.json", "processor_config.json")):
         if not any((folder / name).is_file() for name in either):
             raise InputError(f"{folder} lacks {' or '.join(either)}; copy or download the model again.")
-    shards = [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = [folder / name for name in sorted(set(weight_map.values()))]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} cannot be read; copy or download the model again.") from error
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"{folder} lacks the weights {shard.name}; copy or download it again (safetensors only).")
-        try:
-            with safe_open(shard, framework="pt"):  # reads the header and compares it with the file's length
-                pass
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"The weights {shard} are cut off or damaged ({one_line(error)}); copy or download them again."
-            ) from error
+    open_weights(str(folder))  # reads the headers and compares them with the files' lengths
 
 
 def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source: str) -> None:

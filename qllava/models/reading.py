@@ -16,8 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from qllava.config import NANO, InputError
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.adapter import RECORD_FILE, read_record
-from qllava.models.assemble import load_tokenizer, nano_part, template_of
 from qllava.models.checkpoint import build_processor
+from qllava.models.outline import load_tokenizer, nano_part, template_of
 from qllava.models.vision import LOAD_ERRORS, ImageAspect, load_tower, one_line
 
 LLAVA_TOKENS_PER_IMAGE = 576

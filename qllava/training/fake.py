@@ -32,8 +32,9 @@ from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
 from qllava.models.adapter import add_lora, train_projector_only
-from qllava.models.assemble import Assembled, Recipe
+from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.outline import Recipe
 from qllava.training.attention import looking_at
 
 Parts = Counter[str]

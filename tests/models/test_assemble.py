@@ -27,7 +27,9 @@ from qllava.models.adapter import (
     save_projector,
     save_record,
 )
-from qllava.models.assemble import Recipe, assemble, fingerprint, load_language_model, template_of
+from qllava.models.assemble import assemble, load_language_model
+from qllava.models.outline import Recipe, fingerprint, load_tokenizer, outline, template_of
+from qllava.models.weights import EMBEDDING, HEAD
 from tests.tiny_models import (
     make_tiny_llava,
     make_tiny_model,
@@ -154,7 +156,8 @@ class TestTokens:
         settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
         kept = ("tokenizer_class", "eos_token")
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: settings[k] for k in kept}), encoding="utf-8")
-        model, loaded = load_language_model(str(tmp_path), torch.float32, "cpu", four_bit=True)
+        loaded: Any = load_tokenizer(str(tmp_path))
+        model = load_language_model(str(tmp_path), torch.float32, "cpu", four_bit=True, tokens=len(loaded))
         assert loaded(text)["input_ids"] == before
         assert loaded.encode(f"a{IMAGE_TOKEN}b", add_special_tokens=False).count(
             loaded.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -176,10 +179,15 @@ class TestTokens:
         tokenizer.add_tokens(["one more"])
         tokenizer.save_pretrained(tmp_path / "llama")
         assert config.vocab_size == len(tokenizer) - 1
-        model, loaded = load_language_model(str(tmp_path / "llama"), torch.float32, "cpu", four_bit=False)
+        whole = assemble(tiny.recipe(language_model=str(tmp_path / "llama"), load_in_4bit=False))
+        model, loaded = whole.model, whole.processor.tokenizer
         size = model.get_input_embeddings().weight.shape[0]
         assert size % 64 == 0 and size >= len(loaded) > config.vocab_size
-        assert model.config.vocab_size == size
+        assert model.config.text_config.vocab_size == size
+        # Who reads the weights one by one finds the same rows.
+        base = outline(whole.recipe).base
+        for name, table in ((EMBEDDING, model.get_input_embeddings()), (HEAD, model.get_output_embeddings())):
+            assert torch.equal(base[name], table.weight)
 
     def test_generation_ends_with_a_turn(self, tiny: Tiny) -> None:
         assembled = assemble(tiny.recipe())
@@ -220,13 +228,35 @@ class TestIdentity:
         with pytest.raises(InputError, match="is not the one that this adapter was trained on"):
             assemble(replace(record, language_model=str(other)))
 
-    def test_of_a_llava_that_exists_the_projector_belongs_to_it(self) -> None:
-        model = make_tiny_model(make_tiny_processor())
-        whole, parts = (fingerprint(model, built=built) for built in (False, True))
-        with torch.no_grad():
-            model.model.multi_modal_projector.linear_1.weight[0, 0] += 1
-        assert fingerprint(model, built=False) != whole
-        assert fingerprint(model, built=True) == parts
+    def test_of_a_llava_that_exists_the_projector_belongs_to_it(self, tiny: Tiny, tmp_path: Path) -> None:
+        recipe = tiny.recipe(model=str(make_tiny_llava(tmp_path)), language_model=None, vision_tower=None)
+        whole = outline(recipe)
+        state = load_file(tmp_path / "model.safetensors")
+        for name in state:
+            if "linear_1.weight" in name:
+                state[name][0, 0] += 1
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        other = outline(recipe)
+        assert other.recipe.fingerprint != whole.recipe.fingerprint
+        built = [
+            fingerprint(found.model.config, found.processor.tokenizer, found.base, built=True)
+            for found in (whole, other)
+        ]
+        assert built[0] == built[1] != whole.recipe.fingerprint
+
+    @pytest.mark.parametrize("four_bit", [True, False])
+    def test_does_not_depend_on_quantization(self, tiny: Tiny, four_bit: bool) -> None:
+        found = assemble(tiny.recipe(load_in_4bit=four_bit)).recipe.fingerprint
+        assert found == outline(tiny.recipe(dtype="bfloat16")).recipe.fingerprint
+
+    def test_says_what_differs(self, tiny: Tiny, tmp_path: Path) -> None:
+        record = outline(tiny.recipe()).recipe
+        shutil.copytree(tiny.language_model, tmp_path / "llama")
+        config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
+        config["rms_norm_eps"] = 1e-3
+        (tmp_path / "llama" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(InputError, match=r"\(another config\)"):
+            outline(replace(record, language_model=str(tmp_path / "llama")))
 
     def test_record_is_read_as_it_was_written(self, tiny: Tiny, tmp_path: Path) -> None:
         recipe = tiny.recipe(fingerprint="0123", dtype="bfloat16")
@@ -268,7 +298,7 @@ class TestRefusals:
 
     def test_no_weights(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama", ignore=shutil.ignore_patterns("*.safetensors"))
-        assert "cannot be loaded" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
+        assert "are not there" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
 
     def test_no_tokenizer(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama", ignore=shutil.ignore_patterns("token*"))
@@ -278,7 +308,7 @@ class TestRefusals:
         shutil.copytree(tiny.language_model, tmp_path / "llama")
         path = tmp_path / "llama" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "cannot be loaded" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
+        assert "are cut off or damaged" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
 
     def test_a_part_of_the_weights(self, tiny: Tiny, tmp_path: Path) -> None:
         """What is missing would be drawn at random, with no more than a warning."""

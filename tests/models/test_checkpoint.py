@@ -456,4 +456,4 @@ def test_broken_folders(saved: Path, tmp_path: Path, model: Any, processor: Any)
     sharded = tmp_path / "sharded"
     save_llava(model, processor, sharded, max_shard_size="200KB")
     next(iter(sorted(sharded.glob("*.safetensors")))).unlink()
-    assert "lacks the weights model-00001" in load_refused(sharded)
+    assert "model-00001-of-00004.safetensors are not there" in load_refused(sharded)

@@ -20,8 +20,9 @@ from benchmarks import shapes
 from qllava.config import InputError, ModelConfig
 from qllava.models import ledger
 from qllava.models.adapter import add_lora, train_projector_only
-from qllava.models.assemble import Assembled, Recipe
+from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.outline import Recipe
 from qllava.training import memory
 from qllava.training.attention import looking_at
 from qllava.training.fake import example_row, fake_llava, held_by, llava_of, tensors_of

@@ -1,0 +1,254 @@
+"""What a model is built from, before its weights: configs, tokenizer, template, and which weights belong to it.
+
+recipe --outline--> empty model + processor + `Base` (the weights on disk, one by one) --assemble.py--> Assembled
+                                                                                       --merge--------> a new folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from qllava.config import NANO_WEIGHTS, InputError
+from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
+from qllava.models.checkpoint import build_processor, load_config, names_on_disk
+from qllava.models.vision import LOAD_ERRORS, Tower, load_tower, one_line
+from qllava.models.weights import Base, language_model_name, open_weights
+
+LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is built from; written beside every adapter, so that the folder needs nothing else."""
+
+    model: str | None
+    """A LLaVA's folder or hub name; None when it is built from the two parts below."""
+    language_model: str | None
+    """Folder or hub name of the language model."""
+    vision_tower: str | None
+    """`open_clip:ARCH/PRETRAINED` or a folder."""
+    projector_type: Literal["mlp2x_gelu", "linear"]
+    """Shape of the projector of a LLaVA that is built from parts."""
+    vision_feature_layer: int
+    """Index into the tower's hidden states."""
+    image_aspect: Literal["pad", "crop"]
+    """How a picture becomes a square."""
+    template: str
+    """Name of the conversation template; empty: chosen by the language model's tokenizer."""
+    load_in_4bit: bool
+    """Whether the language model is held in NF4."""
+    fingerprint: str = ""
+    """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
+    dtype: str = ""
+    """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 where the device has it, fp16 where it has not, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@dataclass
+class Outline:
+    """A LLaVA before its weights, which lie on disk."""
+
+    model: LlavaForConditionalGeneration
+    """On the meta device, all of it."""
+    processor: LlavaProcessor
+    recipe: Recipe
+    """With template, fingerprint and dtype filled in."""
+    base: Base
+    """The weights, read one by one."""
+    tower: Tower | None
+    """Of a LLaVA that is built from parts."""
+
+
+def outline(recipe: Recipe) -> Outline:
+    """Everything of a recipe but the weights of its language model: minutes earlier, and in no memory.
+
+    Raises InputError for parts that are missing, of another kind, or of widths that do not fit, and when the recipe
+    carries the fingerprint of another base.
+    """
+    dtype: torch.dtype = getattr(torch, recipe.dtype) if recipe.dtype else compute_dtype()
+    tower: Tower | None = None
+    config: Any
+    if recipe.model is not None:
+        config, processor = load_config(recipe.model)
+        generation = _generation_config(recipe.model, config)
+        base = Base(open_weights(recipe.model), dtype)
+    else:
+        if recipe.language_model is None or recipe.vision_tower is None:
+            raise InputError(
+                "A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path."
+            )
+        name = nano_part(recipe.language_model, "llama")
+        text, tokenizer = _language_model_config(name)
+        tower = load_tower(nano_part(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
+        weights = open_weights(name, language_model_name)
+        text.vocab_size = grown(text.vocab_size, len(tokenizer))
+        config = llava_config(recipe, text, tower, tokenizer)
+        processor = build_processor(tokenizer, tower)
+        generation = _generation_config(name, text)
+        held = {f"vision_tower.vision_model.{key}": tensor for key, tensor in tower.model.state_dict().items()}
+        base = Base(weights, dtype, held, rows=text.vocab_size)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
+    model.generation_config = generation
+    name = recipe.model or recipe.language_model or ""
+    tied = bool(config.text_config.tie_word_embeddings)
+    base.check(names_on_disk(model), tied=tied, built=recipe.model is None, what=name)
+    recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer))
+    found = fingerprint(config, processor.tokenizer, base, built=recipe.model is None)
+    if recipe.fingerprint and recipe.fingerprint != found:
+        parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
+        other = ", ".join(what for wanted, given, what in parts if wanted != given)
+        raise InputError(
+            f"The base {name} is not the one that this adapter was trained on (another {other or 'kind'}); give the "
+            "base that the run used."
+        )
+    filled = replace(recipe, fingerprint=found, dtype=str(dtype).removeprefix("torch."))
+    plan = Outline(model.eval(), processor, filled, base, tower)
+    settle_template(plan.model, processor, TEMPLATES[filled.template])
+    return plan
+
+
+def settle_template(model: Any, processor: LlavaProcessor, template: Template) -> None:
+    """How the model will be asked, and where it stops."""
+    # `plain` is how captions are learned; nobody chats with it, so the model keeps the template it will be asked in.
+    processor.chat_template = processor.tokenizer.chat_template = template.chat_template()
+    _settle_end_of_turn(model, processor.tokenizer, template)
+
+
+def template_of(tokenizer: Any) -> str:
+    """The template that a language model was made for, by its control tokens.
+
+    Where there are none it is `vicuna_v1`, LLaVA's own.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name in ("llama_3", "chatml"):
+        if all(control in vocabulary for control in TEMPLATES[name].controls):
+            return name
+    return "llama_2" if "[INST]" in str(tokenizer.chat_template or "") else "vicuna_v1"
+
+
+def llava_config(recipe: Recipe, text: Any, tower: Tower, tokenizer: Any) -> LlavaConfig:
+    """The config of a LLaVA from parts; `text` is that of its language model."""
+    return LlavaConfig(
+        text_config=text,
+        vision_config=tower.model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        projector_hidden_act="gelu" if recipe.projector_type == "mlp2x_gelu" else "linear",
+        vision_feature_layer=recipe.vision_feature_layer,
+        vision_feature_select_strategy=tower.strategy,
+        image_seq_length=tower.tokens_per_image,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+
+
+def _generation_config(name: str, config: Any) -> GenerationConfig:
+    """A model's own, or what its config says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def nano_part(name: str, part: str) -> str:
+    """The folder of one of nano's parts, or the name as it is."""
+    if name != "nano":
+        return name
+    folder = NANO_WEIGHTS / part
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
+        )
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with `<image>` as one more token, and padding.
+
+    Raises InputError when it cannot be read.
+    """
+    try:
+        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, legacy=True)
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def _language_model_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a LLaMA-family model. Raises InputError when it is no such model."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except LOAD_ERRORS as error:
+        raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
+    if config.model_type not in LANGUAGE_MODELS:
+        supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
+        raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
+    return config, load_tokenizer(name)
+
+
+def grown(rows: int, tokens: int) -> int:
+    """Rows of an embedding with room for so many tokens: as many as it has, or a multiple of 64."""
+    return rows if tokens <= rows else -(-tokens // 64) * 64
+
+
+def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:
+    """Generation stops where a turn ends."""
+    end = template.end_of_turn.strip()
+    ids = {tokenizer.eos_token_id}
+    if end and end != EOS:
+        ids.add(tokenizer.convert_tokens_to_ids(end))
+    ids.discard(None)
+    model.generation_config.eos_token_id = sorted(ids)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+_TEXT = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "rope_parameters", "vocab_size",
+)  # fmt: skip
+
+
+_VISION = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act")
+
+
+def fingerprint(config: Any, tokenizer: Any, base: Base, *, built: bool) -> str:
+    """Hashes of what the base computes, of its vocabulary, and of evenly spaced values of every weight on disk.
+
+    None depends on the device or on quantization. The projector is left out where it was built here (`built`): it
+    belongs to the adapter.
+    """
+    shape = [str(getattr(config, key, None)) for key in ("vision_feature_layer", "vision_feature_select_strategy")]
+    shape += [f"{key}={getattr(config.text_config, key, None)}" for key in _TEXT]
+    shape += [f"{key}={getattr(config.vision_config, key, None)}" for key in _VISION]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    weights = hashlib.sha256()
+    for name in sorted(base):
+        if not (built and "multi_modal_projector" in name):
+            weights.update(f"{name}{tuple(base.shape(name))}".encode())
+            weights.update(base.sample(name).numpy().tobytes())
+    hashes = (hashlib.sha256(str(part).encode()) for part in (shape, vocabulary))
+    return "-".join(found.hexdigest()[:12] for found in (*hashes, weights))

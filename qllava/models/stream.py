@@ -1,0 +1,173 @@
+"""A LLaVA that is computed layer by layer: one layer of it is in memory, however large the model is.
+
+Every probe goes through a layer before the next one is read. Two models are computed so, and compared: a folder as any
+program would load it (`Stored`), and a base with its adapter as it was trained (`Adapted`), which is made of
+bitsandbytes' and peft's own layers and knows nothing of how a delta is added to a weight.
+
+S tokens, D width, I pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qllava.models.delta import Delta
+from qllava.models.weights import EMBEDDING, HEAD
+
+LAYERS = "language_model.model.layers"
+
+
+class Source(Protocol):
+    """Where modules get their weights."""
+
+    dtype: torch.dtype
+    """What is computed in."""
+    device: torch.device
+
+    def filled(self, name: str, empty: nn.Module) -> Any:
+        """A copy of a module of the meta device, with the weights that it has under this name on disk."""
+
+
+class Stored:
+    """The weights of a folder, as they are."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self.weights, self.dtype, self.device = weights, dtype, device
+
+    def filled(self, name: str, empty: nn.Module) -> Any:
+        """See `Source`."""
+        module = copy.deepcopy(empty)
+        state = {key: self._read(f"{name}.{key}") for key in module.state_dict()}
+        module.load_state_dict({key: tensor.to(self.device, self.dtype) for key, tensor in state.items()}, assign=True)
+        _count_positions(module, self.device)
+        return module.eval().requires_grad_(False)
+
+    def _read(self, name: str) -> Tensor:
+        return self.weights[EMBEDDING if name == HEAD and HEAD not in self.weights else name]
+
+
+class Adapted(Stored):
+    """A base with its adapter, as training held them: 4-bit layers and LoRA beside them."""
+
+    def __init__(
+        self, base: Mapping[str, Tensor], delta: Delta, dtype: torch.dtype, device: torch.device, *, four_bit: bool
+    ) -> None:
+        super().__init__(base, dtype, device)
+        self.delta, self.four_bit = delta, four_bit
+
+    def filled(self, name: str, empty: nn.Module) -> Any:
+        """See `Source`."""
+        if not name.startswith(f"{LAYERS}."):
+            return super().filled(name, empty)
+        layer: Any = copy.deepcopy(empty)
+        linear = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        for path in linear if self.four_bit else []:
+            layer.set_submodule(path, self._packed(f"{name}.{path}", layer.get_submodule(path)))
+        packed = set(linear) if self.four_bit else set()
+        for key in dict(layer.named_parameters()):
+            path, _, own = key.rpartition(".")
+            if path not in packed:
+                tensor = self._read(f"{name}.{key}").to(self.device, self.dtype)
+                setattr(layer.get_submodule(path), own, nn.Parameter(tensor, requires_grad=False))
+        return self._with_lora(layer, name)
+
+    def _read(self, name: str) -> Tensor:
+        return self.delta[name] if name in self.delta.replaced else super()._read(name)
+
+    def _packed(self, name: str, empty: Any) -> Linear4bit:
+        """NF4 with double quantization, of what training quantized."""
+        biased = empty.bias is not None
+        kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+        layer: Any = Linear4bit(
+            empty.in_features, empty.out_features, bias=biased, compute_dtype=self.dtype, device="meta", **kind
+        )
+        weight: Any = Params4bit(self._read(f"{name}.weight"), requires_grad=False, **kind)
+        layer.weight = weight.to(self.device)  # packs it
+        if biased:
+            layer.bias = nn.Parameter(self._read(f"{name}.bias").to(self.device, self.dtype), requires_grad=False)
+        layer.support_avx512bf16_for_cpu = False  # see `assemble.prepare_for_training`
+        return layer  # type: ignore[no-any-return]
+
+    def _with_lora(self, layer: Any, name: str) -> Any:
+        """Peft's own layers around those that were trained."""
+        trained = [path.removeprefix(f"{name}.") for path in self.delta.layers if path.startswith(f"{name}.")]
+        if not trained:
+            return layer.eval()
+        given = self.delta.config
+        layer.is_loaded_in_4bit = self.four_bit
+        config = LoraConfig(
+            r=given.r, lora_alpha=given.lora_alpha, use_rslora=given.use_rslora, target_modules=trained, bias="none"
+        )
+        inject_adapter_in_model(config, layer)
+        for path in trained:
+            wrapped = layer.get_submodule(path)
+            for own, tensor in zip(("lora_A", "lora_B"), self.delta.factors(f"{name}.{path}"), strict=True):
+                getattr(wrapped, own)["default"].weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
+        return layer.eval()
+
+
+def _count_positions(module: nn.Module, device: torch.device) -> None:
+    """Fill what is no weight: the numbers of a tower's patches."""
+    for path, buffer in list(module.named_buffers()):
+        if buffer.device.type == "meta":
+            owner, _, own = path.rpartition(".")
+            if own != "position_ids":
+                raise ValueError(f"{path} is neither a weight nor known")
+            module.get_submodule(owner).register_buffer(
+                own, torch.arange(buffer.shape[-1], device=device)[None], persistent=False
+            )
+
+
+@torch.no_grad()
+def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]], title: str) -> list[Tensor]:
+    """(positions that predict a learned token, D) of each probe, before the head.
+
+    model: a LlavaForConditionalGeneration on the meta device.
+    probes: input_ids (S), labels (S), pixel_values (I, 3, H, W) where there are pictures.
+    title: of the progress bar.
+    """
+    language_model = model.model.language_model
+    hidden = _embedded(model, source, probes)
+    rotary = type(language_model.rotary_emb)(language_model.config).to(source.device)
+    angles = [
+        rotary(states, position_ids=torch.arange(states.shape[1], device=source.device)[None]) for states in hidden
+    ]
+    for number, empty in enumerate(tqdm(language_model.layers, desc=title, unit="layer", leave=False)):
+        layer = source.filled(f"{LAYERS}.{number}", empty)
+        for which, (states, angle) in enumerate(zip(hidden, angles, strict=True)):
+            # No mask: every probe is one sequence, and attention is causal.
+            out = layer(states, attention_mask=None, position_embeddings=angle)
+            hidden[which] = out[0] if isinstance(out, tuple) else out
+        del layer
+    norm = source.filled("language_model.model.norm", language_model.norm)
+    return [
+        norm(states)[0, :-1][(probe["labels"][1:] != -100).to(source.device)]
+        for states, probe in zip(hidden, probes, strict=True)
+    ]
+
+
+def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """(1, S, D) of each probe: its tokens, and its pictures in their places."""
+    table = source.filled("language_model.model.embed_tokens", model.model.language_model.embed_tokens)
+    hidden = [table(probe["input_ids"].to(source.device))[None] for probe in probes]
+    del table
+    tower = source.filled("vision_tower.vision_model", model.model.vision_tower)
+    projector = source.filled("multi_modal_projector", model.model.multi_modal_projector)
+    config = model.config
+    for probe, states in zip(probes, hidden, strict=True):
+        if "pixel_values" not in probe:
+            continue
+        pixels = probe["pixel_values"].to(source.device, source.dtype)
+        seen = tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+        seen = seen[:, 1:] if config.vision_feature_select_strategy == "default" else seen
+        places = (probe["input_ids"] == config.image_token_index).to(source.device)
+        states[0, places] = projector(seen).flatten(0, 1).to(states.dtype)
+    return hidden

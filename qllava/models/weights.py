@@ -1,0 +1,216 @@
+"""Weights on disk, one tensor at a time: what reads them never holds a whole model.
+
+Names are those of llava-hf's layout (`checkpoint.py`), whatever the folder itself calls them:
+
+    a LLaVA in llava-hf's layout      as they are
+    a LLaVA in transformers' own      model.language_model.X  ->  language_model.model.X   and so on
+    a language model                  model.X, lm_head.X      ->  language_model.model.X, language_model.lm_head.X
+
+A file is open only while one tensor is read from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qllava.config import InputError
+from qllava.models.vision import LOAD_ERRORS, one_line
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+TABLES = (EMBEDDING, HEAD)
+
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 32
+_LAYOUTS = (
+    (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?"), "vision_tower.vision_model."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\."), "multi_modal_projector."),
+    (re.compile(r"model\.language_model\.|language_model\.model\."), "language_model.model."),
+    (re.compile(r"(?:language_model\.)?lm_head\."), "language_model.lm_head."),
+)
+
+
+def llava_name(name: str) -> str:
+    """A tensor of a LLaVA, by any of its names, under that of llava-hf's layout; other names stay as they are."""
+    for pattern, ours in _LAYOUTS:
+        found = pattern.match(name)
+        if found:
+            return ours + name[found.end() :]
+    return name
+
+
+def language_model_name(name: str) -> str:
+    """A tensor of a language model's own folder, under its name inside a LLaVA."""
+    return f"language_model.{name}"
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of one or more safetensors files, by name; each is read when it is asked for.
+
+    Raises InputError for files that are missing, cut off or damaged.
+    """
+
+    def __init__(self, files: Mapping[Path, list[str] | None], rename: Callable[[str], str] = llava_name) -> None:
+        """files: with the names that each has to hold; None: whatever it holds."""
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path, names in files.items():
+            with _opened(path) as file:
+                held = list(file.keys())
+                missing = sorted(set(names or []) - set(held))
+                if missing:
+                    raise InputError(f"The weights {path} lack {missing[0]}; copy or download them again.")
+                for name in held:
+                    self._places[rename(name)] = (path, name)
+                    self._shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, own = self._places[name]
+        with _opened(path) as file:
+            return file.get_tensor(own)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._shapes[name]
+
+    def sample(self, name: str) -> Tensor:
+        """What `sampled` takes of a tensor, without reading the rest of it."""
+        path, own = self._places[name]
+        with _opened(path) as file:
+            if len(self._shapes[name]) < 2:
+                return sampled(file.get_tensor(own))
+            cut = file.get_slice(own)
+            return torch.cat([_begin(cut[row : row + 1]) for row in _rows(self._shapes[name][0])])
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """A few values of a tensor, the beginnings of evenly spaced rows, in fp32: enough to tell two models apart."""
+    if tensor.ndim < 2:
+        return tensor.detach().reshape(-1)[: _SAMPLE_ROWS * _SAMPLE_COLUMNS].float().cpu()
+    return torch.cat([_begin(tensor[row : row + 1]) for row in _rows(len(tensor))])
+
+
+def _rows(length: int) -> list[int]:
+    return list(range(0, length, max(1, length // _SAMPLE_ROWS)))[:_SAMPLE_ROWS]
+
+
+def _begin(row: Tensor) -> Tensor:
+    return row.detach().reshape(-1)[:_SAMPLE_COLUMNS].float().cpu()
+
+
+def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name) -> Weights:
+    """The weights of a model's folder or hub name; safetensors only.
+
+    Raises InputError when they are not there or not whole.
+    """
+    folder = Path(folder_or_name).expanduser()
+    if not folder.is_dir():
+        try:  # training has fetched them already
+            folder = Path(snapshot_download(folder_or_name, allow_patterns=["*.safetensors", "*.json"]))
+        except LOAD_ERRORS as error:
+            raise InputError(f"The weights of {folder_or_name} cannot be fetched ({one_line(error)}).") from error
+    index = folder / INDEX
+    if not index.is_file():
+        return Weights({folder / WEIGHTS: None}, rename)
+    shards: dict[Path, list[str] | None] = {}
+    for name, shard in read_index(index).items():
+        shards.setdefault(folder / shard, []).append(name)  # type: ignore[union-attr]
+    return Weights(shards, rename)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard holds which tensor. Raises InputError when the file does not say."""
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in found.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} cannot be read; copy or download the model again.") from error
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file; its header is compared with its length. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"The weights {path} are not there; copy or download them again (safetensors only).")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The weights {path} are cut off or damaged ({one_line(error)}); copy or download them again."
+        ) from error
+
+
+class Base(Mapping[str, Tensor]):
+    """The weights that an adapter stands on, in the type in which training held what it did not quantize."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        held: Mapping[str, Tensor] | None = None,
+        *,
+        rows: int | None = None,
+    ) -> None:
+        """held: tensors that are in memory already. rows: of embedding and head, where they have grown."""
+        self._weights, self._dtype, self._held, self._rows = weights, dtype, held or {}, rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = (self._held[name] if name in self._held else self._weights[name]).to(self._dtype)
+        if self._rows is not None and name in TABLES and len(tensor) < self._rows:
+            # As `assemble` does it: a new row is the mean of the old.
+            return torch.cat([tensor, tensor.mean(0).expand(self._rows - len(tensor), -1)])
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._held, *self._weights])
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._weights)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor on disk, without reading it."""
+        return tuple(self._held[name].shape) if name in self._held else self._weights.shape(name)
+
+    def sample(self, name: str) -> Tensor:
+        """A few of its values on disk."""
+        return sampled(self._held[name]) if name in self._held else self._weights.sample(name)
+
+    def check(self, wanted: Mapping[str, Tensor], *, tied: bool, built: bool, what: str) -> None:
+        """Every tensor of the model is there, in its shape. Raises InputError.
+
+        tied: the head may be missing. built: the projector is no part of the base.
+        """
+        for name, tensor in wanted.items():
+            if built and name.startswith("multi_modal_projector.") or tied and name == HEAD:
+                continue
+            if name not in self._held and name not in self._weights:
+                raise InputError(
+                    f"{what} lacks weights, {name} among them; copy or download it again (a checkpoint of other code "
+                    "has to be converted to transformers' names first)."
+                )
+            found, expected = self.shape(name), tuple(tensor.shape)
+            grown = self._rows is not None and name in TABLES and found[0] <= expected[0]
+            if found != expected and not (grown and found[1:] == expected[1:]):
+                raise InputError(
+                    f"{what} has weights that do not fit its config.json: {name} is {found} and should be {expected}; "
+                    "take config and weights from the same model."
+                )

@@ -35,7 +35,10 @@ class ModelConfig:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "`nano` (the default), or a LLaVA in llava-hf's layout: a folder or a hub name."},
+        metadata={
+            "help": "`nano` (the default), a LLaVA in llava-hf's layout (a folder or a hub name), or a run of "
+            "finetune_lora, whose adapter is trained on."
+        },
     )
     language_model: str | None = field(
         default=None, metadata={"help": "Build a new LLaVA from this LLaMA-family model: a folder or a hub name."}

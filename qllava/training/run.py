@@ -8,6 +8,7 @@ The same command again continues an unfinished run at its newest checkpoint; a f
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import sys
@@ -25,9 +26,19 @@ from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_some
-from qllava.models.adapter import add_lora, load_projector, train_projector_only
-from qllava.models.assemble import Assembled, Recipe, assemble
+from qllava.models.adapter import (
+    BELONGS_TO_BASE,
+    DATA_FILE,
+    adapter_at,
+    add_lora,
+    continue_adapter,
+    load_projector,
+    read_record,
+    train_projector_only,
+)
+from qllava.models.assemble import Assembled, assemble
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.outline import Recipe
 from qllava.nano import dataset as nano
 from qllava.training import scores
 from qllava.training.allocator import keep_freed_memory
@@ -45,6 +56,8 @@ def pretrain(settings: Settings) -> Path:
     for name, given in (("projector", settings.model.projector), ("pretrain_file", settings.data.pretrain_file)):
         if given:
             raise InputError(f"The setting {name} is one of finetune_lora; stage 1 learns from train_file, remove it.")
+    if start := adapter_at(settings.model.model_name_or_path):
+        raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
     folder = _open_folder(settings)
     started = time.monotonic()
     files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
@@ -73,12 +86,19 @@ def finetune(settings: Settings) -> Path:
             "A new LLaVA's projector has learned nothing yet: give projector (the folder that pretrain_projector "
             "wrote) or pretrain_file."
         )
+    start = adapter_at(model_.model_name_or_path)
+    if start and (model_.projector or data.pretrain_file):
+        raise InputError(
+            f"The adapter in {start} brings its own projector; leave projector and pretrain_file out, or start from "
+            "the base."
+        )
     if model_.projector and data.pretrain_file:
         raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
     folder = _open_folder(settings)
     started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
     files = _files(data.train_file, settings, "train_file", nano_file="train")
+    _write_hashes(files, folder / DATA_FILE)
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
@@ -95,6 +115,8 @@ def finetune(settings: Settings) -> Path:
     model = add_lora(
         assembled, r=settings.model.lora_r, alpha=settings.model.lora_alpha, dropout=settings.model.lora_dropout
     )
+    if start:
+        continue_adapter(model, start)
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
     questions = _some(held_out, evaluation, config.eval_questions)
@@ -120,7 +142,7 @@ def finetune(settings: Settings) -> Path:
 
 def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
     """What a stage 1 of finetune's own would learn from; None where the projector has its start already."""
-    exists = assembled.recipe.model is not None and not settings.data.pretrain_file
+    exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
     if settings.model.projector or exists or (folder / "stage1" / RESULTS_FILE).is_file():
         return None
     files = _files(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
@@ -183,11 +205,14 @@ def _assemble(settings: Settings) -> Assembled:
     built = bool(model.language_model or model.vision_tower)
     if model.model_name_or_path and built:
         raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
+    start = adapter_at(model.model_name_or_path)
     set_seed(settings.train.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
     # `plain` is for captions; the model itself keeps the template in which it will be asked.
     template = model.template if model.template != "plain" else None
+    if start:
+        return assemble(_same_base(settings, start), seed=settings.train.seed)
     recipe = Recipe(
         model=None if built or model.is_nano else model.model_name_or_path,
         language_model=NANO if model.is_nano else model.language_model,
@@ -199,6 +224,18 @@ def _assemble(settings: Settings) -> Assembled:
         load_in_4bit=model.load_in_4bit,
     )
     return assemble(recipe, seed=settings.train.seed)
+
+
+def _same_base(settings: Settings, start: Path) -> Recipe:
+    """The base of an adapter that is trained on. Raises InputError for a setting that would make it another one."""
+    record = read_record(start)
+    for name in BELONGS_TO_BASE:
+        if getattr(settings.model, name) != getattr(record, name):
+            raise InputError(
+                f"The adapter in {start} was trained with {name} {getattr(record, name)}; leave the setting out, or "
+                "merge the run and start from the merged model."
+            )
+    return record
 
 
 def _open_folder(settings: Settings) -> Path:
@@ -217,6 +254,16 @@ def _open_folder(settings: Settings) -> Path:
     except OSError as error:
         raise InputError(f"The run cannot be written to {folder}: {error.strerror or error}.") from error
     return folder
+
+
+def _write_hashes(parts: list[Part], path: Path) -> None:
+    """What was learned from, by its bytes: the model card of a merged model names it."""
+    files = [file for part in parts for file in ([part.path] if part.path.is_file() else sorted(part.path.rglob("*")))]
+    hashes = []
+    for file in (file for file in files if file.is_file()):
+        with file.open("rb") as opened:
+            hashes.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+    path.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from qllava.config import DataConfig, InputError, ModelConfig
+from qllava.models.adapter import adapter_at, read_lora, read_record
 from qllava.models.vision import one_line
 
 # Fields of SFTConfig that would have no effect here, and why. A value other than TRL's default is refused.
@@ -140,7 +141,7 @@ def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) 
     line = list(sys.argv[1:] if args is None else args)
     given = _read_yaml(line)
     model, *_ = _parse(line, given, {"output_dir": output_dir})
-    defaults = {"output_dir": output_dir, **(nano if model.is_nano else {})}
+    defaults = {"output_dir": output_dir, **(nano if model.is_nano else {}), **_of_adapter(model.model_name_or_path)}
     model, data, train = _parse(line, given, defaults)
     untouched = TrainConfig(output_dir=output_dir)
     for name, reason in NO_EFFECT.items():
@@ -149,6 +150,21 @@ def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) 
     for part in (model, data):
         _check_choices(part)
     return Settings(model, data, train)
+
+
+def _of_adapter(name: str | None) -> dict[str, Any]:
+    """Settings that a start from an adapter brings with it."""
+    start = adapter_at(name)
+    if start is None:
+        return {}
+    record, lora = read_record(start), read_lora(start)
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        **{
+            name: getattr(record, name) for name in ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
+        },
+    }
 
 
 def _check_choices(part: Any) -> None:

@@ -33,9 +33,9 @@ from qllava.config import InputError
 from qllava.models.adapter import DATA_FILE, PROBES_FILE, RECORD_FILE, read_record
 from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
+from qllava.models.errors import one_line
 from qllava.models.outline import Outline, Recipe, compute_dtype, outline
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
-from qllava.models.vision import one_line
 from qllava.models.weights import HEAD, open_weights
 
 MERGE_FILE = "merge.json"

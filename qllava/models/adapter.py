@@ -22,8 +22,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from qllava.config import InputError
 from qllava.models.assemble import Assembled, assemble
+from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.outline import Recipe
-from qllava.models.vision import LOAD_ERRORS, one_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DATA_FILE = "data.json"

@@ -26,8 +26,9 @@ from transformers import (
 from qllava.config import InputError
 from qllava.conversation import TEMPLATES, Template
 from qllava.models.checkpoint import load_llava
+from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 from qllava.models.outline import Outline, Recipe, grown, llava_config, nano_part, outline, settle_template
-from qllava.models.vision import LOAD_ERRORS, check_loading, one_line
+from qllava.models.vision import load_tower
 
 # Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
 _KEPT_IN_FULL = ["model.multi_modal_projector", "model.vision_tower", "lm_head"]
@@ -84,7 +85,9 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 def _from_parts(plan: Outline, dtype: torch.dtype, device: str, seed: int) -> LlavaForConditionalGeneration:
     """A LLaVA of a language model that is loaded by itself, a tower and a new projector."""
     recipe, tower, tokenizer = plan.recipe, plan.tower, plan.processor.tokenizer
-    assert recipe.language_model is not None and tower is not None  # `outline` has seen to it
+    assert recipe.language_model and recipe.vision_tower and tower  # `outline` has seen to it
+    if tower.model.device.type == "meta":
+        tower = load_tower(nano_part(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
     name = nano_part(recipe.language_model, "llama")
     llm = load_language_model(name, dtype, device, four_bit=recipe.load_in_4bit, tokens=len(tokenizer))
     if recipe.load_in_4bit:

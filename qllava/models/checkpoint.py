@@ -36,7 +36,8 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
-from qllava.models.vision import LOAD_ERRORS, Tower, check_loading, one_line
+from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
+from qllava.models.vision import Tower
 from qllava.models.weights import EMBEDDING, HEAD, INDEX, llava_name, open_weights
 
 # Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,9 @@ from transformers import (
 from qllava.config import NANO_WEIGHTS, InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
-from qllava.models.vision import LOAD_ERRORS, Tower, load_tower, one_line
-from qllava.models.weights import Base, language_model_name, open_weights
+from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.vision import Tower, load_tower
+from qllava.models.weights import INDEX, WEIGHTS, Base, language_model_name, open_weights, tower_name
 
 LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
 
@@ -75,7 +77,7 @@ class Outline:
     base: Base
     """The weights, read one by one."""
     tower: Tower | None
-    """Of a LLaVA that is built from parts."""
+    """Of a LLaVA that is built from parts; on the meta device too, where its weights lie in a folder."""
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -98,13 +100,19 @@ def outline(recipe: Recipe) -> Outline:
             )
         name = nano_part(recipe.language_model, "llama")
         text, tokenizer = _language_model_config(name)
-        tower = load_tower(nano_part(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
         weights = open_weights(name, language_model_name)
+        spec = nano_part(recipe.vision_tower, "tower")
+        on_disk = any((Path(spec).expanduser() / file).is_file() for file in (WEIGHTS, INDEX))
+        tower = load_tower(spec, image_aspect=recipe.image_aspect, weights=not on_disk)
+        held = {}
+        if on_disk:
+            weights.join(open_weights(spec, tower_name))
+        else:  # open_clip's, which was converted
+            held = {tower_name(key): tensor for key, tensor in tower.model.state_dict().items()}
         text.vocab_size = grown(text.vocab_size, len(tokenizer))
         config = llava_config(recipe, text, tower, tokenizer)
         processor = build_processor(tokenizer, tower)
         generation = _generation_config(name, text)
-        held = {f"vision_tower.vision_model.{key}": tensor for key, tensor in tower.model.state_dict().items()}
         base = Base(weights, dtype, held, rows=text.vocab_size)
     config.dtype = dtype
     with torch.device("meta"):

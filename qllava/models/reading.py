@@ -17,8 +17,9 @@ from qllava.config import NANO, InputError
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.checkpoint import build_processor
+from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.outline import load_tokenizer, nano_part, template_of
-from qllava.models.vision import LOAD_ERRORS, ImageAspect, load_tower, one_line
+from qllava.models.vision import ImageAspect, load_tower
 
 LLAVA_TOKENS_PER_IMAGE = 576
 """Of LLaVA-1.5, whose tower has 24 x 24 patches: for a tokenizer that comes without a tower."""

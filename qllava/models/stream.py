@@ -10,7 +10,7 @@ S tokens, D width, I pictures.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from qllava.models.delta import Delta
 from qllava.models.weights import EMBEDDING, HEAD
 
 LAYERS = "language_model.model.layers"
+TOWER = "vision_tower.vision_model"
 
 
 class Source(Protocol):
@@ -159,15 +160,39 @@ def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]
     table = source.filled("language_model.model.embed_tokens", model.model.language_model.embed_tokens)
     hidden = [table(probe["input_ids"].to(source.device))[None] for probe in probes]
     del table
-    tower = source.filled("vision_tower.vision_model", model.model.vision_tower)
-    projector = source.filled("multi_modal_projector", model.model.multi_modal_projector)
     config = model.config
-    for probe, states in zip(probes, hidden, strict=True):
-        if "pixel_values" not in probe:
-            continue
-        pixels = probe["pixel_values"].to(source.device, source.dtype)
-        seen = tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    pictured = [number for number, probe in enumerate(probes) if "pixel_values" in probe]
+    pixels = [probes[number]["pixel_values"].to(source.device, source.dtype) for number in pictured]
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    features = features_at(
+        tower, pixels, config.vision_feature_layer, lambda name, part: source.filled(f"{TOWER}.{name}", part)
+    )
+    projector = source.filled("multi_modal_projector", model.model.multi_modal_projector)
+    for number, seen in zip(pictured, features, strict=True):
         seen = seen[:, 1:] if config.vision_feature_select_strategy == "default" else seen
-        places = (probe["input_ids"] == config.image_token_index).to(source.device)
-        states[0, places] = projector(seen).flatten(0, 1).to(states.dtype)
+        places = (probes[number]["input_ids"] == config.image_token_index).to(source.device)
+        hidden[number][0, places] = projector(seen).flatten(0, 1).to(source.dtype)
+    return hidden
+
+
+def features_at(
+    tower: Any,
+    pixels: Sequence[Tensor],
+    layer: int,
+    filled: Callable[[str, nn.Module], Any] = lambda name, part: part,
+) -> list[Tensor]:
+    """(I, 3, H, W) each -> (I, tokens, D) each: a CLIP's or SigLIP's hidden states before `layer`, -1 behind the last.
+
+    No layer behind is computed. filled: gives a part of the tower, by its name, its weights.
+    """
+    embeddings = filled("embeddings", tower.embeddings)
+    dtype = embeddings.patch_embedding.weight.dtype
+    hidden = [embeddings(picture.to(dtype)) for picture in pixels]
+    if hasattr(tower, "pre_layrnorm"):  # CLIP's, spelt so; SigLIP has none
+        norm = filled("pre_layrnorm", tower.pre_layrnorm)
+        hidden = [norm(states) for states in hidden]
+    layers = tower.encoder.layers
+    for number, empty in enumerate(layers[: layer if layer >= 0 else len(layers) + 1 + layer]):
+        module = filled(f"encoder.layers.{number}", empty)
+        hidden = [module(states, None) for states in hidden]
     return hidden

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from typing import Any, Literal
 import open_clip
 import torch
 from PIL.Image import Resampling
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from transformers import (
     AutoImageProcessor,
@@ -42,6 +40,7 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import InputError
+from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 
 SUPPORTED = (
     "supported are the CLIP ViTs of open_clip (OpenAI, LAION, DataComp, DFN, MetaCLIP), its SigLIP and SigLIP 2 "
@@ -51,9 +50,6 @@ SUPPORTED = (
 ImageAspect = Literal["pad", "crop"]
 VisionModel = CLIPVisionModel | SiglipVisionModel
 Tensors = dict[str, torch.Tensor]
-
-# What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 _CLIP_NAMES = (
     (r"^class_embedding$", "embeddings.class_embedding"),
@@ -102,8 +98,8 @@ class Tower:
     """Where it came from, as the user wrote it."""
 
 
-def load_tower(spec: str, *, image_aspect: ImageAspect = "pad") -> Tower:
-    """Load a tower by name or from a folder.
+def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = True) -> Tower:
+    """Load a tower by name or from a folder; without `weights` that of a folder is left on the meta device.
 
     `spec` is `open_clip:ARCH/PRETRAINED` (PRETRAINED: one of open_clip's tags, or a file of weights),
     `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder that holds a CLIP or SigLIP vision model (or
@@ -124,7 +120,7 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad") -> Tower:
             f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED "
             "(for example open_clip:ViT-L-14-336-quickgelu/openai)."
         )
-    return _load_folder(folder, image_aspect)
+    return _load_folder(folder, image_aspect, weights)
 
 
 def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") -> VisionModel:
@@ -196,7 +192,7 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
     return arch, pretrained
 
 
-def _load_folder(folder: Path, image_aspect: ImageAspect) -> Tower:
+def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Tower:
     """Read a vision model, and the preprocessing beside it, as transformers saves them."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -211,11 +207,9 @@ def _load_folder(folder: Path, image_aspect: ImageAspect) -> Tower:
     if kind not in classes:
         raise InputError(f"The vision tower {folder} is a model of type '{kind}'; {SUPPORTED}.")
     try:
-        how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = classes[kind].from_pretrained(folder, dtype=torch.float32, **how)
+        model = _model_of_folder(folder, classes[kind], weights)
     except LOAD_ERRORS as error:
         raise InputError(f"The weights of the vision tower {folder} cannot be read: {one_line(error)}") from error
-    check_loading(report, f"The vision tower {folder}")
     try:
         saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         mean, std, resample = list(saved.image_mean), list(saved.image_std), int(saved.resample)
@@ -226,6 +220,17 @@ def _load_folder(folder: Path, image_aspect: ImageAspect) -> Tower:
         ) from error
     vision = model.vision_model if kind in ("clip", "siglip") else model
     return _tower(vision.eval(), mean, std, resample, image_aspect, str(folder))
+
+
+def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
+    """The model in fp32, or without weights."""
+    if not weights:
+        with torch.device("meta"):
+            return kind(kind.config_class.from_pretrained(folder))
+    how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, **how)
+    check_loading(report, f"The vision tower {folder}")
+    return model
 
 
 def _tower(
@@ -373,27 +378,3 @@ def _activation(layer: torch.nn.Module, source: str) -> str:
     raise InputError(
         f"{source} uses the activation {type(layer).__name__}, which is none of {', '.join(names)}; {SUPPORTED}."
     )
-
-
-def check_loading(report: Mapping[str, Any], what: str) -> None:
-    """Raise InputError when transformers' loading report says that weights are missing or of another size."""
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if missing:
-        raise InputError(
-            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them; copy or download it again "
-            "(a checkpoint of other code has to be converted to transformers' names first)."
-        )
-    if mismatched:
-        name, found, expected = mismatched[0]
-        raise InputError(
-            f"{what} has weights that do not fit its config.json: {name} is {tuple(found)} and should be "
-            f"{tuple(expected)}; take config and weights from the same model."
-        )
-
-
-def one_line(error: BaseException) -> str:
-    """Return a library's message, which may run over pages, as at most 300 characters on one line."""
-    text = " ".join(str(error).split())
-    if not text or isinstance(error, KeyError):  # the key alone says nothing
-        text = f"{type(error).__name__} {text}".rstrip()
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qllava.config import InputError
-from qllava.models.vision import LOAD_ERRORS, one_line
+from qllava.models.errors import LOAD_ERRORS, one_line
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -48,6 +48,11 @@ def llava_name(name: str) -> str:
         if found:
             return ours + name[found.end() :]
     return name
+
+
+def tower_name(name: str) -> str:
+    """A tensor of a tower's own folder, which may be a whole CLIP or SigLIP, under its name inside a LLaVA."""
+    return f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
 
 
 def language_model_name(name: str) -> str:
@@ -88,6 +93,11 @@ class Weights(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
+
+    def join(self, other: Weights) -> None:
+        """Take the tensors of another folder in."""
+        self._places |= other._places
+        self._shapes |= other._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""

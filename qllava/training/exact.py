@@ -35,6 +35,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.utils import ModelOutput
 
 from qllava.data.packing import Group
+from qllava.models.stream import features_at
 from qllava.training.attention import Kernel, Sight, row_attention
 
 MOST_LOGITS = 1 << 25
@@ -187,18 +188,8 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
 def stop_tower(model: Any) -> None:
     """Let the tower of a LLaVA stop at the layer whose features are used, when a row is computed."""
     tower = model.model.vision_tower
-    tower.features_at = partial(_features_at, getattr(tower, "vision_model", tower))
-
-
-def _features_at(tower: Any, pixel_values: Tensor, layer: int) -> Tensor:
-    """(I, 3, H, W) -> (I, tokens, D) of the tower: its hidden states before `layer`, -1 for those behind the last."""
-    hidden = tower.embeddings(pixel_values.to(tower.embeddings.patch_embedding.weight.dtype))
-    if hasattr(tower, "pre_layrnorm"):  # CLIP's, spelt so; SigLIP has none
-        hidden = tower.pre_layrnorm(hidden)
-    layers = tower.encoder.layers
-    for module in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
-        hidden = module(hidden, None)
-    return hidden  # type: ignore[no-any-return]
+    inner = getattr(tower, "vision_model", tower)
+    tower.features_at = lambda pixel_values, layer: features_at(inner, [pixel_values], layer)[0]
 
 
 def prune_last_layer(language_model: Any) -> None:

@@ -16,8 +16,9 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, SiglipVision
 
 from qllava.config import NANO, InputError, ModelConfig
 from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.outline import LANGUAGE_MODELS, nano_part
-from qllava.models.vision import LOAD_ERRORS, SUPPORTED, one_line
+from qllava.models.vision import SUPPORTED
 from qllava.training import memory
 from qllava.training.settings import parse
 

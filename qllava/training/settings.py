@@ -17,7 +17,7 @@ from trl import SFTConfig, TrlParser
 
 from qllava.config import DataConfig, InputError, ModelConfig
 from qllava.models.adapter import adapter_at, read_lora, read_record
-from qllava.models.vision import one_line
+from qllava.models.errors import one_line
 
 # Fields of SFTConfig that would have no effect here, and why. A value other than TRL's default is refused.
 NO_EFFECT = {

@@ -41,7 +41,7 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import steps_of
 from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
-from qllava.models.vision import one_line
+from qllava.models.errors import one_line
 from qllava.training.attention import looking_at
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers

@@ -1,0 +1,166 @@
+"""Peak memory and time of `qllava merge` at real sizes, with random weights that lie on disk in shards.
+
+    python benchmarks/merge_memory.py --folder DIR --out benchmarks/results/merge_memory.json      (about 10 GB of disk)
+
+The base is written shard by shard, and LoRA, projector and 32 probes beside it, as a run would leave them. Then the
+command runs in a process of its own, whose peak is what the system counted. The bound is two shards and 1.5 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from benchmarks.machine import provenance
+from qllava.config import NANO_WEIGHTS
+from qllava.models.adapter import ADAPTER_FILE, LORA_TARGETS, PROBES_FILE, save_record
+from qllava.models.checkpoint import write_weights
+from qllava.models.outline import Recipe, load_tokenizer
+
+RANK, PROBES, WORDS, PIXELS = 16, 32, 60, 224
+SHAPES: dict[str, dict[str, int]] = {
+    # TinyLlama-1.1B and Vicuna-7B.
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+           "num_key_value_heads": 4},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One merge."""
+
+    shape: str
+    parameters: int
+    shard_gb: float
+    peak_gb: float
+    bound_gb: float
+    seconds: float
+    kl_per_token: float
+    verified: bool
+
+
+def make_base(folder: Path, shape: str, shard: str) -> tuple[Path, Path, int]:
+    """A language model in bf16 and CLIP-L/14 in fp16, and how many parameters the first has."""
+    language_model, tower = folder / "llama", folder / "tower"
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16", **SHAPES[shape])  # type: ignore[arg-type]
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in empty.state_dict().items()}
+    if not (language_model / "config.json").is_file():
+        language_model.mkdir(parents=True)
+        write_weights(
+            language_model,
+            tensors,
+            lambda name: (
+                torch.ones(tensors[name].shape, dtype=torch.bfloat16)
+                if "norm" in name
+                else torch.empty(tensors[name].shape, dtype=torch.bfloat16).normal_(std=0.02)
+            ),
+            max_shard_size=shard,
+        )
+        AutoTokenizer.from_pretrained(NANO_WEIGHTS / "llama").save_pretrained(language_model)
+        config.save_pretrained(language_model)
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        CLIPVisionModel(CLIPVisionConfig(image_size=PIXELS, patch_size=14, **sizes)).half().save_pretrained(tower)
+        CLIPImageProcessor(
+            size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
+        ).save_pretrained(tower)
+    return language_model, tower, sum(tensor.numel() for tensor in tensors.values())
+
+
+def make_run(folder: Path, language_model: Path, tower: Path) -> Path:
+    """What a run over this base would leave: adapter, record and probes."""
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    config = LlamaConfig.from_pretrained(language_model)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    prefix, tensors = "base_model.model.model", {}
+    for name, module in empty.model.named_modules():
+        if name.startswith("layers.") and isinstance(module, torch.nn.Linear):
+            path = f"{prefix}.language_model.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(RANK, module.in_features) * 0.01
+            tensors[f"{path}.lora_B.weight"] = torch.randn(module.out_features, RANK) * 0.01
+    width = config.hidden_size
+    for name, shape in (("linear_1", (width, 1024)), ("linear_2", (width, width))):
+        tensors[f"{prefix}.multi_modal_projector.{name}.weight"] = torch.randn(shape) * 0.02
+        tensors[f"{prefix}.multi_modal_projector.{name}.bias"] = torch.zeros(width)
+    save_file(tensors, run / ADAPTER_FILE)
+    LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"]
+    ).save_pretrained(run)
+    save_record(
+        Recipe(None, str(language_model), str(tower), "mlp2x_gelu", -2, "pad", "chatml", True, dtype="bfloat16"), run
+    )
+    tokenizer: Any = load_tokenizer(str(language_model))
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    probes: dict[str, torch.Tensor] = {}
+    for number in range(PROBES):
+        words = torch.randint(10, 1000, (WORDS,))
+        probes[f"{number}.input_ids"] = torch.cat([torch.full(((PIXELS // 14) ** 2,), image), words])
+        probes[f"{number}.labels"] = torch.cat([torch.full(((PIXELS // 14) ** 2 + WORDS // 2,), -100), words[30:]])
+        probes[f"{number}.pixel_values"] = torch.randn(1, 3, PIXELS, PIXELS)
+    save_file(probes, run / PROBES_FILE)
+    return run
+
+
+def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
+    """Make what is merged, merge it in a process of its own, and take its peak."""
+    torch.manual_seed(0)
+    shard = f"{round(shard_gb * 1000)}MB"
+    language_model, tower, parameters = make_base(folder / shape, shape, shard)
+    run = make_run(folder / shape, language_model, tower)
+    out = folder / shape / f"merged-{os.getpid()}"
+    command = [sys.executable, "-m", "qllava", "merge", str(run), str(out), "--max-shard-size", shard, "--json"]
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.monotonic() - began
+    said = json.loads(done.stdout)
+    # Of the only child that this process had; kilobytes on Linux.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    return Measured(
+        shape, parameters, shard_gb, round(peak, 2), round(2 * shard_gb + 1.5, 2), round(seconds, 1),
+        said["kl_per_token"], said["verified"],
+    )  # fmt: skip
+
+
+def main() -> int:
+    """One shape; status 1 when the peak is above the bound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--shard-gb", type=float, default=0.5)
+    parser.add_argument("--folder", type=Path, required=True, help="where weights are made; they stay there")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    found = measure(arguments.shape, arguments.folder, arguments.shard_gb)
+    figures = {**asdict(found), **provenance("cpu")}
+    print(json.dumps(figures, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return int(found.peak_gb > found.bound_gb)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What other libraries raise and report when they load a model, turned into one sentence."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qllava.config import InputError
+
+# What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+def check_loading(report: Mapping[str, Any], what: str) -> None:
+    """Raise InputError when transformers' loading report says that weights are missing or of another size."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise InputError(
+            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them; copy or download it again "
+            "(a checkpoint of other code has to be converted to transformers' names first)."
+        )
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise InputError(
+            f"{what} has weights that do not fit its config.json: {name} is {tuple(found)} and should be "
+            f"{tuple(expected)}; take config and weights from the same model."
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message, which may run over pages, as at most 300 characters on one line."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):  # the key alone says nothing
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -38,7 +38,8 @@ from qllava.models.checkpoint import write_weights
 from qllava.models.outline import Recipe, load_tokenizer
 
 RANK, PROBES, WORDS, PIXELS = 16, 32, 60, 224
-SHAPES: dict[str, dict[str, int]] = {
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SHAPES: dict[str, dict[str, Any]] = {
     # TinyLlama-1.1B and Vicuna-7B.
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
            "num_key_value_heads": 4},
@@ -64,7 +65,7 @@ class Measured:
 def make_base(folder: Path, shape: str, shard: str) -> tuple[Path, Path, int]:
     """A language model in bf16 and CLIP-L/14 in fp16, and how many parameters the first has."""
     language_model, tower = folder / "llama", folder / "tower"
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16", **SHAPES[shape])  # type: ignore[arg-type]
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16", **SHAPES[shape])
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in empty.state_dict().items()}
@@ -82,8 +83,7 @@ def make_base(folder: Path, shape: str, shard: str) -> tuple[Path, Path, int]:
         )
         AutoTokenizer.from_pretrained(NANO_WEIGHTS / "llama").save_pretrained(language_model)
         config.save_pretrained(language_model)
-        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-        CLIPVisionModel(CLIPVisionConfig(image_size=PIXELS, patch_size=14, **sizes)).half().save_pretrained(tower)
+        CLIPVisionModel(CLIPVisionConfig(image_size=PIXELS, patch_size=14, **CLIP_L)).half().save_pretrained(tower)  # type: ignore[arg-type]
         CLIPImageProcessor(
             size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
         ).save_pretrained(tower)
@@ -104,7 +104,7 @@ def make_run(folder: Path, language_model: Path, tower: Path) -> Path:
             tensors[f"{path}.lora_A.weight"] = torch.randn(RANK, module.in_features) * 0.01
             tensors[f"{path}.lora_B.weight"] = torch.randn(module.out_features, RANK) * 0.01
     width = config.hidden_size
-    for name, shape in (("linear_1", (width, 1024)), ("linear_2", (width, width))):
+    for name, shape in (("linear_1", (width, CLIP_L["hidden_size"])), ("linear_2", (width, width))):
         tensors[f"{prefix}.multi_modal_projector.{name}.weight"] = torch.randn(shape) * 0.02
         tensors[f"{prefix}.multi_modal_projector.{name}.bias"] = torch.zeros(width)
     save_file(tensors, run / ADAPTER_FILE)

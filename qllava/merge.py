@@ -104,7 +104,8 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
         four_bit = record.load_in_4bit
         accounting = _write(plan, delta, aside, getattr(torch, dtype), max_shard_size, four_bit and base == "nf4")
         if verify:
-            found = compare(run, plan, delta, aside, four_bit=four_bit)
+            probes = read_probes(run)
+            found = compare(plan.model, *sources(plan, delta, aside, four_bit=four_bit), probes)
             held = found.agrees if base == "nf4" else math.isfinite(found.kl_per_token)
             result = MergeResult(base, found.kl_per_token, found.top1_agreement, found.same_text, held)
             if not held:
@@ -154,7 +155,7 @@ def _write(
             f"The merged model takes {need / 1e9:.1f} GB and {aside.parent} has {free / 1e9:.1f} GB left; make room or "
             "choose another place."
         )
-    packed = _quantized(plan.model) if four_bit else set()
+    packed = quantized_weights(plan.model) if four_bit else set()
     merged = {f"{layer}.weight": layer for layer in delta.layers}
     with tqdm(total=len(shapes), desc="Merging", unit="tensor", leave=False) as bar:
 
@@ -179,7 +180,7 @@ def _write(
     )
 
 
-def _quantized(model: Any) -> set[str]:
+def quantized_weights(model: Any) -> set[str]:
     """Weights that training held in NF4: the linear layers of the language model's decoder."""
     layers = model.model.language_model.layers
     return {
@@ -230,20 +231,25 @@ class Comparison:
         return self.kl_per_token <= MAX_KL and self.same_or_tie >= MIN_AGREEMENT
 
 
-def compare(run: Path, plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> Comparison:
-    """A merged folder against base and adapter, on the run's own probes; on the GPU where there is one.
+def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tuple[Adapted, Stored]:
+    """Base with adapter, and a merged folder; on the GPU where there is one.
 
     Both compute as they would serve: in fp32 on a CPU.
     """
-    probes = read_probes(run)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else compute_dtype()
-    sources: Sequence[tuple[str, Source]] = (
-        ("Asking the adapter model", Adapted(plan.base, delta, dtype, device, four_bit=four_bit)),
-        ("Asking the merged model", Stored(open_weights(str(merged)), dtype, device)),
-    )
-    states = [hidden_states(plan.model, source, probes, title) for title, source in sources]
-    heads = [source.filled("language_model.lm_head", plan.model.lm_head) for _, source in sources]
+    adapted = Adapted(plan.base, delta, dtype, device, four_bit=four_bit)
+    return adapted, Stored(open_weights(str(merged)), dtype, device)
+
+
+def compare(model: Any, first: Source, second: Source, probes: Sequence[dict[str, Tensor]]) -> Comparison:
+    """Two models on the same rows, one after the other.
+
+    model: both of them, without weights.
+    """
+    asked = ((first, "Asking the adapter model"), (second, "Asking the merged model"))
+    states = [hidden_states(model, source, probes, title) for source, title in asked]
+    heads = [source.filled("language_model.lm_head", model.lm_head) for source in (first, second)]
     labels = [probe["labels"][1:][probe["labels"][1:] != -100] for probe in probes]
     # A token behind one that is not learned begins another answer.
     firsts = [_first_answer(probe["labels"][1:] != -100) for probe in probes]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import flops, gpu, shapes, throughput
+from benchmarks import flops, gpu, merge_memory, serving_loss, shapes, throughput
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
 from benchmarks.systems import Job, build, mean_loss
 from benchmarks.turns import Failed, Step, Worker
 from qllava.data.packing import lay_out
+from tests.tiny_runs import Tiny
 
 KEYS = {
     "samples_per_image",
@@ -206,3 +209,37 @@ def test_the_cards_are_asked_for(capsys):
         pytest.skip("there is one")
     assert gpu.main([]) == 1
     assert "No CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a child is counted in kilobytes on Linux")
+def test_peak_memory_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a tiny size: the figures are there, and are of the command."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(merge_memory, "SHAPES", {"tiny": small})
+    monkeypatch.setattr(merge_memory, "CLIP_L", small)
+    monkeypatch.setattr(merge_memory, "PROBES", 3)
+    found = merge_memory.measure("tiny", tmp_path, 0.002)
+    assert found.verified and found.bound_gb == 1.5 and 0.2 < found.peak_gb < 2
+    assert len(list((tmp_path / "tiny" / "llama").glob("model-*.safetensors"))) > 1
+    merged = next((tmp_path / "tiny").glob("merged-*"))
+    assert found.parameters == sum(
+        tensor.numel()
+        for shard in merged.glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+        if name.startswith("language_model.")
+    )
+
+
+def test_what_each_way_of_serving_costs(tiny: Tiny, tmp_path: Path) -> None:
+    ways = {line["way"]: line for line in serving_loss.measure(tiny.stage2, tmp_path)}
+    assert list(ways) == ["merged", "merged_original", "merged_nf4_again", "merged_q8_0"]
+    # Rounding to 8 bit costs less than the original weights, which are another model; 16 bit costs least.
+    assert 0 <= ways["merged"]["kl_per_token"] < ways["merged_q8_0"]["kl_per_token"]
+    assert ways["merged_q8_0"]["kl_per_token"] < ways["merged_original"]["kl_per_token"]
+
+
+def test_q8_0_rounds_a_little() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 64)
+    found = serving_loss.q8_0(weight)
+    assert 0 < (found - weight).abs().max() <= weight.abs().max() / 127

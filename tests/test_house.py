@@ -230,9 +230,8 @@ class TestTheRulesThemselves:
         ("module", "source"),
         [
             ("qllava.conversation", "from qllava.config import InputError"),
-            ("qllava.data.encode", "from qllava.models.vision import load_tower")(
-                "qllava.data.encode", "def f():\n    import qllava.training.trainer"
-            ),
+            ("qllava.data.encode", "from qllava.models.vision import load_tower"),
+            ("qllava.data.encode", "def f():\n    import qllava.training.trainer"),
             ("qllava.inference.chat", "from qllava import evaluation"),
             ("qllava.merge", "from qllava.cli import main"),
             ("recipes.finetune_lora", "from demo.app import build"),

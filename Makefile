@@ -1,4 +1,4 @@
-# make env | finetune | test | test-all | lint | system-deps
+# make env | finetune | test | test-all | interop | lint | system-deps
 #
 # Only git, make and Python >= 3.11 are taken for granted. Another interpreter: make env PYTHON=python3.12
 PYTHON ?= python3
@@ -8,13 +8,14 @@ STAMP   = $(VENV)/.qllava-installed
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test test-all lint system-deps
+.PHONY: help env finetune test test-all interop lint system-deps
 
 help:
 	@echo "make env          install qllava and its tools into $(VENV) (the first time about 6 GB, most of it torch)"
 	@echo "make finetune     both training stages of the embedded nano model: minutes, no GPU, no account"
 	@echo "make test         unit and browser tests: minutes"
 	@echo "make test-all     every test, the slow ones and those for a GPU included"
+	@echo "make interop      build llama.cpp from source (a C++ compiler; 10 minutes), and ask it what transformers is asked"
 	@echo "make lint         ruff and mypy"
 	@echo "make system-deps  chromium for the browser tests (Debian, Ubuntu; needs root)"
 
@@ -41,6 +42,21 @@ test: env
 
 test-all: env
 	$(BIN)/python -m pytest -rs $(ARGS)
+
+interop: env $(VENV)/.qllava-llama-cpp
+	$(BIN)/python -m pytest -rs -s -m interop $(ARGS)
+
+# One line is mended on the way, as https://github.com/ggml-org/llama.cpp/pull/25844 does it: llama.cpp appends the class
+# token to the patches and then takes what it appended for a patch. Where that is mended already, sed changes nothing.
+LLAMA_CPP = build/llama-cpp-python
+LLAVA_CPP = $(LLAMA_CPP)/vendor/llama.cpp/tools/mtmd/models/llava.cpp
+$(VENV)/.qllava-llama-cpp: $(STAMP)
+	@rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)
+	@$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(LLAMA_CPP) 'llama-cpp-python>=0.3.36,<0.4'
+	@tar -xzf $(LLAMA_CPP)/*.tar.gz --strip-components 1 -C $(LLAMA_CPP)
+	@sed -i.orig 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/ggml_concat(ctx0, model.class_embedding, inp, 1)/' $(LLAVA_CPP)
+	@CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF $$CMAKE_ARGS" $(PIP) install -q ./$(LLAMA_CPP)
+	@touch $@
 
 lint: env
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
     qllava inspect train.json --rows 3 --html samples.html
     qllava plan --config recipes/llava15_7b_8gb.yaml
     qllava merge runs/finetune_lora merged
+    qllava export merged gguf --format gguf
     qllava chat nano --image photo.jpg --prompt "What is this?"
     qllava eval vqa merged questions.jsonl --json
 """
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
     _json_flag(merge)
 
+    _add_export(verbs)
+
     chat = _verb(verbs, "chat", run_chat, "ask a model about pictures")
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument(
@@ -113,6 +116,14 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     plan.add_argument("--tokens-per-row", metavar="N", type=_positive, help="tokens that go through the model at once")
     plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
     _json_flag(plan)
+
+
+def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = _verb(verbs, "export", run_export, "write a merged model in the format of llama.cpp and Ollama")
+    export.add_argument("model", metavar="MODEL", help="a merged folder, or the hub name of a LLaVA")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to write the files into")
+    export.add_argument("--format", choices=("gguf",), required=True, help="gguf: llama.cpp, Ollama, LM Studio")
+    export.add_argument("--quantize", choices=("f16", "bf16", "q8_0"), default="f16", help="(default: f16)")
 
 
 def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -282,6 +293,16 @@ def run_merge(arguments: argparse.Namespace) -> int:
             f"{100 * result.top1_agreement:.2f} % of the tokens the same, "
             f"{100 * (result.same_text or 0):.1f} % of the greedy answers."
         )
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`qllava export`: the files of another program's format."""
+    from qllava.export.gguf import export
+
+    for path in export(arguments.model, arguments.out, quantize=arguments.quantize):
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    print("How to serve them: docs/serving.md")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""A whole LLaVA in the formats of other programs."""

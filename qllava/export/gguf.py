@@ -1,0 +1,254 @@
+"""A LLaVA as a pair of GGUF files, for llama.cpp and everything that is built on it.
+
+    NAME-f16.gguf          the language model, with tokenizer and chat template
+    mmproj-NAME-f16.gguf   tower and projector
+    Modelfile              for `ollama create`
+
+Chosen: tensors go from file to file one by one, so a 7B needs no more memory than its largest matrix; and whatever
+llama.cpp would compute in another way than the model that was trained is refused with the reason. The folder is written
+aside and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaProcessor
+
+from qllava.config import NANO, InputError
+from qllava.export.gguf_tokenizer import adds_bos, read_vocabulary, write_vocabulary
+from qllava.export.serving import for_llama_cpp, modelfile, template_of
+from qllava.export.tensors import (
+    Folder,
+    Planned,
+    check_nothing_is_lost,
+    check_sizes,
+    head_size,
+    language_tensors,
+    projector_tensors,
+    tower_tensors,
+)
+from qllava.inference.loading import newest_nano_run
+from qllava.models.checkpoint import write_aside
+from qllava.models.vision import LOAD_ERRORS, one_line
+
+# How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
+# more than its few megabytes are worth.
+_KINDS = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16, "f16"),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, "bf16"),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, "f16"),
+}
+_PLAIN = np.dtype(np.float32)  # of a tensor before it is rounded
+_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new")  # one and the same to llama.cpp, which takes the tanh form
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: configs, processor, and where the weights lie."""
+
+    name: str
+    folder: Path
+    config: Any
+    processor: Any
+    ends: list[int]
+    """Ids that end an answer."""
+
+    @property
+    def feature_layer(self) -> int:
+        """How many blocks of the tower come before the features."""
+        layer: int = self.config.vision_feature_layer
+        return layer if layer >= 0 else self.config.vision_config.num_hidden_layers + 1 + layer
+
+
+def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
+    """Write the GGUF pair and the Modelfile of a LLaVA, a folder or a hub name, into `out`; returns the three files.
+
+    quantize: `f16`, `bf16` or `q8_0` for the matrices of the language model.
+
+    Raises InputError when it is no whole LLaVA, llama.cpp could not compute it, `out` is not empty, or writing fails;
+    nothing is written then.
+    """
+    source = _read(model)
+    _check(source)
+    kind, file_type, beside = _KINDS[quantize]
+    kind_beside, file_type_beside, _ = _KINDS[beside]
+    names = f"{source.name}-{quantize}.gguf", f"mmproj-{source.name}-{beside}.gguf"
+    with ExitStack() as stack:
+        weights = stack.enter_context(Folder(source.folder))
+        text, vision = source.config.text_config, source.config.vision_config
+        check_sizes(weights, text, vision)
+        language = language_tensors(weights, text, kind)
+        pictures = tower_tensors(weights, vision, source.feature_layer, kind_beside)
+        pictures += projector_tensors(weights, source.config.projector_hidden_act, kind_beside)
+        tied = bool(text.tie_word_embeddings)
+        check_nothing_is_lost(weights, language + pictures, vision, source.feature_layer, tied)
+        aside = stack.enter_context(write_aside(out))
+        total = sum(planned.nbytes for planned in language + pictures)
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="Writing GGUF", leave=False))
+        writer = GGUFWriter(aside / names[0], "llama")
+        _language_header(writer, source, file_type, weights)
+        _write(writer, language, bar.update)
+        writer = GGUFWriter(aside / names[1], "clip")
+        _projector_header(writer, source, file_type_beside)
+        _write(writer, pictures, bar.update)
+        (aside / "Modelfile").write_text(_modelfile(source, *names), encoding="utf-8")
+    return [out / names[0], out / names[1], out / "Modelfile"]
+
+
+def _read(model: str) -> _Source:
+    """Everything but the weights. Raises InputError for a run, and for what is no LLaVA."""
+    folder = newest_nano_run() if model == NANO else Path(model).expanduser()
+    if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
+        raise InputError(f"{folder} is a run, not a whole model; merge it first: qllava merge {folder} OUT.")
+    if not folder.exists():
+        try:
+            wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+            folder = Path(snapshot_download(model, allow_patterns=wanted))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"There is no folder {model}, and the hub has no such model to give ({one_line(error)})."
+            ) from error
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "llava":
+            raise InputError(f"{model} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
+        processor: Any = LlavaProcessor.from_pretrained(folder)
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+        raise InputError(f"{model} cannot be read as a LLaVA: {one_line(error)}") from error
+    name = folder.resolve().name if Path(model).expanduser().exists() else model.rpartition("/")[2]
+    return _Source(name, folder, config, processor, [ends] if isinstance(ends, int) else list(ends or []))
+
+
+def _check(source: _Source) -> None:
+    """Raise InputError for what llama.cpp would compute differently."""
+    config: LlavaConfig = source.config
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    rope = text.rope_parameters.get("rope_type", "default")
+    layer = config.vision_feature_layer
+    wrong = {
+        f"its language model is of type '{text.model_type}'; LLaMA and Mistral are written": (
+            text.model_type not in ("llama", "mistral")
+        ),
+        f"its language model uses the activation '{text.hidden_act}'; silu is written": text.hidden_act != "silu",
+        f"its positions are scaled by '{rope}'; linear and llama3 are written": (
+            rope not in ("default", "linear", "llama3")
+        ),
+        f"its tower is of type '{vision.model_type}'; only CLIP towers are written": (
+            vision.model_type != "clip_vision_model"
+        ),
+        f"its tower uses the activation '{vision.hidden_act}'; quick_gelu and gelu are written": (
+            vision.hidden_act not in ("quick_gelu", *_ACTIVATIONS)
+        ),
+        "its tower's MLP is as wide as the tower itself, which llama.cpp takes for an old file": (
+            vision.intermediate_size == vision.hidden_size
+        ),
+        f"its projector uses the activation '{config.projector_hidden_act}'; gelu and linear are written": (
+            config.projector_hidden_act not in ("linear", *_ACTIVATIONS)
+        ),
+        "its features come from several layers of the tower, or from before its first; one layer is written": (
+            not isinstance(layer, int) or not 1 <= source.feature_layer <= vision.num_hidden_layers
+        ),
+        "it feeds the tower's class token to the language model, which llama.cpp leaves out": (
+            config.vision_feature_select_strategy != "default"
+        ),
+        "it has no chat template, so a program would not know how to ask; add chat_template.jinja as it was trained": (
+            not source.processor.chat_template
+        ),
+    }
+    for reason, found in wrong.items():
+        if found:
+            raise InputError(f"{source.folder} cannot be written as GGUF: {reason}.")
+
+
+def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weights: Folder) -> None:
+    """Config, tokenizer and chat template."""
+    text = source.config.text_config
+    rows = weights.shape("language_model.model.embed_tokens.weight")[0]
+    size = head_size(text)
+    writer.add_type("model")
+    writer.add_name(source.name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(rows)
+    writer.add_context_length(min(text.max_position_embeddings, getattr(text, "sliding_window", None) or 2**31))
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_dimension_count(size)
+    rope = text.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    tokenizer = source.processor.tokenizer
+    vocabulary = read_vocabulary(tokenizer, rows, source.name)
+    write_vocabulary(writer, vocabulary, tokenizer, source.ends, for_llama_cpp(source.processor.chat_template))
+
+
+def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> None:
+    """Sizes of the tower, and how its pictures are normalized."""
+    vision, pictures = source.config.vision_config, source.processor.image_processor
+    writer.add_type("mmproj")
+    writer.add_name(source.name)
+    writer.add_file_type(file_type)
+    writer.add_bool("clip.has_text_encoder", False)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_bool("clip.use_gelu", vision.hidden_act != "quick_gelu")  # neither this nor silu: quick_gelu
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_projection_dim(source.config.text_config.hidden_size)
+    writer.add_vision_block_count(source.feature_layer)
+    # Without this key llama.cpp leaves out one more block than the file has left out already.
+    writer.add_array("clip.vision.feature_layer", [source.feature_layer])
+    writer.add_vision_image_mean(list(pictures.image_mean))
+    writer.add_vision_image_std(list(pictures.image_std))
+
+
+def _write(writer: GGUFWriter, plan: list[Planned], done: Callable[[int], Any]) -> None:
+    """Write header and tensors; `done` is called with the bytes of each."""
+    try:
+        for planned in plan:
+            writer.add_tensor_info(planned.name, planned.shape, _PLAIN, planned.nbytes, planned.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for planned in plan:
+            writer.write_tensor_data(planned.data())
+            done(planned.nbytes)
+    finally:
+        writer.close()
+
+
+def _modelfile(source: _Source, language_model: str, projector: str) -> str:
+    tokenizer, written = source.processor.tokenizer, source.processor.chat_template
+    return modelfile(
+        language_model,
+        projector,
+        template_of(written),
+        tokenizer.bos_token,
+        tokenizer.eos_token or "",
+        adds_bos(tokenizer, written),
+    )

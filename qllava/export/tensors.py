@@ -1,0 +1,293 @@
+"""The tensors of a LLaVA folder under GGUF's names, made one at a time while they are written.
+
+    language_model.model.layers.N.self_attn.q_proj.weight  ->  blk.N.attn_q.weight      rows of q and k reordered
+    vision_tower.vision_model.encoder.layers.N.mlp.fc1.X   ->  v.blk.N.ffn_up.X
+    multi_modal_projector.linear_1.X                       ->  mm.0.X
+
+Chosen: every tensor of the folder is either written or named here as left out; one that is neither is an error, so
+nothing that was trained is lost on the way.
+
+D width of the tower, H width of the language model, P patches of a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+from safetensors import SafetensorError, safe_open
+
+from qllava.config import InputError
+from qllava.models.vision import one_line
+
+Kind = GGMLQuantizationType
+
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+_CHUNK = 2**22  # values that are rounded to 8 bit at a time
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written."""
+
+    name: str
+    """As GGUF calls it."""
+    shape: tuple[int, ...]
+    kind: Kind
+    """How its values are kept."""
+    sources: tuple[str, ...]
+    """The folder's tensors that it is made of."""
+    make: Callable[[], torch.Tensor]
+    """Reads and computes it, in whatever dtype the folder has."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return int(np.prod(self.shape)) // block * size
+
+    def data(self) -> np.ndarray[Any, Any]:
+        """The values as they are written. Raises InputError when one is not finite, in the folder or by rounding."""
+        tensor = self.make()
+        rounded = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(self.kind, torch.float32)
+        if not torch.isfinite(tensor.to(rounded)).all():
+            too_large = bool(torch.isfinite(tensor).all())
+            raise InputError(
+                f"{self.sources[0]} has values that f16 cannot hold; use --quantize bf16."
+                if too_large
+                else f"{self.sources[0]} holds NaN or infinite values; the training has failed, or the file is damaged."
+            )
+        if self.kind == Kind.Q8_0:
+            flat = tensor.reshape(-1, tensor.shape[-1])
+            step = max(1, _CHUNK // flat.shape[-1])
+            parts = [quantize(part.float().numpy(), self.kind) for part in flat.split(step)]
+            return np.concatenate(parts)
+        values = tensor.to(rounded).contiguous()
+        return values.view(torch.int16).numpy() if self.kind == Kind.BF16 else values.numpy()
+
+
+class Folder:
+    """The weights of a LLaVA folder, by name; open while it is used as a context."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError when a file is missing or cut off."""
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for path in _files_of(folder):
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+                self._files |= dict.fromkeys(file.keys(), file)
+        except (OSError, SafetensorError) as error:
+            self._stack.close()
+            raise InputError(
+                f"The weights {path} are missing, cut off or damaged ({one_line(error)}); get them again."
+            ) from error
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises InputError when there is none of this name."""
+        if name not in self._files:
+            raise InputError(f"The weights lack {name}; expected a folder that `qllava merge` or llava-hf wrote.")
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+        self.shape(name)
+        return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} cannot be read; copy or download the model again.") from error
+
+
+def language_tensors(folder: Folder, text: Any, kind: Kind) -> list[Planned]:
+    """The language model's, for its config `text`; matrices are kept as `kind`, norms and biases in fp32."""
+    prefix = "language_model.model."
+    plan = [_copied(folder, "token_embd.weight", f"{prefix}embed_tokens.weight", kind)]
+    if not text.tie_word_embeddings:
+        plan.append(_copied(folder, "output.weight", "language_model.lm_head.weight", kind))
+    plan.append(_copied(folder, "output_norm.weight", f"{prefix}norm.weight", kind))
+    rope = rope_factors(text)
+    if rope is not None:
+        plan.append(Planned("rope_freqs.weight", tuple(rope.shape), Kind.F32, (), lambda: rope))
+    by_pairs = {"attn_q": _by_pairs(text.num_attention_heads), "attn_k": _by_pairs(text.num_key_value_heads)}
+    for layer in range(text.num_hidden_layers):
+        for part, ours in _LAYER.items():
+            for value in ("weight", "bias"):
+                source = f"{prefix}layers.{layer}.{part}.{value}"
+                if value == "weight" or source in folder:
+                    plan.append(_copied(folder, f"blk.{layer}.{ours}.{value}", source, kind, by_pairs.get(ours)))
+    return plan
+
+
+def rope_factors(text: Any) -> torch.Tensor | None:
+    """(head size / 2,): by what LLaMA 3 divides each frequency of its rotation; None where the config has no such."""
+    rope = text.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    size = head_size(text)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # over the first context
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays; 0: it is divided
+    factors: torch.Tensor = 1 / (kept + (1 - kept) / factor)
+    return factors.float()
+
+
+def head_size(text: Any) -> int:
+    """Width of a head of the language model."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def tower_tensors(folder: Folder, vision: Any, blocks: int, kind: Kind) -> list[Planned]:
+    """Those of the first `blocks` blocks of a CLIP tower; matrices are kept as `kind`, all else in fp32."""
+    prefix = "vision_tower.vision_model."
+    plan = [
+        _copied(folder, "v.class_embd", f"{prefix}embeddings.class_embedding", kind),
+        # The convolution of llama.cpp knows no bf16.
+        _copied(folder, "v.patch_embd.weight", f"{prefix}embeddings.patch_embedding.weight", Kind.F16),
+        _copied(folder, "v.position_embd.weight", f"{prefix}embeddings.position_embedding.weight", Kind.F32),
+    ]
+    for value in ("weight", "bias"):
+        plan.append(_copied(folder, f"v.pre_ln.{value}", f"{prefix}pre_layrnorm.{value}", kind))
+        for block in range(blocks):
+            for part, ours in _BLOCK.items():
+                source = f"{prefix}encoder.layers.{block}.{part}.{value}"
+                plan.append(_copied(folder, f"v.blk.{block}.{ours}.{value}", source, kind))
+    return plan
+
+
+def projector_tensors(folder: Folder, activation: str, kind: Kind) -> list[Planned]:
+    """The projector's two layers.
+
+    llama.cpp always has a GELU between them. A linear projector W x + b gets through it whole, because
+    gelu(x) - gelu(-x) = x: the first layer is [I; -I] and the second [W, -W].
+    """
+    names = [f"multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")]
+    first, bias_1, second, bias_2 = names
+    hidden, width = folder.shape(first)[0], folder.shape(second)[0]
+
+    def bias(name: str, size: int) -> torch.Tensor:
+        return folder.read(name) if name in folder else torch.zeros(size)
+
+    def folded() -> tuple[torch.Tensor, torch.Tensor]:
+        outer = folder.read(second).float()
+        return outer @ folder.read(first).float(), outer @ bias(bias_1, hidden).float() + bias(bias_2, width).float()
+
+    if activation != "linear":
+        return [
+            _copied(folder, "mm.0.weight", first, kind),
+            Planned("mm.0.bias", (hidden,), Kind.F32, (bias_1,), lambda: bias(bias_1, hidden)),
+            _copied(folder, "mm.2.weight", second, kind),
+            Planned("mm.2.bias", (width,), Kind.F32, (bias_2,), lambda: bias(bias_2, width)),
+        ]
+    size = folder.shape(first)[1]
+    both = torch.cat([torch.eye(size), -torch.eye(size)])
+    return [
+        Planned("mm.0.weight", (2 * size, size), kind, (), lambda: both),
+        Planned("mm.0.bias", (2 * size,), Kind.F32, (), lambda: torch.zeros(2 * size)),
+        Planned("mm.2.weight", (width, 2 * size), kind, tuple(names), lambda: torch.cat([w := folded()[0], -w], dim=1)),
+        Planned("mm.2.bias", (width,), Kind.F32, tuple(names), lambda: folded()[1]),
+    ]
+
+
+def check_sizes(folder: Folder, text: Any, vision: Any) -> None:
+    """Raise InputError when config.json and the weights are of different models. One of each kind is looked at."""
+    size, hidden, width = head_size(text), text.hidden_size, vision.hidden_size
+    layer, tower = "language_model.model.layers.0.", "vision_tower.vision_model."
+    wanted = {
+        "language_model.model.embed_tokens.weight": (text.vocab_size, hidden),
+        f"{layer}self_attn.q_proj.weight": (text.num_attention_heads * size, hidden),
+        f"{layer}self_attn.k_proj.weight": (text.num_key_value_heads * size, hidden),
+        f"{layer}mlp.up_proj.weight": (text.intermediate_size, hidden),
+        f"{tower}embeddings.patch_embedding.weight": (width, 3, vision.patch_size, vision.patch_size),
+        f"{tower}embeddings.position_embedding.weight": ((vision.image_size // vision.patch_size) ** 2 + 1, width),
+        f"{tower}encoder.layers.0.mlp.fc1.weight": (vision.intermediate_size, width),
+        "multi_modal_projector.linear_2.bias": (hidden,),
+    }
+    for name, shape in wanted.items():
+        if name in folder and folder.shape(name) != shape:
+            raise InputError(
+                f"{name} is {folder.shape(name)} and should be {shape} by config.json; take both from the same model."
+            )
+
+
+def check_nothing_is_lost(folder: Folder, plans: list[Planned], vision: Any, blocks: int, tied: bool) -> None:
+    """Raise InputError when a tensor of the folder is neither written nor known to be without use."""
+    unused = [r"vision_tower\.vision_model\.post_layernorm\.", r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
+    unused += [rf"vision_tower\.vision_model\.encoder\.layers\.{n}\." for n in range(blocks, vision.num_hidden_layers)]
+    unused += [r"^language_model\.lm_head\.weight$"] if tied else []
+    written = {source for planned in plans for source in planned.sources}
+    lost = [name for name in folder if name not in written and not any(re.search(rule, name) for rule in unused)]
+    if lost:
+        raise InputError(
+            f"{lost[0]} has no place in GGUF's layout of a LLaVA ({len(lost)} such tensors); expected a LLaMA or "
+            "Mistral language model and a CLIP tower, as `qllava merge` or llava-hf writes them."
+        )
+
+
+def _copied(
+    folder: Folder, name: str, source: str, kind: Kind, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Planned:
+    """A tensor under another name; as in llama.cpp vectors stay in fp32, and rows that 32 does not divide in f16."""
+    shape = folder.shape(source)
+    if len(shape) == 1:
+        kind = Kind.F32
+    elif kind == Kind.Q8_0 and shape[-1] % 32:
+        kind = Kind.F16
+    return Planned(name, shape, kind, (source,), lambda: change(folder.read(source)) if change else folder.read(source))
+
+
+def _by_pairs(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What brings the rows of q or k into llama.cpp's order.
+
+    It rotates a row with its neighbour, where transformers rotates it with the one half a head further.
+    """
+    return lambda t: t.reshape(heads, 2, -1, *t.shape[1:]).transpose(1, 2).reshape(t.shape)

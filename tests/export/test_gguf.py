@@ -1,0 +1,474 @@
+"""The GGUF pair, read back by the gguf package: every tensor once and equal, the header as the config; or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qllava import cli
+from qllava.config import InputError
+from qllava.export import tensors
+from qllava.export.gguf import export
+from qllava.models.checkpoint import save_llava
+from tests.tiny_models import make_tiny_model, make_tiny_processor
+from tests.tiny_runs import Tiny, refusal
+
+HEADS, KV_HEADS, HEAD = 4, 2, 16  # of the tiny language model
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+BLOCK = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+    "ln1": "layer_norm1",
+    "ln2": "layer_norm2",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+
+
+def language_names(layers: int = 2) -> dict[str, str]:
+    """GGUF's name of each tensor of the language model, and the folder's."""
+    names = {
+        "token_embd.weight": "language_model.model.embed_tokens.weight",
+        "output.weight": "language_model.lm_head.weight",
+        "output_norm.weight": "language_model.model.norm.weight",
+    }
+    for n in range(layers):
+        names |= {f"blk.{n}.{k}.weight": f"language_model.model.layers.{n}.{v}.weight" for k, v in LAYER.items()}
+    return names
+
+
+def tower_names(blocks: int) -> dict[str, str]:
+    """The same for tower and projector."""
+    tower = "vision_tower.vision_model"
+    names = {
+        "v.class_embd": f"{tower}.embeddings.class_embedding",
+        "v.patch_embd.weight": f"{tower}.embeddings.patch_embedding.weight",
+        "v.position_embd.weight": f"{tower}.embeddings.position_embedding.weight",
+    }
+    for part in ("weight", "bias"):
+        names[f"v.pre_ln.{part}"] = f"{tower}.pre_layrnorm.{part}"
+        names[f"mm.0.{part}"] = f"multi_modal_projector.linear_1.{part}"
+        names[f"mm.2.{part}"] = f"multi_modal_projector.linear_2.{part}"
+        for n in range(blocks):
+            names |= {f"v.blk.{n}.{k}.{part}": f"{tower}.encoder.layers.{n}.{v}.{part}" for k, v in BLOCK.items()}
+    return names
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Kind], dict[str, Any]]:
+    """Values in fp32, how each tensor is kept, and the header."""
+    reader = GGUFReader(path)
+    assert len({t.name for t in reader.tensors}) == len(reader.tensors)
+    values = {}
+    for t in reader.tensors:
+        shape = [int(n) for n in reversed(t.shape)]
+        values[t.name] = torch.from_numpy(dequantize(t.data, t.tensor_type).astype(np.float32)).reshape(shape)
+    header = {name: field.contents() for name, field in reader.fields.items()}
+    return values, {t.name: t.tensor_type for t in reader.tensors}, header
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    language = [p for p in folder.glob("*.gguf") if not p.name.startswith("mmproj-")]
+    projector = list(folder.glob("mmproj-*.gguf"))
+    assert len(language) == len(projector) == 1
+    return language[0], projector[0]
+
+
+def as_transformers(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Rows of q and k as transformers has them: of a head, row 2 i was row i, and row 2 i + 1 was HEAD / 2 + i."""
+    if ".attn_q." not in name and ".attn_k." not in name or name.startswith("v."):
+        return values
+    heads = HEADS if ".attn_q." in name else KV_HEADS
+    rows = torch.empty_like(values)
+    for head in range(heads):
+        for i in range(HEAD // 2):
+            rows[head * HEAD + i] = values[head * HEAD + 2 * i]
+            rows[head * HEAD + HEAD // 2 + i] = values[head * HEAD + 2 * i + 1]
+    return rows
+
+
+def altered(folder: Path, out: Path, changes: dict[str, Any], **tensors_: torch.Tensor) -> Path:
+    """A copy with other values in config.json ("text_config.hidden_act": ...) and other tensors."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for path, value in changes.items():
+        *outer, last = path.split(".")
+        place = config
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if tensors_:
+        save_file(load_file(out / "model.safetensors") | tensors_, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(hf_layout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gguf") / "f16"
+    files = export(str(hf_layout), out)
+    assert sorted(files) == sorted(out.iterdir()) and len(files) == 3
+    return out
+
+
+class TestTensors:
+    @pytest.mark.parametrize(
+        ("quantize", "kind", "dtype"), [("f16", Kind.F16, torch.float16), ("bf16", Kind.BF16, torch.bfloat16)]
+    )
+    def test_every_one_is_there_and_equal(
+        self, hf_layout: Path, tmp_path: Path, quantize: str, kind: Kind, dtype: torch.dtype
+    ) -> None:
+        export(str(hf_layout), tmp_path / "out", quantize=quantize)
+        original = load_file(hf_layout / "model.safetensors")
+        for path, names in zip(pair(tmp_path / "out"), (language_names(), tower_names(blocks=2)), strict=True):
+            assert quantize in path.name
+            values, kinds, _ = read(path)
+            assert values.keys() == names.keys()
+            for name, source in names.items():
+                wanted = original[source]
+                plain = wanted.ndim == 1 or name == "v.position_embd.weight"
+                kept = Kind.F32 if plain else Kind.F16 if name == "v.patch_embd.weight" else kind
+                assert kinds[name] == kept, name
+                rounded = wanted.to({Kind.F32: torch.float32, Kind.F16: torch.float16}.get(kept, dtype)).float()
+                assert torch.equal(as_transformers(name, values[name]), rounded), name
+
+    def test_in_8_bit(self, hf_layout: Path, tmp_path: Path) -> None:
+        export(str(hf_layout), tmp_path / "out", quantize="q8_0")
+        language, projector = pair(tmp_path / "out")
+        assert (language.name, projector.name) == ("tiny-q8_0.gguf", "mmproj-tiny-f16.gguf")
+        original = load_file(hf_layout / "model.safetensors")
+        values, kinds, header = read(language)
+        assert header["general.file_type"] == 7
+        for name, source in language_names().items():
+            wanted, found = original[source], as_transformers(name, values[name])
+            if wanted.ndim == 1:
+                assert kinds[name] == Kind.F32 and torch.equal(found, wanted)
+                continue
+            assert kinds[name] == Kind.Q8_0
+            step = wanted.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
+            # Half a step, and what rounding the step itself to f16 moves the largest by.
+            assert ((found - wanted).reshape(-1, 32).abs() <= 0.56 * step).all(), name
+            assert not torch.equal(found, wanted)
+        assert {Kind.F32, Kind.F16} == set(read(projector)[1].values())
+
+    def test_rows_that_32_does_not_divide_stay_in_16_bit(self, hf_layout: Path) -> None:
+        with tensors.Folder(hf_layout) as folder:
+            row = tensors._copied(folder, "x", "language_model.model.layers.0.mlp.down_proj.weight", Kind.Q8_0)
+            conv = "vision_tower.vision_model.embeddings.patch_embedding.weight"  # rows of 8
+            assert row.kind == Kind.Q8_0 and tensors._copied(folder, "x", conv, Kind.Q8_0).kind == Kind.F16
+
+    @pytest.mark.parametrize(("layer", "blocks"), [(-1, 3), (-2, 2), (-3, 1), (1, 1), (3, 3)])
+    def test_blocks_after_the_features_are_left_out(
+        self, hf_layout: Path, tmp_path: Path, layer: int, blocks: int
+    ) -> None:
+        source = altered(hf_layout, tmp_path / "model", {"vision_feature_layer": layer})
+        export(str(source), tmp_path / "out")
+        values, _, header = read(pair(tmp_path / "out")[1])
+        assert values.keys() == tower_names(blocks).keys()
+        assert header["clip.vision.block_count"] == blocks
+        assert header["clip.vision.feature_layer"] == [blocks]
+
+    def test_a_tied_head_is_left_out(self, tmp_path: Path) -> None:
+        processor = make_tiny_processor()
+        model = make_tiny_model(processor)
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+        save_llava(model, processor, tmp_path / "model")
+        export(str(tmp_path / "model"), tmp_path / "out")
+        values = read(pair(tmp_path / "out")[0])[0]
+        assert values.keys() == language_names().keys() - {"output.weight"}
+
+    def test_shards(self, hf_layout: Path, exported: Path, tmp_path: Path) -> None:
+        processor = make_tiny_processor()
+        save_llava(make_tiny_model(processor), processor, tmp_path / "tiny", max_shard_size=100_000)
+        assert len(list((tmp_path / "tiny").glob("*.safetensors"))) > 2
+        export(str(tmp_path / "tiny"), tmp_path / "out")
+        for one, other in zip(pair(tmp_path / "out"), pair(exported), strict=True):
+            assert one.read_bytes() == other.read_bytes()
+
+    def test_one_is_in_memory_after_the_other(
+        self, hf_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        events: list[str] = []
+        read_one, write_one = tensors.Folder.read, GGUFWriter.write_tensor_data
+
+        def reading(self: tensors.Folder, name: str) -> torch.Tensor:
+            events.append("read")
+            return read_one(self, name)
+
+        def writing(self: GGUFWriter, *args: Any) -> None:
+            events.append("write")
+            write_one(self, *args)
+
+        monkeypatch.setattr(tensors.Folder, "read", reading)
+        monkeypatch.setattr(GGUFWriter, "write_tensor_data", writing)
+        export(str(hf_layout), tmp_path / "out")
+        assert events == ["read", "write"] * (len(language_names()) + len(tower_names(2)))
+
+
+class TestProjector:
+    @pytest.mark.parametrize("approximate", ["none", "tanh"])
+    def test_a_linear_one_gets_through_the_gelu(self, hf_layout: Path, tmp_path: Path, approximate: str) -> None:
+        """What llama.cpp computes with the two matrices, here in torch: W x + b, whichever GELU it takes."""
+        linear_2 = {"multi_modal_projector.linear_2.weight": torch.eye(64) * 2}
+        source = altered(hf_layout, tmp_path / "model", {"projector_hidden_act": "linear"}, **linear_2)
+        export(str(source), tmp_path / "out")
+        values, kinds, _ = read(pair(tmp_path / "out")[1])
+        assert values["mm.0.weight"].shape == (64, 32) and values["mm.2.weight"].shape == (64, 64)
+        features = 10 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        inner = F.gelu(F.linear(features, values["mm.0.weight"], values["mm.0.bias"]), approximate=approximate)
+        found = F.linear(inner, values["mm.2.weight"], values["mm.2.bias"])
+        weights = load_file(source / "model.safetensors")
+        first = [weights[f"multi_modal_projector.linear_1.{part}"] for part in ("weight", "bias")]
+        bias = weights["multi_modal_projector.linear_2.bias"]
+        wanted = 2 * F.linear(features, first[0].half().float(), first[1]) + bias
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
+
+    def test_without_biases(self, hf_layout: Path, tmp_path: Path) -> None:
+        shutil.copytree(hf_layout, tmp_path / "model")
+        path = tmp_path / "model" / "model.safetensors"
+        names = [f"multi_modal_projector.linear_{n}.bias" for n in (1, 2)]
+        save_file({k: v for k, v in load_file(path).items() if k not in names}, path, metadata={"format": "pt"})
+        export(str(tmp_path / "model"), tmp_path / "out")
+        values = read(pair(tmp_path / "out")[1])[0]
+        assert not values["mm.0.bias"].any() and not values["mm.2.bias"].any()
+
+
+class TestHeader:
+    def test_of_the_language_model(self, hf_layout: Path, exported: Path) -> None:
+        header = read(pair(exported)[0])[2]
+        text = json.loads((hf_layout / "config.json").read_text(encoding="utf-8"))["text_config"]
+        wanted = {
+            "general.architecture": "llama",
+            "general.file_type": 1,
+            "llama.vocab_size": text["vocab_size"],
+            "llama.context_length": text["max_position_embeddings"],
+            "llama.embedding_length": text["hidden_size"],
+            "llama.block_count": text["num_hidden_layers"],
+            "llama.feed_forward_length": text["intermediate_size"],
+            "llama.attention.head_count": HEADS,
+            "llama.attention.head_count_kv": KV_HEADS,
+            "llama.attention.key_length": HEAD,
+            "llama.attention.value_length": HEAD,
+            "llama.rope.dimension_count": HEAD,
+            "llama.rope.freq_base": text["rope_theta"],
+        }
+        assert {name: header.get(name) for name in wanted} == wanted
+        assert header["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(text["rms_norm_eps"])
+        assert not [name for name in header if "scaling" in name]
+
+    def test_of_the_tower(self, hf_layout: Path, exported: Path) -> None:
+        header = read(pair(exported)[1])[2]
+        wanted = {
+            "general.architecture": "clip",
+            "clip.has_vision_encoder": True,
+            "clip.has_llava_projector": True,
+            "clip.projector_type": "mlp",
+            "clip.use_gelu": False,
+            "clip.vision.image_size": 32,
+            "clip.vision.patch_size": 8,
+            "clip.vision.embedding_length": 32,
+            "clip.vision.feed_forward_length": 64,
+            "clip.vision.attention.head_count": 2,
+            "clip.vision.block_count": 2,
+            "clip.vision.projection_dim": 64,
+        }
+        assert {name: header.get(name) for name in wanted} == wanted
+        pictures = json.loads((hf_layout / "preprocessor_config.json").read_text(encoding="utf-8"))
+        for part in ("mean", "std"):
+            assert header[f"clip.vision.image_{part}"] == pytest.approx(pictures[f"image_{part}"])
+        assert header["clip.vision.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
+
+    def test_gelu(self, hf_layout: Path, tmp_path: Path) -> None:
+        source = altered(hf_layout, tmp_path / "model", {"vision_config.hidden_act": "gelu"})
+        export(str(source), tmp_path / "out")
+        assert read(pair(tmp_path / "out")[1])[2]["clip.use_gelu"] is True
+
+    def test_positions_scaled_linearly(self, hf_layout: Path, tmp_path: Path) -> None:
+        rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+        export(str(altered(hf_layout, tmp_path / "model", {"text_config.rope_parameters": rope})), tmp_path / "out")
+        header = read(pair(tmp_path / "out")[0])[2]
+        assert header["llama.rope.scaling.type"] == "linear" and header["llama.rope.scaling.factor"] == 4.0
+        assert header["llama.rope.freq_base"] == 5e5
+
+    def test_positions_scaled_as_in_llama_3(self, hf_layout: Path, tmp_path: Path) -> None:
+        """Frequencies divided by the factors are the ones that transformers rotates by."""
+        rope = {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128, "rope_theta": 500.0,
+        }  # fmt: skip
+        changes = {"text_config.rope_parameters": rope, "text_config.max_position_embeddings": 1024}
+        source = altered(hf_layout, tmp_path / "model", changes)
+        export(str(source), tmp_path / "out")
+        factors = read(pair(tmp_path / "out")[0])[0]["rope_freqs.weight"]
+        config = make_tiny_model(make_tiny_processor()).config.text_config
+        config.rope_parameters, config.max_position_embeddings = rope, 1024
+        wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = 500.0 ** -(torch.arange(0, HEAD, 2) / HEAD)
+        torch.testing.assert_close(plain / factors, wanted)
+        assert 1.0 in factors and 8.0 in factors and ((factors > 1) & (factors < 8)).any()
+
+    def test_rows_without_a_token_are_unused(self, hf_layout: Path, tmp_path: Path) -> None:
+        original = load_file(hf_layout / "model.safetensors")
+        rows = original["language_model.model.embed_tokens.weight"].shape[0]
+        more = {
+            name: torch.cat([original[name], torch.zeros(3, 64)])
+            for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+        }
+        source = altered(hf_layout, tmp_path / "model", {"text_config.vocab_size": rows + 3}, **more)
+        export(str(source), tmp_path / "out")
+        header = read(pair(tmp_path / "out")[0])[2]
+        assert header["llama.vocab_size"] == len(header["tokenizer.ggml.tokens"]) == rows + 3
+        assert header["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
+
+
+class TestRefusals:
+    """Nothing is written, and what was there stays."""
+
+    def refused(self, model: Path | str, out: Path, **how: Any) -> str:
+        before = sorted(out.parent.iterdir())
+        with pytest.raises(InputError) as caught:
+            export(str(model), out, **how)
+        assert sorted(out.parent.iterdir()) == before
+        return refusal(caught.value)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"vision_config": {"model_type": "siglip_vision_model"}}, "only CLIP towers"),
+            ({"text_config.model_type": "qwen2"}, "LLaMA and Mistral"),
+            ({"text_config.hidden_act": "gelu"}, "silu"),
+            ({"vision_config.hidden_act": "relu"}, "quick_gelu and gelu"),
+            ({"vision_config.intermediate_size": 32}, "as wide as the tower"),
+            ({"projector_hidden_act": "relu"}, "gelu and linear"),
+            ({"vision_feature_layer": [-2, -1]}, "one layer is written"),
+            ({"vision_feature_layer": 0}, "one layer is written"),
+            ({"vision_feature_select_strategy": "full"}, "class token"),
+            ({"text_config.rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
+            ({"text_config.num_hidden_layers": 3}, "lack language_model.model.layers.2"),
+            ({"text_config.num_hidden_layers": 1}, "layers.1.input_layernorm.weight has no place"),
+            ({"model_type": "llava_next"}, "'llava_next'"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_llama_cpp_would_not_compute(
+        self, hf_layout: Path, tmp_path: Path, changes: dict[str, Any], said: str
+    ) -> None:
+        assert said in self.refused(altered(hf_layout, tmp_path / "model", changes), tmp_path / "out")
+
+    def test_no_chat_template(self, hf_layout: Path, tmp_path: Path) -> None:
+        shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
+        assert "no chat template" in self.refused(tmp_path / "model", tmp_path / "out")
+
+    @pytest.mark.parametrize("part", ["", "checkpoint-2"])
+    def test_a_run(self, tiny: Tiny, tmp_path: Path, part: str) -> None:
+        assert "merge it first: qllava merge" in self.refused(tiny.stage2 / part, tmp_path / "out")
+
+    def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
+        assert "is a run" in self.refused(tiny.stage1, tmp_path / "out")
+
+    def test_nano_names_a_run(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("qllava.export.gguf.newest_nano_run", lambda: tiny.stage2)
+        assert f"qllava merge {tiny.stage2} OUT" in self.refused("nano", tmp_path / "out")
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        assert str(tmp_path / "none") in self.refused(tmp_path / "none", tmp_path / "out")
+
+    def test_a_folder_with_something_in_it(self, hf_layout: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").touch()
+        assert "is not empty" in self.refused(hf_layout, tmp_path / "out")
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+    @pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (1e6, "--quantize bf16")])
+    def test_values_that_cannot_be_kept(self, hf_layout: Path, tmp_path: Path, value: float, said: str) -> None:
+        name = "language_model.model.layers.1.mlp.up_proj.weight"
+        weight = load_file(hf_layout / "model.safetensors")[name]
+        weight[3, 3] = value
+        source = altered(hf_layout, tmp_path / "model", {}, **{name: weight})
+        message = self.refused(source, tmp_path / "out")
+        assert said in message and name in message
+        if value == 1e6:
+            export(str(source), tmp_path / "bf16", quantize="bf16")
+
+    def test_a_tensor_without_a_place(self, hf_layout: Path, tmp_path: Path) -> None:
+        more = {"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(HEAD)}
+        message = self.refused(altered(hf_layout, tmp_path / "model", {}, **more), tmp_path / "out")
+        assert "q_norm" in message and "has no place" in message
+
+    def test_a_shape_that_is_not_the_configs(self, hf_layout: Path, tmp_path: Path) -> None:
+        for changes in ({"text_config.num_key_value_heads": 1}, {"vision_config.image_size": 64}):
+            source = altered(hf_layout, tmp_path / str(len(str(changes))), changes)
+            assert "should be" in self.refused(source, tmp_path / "out")
+
+    def test_a_shard_that_is_cut_off(self, hf_layout: Path, tmp_path: Path) -> None:
+        shutil.copytree(hf_layout, tmp_path / "model")
+        path = tmp_path / "model" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+        assert "cut off" in self.refused(tmp_path / "model", tmp_path / "out")
+
+    def test_a_shard_that_is_missing(self, hf_layout: Path, tmp_path: Path) -> None:
+        shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        assert "model.safetensors are missing" in self.refused(tmp_path / "model", tmp_path / "out")
+
+    def test_more_tokens_than_rows(self, hf_layout: Path, tmp_path: Path) -> None:
+        original = load_file(hf_layout / "model.safetensors")
+        fewer = {
+            name: original[name][:100].clone()
+            for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+        }
+        source = altered(hf_layout, tmp_path / "model", {"text_config.vocab_size": 100}, **fewer)
+        assert "only 100 rows" in self.refused(source, tmp_path / "out")
+
+    def test_a_full_disk(self, hf_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
+        message = self.refused(hf_layout, tmp_path / "out")
+        assert "No space left on device" in message and "nothing was left there" in message
+
+
+class TestCommand:
+    def test_says_what_it_wrote(self, hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["export", str(hf_layout), str(tmp_path / "out"), "--format", "gguf"]) == 0
+        said = capsys.readouterr().out
+        for name in ("tiny-f16.gguf", "mmproj-tiny-f16.gguf", "Modelfile"):
+            assert (tmp_path / "out" / name).is_file() and name in said
+
+    def test_a_refusal_is_one_line_and_status_1(
+        self, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["export", str(tiny.stage2), str(tmp_path / "out"), "--format", "gguf"]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1 and "merge it first" in captured.err
+
+    @pytest.mark.parametrize("line", ["export m out", "export m out --format onnx", "export m out --quantize q4_0"])
+    def test_a_wrong_command_line_ends_with_2(self, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as end:
+            cli.main(line.split())
+        assert end.value.code == 2
+        assert "usage:" in capsys.readouterr().err

@@ -187,13 +187,25 @@ def head_size(text: Any) -> int:
 
 
 def tower_tensors(folder: Folder, vision: Any, blocks: int, kind: Kind) -> list[Planned]:
-    """Those of the first `blocks` blocks of a CLIP tower; matrices are kept as `kind`, all else in fp32."""
+    """Those of the first `blocks` blocks of a CLIP tower; matrices are kept as `kind`, all else in fp32.
+
+    Where the class token stands depends on the version: llama.cpp since May 2025 has it last, though the positions are
+    still handed out as if it were first (its issue 25814). So positions are not written as such: those of the patches
+    go where the bias of the patches goes, and the class token has its own within. Every version adds the same then.
+    """
     prefix = "vision_tower.vision_model."
+    token, position = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding.weight"
+    rows, width = folder.shape(position)
+
+    def class_token() -> torch.Tensor:
+        return folder.read(token).float() + folder.read(position)[0].float()
+
     plan = [
-        _copied(folder, "v.class_embd", f"{prefix}embeddings.class_embedding", kind),
+        Planned("v.class_embd", (width,), Kind.F32, (token, position), class_token),
         # The convolution of llama.cpp knows no bf16.
         _copied(folder, "v.patch_embd.weight", f"{prefix}embeddings.patch_embedding.weight", Kind.F16),
-        _copied(folder, "v.position_embd.weight", f"{prefix}embeddings.position_embedding.weight", Kind.F32),
+        Planned("v.patch_embd.bias", (rows - 1, width), Kind.F32, (position,), lambda: folder.read(position)[1:]),
+        Planned("v.position_embd.weight", (rows, width), Kind.F32, (), lambda: torch.zeros(rows, width)),
     ]
     for value in ("weight", "bias"):
         plan.append(_copied(folder, f"v.pre_ln.{value}", f"{prefix}pre_layrnorm.{value}", kind))

@@ -65,11 +65,7 @@ def language_names(layers: int = 2) -> dict[str, str]:
 def tower_names(blocks: int) -> dict[str, str]:
     """The same for tower and projector."""
     tower = "vision_tower.vision_model"
-    names = {
-        "v.class_embd": f"{tower}.embeddings.class_embedding",
-        "v.patch_embd.weight": f"{tower}.embeddings.patch_embedding.weight",
-        "v.position_embd.weight": f"{tower}.embeddings.position_embedding.weight",
-    }
+    names = {"v.patch_embd.weight": f"{tower}.embeddings.patch_embedding.weight"}
     for part in ("weight", "bias"):
         names[f"v.pre_ln.{part}"] = f"{tower}.pre_layrnorm.{part}"
         names[f"mm.0.{part}"] = f"multi_modal_projector.linear_1.{part}"
@@ -77,6 +73,10 @@ def tower_names(blocks: int) -> dict[str, str]:
         for n in range(blocks):
             names |= {f"v.blk.{n}.{k}.{part}": f"{tower}.encoder.layers.{n}.{v}.{part}" for k, v in BLOCK.items()}
     return names
+
+
+# The class token and the positions, which are written as sums.
+POSITIONS = {"v.class_embd", "v.patch_embd.bias", "v.position_embd.weight"}
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Kind], dict[str, Any]]:
@@ -147,14 +147,28 @@ class TestTensors:
         for path, names in zip(pair(tmp_path / "out"), (language_names(), tower_names(blocks=2)), strict=True):
             assert quantize in path.name
             values, kinds, _ = read(path)
-            assert values.keys() == names.keys()
+            assert values.keys() - POSITIONS == names.keys()
             for name, source in names.items():
                 wanted = original[source]
-                plain = wanted.ndim == 1 or name == "v.position_embd.weight"
-                kept = Kind.F32 if plain else Kind.F16 if name == "v.patch_embd.weight" else kind
+                kept = Kind.F32 if wanted.ndim == 1 else Kind.F16 if name == "v.patch_embd.weight" else kind
                 assert kinds[name] == kept, name
                 rounded = wanted.to({Kind.F32: torch.float32, Kind.F16: torch.float16}.get(kept, dtype)).float()
                 assert torch.equal(as_transformers(name, values[name]), rounded), name
+
+    def test_positions_do_not_depend_on_where_the_class_token_stands(self, hf_layout: Path, exported: Path) -> None:
+        """What llama.cpp adds up, with the class token first and last: each time what transformers does."""
+        values, kinds, _ = read(pair(exported)[1])
+        assert {kinds[name] for name in POSITIONS} == {Kind.F32}
+        original = load_file(hf_layout / "model.safetensors")
+        prefix = "vision_tower.vision_model.embeddings"
+        position = original[f"{prefix}.position_embedding.weight"]
+        patches = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))  # from the convolution
+        wanted = torch.cat([original[f"{prefix}.class_embedding"][None], patches]) + position
+        token, moved = values["v.class_embd"][None], patches + values["v.patch_embd.bias"]
+        first = torch.cat([token, moved]) + values["v.position_embd.weight"]
+        last = torch.cat([moved, token]) + values["v.position_embd.weight"]
+        torch.testing.assert_close(first, wanted)
+        torch.testing.assert_close(last, wanted.roll(-1, 0))
 
     def test_in_8_bit(self, hf_layout: Path, tmp_path: Path) -> None:
         export(str(hf_layout), tmp_path / "out", quantize="q8_0")
@@ -188,7 +202,7 @@ class TestTensors:
         source = altered(hf_layout, tmp_path / "model", {"vision_feature_layer": layer})
         export(str(source), tmp_path / "out")
         values, _, header = read(pair(tmp_path / "out")[1])
-        assert values.keys() == tower_names(blocks).keys()
+        assert values.keys() - POSITIONS == tower_names(blocks).keys()
         assert header["clip.vision.block_count"] == blocks
         assert header["clip.vision.feature_layer"] == [blocks]
 
@@ -226,7 +240,9 @@ class TestTensors:
         monkeypatch.setattr(tensors.Folder, "read", reading)
         monkeypatch.setattr(GGUFWriter, "write_tensor_data", writing)
         export(str(hf_layout), tmp_path / "out")
-        assert events == ["read", "write"] * (len(language_names()) + len(tower_names(2)))
+        assert events.count("write") == len(language_names()) + len(tower_names(2)) + len(POSITIONS)
+        most = max(len(reads) for reads in "".join(event[0] for event in events).split("w"))
+        assert most == 2  # the class token and its position, for one sum
 
 
 class TestProjector:

@@ -55,7 +55,7 @@ $(VENV)/.qllava-llama-cpp: $(STAMP)
 	@$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(LLAMA_CPP) 'llama-cpp-python>=0.3.36,<0.4'
 	@tar -xzf $(LLAMA_CPP)/*.tar.gz --strip-components 1 -C $(LLAMA_CPP)
 	@sed -i.orig 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/ggml_concat(ctx0, model.class_embedding, inp, 1)/' $(LLAVA_CPP)
-	@CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF $$CMAKE_ARGS" $(PIP) install -q ./$(LLAMA_CPP)
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF $$CMAKE_ARGS" $(PIP) install -q ./$(LLAMA_CPP)
 	@touch $@
 
 lint: env

@@ -11,6 +11,7 @@ aside and renamed, so it is whole or not there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def _read(model: str) -> _Source:
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
         raise InputError(f"{folder} is a run, not a whole model; merge it first: qllava merge {folder} OUT.")
     if not folder.exists():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+            raise InputError(f"There is no folder {model}; give a merged folder, or the name of a LLaVA on the hub.")
         try:
             wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
             folder = Path(snapshot_download(model, allow_patterns=wanted))

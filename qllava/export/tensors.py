@@ -52,6 +52,7 @@ _BLOCK = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
+_DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _CHUNK = 2**22  # values that are rounded to 8 bit at a time
 
 
@@ -78,21 +79,17 @@ class Planned:
     def data(self) -> np.ndarray[Any, Any]:
         """The values as they are written. Raises InputError when one is not finite, in the folder or by rounding."""
         tensor = self.make()
-        rounded = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(self.kind, torch.float32)
-        if not torch.isfinite(tensor.to(rounded)).all():
-            too_large = bool(torch.isfinite(tensor).all())
+        if not torch.isfinite(tensor).all():
             raise InputError(
-                f"{self.sources[0]} has values that f16 cannot hold; use --quantize bf16."
-                if too_large
-                else f"{self.sources[0]} holds NaN or infinite values; the training has failed, or the file is damaged."
+                f"{self.sources[0]} holds NaN or infinite values; the training has failed, or the file is damaged."
             )
         if self.kind == Kind.Q8_0:
-            flat = tensor.reshape(-1, tensor.shape[-1])
-            step = max(1, _CHUNK // flat.shape[-1])
-            parts = [quantize(part.float().numpy(), self.kind) for part in flat.split(step)]
-            return np.concatenate(parts)
-        values = tensor.to(rounded).contiguous()
-        return values.view(torch.int16).numpy() if self.kind == Kind.BF16 else values.numpy()
+            rows = max(1, _CHUNK // tensor.shape[-1])
+            return np.concatenate([quantize(part.float().numpy(), self.kind) for part in tensor.split(rows)])
+        kept = tensor.to(_DTYPES[self.kind]).contiguous()
+        if not torch.isfinite(kept).all():
+            raise InputError(f"{self.sources[0]} has values that f16 cannot hold; use --quantize bf16.")
+        return kept.view(torch.int16).numpy() if self.kind == Kind.BF16 else kept.numpy()
 
 
 class Folder:

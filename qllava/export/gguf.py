@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from qllava.config import NANO, InputError
 from qllava.export.gguf_tokenizer import adds_bos, read_vocabulary, write_vocabulary
 from qllava.export.serving import for_llama_cpp, modelfile, template_of
 from qllava.export.tensors import (
-    Folder,
     Planned,
     check_nothing_is_lost,
     check_sizes,
@@ -40,7 +38,8 @@ from qllava.export.tensors import (
 )
 from qllava.inference.loading import newest_nano_run
 from qllava.models.checkpoint import write_aside
-from qllava.models.vision import LOAD_ERRORS, one_line
+from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.weights import EMBEDDING, Weights, open_weights
 
 # How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
 # more than its few megabytes are worth.
@@ -84,18 +83,19 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
     kind, file_type, beside = _KINDS[quantize]
     kind_beside, file_type_beside, _ = _KINDS[beside]
     names = f"{source.name}-{quantize}.gguf", f"mmproj-{source.name}-{beside}.gguf"
-    with ExitStack() as stack:
-        weights = stack.enter_context(Folder(source.folder))
-        text, vision = source.config.text_config, source.config.vision_config
-        check_sizes(weights, text, vision)
-        language = language_tensors(weights, text, kind)
-        pictures = tower_tensors(weights, vision, source.feature_layer, kind_beside)
-        pictures += projector_tensors(weights, source.config.projector_hidden_act, kind_beside)
-        tied = bool(text.tie_word_embeddings)
-        check_nothing_is_lost(weights, language + pictures, vision, source.feature_layer, tied)
-        aside = stack.enter_context(write_aside(out))
-        total = sum(planned.nbytes for planned in language + pictures)
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="Writing GGUF", leave=False))
+    weights = open_weights(str(source.folder))
+    text, vision = source.config.text_config, source.config.vision_config
+    check_sizes(weights, text, vision)
+    language = language_tensors(weights, text, kind)
+    pictures = tower_tensors(weights, vision, source.feature_layer, kind_beside)
+    pictures += projector_tensors(weights, source.config.projector_hidden_act, kind_beside)
+    tied = bool(text.tie_word_embeddings)
+    check_nothing_is_lost(weights, language + pictures, vision, source.feature_layer, tied)
+    total = sum(planned.nbytes for planned in language + pictures)
+    with (
+        write_aside(out) as aside,
+        tqdm(total=total, unit="B", unit_scale=True, desc="Writing GGUF", leave=False) as bar,
+    ):
         writer = GGUFWriter(aside / names[0], "llama")
         _language_header(writer, source, file_type, weights)
         _write(writer, language, bar.update)
@@ -175,10 +175,10 @@ def _check(source: _Source) -> None:
             raise InputError(f"{source.folder} cannot be written as GGUF: {reason}.")
 
 
-def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weights: Folder) -> None:
+def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weights: Weights) -> None:
     """Config, tokenizer and chat template."""
     text = source.config.text_config
-    rows = weights.shape("language_model.model.embed_tokens.weight")[0]
+    rows = weights.shape(EMBEDDING)[0]
     size = head_size(text)
     writer.add_type("model")
     writer.add_name(source.name)

@@ -12,22 +12,18 @@ D width of the tower, H width of the language model, P patches of a picture.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
-from safetensors import SafetensorError, safe_open
 
 from qllava.config import InputError
-from qllava.models.vision import one_line
+from qllava.models.weights import EMBEDDING, HEAD, Weights
 
 Kind = GGMLQuantizationType
 
@@ -92,65 +88,13 @@ class Planned:
         return kept.view(torch.int16).numpy() if self.kind == Kind.BF16 else kept.numpy()
 
 
-class Folder:
-    """The weights of a LLaVA folder, by name; open while it is used as a context."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises InputError when a file is missing or cut off."""
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        try:
-            for path in _files_of(folder):
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._files |= dict.fromkeys(file.keys(), file)
-        except (OSError, SafetensorError) as error:
-            self._stack.close()
-            raise InputError(
-                f"The weights {path} are missing, cut off or damaged ({one_line(error)}); get them again."
-            ) from error
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises InputError when there is none of this name."""
-        if name not in self._files:
-            raise InputError(f"The weights lack {name}; expected a folder that `qllava merge` or llava-hf wrote.")
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a tensor."""
-        self.shape(name)
-        return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
-
-
-def _files_of(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} cannot be read; copy or download the model again.") from error
-
-
-def language_tensors(folder: Folder, text: Any, kind: Kind) -> list[Planned]:
+def language_tensors(weights: Weights, text: Any, kind: Kind) -> list[Planned]:
     """The language model's, for its config `text`; matrices are kept as `kind`, norms and biases in fp32."""
     prefix = "language_model.model."
-    plan = [_copied(folder, "token_embd.weight", f"{prefix}embed_tokens.weight", kind)]
+    plan = [_copied(weights, "token_embd.weight", EMBEDDING, kind)]
     if not text.tie_word_embeddings:
-        plan.append(_copied(folder, "output.weight", "language_model.lm_head.weight", kind))
-    plan.append(_copied(folder, "output_norm.weight", f"{prefix}norm.weight", kind))
+        plan.append(_copied(weights, "output.weight", HEAD, kind))
+    plan.append(_copied(weights, "output_norm.weight", f"{prefix}norm.weight", kind))
     rope = rope_factors(text)
     if rope is not None:
         plan.append(Planned("rope_freqs.weight", tuple(rope.shape), Kind.F32, (), lambda: rope))
@@ -159,8 +103,8 @@ def language_tensors(folder: Folder, text: Any, kind: Kind) -> list[Planned]:
         for part, ours in _LAYER.items():
             for value in ("weight", "bias"):
                 source = f"{prefix}layers.{layer}.{part}.{value}"
-                if value == "weight" or source in folder:
-                    plan.append(_copied(folder, f"blk.{layer}.{ours}.{value}", source, kind, by_pairs.get(ours)))
+                if value == "weight" or source in weights:
+                    plan.append(_copied(weights, f"blk.{layer}.{ours}.{value}", source, kind, by_pairs.get(ours)))
     return plan
 
 
@@ -183,7 +127,7 @@ def head_size(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def tower_tensors(folder: Folder, vision: Any, blocks: int, kind: Kind) -> list[Planned]:
+def tower_tensors(weights: Weights, vision: Any, blocks: int, kind: Kind) -> list[Planned]:
     """Those of the first `blocks` blocks of a CLIP tower; matrices are kept as `kind`, all else in fp32.
 
     Where the class token stands depends on the version: llama.cpp since May 2025 has it last, though the positions are
@@ -192,28 +136,28 @@ def tower_tensors(folder: Folder, vision: Any, blocks: int, kind: Kind) -> list[
     """
     prefix = "vision_tower.vision_model."
     token, position = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding.weight"
-    rows, width = folder.shape(position)
+    rows, width = _shape(weights, position)
 
     def class_token() -> torch.Tensor:
-        return folder.read(token).float() + folder.read(position)[0].float()
+        return weights[token].float() + weights[position][0].float()
 
     plan = [
         Planned("v.class_embd", (width,), Kind.F32, (token, position), class_token),
         # The convolution of llama.cpp knows no bf16.
-        _copied(folder, "v.patch_embd.weight", f"{prefix}embeddings.patch_embedding.weight", Kind.F16),
-        Planned("v.patch_embd.bias", (rows - 1, width), Kind.F32, (position,), lambda: folder.read(position)[1:]),
+        _copied(weights, "v.patch_embd.weight", f"{prefix}embeddings.patch_embedding.weight", Kind.F16),
+        Planned("v.patch_embd.bias", (rows - 1, width), Kind.F32, (position,), lambda: weights[position][1:]),
         Planned("v.position_embd.weight", (rows, width), Kind.F32, (), lambda: torch.zeros(rows, width)),
     ]
     for value in ("weight", "bias"):
-        plan.append(_copied(folder, f"v.pre_ln.{value}", f"{prefix}pre_layrnorm.{value}", kind))
+        plan.append(_copied(weights, f"v.pre_ln.{value}", f"{prefix}pre_layrnorm.{value}", kind))
         for block in range(blocks):
             for part, ours in _BLOCK.items():
                 source = f"{prefix}encoder.layers.{block}.{part}.{value}"
-                plan.append(_copied(folder, f"v.blk.{block}.{ours}.{value}", source, kind))
+                plan.append(_copied(weights, f"v.blk.{block}.{ours}.{value}", source, kind))
     return plan
 
 
-def projector_tensors(folder: Folder, activation: str, kind: Kind) -> list[Planned]:
+def projector_tensors(weights: Weights, activation: str, kind: Kind) -> list[Planned]:
     """The projector's two layers.
 
     llama.cpp always has a GELU between them. A linear projector W x + b gets through it whole, because
@@ -221,23 +165,23 @@ def projector_tensors(folder: Folder, activation: str, kind: Kind) -> list[Plann
     """
     names = [f"multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")]
     first, bias_1, second, bias_2 = names
-    hidden, width = folder.shape(first)[0], folder.shape(second)[0]
+    hidden, width = _shape(weights, first)[0], _shape(weights, second)[0]
 
     def bias(name: str, size: int) -> torch.Tensor:
-        return folder.read(name) if name in folder else torch.zeros(size)
+        return weights[name] if name in weights else torch.zeros(size)
 
     def folded() -> tuple[torch.Tensor, torch.Tensor]:
-        outer = folder.read(second).float()
-        return outer @ folder.read(first).float(), outer @ bias(bias_1, hidden).float() + bias(bias_2, width).float()
+        outer = weights[second].float()
+        return outer @ weights[first].float(), outer @ bias(bias_1, hidden).float() + bias(bias_2, width).float()
 
     if activation != "linear":
         return [
-            _copied(folder, "mm.0.weight", first, kind),
+            _copied(weights, "mm.0.weight", first, kind),
             Planned("mm.0.bias", (hidden,), Kind.F32, (bias_1,), lambda: bias(bias_1, hidden)),
-            _copied(folder, "mm.2.weight", second, kind),
+            _copied(weights, "mm.2.weight", second, kind),
             Planned("mm.2.bias", (width,), Kind.F32, (bias_2,), lambda: bias(bias_2, width)),
         ]
-    size = folder.shape(first)[1]
+    size = _shape(weights, first)[1]
     both = torch.cat([torch.eye(size), -torch.eye(size)])
     return [
         Planned("mm.0.weight", (2 * size, size), kind, (), lambda: both),
@@ -247,12 +191,12 @@ def projector_tensors(folder: Folder, activation: str, kind: Kind) -> list[Plann
     ]
 
 
-def check_sizes(folder: Folder, text: Any, vision: Any) -> None:
+def check_sizes(weights: Weights, text: Any, vision: Any) -> None:
     """Raise InputError when config.json and the weights are of different models. One of each kind is looked at."""
     size, hidden, width = head_size(text), text.hidden_size, vision.hidden_size
     layer, tower = "language_model.model.layers.0.", "vision_tower.vision_model."
     wanted = {
-        "language_model.model.embed_tokens.weight": (text.vocab_size, hidden),
+        EMBEDDING: (text.vocab_size, hidden),
         f"{layer}self_attn.q_proj.weight": (text.num_attention_heads * size, hidden),
         f"{layer}self_attn.k_proj.weight": (text.num_key_value_heads * size, hidden),
         f"{layer}mlp.up_proj.weight": (text.intermediate_size, hidden),
@@ -262,19 +206,18 @@ def check_sizes(folder: Folder, text: Any, vision: Any) -> None:
         "multi_modal_projector.linear_2.bias": (hidden,),
     }
     for name, shape in wanted.items():
-        if name in folder and folder.shape(name) != shape:
-            raise InputError(
-                f"{name} is {folder.shape(name)} and should be {shape} by config.json; take both from the same model."
-            )
+        found = weights.shape(name) if name in weights else shape
+        if found != shape:
+            raise InputError(f"{name} is {found} and should be {shape} by config.json; take both from the same model.")
 
 
-def check_nothing_is_lost(folder: Folder, plans: list[Planned], vision: Any, blocks: int, tied: bool) -> None:
+def check_nothing_is_lost(weights: Weights, plans: list[Planned], vision: Any, blocks: int, tied: bool) -> None:
     """Raise InputError when a tensor of the folder is neither written nor known to be without use."""
     unused = [r"vision_tower\.vision_model\.post_layernorm\.", r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
     unused += [rf"vision_tower\.vision_model\.encoder\.layers\.{n}\." for n in range(blocks, vision.num_hidden_layers)]
     unused += [r"^language_model\.lm_head\.weight$"] if tied else []
     written = {source for planned in plans for source in planned.sources}
-    lost = [name for name in folder if name not in written and not any(re.search(rule, name) for rule in unused)]
+    lost = [name for name in weights if name not in written and not any(re.search(rule, name) for rule in unused)]
     if lost:
         raise InputError(
             f"{lost[0]} has no place in GGUF's layout of a LLaVA ({len(lost)} such tensors); expected a LLaMA or "
@@ -282,16 +225,23 @@ def check_nothing_is_lost(folder: Folder, plans: list[Planned], vision: Any, blo
         )
 
 
+def _shape(weights: Weights, name: str) -> tuple[int, ...]:
+    """Shape of a tensor on disk. Raises InputError when there is none of this name."""
+    if name not in weights:
+        raise InputError(f"The weights lack {name}; expected a folder that `qllava merge` or llava-hf wrote.")
+    return weights.shape(name)
+
+
 def _copied(
-    folder: Folder, name: str, source: str, kind: Kind, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weights: Weights, name: str, source: str, kind: Kind, change: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Planned:
     """A tensor under another name; as in llama.cpp vectors stay in fp32, and rows that 32 does not divide in f16."""
-    shape = folder.shape(source)
+    shape = _shape(weights, source)
     if len(shape) == 1:
         kind = Kind.F32
     elif kind == Kind.Q8_0 and shape[-1] % 32:
         kind = Kind.F16
-    return Planned(name, shape, kind, (source,), lambda: change(folder.read(source)) if change else folder.read(source))
+    return Planned(name, shape, kind, (source,), lambda: change(weights[source]) if change else weights[source])
 
 
 def _by_pairs(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -23,6 +23,7 @@ from qllava.config import InputError
 from qllava.export import tensors
 from qllava.export.gguf import export
 from qllava.models.checkpoint import save_llava
+from qllava.models.weights import Weights, open_weights
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, refusal
 
@@ -190,10 +191,10 @@ class TestTensors:
         assert {Kind.F32, Kind.F16} == set(read(projector)[1].values())
 
     def test_rows_that_32_does_not_divide_stay_in_16_bit(self, hf_layout: Path) -> None:
-        with tensors.Folder(hf_layout) as folder:
-            row = tensors._copied(folder, "x", "language_model.model.layers.0.mlp.down_proj.weight", Kind.Q8_0)
-            conv = "vision_tower.vision_model.embeddings.patch_embedding.weight"  # rows of 8
-            assert row.kind == Kind.Q8_0 and tensors._copied(folder, "x", conv, Kind.Q8_0).kind == Kind.F16
+        weights = open_weights(str(hf_layout))
+        row = tensors._copied(weights, "x", "language_model.model.layers.0.mlp.down_proj.weight", Kind.Q8_0)
+        conv = "vision_tower.vision_model.embeddings.patch_embedding.weight"  # rows of 8
+        assert row.kind == Kind.Q8_0 and tensors._copied(weights, "x", conv, Kind.Q8_0).kind == Kind.F16
 
     @pytest.mark.parametrize(("layer", "blocks"), [(-1, 3), (-2, 2), (-3, 1), (1, 1), (3, 3)])
     def test_blocks_after_the_features_are_left_out(
@@ -227,9 +228,9 @@ class TestTensors:
         self, hf_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         events: list[str] = []
-        read_one, write_one = tensors.Folder.read, GGUFWriter.write_tensor_data
+        read_one, write_one = Weights.__getitem__, GGUFWriter.write_tensor_data
 
-        def reading(self: tensors.Folder, name: str) -> torch.Tensor:
+        def reading(self: Weights, name: str) -> torch.Tensor:
             events.append("read")
             return read_one(self, name)
 
@@ -237,7 +238,7 @@ class TestTensors:
             events.append("write")
             write_one(self, *args)
 
-        monkeypatch.setattr(tensors.Folder, "read", reading)
+        monkeypatch.setattr(Weights, "__getitem__", reading)
         monkeypatch.setattr(GGUFWriter, "write_tensor_data", writing)
         export(str(hf_layout), tmp_path / "out")
         assert events.count("write") == len(language_names()) + len(tower_names(2)) + len(POSITIONS)
@@ -448,7 +449,7 @@ class TestRefusals:
 
     def test_a_shard_that_is_missing(self, hf_layout: Path, tmp_path: Path) -> None:
         shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-        assert "model.safetensors are missing" in self.refused(tmp_path / "model", tmp_path / "out")
+        assert "model.safetensors are not there" in self.refused(tmp_path / "model", tmp_path / "out")
 
     def test_more_tokens_than_rows(self, hf_layout: Path, tmp_path: Path) -> None:
         original = load_file(hf_layout / "model.safetensors")

@@ -22,6 +22,7 @@ from qllava import cli
 from qllava.config import InputError
 from qllava.export import tensors
 from qllava.export.gguf import export
+from qllava.merge import merge
 from qllava.models.checkpoint import save_llava
 from qllava.models.weights import Weights, open_weights
 from tests.tiny_models import make_tiny_model, make_tiny_processor
@@ -244,6 +245,20 @@ class TestTensors:
         assert events.count("write") == len(language_names()) + len(tower_names(2)) + len(POSITIONS)
         most = max(len(reads) for reads in "".join(event[0] for event in events).split("w"))
         assert most == 2  # the class token and its position, for one sum
+
+
+def test_what_merge_wrote(tiny: Tiny, tmp_path: Path) -> None:
+    merge(tiny.stage2, tmp_path / "merged", base="nf4", dtype="bfloat16", max_shard_size="5GB", verify=False)
+    export(str(tmp_path / "merged"), tmp_path / "out", quantize="bf16")
+    original = load_file(tmp_path / "merged" / "model.safetensors")
+    values = [read(path)[0] for path in pair(tmp_path / "out")]
+    for found, names in zip(values, (language_names(), tower_names(2)), strict=True):
+        for name, source in names.items():
+            exact = name != "v.patch_embd.weight"  # which is in f16
+            wanted = original[source].float()
+            torch.testing.assert_close(
+                as_transformers(name, found[name]), wanted, atol=0 if exact else 1e-6, rtol=0 if exact else 1e-3
+            )
 
 
 class TestProjector:

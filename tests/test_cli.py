@@ -29,6 +29,7 @@ class Merged:
     base: str
     kl_per_token: float
     top1_agreement: float
+    same_text: float
     verified: bool
 
 
@@ -98,14 +99,14 @@ def test_a_wrong_command_line_ends_with_2(line: str, capsys: pytest.CaptureFixtu
 
 
 def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 1.7e-5, 0.999, True))
+    calls = stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 1.7e-5, 0.999, 0.97, True))
     assert cli.main(["merge", "run", "out"]) == 0
     assert calls[0] == (
         (Path("run"), Path("out")),
         {"base": "nf4", "dtype": "bfloat16", "max_shard_size": "5GB", "verify": True},
     )
     said = capsys.readouterr().out
-    assert "verified" in said and "1.70e-05" in said and "99.90 %" in said
+    assert "verified" in said and "1.70e-05" in said and "99.90 %" in said and "97.0 %" in said
     line = "merge run out --base original --dtype float32 --max-shard-size 1GB --no-verify"
     assert cli.main(line.split()) == 0
     assert calls[1][1] == {"base": "original", "dtype": "float32", "max_shard_size": "1GB", "verify": False}
@@ -114,7 +115,7 @@ def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def noisy(*args: Any, **kwargs: Any) -> Merged:
         print("a library says something")
-        return Merged("nf4", 1.7e-5, 0.999, True)
+        return Merged("nf4", 1.7e-5, 0.999, 0.97, True)
 
     stand_in(monkeypatch, "qllava.merge", "merge", noisy)
     assert cli.main(["merge", "run", "out", "--json"]) == 0
@@ -123,6 +124,7 @@ def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: 
         "base": "nf4",
         "kl_per_token": 1.7e-5,
         "top1_agreement": 0.999,
+        "same_text": 0.97,
         "verified": True,
     }
     assert "a library says something" in captured.err
@@ -145,7 +147,7 @@ def test_a_merge_that_does_not_verify_ends_with_1(
 def test_a_merge_that_was_not_to_be_verified_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", None, None, False))
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", None, None, None, False))
     assert cli.main(["merge", "run", "out", "--no-verify"]) == 0
     assert "not verified" in capsys.readouterr().out
 
@@ -153,7 +155,7 @@ def test_a_merge_that_was_not_to_be_verified_is_done(
 def test_a_merge_onto_the_original_weights_is_not_called_verified(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, True))
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, 0.8, True))
     assert cli.main(["merge", "run", "out", "--base", "original"]) == 0
     said = capsys.readouterr().out
     assert "verified" not in said

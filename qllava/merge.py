@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,7 +29,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.models.adapter import DATA_FILE, PROBES_FILE, RECORD_FILE, read_record
+from qllava.models.adapter import PROBES_FILE, RECORD_FILE, read_record
+from qllava.models.card import write_card
 from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
 from qllava.models.errors import one_line
@@ -46,12 +46,6 @@ MAX_KL = 1e-3
 TIE = 0.05
 # Share of learned positions with the same token, or a tie.
 MIN_AGREEMENT = 0.995
-SETTINGS_FILE = "run.yaml"
-_TOLD = (
-    "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "load_in_4bit", "vision_feature_layer",
-    "image_aspect", "seed",
-)  # fmt: skip
 # Positions whose logits are in memory at once.
 _PIECE = 64
 
@@ -116,7 +110,7 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
                 )
         kept = {**asdict(result), "dtype": dtype, "tensors": asdict(accounting)}
         (aside / MERGE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(_card(run, record, result, accounting, dtype), encoding="utf-8")
+        write_card(aside, run, plan.recipe, "transformers", _told(record, result, accounting, dtype))
     return result
 
 
@@ -303,37 +297,16 @@ def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
     return torch.equal(wanted[:known], found[:known])
 
 
-def _card(run: Path, record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> str:
-    """The model card of a merged folder."""
-    results = run / "results.json"
+def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> list[str]:
+    """What the model card says of the merge."""
     onto = "NF4 weights that training saw" if result.base == "nf4" and record.load_in_4bit else "original weights"
-    base = record.model or f"{record.language_model} with the tower {record.vision_tower}"
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags: [llava, qllava]", "---", "",
-        f"# {run.name}", "",
-        f"A LLaVA in {dtype}, tuned with qllava from {base} (template {record.template}, base {record.fingerprint}).",
-        f"The adapter was added to the {onto}: {len(accounting.merged)} tensors merged, {len(accounting.replaced)} "
-        f"replaced, {len(accounting.copied)} copied (`{MERGE_FILE}` names each).",
-    ]  # fmt: skip
+    told = [
+        f"A LLaVA in {dtype}, tuned with qllava. The adapter was added to the {onto}: {len(accounting.merged)} tensors "
+        f"merged, {len(accounting.replaced)} replaced, {len(accounting.copied)} copied (`{MERGE_FILE}` names each)."
+    ]
     if result.kl_per_token is not None:
-        lines.append(
-            f"Against the adapter model: KL {result.kl_per_token:.2e} per token, same token "
+        told.append(
+            f"Against the adapter model, on rows that the run kept: KL {result.kl_per_token:.2e} per token, same token "
             f"{result.top1_agreement:.2%}, same greedy answer {result.same_text:.1%}."
         )
-    lines += ["", *_facts(run if (run / SETTINGS_FILE).is_file() else run.parent)]
-    if results.is_file():
-        lines += ["", "```json", json.dumps(json.loads(results.read_text(encoding="utf-8")), indent=2), "```"]
-    return "\n".join([*lines, "", "The licences of the base model and of the data apply.", ""])
-
-
-def _facts(run: Path) -> list[str]:
-    """Data and settings of a run, as lists of Markdown; what its folder does not hold is left out."""
-    lines = []
-    if (run / DATA_FILE).is_file():
-        data = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
-        lines += ["Data (SHA-256):", "", *(f"- `{file['file']}` {file['sha256']}" for file in data), ""]
-    if (run / SETTINGS_FILE).is_file():
-        settings = yaml.safe_load((run / SETTINGS_FILE).read_text(encoding="utf-8"))
-        said = [f"- {name}: {settings[name]}" for name in _TOLD if settings.get(name) is not None]
-        lines += ["Settings:", "", *said]
-    return lines
+    return told

@@ -426,7 +426,7 @@ class TestRefusals:
             "checkpoint._save_config",
             "checkpoint._save_processor",
             "merge.compare",
-            "merge._card",
+            "merge.write_card",
         ],
     )
     def test_a_merge_that_is_killed(self, tiny: Tiny, tmp_path: Path, point: str) -> None:

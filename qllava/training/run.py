@@ -37,6 +37,7 @@ from qllava.models.adapter import (
     train_projector_only,
 )
 from qllava.models.assemble import Assembled, assemble
+from qllava.models.card import RESULTS_FILE, write_card
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.nano import dataset as nano
@@ -48,7 +49,10 @@ from qllava.training.settings import Settings, TrainConfig
 from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import METRICS_FILE
 
-RESULTS_FILE = "results.json"
+ABOUT_ADAPTER = (
+    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
+    "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
+)
 
 
 def pretrain(settings: Settings) -> Path:
@@ -333,6 +337,8 @@ def _finish(folder: Path, results: dict[str, Any]) -> None:
     aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     aside.rename(folder / RESULTS_FILE)
     write_report(folder)
+    if adapter_at(str(folder)):
+        write_card(folder, folder, read_record(folder), "peft", [ABOUT_ADAPTER.format(folder=folder.name)])
 
 
 def _say_next(done: str, commands: list[str]) -> None:

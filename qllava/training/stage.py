@@ -25,7 +25,7 @@ from qllava.conversation import Template
 from qllava.data.collate import Collator
 from qllava.data.formats import Example
 from qllava.models import ledger
-from qllava.models.adapter import PROBES_FILE, read_record
+from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.training import scores
 from qllava.training.attention import Kernel
@@ -223,11 +223,12 @@ def _newest(folder: Path, assembled: Assembled) -> Path | None:
     found = checkpoints(folder)
     if not found:
         return None
-    if read_record(found[-1]).fingerprint != assembled.recipe.fingerprint:
-        base = assembled.recipe.model or assembled.recipe.language_model
+    before, now = read_record(found[-1]), assembled.recipe
+    other = [name for name in ("fingerprint", *BELONGS_TO_BASE) if getattr(before, name) != getattr(now, name)]
+    if other:
         raise InputError(
-            f"{found[-1]} was trained on another base than {base}; give the base that the run began with, or choose "
-            "another output_dir."
+            f"{found[-1]} was trained on another base than {now.model or now.language_model} (another {other[0]}); "
+            "give the base and settings that the run began with, or choose another output_dir."
         )
     return found[-1]
 

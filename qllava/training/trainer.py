@@ -306,6 +306,7 @@ class LlavaTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder))
+            (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody filled in
         save_projector(self.model, folder)
         self.assembled.processor.save_pretrained(str(folder))
         save_record(self.assembled.recipe, folder)

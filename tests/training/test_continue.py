@@ -95,3 +95,7 @@ def test_data_is_known_by_its_bytes(tiny: Tiny, tmp_path: Path) -> None:
     run = finetune(from_run(tiny, tmp_path / "run"))
     said = json.loads((run / "data.json").read_text(encoding="utf-8"))
     assert [file["file"] for file in said] == [tiny.rows.name] and len(said[0]["sha256"]) == 64
+    card = (run / "README.md").read_text(encoding="utf-8")
+    for told in (said[0]["sha256"], read_record(run).fingerprint, "- lora_r: 4", "library_name: peft", "licences"):
+        assert told in card
+    assert "Information Needed" not in card and not list(run.glob("checkpoint-*/README.md"))

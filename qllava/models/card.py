@@ -1,0 +1,61 @@
+"""Model cards: what stands in the README.md of a run's adapter, and of a merged folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from qllava.models.adapter import DATA_FILE
+from qllava.models.outline import Recipe
+
+RESULTS_FILE = "results.json"
+SETTINGS_FILE = "run.yaml"
+_TOLD = (
+    "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "load_in_4bit", "vision_feature_layer",
+    "image_aspect", "seed",
+)  # fmt: skip
+
+
+def base_of(record: Recipe) -> str:
+    """What a run stands on, in words."""
+    return record.model or f"{record.language_model} with the tower {record.vision_tower}"
+
+
+def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequence[str]) -> None:
+    """Write `README.md`: what it is, then base, data by hash, settings, evaluation and a note on licences.
+
+    run: the run's folder or one of its checkpoints. library: as the hub calls it. told: paragraphs of its own.
+    """
+    named = [f"base_model: {record.model}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", record.model or "") else []
+    run_folder = run if (run / SETTINGS_FILE).is_file() else run.parent
+    lines = [
+        "---", f"library_name: {library}", "pipeline_tag: image-text-to-text", *named, "tags: [llava, qllava]", "---",
+        "", f"# {run.name}", "",
+    ]  # fmt: skip
+    for paragraph in told:
+        lines += [paragraph, ""]
+    lines += [f"Base: {base_of(record)} (identity {record.fingerprint}); template {record.template}.", ""]
+    lines += _facts(run_folder)
+    if (run / RESULTS_FILE).is_file():
+        results = json.loads((run / RESULTS_FILE).read_text(encoding="utf-8"))
+        lines += ["Results:", "", "```json", json.dumps(results, indent=2), "```", ""]
+    lines += ["The licences of the base model and of the data apply.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _facts(run: Path) -> list[str]:
+    """Data and settings of a run, as lists of Markdown; what its folder does not hold is left out."""
+    lines = []
+    if (run / DATA_FILE).is_file():
+        data = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+        lines += ["Data (SHA-256):", "", *(f"- `{file['file']}` {file['sha256']}" for file in data), ""]
+    if (run / SETTINGS_FILE).is_file():
+        settings = yaml.safe_load((run / SETTINGS_FILE).read_text(encoding="utf-8"))
+        said = [f"- {name}: {settings[name]}" for name in _TOLD if settings.get(name) is not None]
+        lines += ["Settings:", "", *said, ""]
+    return lines

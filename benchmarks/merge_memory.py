@@ -130,9 +130,9 @@ def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
     """Make what is merged, merge it in a process of its own, and take its peak."""
     torch.manual_seed(0)
     shard = f"{round(shard_gb * 1000)}MB"
-    language_model, tower, parameters = make_base(folder / shape, shape, shard)
-    run = make_run(folder / shape, language_model, tower)
-    out = folder / shape / f"merged-{os.getpid()}"
+    language_model, tower, parameters = make_base(folder / f"{shape}-{shard}", shape, shard)
+    run = make_run(language_model.parent, language_model, tower)
+    out = language_model.parent / f"merged-{os.getpid()}"
     command = [sys.executable, "-m", "qllava", "merge", str(run), str(out), "--max-shard-size", shard, "--json"]
     began = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -31,6 +31,7 @@ from qllava.models.adapter import read_record
 from qllava.models.delta import Delta
 from qllava.models.outline import outline
 from qllava.models.stream import Stored
+from qllava.models.weights import TABLES
 
 
 class Rounded(Mapping[str, Tensor]):
@@ -48,6 +49,9 @@ class Rounded(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.weights)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
 
 def q8_0(weight: Tensor) -> Tensor:
     """A weight through Q8_0 and back, in fp32."""
@@ -64,17 +68,16 @@ def measure(run: Path, folder: Path) -> list[dict[str, Any]]:
     trained, merged = sources(plan, delta, folder / "nf4", four_bit=record.load_in_4bit)
     _, original = sources(plan, delta, folder / "original", four_bit=record.load_in_4bit)
     names = quantized_weights(plan.model)
-    # The embedding too, as a GGUF holds it.
-    tables = {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
     ways = {
         "merged": merged,
         "merged_original": original,
         "merged_nf4_again": Stored(Rounded(merged.weights, names, as_quantized), merged.dtype, merged.device),
-        "merged_q8_0": Stored(Rounded(merged.weights, names | tables, q8_0), merged.dtype, merged.device),
+        # The embedding too, as a GGUF holds it.
+        "merged_q8_0": Stored(Rounded(merged.weights, names | set(TABLES), q8_0), merged.dtype, merged.device),
     }
     lines = []
     for way, source in ways.items():
-        found = compare(plan.model, trained, source, probes)
+        found = compare((plan.model, plan.model), (trained, source), probes)
         lines.append(
             {
                 "way": way,
@@ -96,7 +99,8 @@ def main() -> int:
         lines = measure(arguments.run, Path(folder))
     print(format_table(lines))
     if arguments.out:
-        arguments.out.write_text(json.dumps({**provenance("cpu"), "ways": lines}, indent=2) + "\n", encoding="utf-8")
+        figures = {**provenance("cuda" if torch.cuda.is_available() else "cpu"), "ways": lines}
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

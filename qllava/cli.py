@@ -287,7 +287,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     elif result.kl_per_token is None or result.top1_agreement is None:
         print(f"Merged into {arguments.out}; not verified, as asked.")
     else:
-        held = "and verified" if result.base == "nf4" else "onto the original weights, which training never saw"
+        onto = ", onto the original weights, which training never saw" if result.base == "original" else ""
+        held = "and verified" if result.verified else f"and not the model that was trained{onto}"
         print(
             f"Merged into {arguments.out} {held}: {result.kl_per_token:.2e} nats per token from the adapter model, "
             f"{100 * result.top1_agreement:.2f} % of the tokens the same, "

@@ -6,8 +6,8 @@ Chosen: the delta goes onto the weights that training saw. Onto the original 16-
 token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again another still. The result is written
 aside, read anew, and asked the run's own held-out rows beside the adapter model: it gets its name only if they agree.
 
-Nothing holds a whole model: weights come from disk one by one and go back in shards, and both models that are compared
-are computed layer by layer (`models/stream.py`).
+Nothing holds a whole language model: weights come from disk one by one and go back in shards, and both models that are
+compared are computed layer by layer (`models/stream.py`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
 
 from qllava.config import InputError
 from qllava.models.adapter import PROBES_FILE, RECORD_FILE, read_record
 from qllava.models.card import write_card
-from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
+from qllava.models.checkpoint import load_config, names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
 from qllava.models.errors import one_line
-from qllava.models.outline import Outline, Recipe, compute_dtype, outline
+from qllava.models.outline import Outline, Recipe, outline
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
-from qllava.models.weights import HEAD, open_weights
+from qllava.models.weights import EMBEDDING, HEAD, open_weights
 
 MERGE_FILE = "merge.json"
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
@@ -46,6 +47,7 @@ MAX_KL = 1e-3
 TIE = 0.05
 # Share of learned positions with the same token, or a tie.
 MIN_AGREEMENT = 0.995
+_TOWER_FILE = ".tower.safetensors"
 # Positions whose logits are in memory at once.
 _PIECE = 64
 
@@ -63,7 +65,7 @@ class MergeResult:
     same_text: float | None
     """Share of held-out rows that both answer greedily with the same text, as far as `Comparison` follows it."""
     verified: bool
-    """Whether the result was read anew and agreed."""
+    """Whether the result was read anew and agrees with what was trained."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,24 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
     Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, there is no room
     for it, or the result does not agree with the adapter model; nothing is written then.
     """
+    run = run.resolve()
     record = _record(run)
+    four_bit = record.load_in_4bit
     result = MergeResult(base, None, None, None, False)
     with write_aside(out) as aside:
+        probes = read_probes(run) if verify else []
         plan, delta = outline(record), Delta(run)
-        delta.check(plan.base)
-        four_bit = record.load_in_4bit
+        delta.check(names_on_disk(plan.model), projector=record.model is None)
+        plan.base.spill(aside / _TOWER_FILE)
+        plan.tower = None
         accounting = _write(plan, delta, aside, getattr(torch, dtype), max_shard_size, four_bit and base == "nf4")
         if verify:
-            probes = read_probes(run)
-            found = compare(plan.model, *sources(plan, delta, aside, four_bit=four_bit), probes)
-            held = found.agrees if base == "nf4" else math.isfinite(found.kl_per_token)
-            result = MergeResult(base, found.kl_per_token, found.top1_agreement, found.same_text, held)
-            if not held:
+            models = plan.model, _read_anew(aside, plan)
+            found = compare(models, sources(plan, delta, aside, four_bit=four_bit), probes)
+            result = MergeResult(base, found.kl_per_token, found.top1_agreement, found.same_text, found.agrees)
+            # Onto other weights than training saw it is another model, whose distance is told.
+            another = base == "original" and four_bit and math.isfinite(found.kl_per_token)
+            if not (found.agrees or another):
                 raise InputError(
                     f"The merged model differs from what was trained (KL {found.kl_per_token:.2e} per token, the same "
                     f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
@@ -110,6 +117,7 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
                 )
         kept = {**asdict(result), "dtype": dtype, "tensors": asdict(accounting)}
         (aside / MERGE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (aside / _TOWER_FILE).unlink(missing_ok=True)
         write_card(aside, run, plan.recipe, "transformers", _told(record, result, accounting, dtype))
     return result
 
@@ -119,7 +127,7 @@ def _record(run: Path) -> Recipe:
     adapter, record = run / "adapter_config.json", run / RECORD_FILE
     if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
-    begun = [path.parent for path in run.glob(f"checkpoint-*/{adapter.name}")]
+    begun = [path.parent for path in run.glob(f"checkpoint-*[0-9]/{adapter.name}")]
     if not adapter.is_file() and begun:
         newest = max(begun, key=lambda path: int(path.name.rpartition("-")[2]))
         raise InputError(
@@ -139,8 +147,7 @@ def _write(
 ) -> Accounting:
     """Write weights and settings; no more than a shard is in memory."""
     shapes = {name: tensor.to(dtype) for name, tensor in names_on_disk(plan.model).items()}
-    config: Any = plan.model.config
-    tied = bool(config.text_config.tie_word_embeddings)
+    tied = _tied(plan)
     if tied:
         del shapes[HEAD]
     need, free = sum(tensor.nbytes for tensor in shapes.values()), shutil.disk_usage(aside).free
@@ -172,6 +179,27 @@ def _write(
         replaced=delta.replaced,
         left_out=sorted(set(plan.base) - set(shapes)),
     )
+
+
+def _tied(plan: Outline) -> bool:
+    """Whether the head is the embedding. The weights decide and not the config alone: a head of its own stays."""
+    config: Any = plan.model.config
+    if not config.text_config.tie_word_embeddings:
+        return False
+    return HEAD not in plan.base or torch.equal(plan.base[HEAD], plan.base[EMBEDDING])
+
+
+def _read_anew(folder: Path, plan: Outline) -> Any:
+    """The model that the written config describes, without weights. Raises InputError when it is asked differently."""
+    config, processor = load_config(str(folder))
+    for what, wrote, read in (
+        ("vocabulary", plan.processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()),
+        ("chat template", plan.processor.chat_template, processor.chat_template),
+    ):
+        if wrote != read:
+            raise InputError(f"The {what} of the merged model is read back as another one; it was not written.")
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config).eval()
 
 
 def quantized_weights(model: Any) -> set[str]:
@@ -228,22 +256,24 @@ class Comparison:
 def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tuple[Adapted, Stored]:
     """Base with adapter, and a merged folder; on the GPU where there is one.
 
-    Both compute as they would serve: in fp32 on a CPU.
+    Both compute in fp32: what 16 bit would round away in each is not a difference between them.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else compute_dtype()
-    adapted = Adapted(plan.base, delta, dtype, device, four_bit=four_bit)
-    return adapted, Stored(open_weights(str(merged)), dtype, device)
+    adapted = Adapted(plan.base, delta, torch.float32, device, four_bit=four_bit)
+    return adapted, Stored(open_weights(str(merged)), torch.float32, device)
 
 
-def compare(model: Any, first: Source, second: Source, probes: Sequence[dict[str, Tensor]]) -> Comparison:
+def compare(models: tuple[Any, Any], sources: tuple[Source, Source], probes: Sequence[dict[str, Tensor]]) -> Comparison:
     """Two models on the same rows, one after the other.
 
-    model: both of them, without weights.
+    models: without weights. sources: where each has them from.
     """
-    asked = ((first, "Asking the adapter model"), (second, "Asking the merged model"))
-    states = [hidden_states(model, source, probes, title) for source, title in asked]
-    heads = [source.filled("language_model.lm_head", model.lm_head) for source in (first, second)]
+    titles = ("Asking the adapter model", "Asking the merged model")
+    asked = zip(models, sources, titles, strict=True)
+    states = [hidden_states(model, source, probes, title) for model, source, title in asked]
+    heads = [
+        source.filled("language_model.lm_head", model.lm_head) for model, source in zip(models, sources, strict=True)
+    ]
     labels = [probe["labels"][1:][probe["labels"][1:] != -100] for probe in probes]
     # A token behind one that is not learned begins another answer.
     firsts = [_first_answer(probe["labels"][1:] != -100) for probe in probes]

@@ -220,8 +220,8 @@ def test_peak_memory_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(merge_memory, "PROBES", 3)
     found = merge_memory.measure("tiny", tmp_path, 0.002)
     assert found.verified and found.bound_gb == 1.5 and 0.2 < found.peak_gb < 2
-    assert len(list((tmp_path / "tiny" / "llama").glob("model-*.safetensors"))) > 1
-    merged = next((tmp_path / "tiny").glob("merged-*"))
+    assert len(list((tmp_path / "tiny-2MB" / "llama").glob("model-*.safetensors"))) > 1
+    merged = next((tmp_path / "tiny-2MB").glob("merged-*"))
     assert found.parameters == sum(
         tensor.numel()
         for shard in merged.glob("*.safetensors")

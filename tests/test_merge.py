@@ -212,6 +212,7 @@ class TestTheMergedModel:
         result = run_merge(tiny.stage2, tmp_path / "out", base="original")
         assert result.base == "original" and result.kl_per_token is not None
         assert result.kl_per_token > 1e-4  # another model than the one that was trained; reported, not judged
+        assert result.verified is merging.Comparison(result.kl_per_token, 1, 1, 1).agrees
         assert "original weights" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
     def test_unverified_as_asked(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -387,6 +388,40 @@ class TestRefusals:
             return torch.cat([tensor, tensor], dim=1) if "lora_A" in name else tensor
 
         assert "does not fit this base" in self.refused(self.adapter(tiny, tmp_path, widen), tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("layers.1.mlp.up_proj.lora_A", "lacks lora_A or lora_B"), ("linear_1.weight", "lacks the projector's")],
+    )
+    def test_an_adapter_that_is_not_whole(self, tiny: Tiny, tmp_path: Path, name: str, said: str) -> None:
+        shutil.copytree(tiny.stage2, tmp_path / "run")
+        path = tmp_path / "run" / "adapter_model.safetensors"
+        save_file({n: t for n, t in load_file(path).items() if name not in n}, path, metadata={"format": "pt"})
+        assert said in self.refused(tmp_path / "run", tmp_path / "out", verify=False)
+
+    def test_a_projector_of_another_width(self, tiny: Tiny, tmp_path: Path) -> None:
+        def widen(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor]) if "linear_1.bias" in name else tensor
+
+        run = self.adapter(tiny, tmp_path, widen)
+        assert "linear_1.bias is (64,)" in self.refused(run, tmp_path / "out", verify=False)
+
+    @pytest.mark.parametrize("what", ["vocabulary", "chat template"])
+    def test_settings_that_are_read_back_as_others(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        load = merging.load_config
+
+        def other(folder: str) -> Any:
+            config, processor = load(folder)
+            if what == "vocabulary":
+                processor.tokenizer.add_tokens(["one more"])
+            else:
+                processor.chat_template = "{{ messages }}"
+            return config, processor
+
+        monkeypatch.setattr(merging, "load_config", other)
+        assert f"The {what} of the merged model" in self.refused(tiny.stage2, tmp_path / "out")
 
     def test_an_adapter_with_nan(self, tiny: Tiny, tmp_path: Path) -> None:
         def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor:

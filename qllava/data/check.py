@@ -40,7 +40,7 @@ from qllava.config import InputError, cache_folder
 from qllava.data.encode import Encoder
 from qllava.data.formats import Pictures, folder_of, no_rows, to_example
 from qllava.data.images import open_image
-from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows
+from qllava.data.rows import Place, Problem, RowError, read_rows, row_files
 from qllava.data.table import Layout, batch_of, lists, open_table, quantiles, writing
 
 _VERSION = 2
@@ -51,7 +51,6 @@ _SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictu
 # The key of a folder does not see what else lies on the disk: a picture that was missing may have been added.
 _UNSETTLED = ("picture missing", "file unreadable")
 _ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
-_DATA = {".parquet", ".arrow", ".tar", ".json"}
 _ALONE = 6
 """Chunks of rows after which it pays to start processes, which takes seconds."""
 
@@ -169,8 +168,7 @@ def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
         encoder.image_token_id, encoder.tokens_per_image, encoder.max_length, encoder.too_long,
     )  # fmt: skip
     digest = blake2b(repr(decides).encode(), digest_size=16)
-    inside = sorted(p for p in path.rglob("*") if p.suffix in _DATA) if is_folder(path) else [path]
-    for file in inside:  # pictures may lie there too
+    for file in row_files(path):
         try:
             if not file.is_file():
                 raise FileNotFoundError

@@ -27,6 +27,7 @@ _PIECE = 1 << 20  # characters that are read at a time
 _CUT = 32
 # And so much of a number may follow where it seems to end: "1e+" of 1e+5.
 _NUMBER_CUT = 2
+_ROWS_IN_A_FOLDER = {".parquet", ".arrow", ".tar", ".json"}
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,11 @@ def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place,
     except UnicodeDecodeError as error:
         problem = f"the data file is not UTF-8 text ({error.reason})"
         on_problem(Problem("not UTF-8", problem, "save it as UTF-8", Place(str(path), line=_undecodable(path))))
+
+
+def row_files(path: Path) -> list[Path]:
+    """The files that hold the rows of a data set: itself, or those in a folder, where pictures may lie too."""
+    return sorted(p for p in path.rglob("*") if p.suffix in _ROWS_IN_A_FOLDER) if is_folder(path) else [path]
 
 
 def is_folder(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -166,11 +166,13 @@ def continue_adapter(model: PeftModel, folder: Path) -> None:
             "the run and start from the merged model."
         )
     try:
-        found: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+        state = load_file(folder / ADAPTER_FILE)
+        other = sorted(state.keys() ^ get_peft_model_state_dict(model).keys())
+        if other:
+            raise InputError(f"The adapter in {folder} does not fit this base: {other[0]} is in one of them alone.")
+        set_peft_model_state_dict(model, state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
-    if found.unexpected_keys:
-        raise InputError(f"The adapter in {folder} does not fit this base: it has {found.unexpected_keys[0]}.")
 
 
 def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:

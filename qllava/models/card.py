@@ -31,7 +31,9 @@ def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequ
 
     run: the run's folder or one of its checkpoints. library: as the hub calls it. told: paragraphs of its own.
     """
-    named = [f"base_model: {record.model}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", record.model or "") else []
+    base = record.model or ""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    named = [f"base_model: {base}"] if on_hub else []
     run_folder = run if (run / SETTINGS_FILE).is_file() else run.parent
     lines = [
         "---", f"library_name: {library}", "pipeline_tag: image-text-to-text", *named, "tags: [llava, qllava]", "---",

@@ -236,7 +236,7 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torc
     config.image_seq_length = tokens_per_image(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = dtype
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     written["torch_dtype"] = written["dtype"]

@@ -6,6 +6,7 @@ Names are those of llava-hf's layout (`weights.py`), as for everything that is r
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from qllava.config import InputError
 from qllava.models.adapter import ADAPTER_FILE, read_lora
-from qllava.models.weights import Base, Weights, llava_name
+from qllava.models.weights import Weights, llava_name
 
 _PEFT = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -51,28 +52,38 @@ class Delta:
         """A tensor that was trained whole."""
         return self._weights[name]
 
-    def check(self, base: Base) -> None:
-        """It fits the base, and every number is one. Raises InputError, before anything was computed."""
-        rank = self.config.r
-        for layer in self.layers:
-            if layer + _B not in self._weights:
-                raise InputError(f"The adapter in {self.folder} is not whole: {layer} has no lora_B.")
+    def check(self, wanted: Mapping[str, Tensor], *, projector: bool) -> None:
+        """It fits the base, and every number is one. Raises InputError, before anything was computed.
+
+        wanted: the model's tensors, of which the shapes are looked at. projector: it has to be among what was trained.
+        """
+        rank, shapes = self.config.r, {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        halves = {name.removesuffix(end) for end in (_A, _B) for name in self._weights if name.endswith(end)}
+        for layer in sorted(halves):
+            if layer + _A not in self._weights or layer + _B not in self._weights:
+                raise InputError(f"The adapter in {self.folder} is not whole: {layer} lacks lora_A or lora_B.")
             a, b = self._weights.shape(layer + _A), self._weights.shape(layer + _B)
             if not a[0] == b[1] == rank:
                 raise InputError(
                     f"The adapter in {self.folder} is of another rank than its adapter_config.json says: {layer} has "
                     f"rank {a[0]}, and r is {rank}; take both files from the same run."
                 )
-            weight = f"{layer}.weight"
-            if weight not in base or base.shape(weight) != (b[0], a[1]):
-                found = base.shape(weight) if weight in base else "not there"
-                raise InputError(
-                    f"The adapter in {self.folder} does not fit this base: {weight} is {found} and should be "
-                    f"{(b[0], a[1])}; give the base that the run used."
-                )
+            self._fits(f"{layer}.weight", (b[0], a[1]), shapes)
+        for name in self.replaced:
+            self._fits(name, self._weights.shape(name), shapes)
+        missing = {name for name in shapes if name.startswith("multi_modal_projector.")} - set(self.replaced)
+        if projector and missing:
+            raise InputError(f"The adapter in {self.folder} is not whole: it lacks the projector's {min(missing)}.")
         for name in self._weights:
             if not torch.isfinite(self._weights[name]).all():
                 raise InputError(
                     f"The adapter in {self.folder} has numbers that are not finite, in {name}; merge an earlier "
                     "checkpoint of the run."
                 )
+
+    def _fits(self, name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"The adapter in {self.folder} does not fit this base: {name} is {shapes.get(name, 'not there')} and "
+                f"should be {shape}; give the base that the run used."
+            )

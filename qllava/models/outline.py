@@ -115,13 +115,19 @@ def outline(recipe: Recipe) -> Outline:
         generation = _generation_config(name, text)
         base = Base(weights, dtype, held, rows=text.vocab_size)
     config.dtype = dtype
+    if getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None):
+        raise InputError(
+            f"{recipe.model or recipe.language_model} is quantized already; give the model in 16 bit, which qllava "
+            "quantizes itself."
+        )
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     model.generation_config = generation
     name = recipe.model or recipe.language_model or ""
     tied = bool(config.text_config.tie_word_embeddings)
     base.check(names_on_disk(model), tied=tied, built=recipe.model is None, what=name)
-    recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer))
+    saved = processor.chat_template if recipe.model is not None else None
+    recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer, saved))
     found = fingerprint(config, processor.tokenizer, base, built=recipe.model is None)
     if recipe.fingerprint and recipe.fingerprint != found:
         parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
@@ -143,11 +149,14 @@ def settle_template(model: Any, processor: LlavaProcessor, template: Template) -
     _settle_end_of_turn(model, processor.tokenizer, template)
 
 
-def template_of(tokenizer: Any) -> str:
-    """The template that a language model was made for, by its control tokens.
+def template_of(tokenizer: Any, saved: Any = None) -> str:
+    """The template that a model was trained in, if its saved chat template is one of ours; else by control tokens.
 
     Where there are none it is `vicuna_v1`, LLaVA's own.
     """
+    for name, template in TEMPLATES.items():
+        if saved and template.chat_template() == saved:
+            return name
     vocabulary = tokenizer.get_vocab()
     for name in ("llama_3", "chatml"):
         if all(control in vocabulary for control in TEMPLATES[name].controls):
@@ -172,7 +181,8 @@ def llava_config(recipe: Recipe, text: Any, tower: Tower, tokenizer: Any) -> Lla
 def _generation_config(name: str, config: Any) -> GenerationConfig:
     """A model's own, or what its config says where it has none."""
     try:
-        return GenerationConfig.from_pretrained(name)
+        folder = Path(name).expanduser()
+        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name)
     except OSError:
         return GenerationConfig.from_model_config(config)
 

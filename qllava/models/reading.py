@@ -105,7 +105,4 @@ def _template_of_folder(folder: Path, processor: Any) -> Template:
     """The template that a run was trained in; else the one whose chat template is saved; else by the tokenizer."""
     if (folder / RECORD_FILE).is_file() and (name := read_record(folder).template):
         return TEMPLATES[name]
-    for template in TEMPLATES.values():
-        if template.chat_template() == processor.chat_template:
-            return template
-    return TEMPLATES[template_of(processor.tokenizer)]
+    return TEMPLATES[template_of(processor.tokenizer, processor.chat_template)]

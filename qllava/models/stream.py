@@ -163,6 +163,8 @@ def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]
     config = model.config
     pictured = [number for number, probe in enumerate(probes) if "pixel_values" in probe]
     pixels = [probes[number]["pixel_values"].to(source.device, source.dtype) for number in pictured]
+    if not pictured:
+        return hidden
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
     features = features_at(
         tower, pixels, config.vision_feature_layer, lambda name, part: source.filled(f"{TOWER}.{name}", part)

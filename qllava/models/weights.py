@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qllava.config import InputError
@@ -135,17 +137,28 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
     """
     folder = Path(folder_or_name).expanduser()
     if not folder.is_dir():
-        try:  # training has fetched them already
-            folder = Path(snapshot_download(folder_or_name, allow_patterns=["*.safetensors", "*.json"]))
+        try:
+            folder = _fetched(folder_or_name)
         except LOAD_ERRORS as error:
             raise InputError(f"The weights of {folder_or_name} cannot be fetched ({one_line(error)}).") from error
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / WEIGHTS).is_file() or not index.is_file():  # where both are, this is what transformers takes
         return Weights({folder / WEIGHTS: None}, rename)
     shards: dict[Path, list[str] | None] = {}
     for name, shard in read_index(index).items():
         shards.setdefault(folder / shard, []).append(name)  # type: ignore[union-attr]
     return Weights(shards, rename)
+
+
+def _fetched(name: str) -> Path:
+    """The weights of a hub name in its cache: those that are loaded, and no others that lie beside them."""
+    try:
+        return Path(hf_hub_download(name, WEIGHTS)).parent
+    except EntryNotFoundError:
+        index = Path(hf_hub_download(name, INDEX))
+    for shard in sorted(set(read_index(index).values())):
+        hf_hub_download(name, shard)
+    return index.parent
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -195,6 +208,16 @@ class Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._held) + len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held or name in self._weights
+
+    def spill(self, path: Path) -> None:
+        """Write what is in memory to a file, and read it from there."""
+        if self._held:
+            save_file({name: tensor.contiguous() for name, tensor in self._held.items()}, path)
+            self._weights.join(Weights({path: None}))
+            self._held = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor on disk, without reading it."""

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_some
+from qllava.data.rows import row_files
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     DATA_FILE,
@@ -102,12 +103,12 @@ def finetune(settings: Settings) -> Path:
     started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
     files = _files(data.train_file, settings, "train_file", nano_file="train")
-    _write_hashes(files, folder / DATA_FILE)
+    held_out = _held_out(settings)
+    _write_hashes([*files, *held_out], folder / DATA_FILE)
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
     captions = _captions(settings, assembled, folder)
-    held_out = _held_out(settings)
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
     shown = _some(held_out, evaluation, 12)
     before = scores.answers(assembled.model, assembled, shown) if shown else []
@@ -239,12 +240,16 @@ def _same_base(settings: Settings, start: Path) -> Recipe:
                 f"The adapter in {start} was trained with {name} {getattr(record, name)}; leave the setting out, or "
                 "merge the run and start from the merged model."
             )
-    return record
+    # What the base is held in is this device's matter.
+    return replace(record, dtype="")
 
 
 def _open_folder(settings: Settings) -> Path:
     """Make or reopen the run's folder and write `run.yaml`. Raises InputError for a finished run."""
     folder = Path(str(settings.train.output_dir))
+    for given in (settings.model.model_name_or_path, settings.model.projector):
+        if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{given} lies in output_dir, which is {folder}; choose another output_dir.")
     if (folder / RESULTS_FILE).is_file() and not settings.train.overwrite_output_dir:
         raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
     try:
@@ -261,10 +266,9 @@ def _open_folder(settings: Settings) -> Path:
 
 
 def _write_hashes(parts: list[Part], path: Path) -> None:
-    """What was learned from, by its bytes: the model card of a merged model names it."""
-    files = [file for part in parts for file in ([part.path] if part.path.is_file() else sorted(part.path.rglob("*")))]
+    """The rows by their bytes: model cards name them. Of a folder, the files that hold rows."""
     hashes = []
-    for file in (file for file in files if file.is_file()):
+    for file in (file for part in parts for file in row_files(part.path)):
         with file.open("rb") as opened:
             hashes.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
     path.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")

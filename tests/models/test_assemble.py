@@ -29,7 +29,7 @@ from qllava.models.adapter import (
 )
 from qllava.models.assemble import assemble, load_language_model
 from qllava.models.outline import Recipe, fingerprint, load_tokenizer, outline, template_of
-from qllava.models.weights import EMBEDDING, HEAD
+from qllava.models.weights import EMBEDDING, HEAD, Base, language_model_name, open_weights
 from tests.tiny_models import (
     make_tiny_llava,
     make_tiny_model,
@@ -213,6 +213,29 @@ class TestTokens:
         tokenizer: Any = Tokenizer()
         tokenizer.chat_template = chat_template
         assert template_of(tokenizer) == expected
+
+
+def test_a_base_that_is_quantized_already(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.language_model, tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="is quantized already"):
+        outline(tiny.recipe(language_model=str(tmp_path / "llama")))
+
+
+def test_a_tower_in_memory_is_spilled(tiny: Tiny, tmp_path: Path) -> None:
+    """As merge does with open_clip's: the same tensors, from a file."""
+    weights, held = (
+        open_weights(str(tiny.language_model), language_model_name),
+        {"vision_tower.vision_model.x": torch.ones(3, 2)},
+    )
+    base = Base(weights, torch.float32, held)
+    before = (sorted(base), base.sample("vision_tower.vision_model.x"))
+    base.spill(tmp_path / "held.safetensors")
+    assert (tmp_path / "held.safetensors").is_file() and "vision_tower.vision_model.x" in base
+    assert sorted(base) == before[0] and torch.equal(base.sample("vision_tower.vision_model.x"), before[1])
+    assert torch.equal(base["vision_tower.vision_model.x"], torch.ones(3, 2))
 
 
 class TestIdentity:

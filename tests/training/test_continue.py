@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qllava.config import InputError
 from qllava.merge import merge
@@ -58,6 +59,7 @@ def test_a_merged_model_is_tuned(tiny: Tiny, tmp_path: Path) -> None:
     merge(tiny.stage2, merged, base="nf4", dtype="float32", max_shard_size="5GB", verify=True)
     run = finetune(settings(tiny, tmp_path / "run", **{**FREE, "model_name_or_path": merged, "load_in_4bit": False}))
     assert read_record(run).model == str(merged)
+    assert read_record(run).template == read_record(tiny.stage2).template
     model, _ = load_run(run)
     base = load_file(merged / "model.safetensors")
     weight = model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer.weight
@@ -81,6 +83,21 @@ class TestRefusals:
     def test_another_projector(self, tiny: Tiny, tmp_path: Path) -> None:
         message = self.refused(from_run(tiny, tmp_path / "run", projector=tiny.stage1))
         assert "brings its own projector" in message
+
+    def test_a_start_that_would_be_overwritten(self, tiny: Tiny, tmp_path: Path) -> None:
+        run = Path(shutil.copytree(tiny.stage2, tmp_path / "run"))
+        (run / "results.json").unlink()
+        before = sorted(run.rglob("*"))
+        for start in (run, run / "checkpoint-2"):
+            chosen = from_run(tiny, run, model_name_or_path=start, overwrite_output_dir="true")
+            assert "lies in output_dir" in self.refused(chosen)
+        assert sorted(run.rglob("*")) == before
+
+    def test_an_adapter_with_other_layers(self, tiny: Tiny, tmp_path: Path) -> None:
+        run = Path(shutil.copytree(tiny.stage2, tmp_path / "run"))
+        state = {name: tensor for name, tensor in adapter(run).items() if "layers.1.mlp.up_proj" not in name}
+        save_file(state, run / "adapter_model.safetensors", metadata={"format": "pt"})
+        assert "layers.1.mlp.up_proj" in self.refused(from_run(tiny, tmp_path / "next", model_name_or_path=run))
 
     def test_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="train it on with finetune_lora"):

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from qllava import merge as merging
 from qllava.config import InputError
 from qllava.merge import TIE, Comparison, MergeResult, lost_by_choice, merge
 from qllava.models.adapter import load_run
 from qllava.models.delta import Delta
+from qllava.models.vision import load_tower
 from qllava.training.run import finetune
 from tests.tiny_models import make_tiny_model, make_tiny_parts, make_tiny_processor
 from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_rows
@@ -75,6 +77,30 @@ LAYOUT = [
 ]
 
 
+def open_clip_tower(folder: Path) -> str:
+    """A whole CLIP as open_clip saves it."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    preprocessing = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    config = {"model_cfg": model, "preprocess_cfg": preprocessing}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return f"open_clip:local-dir:{folder}"
+
+
+def siglip_tower(folder: Path) -> str:
+    """A SigLIP vision model as transformers saves it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+TOWERS = {"open_clip": open_clip_tower, "siglip": siglip_tower}
 KILLED = """
 import os, signal
 from pathlib import Path
@@ -286,6 +312,22 @@ class TestOtherRuns:
         assert run_merge(finetune(chosen), tmp_path / "out").verified
         state = load_file(tmp_path / "out" / "model.safetensors")
         assert torch.equal(state["multi_modal_projector.linear_2.weight"], torch.eye(64))
+
+    @pytest.mark.parametrize("kind", ["open_clip", "siglip"])
+    def test_another_tower(self, tiny: Tiny, tmp_path: Path, kind: str) -> None:
+        """One that is converted when it is loaded, and one without a class token and with a head."""
+        tower = TOWERS[kind](tmp_path / "tower")
+        captions = write_rows(
+            tiny.rows.with_name("captions.json"), [{"image": "0.png", "question": "<image>", "answer": "red"}]
+        )
+        chosen = settings(tiny, tmp_path / "run", vision_tower=tower, pretrain_file=captions, max_steps=2)
+        result = run_merge(finetune(chosen), tmp_path / "out")
+        assert result.verified and result.kl_per_token is not None and result.kl_per_token < 1e-6
+        assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+        state = load_file(tmp_path / "out" / "model.safetensors")
+        wanted = load_tower(tower).model.state_dict()
+        assert {name for name in state if name.startswith("vision_tower")} == {f"{_VISION}.{name}" for name in wanted}
+        assert all(torch.equal(state[f"{_VISION}.{name}"], tensor) for name, tensor in wanted.items())
 
     def test_a_llava_that_exists_in_4bit(self, tiny: Tiny, hf_layout: Path, tmp_path: Path) -> None:
         given = {"language_model": None, "vision_tower": None, "model_name_or_path": hf_layout}

@@ -515,6 +515,7 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
         assert run_merge(tiny.stage2, tmp_path / "out", verify=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was left is gone"
 
     def test_no_rows_to_verify_on(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.stage2, tmp_path / "run", ignore=shutil.ignore_patterns("probes*"))

@@ -19,8 +19,10 @@ preprocessor_config.json, chat_template.jinja, tokenizer.json, tokenizer_config.
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -197,9 +199,9 @@ def write_aside(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another folder or remove it first.")
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    aside = folder.parent / f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed and had our number
+        _sweep(aside)
         aside.mkdir(parents=True)
         yield aside
         if folder.exists():
@@ -212,6 +214,28 @@ def write_aside(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(aside: Path) -> None:
+    """Remove what processes of this machine that were killed have left of the same folder."""
+    before, _, _ = aside.stem.rpartition(".")
+    for left in aside.parent.glob(f"{glob.escape(before)}.*.partial"):
+        number = left.stem.rpartition(".")[2]
+        if number == str(os.getpid()) or (number.isdigit() and not _runs(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number; where that cannot be asked without harm, yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -390,6 +392,16 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         (aside / "half").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_may_be_writing_the_same(tmp_path: Path) -> None:
+    theirs = tmp_path / f".out.{platform.node()}.{os.getppid()}.partial"
+    elsewhere = tmp_path / ".out.another-machine.999999999.partial"
+    theirs.mkdir()
+    elsewhere.mkdir()
+    with write_aside(tmp_path / "out"):
+        pass
+    assert theirs.is_dir() and elsewhere.is_dir()
 
 
 def test_a_shard_size_that_is_none(tmp_path: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:

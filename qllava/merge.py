@@ -115,7 +115,13 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
                     f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
                     "written; please report this with the ledger.txt."
                 )
-        kept = {**asdict(result), "dtype": dtype, "tensors": asdict(accounting)}
+        kept = {
+            **asdict(result),
+            "run": run.name,
+            "identity": plan.recipe.fingerprint,
+            "dtype": dtype,
+            "tensors": asdict(accounting),
+        }
         (aside / MERGE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         (aside / _TOWER_FILE).unlink(missing_ok=True)
         write_card(aside, run, plan.recipe, "transformers", _told(record, result, accounting, dtype))
@@ -124,6 +130,8 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
 
 def _record(run: Path) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
+    if not run.is_dir():
+        raise InputError(f"There is no folder {run}; give a run of finetune_lora or its checkpoint.")
     adapter, record = run / "adapter_config.json", run / RECORD_FILE
     if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
@@ -334,6 +342,8 @@ def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: st
         f"A LLaVA in {dtype}, tuned with qllava. The adapter was added to the {onto}: {len(accounting.merged)} tensors "
         f"merged, {len(accounting.replaced)} replaced, {len(accounting.copied)} copied (`{MERGE_FILE}` names each)."
     ]
+    if result.kl_per_token is not None and not result.verified:
+        told.append("**It is not the model that was trained, and results below are not its own.**")
     if result.kl_per_token is not None:
         told.append(
             f"Against the adapter model, on rows that the run kept: KL {result.kl_per_token:.2e} per token, same token "

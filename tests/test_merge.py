@@ -198,6 +198,12 @@ class TestTheMergedModel:
         other = ask_adapter(tiny.stage2, picture)
         assert (found["logits"] - other["logits"]).abs().max() > 0.1, "the adapter has to matter here"
 
+    def test_can_be_published(self, merged: tuple[Path, MergeResult]) -> None:
+        """No path of this machine in its config, and files that others may read."""
+        assert "_name_or_path" not in (merged[0] / "config.json").read_text(encoding="utf-8")
+        modes = {path.stat().st_mode for path in merged[0].iterdir()}
+        assert len(modes) == 1
+
     def test_is_a_plain_checkpoint(self, learned: Path, merged: tuple[Path, MergeResult]) -> None:
         out, _ = merged
         state = load_file(out / "model.safetensors")
@@ -239,6 +245,8 @@ class TestTheMergedModel:
         assert result.base == "original" and result.kl_per_token is not None
         assert result.kl_per_token > 1e-4  # another model than the one that was trained; reported, not judged
         assert result.verified is merging.Comparison(result.kl_per_token, 1, 1, 1).agrees
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert ("not the model that was trained" in card) is not result.verified
         assert "original weights" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
     def test_unverified_as_asked(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -397,6 +405,9 @@ class TestRefusals:
 
     def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
         assert "holds no adapter" in self.refused(tiny.stage1, tmp_path / "out")
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        assert "There is no folder" in self.refused(tmp_path / "nope", tmp_path / "out")
 
     def test_no_run(self, tmp_path: Path) -> None:
         assert "is no run of qllava" in self.refused(tmp_path, tmp_path / "out")

@@ -49,7 +49,7 @@ def modelfile(
 
     bos, eos: the tokenizer's own. add_bos: Ollama puts the begin of text there itself, as the file tells it to.
     """
-    lines = [f"FROM ./{language_model}", f"FROM ./{projector}", "PARAMETER temperature 0"]
+    lines = [f"FROM ./{language_model}", f"FROM ./{projector}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     if template is not None:
         own = {BOS: "" if add_bos or bos is None else bos, EOS: eos}
         lines.append(f'TEMPLATE """{_go_template(template, own)}"""')

@@ -181,7 +181,9 @@ def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
     Raises InputError when it cannot be read or does not fit.
     """
     try:
-        model = PeftModel.from_pretrained(assembled.model, str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = PeftModel.from_pretrained(assembled.model, str(folder))
     except (*LOAD_ERRORS, TypeError) as error:
         raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
     model.eval()

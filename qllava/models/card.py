@@ -15,9 +15,9 @@ from qllava.models.outline import Recipe
 RESULTS_FILE = "results.json"
 SETTINGS_FILE = "run.yaml"
 _TOLD = (
-    "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "load_in_4bit", "vision_feature_layer",
-    "image_aspect", "seed",
+    "model_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "load_in_4bit",
+    "vision_feature_layer", "image_aspect", "seed",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequ
     run_folder = run if (run / SETTINGS_FILE).is_file() else run.parent
     lines = [
         "---", f"library_name: {library}", "pipeline_tag: image-text-to-text", *named, "tags: [llava, qllava]", "---",
-        "", f"# {run.name}", "",
+        "", f"# {run.name if run == run_folder else f'{run_folder.name}, {run.name}'}", "",
     ]  # fmt: skip
     for paragraph in told:
         lines += [paragraph, ""]

@@ -121,6 +121,8 @@ def write_weights(
         ) from error
     for name, keys in split.filename_to_tensors.items():
         save_file({key: read(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        # safetensors makes it the owner's alone, and a server may be another user.
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
@@ -264,6 +266,8 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torc
     config.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     written["torch_dtype"] = written["dtype"]
+    for part in (written, written["text_config"], written["vision_config"]):
+        part.pop("_name_or_path", None)  # a folder of this machine
     text = written["text_config"]
     rope = text.get("rope_parameters")
     if rope:

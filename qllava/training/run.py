@@ -219,9 +219,9 @@ def _assemble(settings: Settings) -> Assembled:
     if start:
         return assemble(_same_base(settings, start), seed=settings.train.seed)
     recipe = Recipe(
-        model=None if built or model.is_nano else model.model_name_or_path,
-        language_model=NANO if model.is_nano else model.language_model,
-        vision_tower=NANO if model.is_nano else model.vision_tower,
+        model=None if built or model.is_nano else _absolute(model.model_name_or_path),
+        language_model=NANO if model.is_nano else _absolute(model.language_model),
+        vision_tower=NANO if model.is_nano else _absolute(model.vision_tower),
         projector_type=model.projector_type,  # type: ignore[arg-type]
         vision_feature_layer=model.vision_feature_layer,
         image_aspect=model.image_aspect,  # type: ignore[arg-type]
@@ -229,6 +229,12 @@ def _assemble(settings: Settings) -> Assembled:
         load_in_4bit=model.load_in_4bit,
     )
     return assemble(recipe, seed=settings.train.seed)
+
+
+def _absolute(name: str | None) -> str | None:
+    """A folder by its whole path: the run's record is read from other places too."""
+    folder = Path(name).expanduser() if name else None
+    return str(folder.absolute()) if folder is not None and folder.is_dir() else name
 
 
 def _same_base(settings: Settings, start: Path) -> Recipe:

@@ -155,7 +155,7 @@ def test_a_merge_that_was_not_to_be_verified_is_done(
 def test_a_merge_onto_the_original_weights_is_not_called_verified(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, 0.8, True))
+    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, 0.8, False))
     assert cli.main(["merge", "run", "out", "--base", "original"]) == 0
     said = capsys.readouterr().out
     assert "verified" not in said

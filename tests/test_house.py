@@ -36,7 +36,10 @@ MAX_FILE = 400
 CODE = sorted(p for top in ("qllava", "recipes", "demo", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TEXT_NAMES = ("*.md", "*.toml", "*.cff", "*.yaml", "*.yml", "*.css", "Makefile", ".ci/run")
-TEXTS = sorted({p for name in TEXT_NAMES for p in (*ROOT.glob(name), *ROOT.glob(f"[a-z]*/**/{name}"))})
+OURS = [p for p in ROOT.glob("[a-z]*") if p.is_dir() and p.name not in ("build", "dist", "gguf", "merged", "runs")]
+TEXTS = sorted(
+    {p for name in TEXT_NAMES for top in (ROOT, *OURS) for p in top.glob(name if top == ROOT else f"**/{name}")}
+)
 
 
 def name(path: Path) -> str:

@@ -301,7 +301,8 @@ class _Axis:
             powers = range(math.floor(self.low), math.ceil(self.high) + 1)
             fine = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
             all_ticks = [m * 10.0**p for p in powers for m in fine]
-            return [t for t in all_ticks if self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
+            # The smallest powers are zero to a computer.
+            return [t for t in all_ticks if t > 0 and self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
         raw = (self.high - self.low) / wanted
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))

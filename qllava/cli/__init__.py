@@ -1,0 +1,48 @@
+"""The command `qllava`: one verb per function, in modules by purpose.
+
+What a verb needs is imported inside it, so that `qllava --help` and a mistyped flag answer at once. With `--json` a
+verb prints one JSON object and nothing else on stdout; whatever a library prints meanwhile goes to stderr. Exit status:
+0 done, 1 something is wrong with the input or a verification failed, 2 the command line is wrong.
+
+    qllava doctor
+    qllava check train.json --image-folder pictures --model llava-hf/llava-1.5-7b-hf
+    qllava inspect train.json --rows 3 --html samples.html
+    qllava plan --config recipes/llava15_7b_8gb.yaml
+    qllava merge runs/finetune_lora merged
+    qllava export merged gguf --format gguf
+    qllava chat nano --image photo.jpg --prompt "What is this?"
+    qllava eval vqa merged questions.jsonl --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qllava import __version__
+from qllava.cli import evaluate, models, prepare
+from qllava.config import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status (argparse itself ends a wrong one with status 2)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except InputError as error:
+        print(f"qllava: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qllava: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qllava", description="Build, tune and use LLaVA on one consumer GPU.")
+    parser.add_argument("--version", action="version", version=f"qllava {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (prepare, models, evaluate):
+        module.add(verbs)
+    return parser

@@ -1,0 +1,108 @@
+"""The verbs around a trained model: merge, export, chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, positive, quietly, temperature
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    _add_merge(verbs)
+    _add_export(verbs)
+    _add_chat(verbs)
+
+
+def _add_merge(verbs: Verbs) -> None:
+    merge = add_verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
+    merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write the merged model into")
+    merge.add_argument(
+        "--base",
+        choices=("nf4", "original"),
+        default="nf4",
+        help="add the adapter to the dequantized 4-bit weights that training saw (default), or to the original ones",
+    )
+    merge.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
+    json_flag(merge)
+
+
+def _add_export(verbs: Verbs) -> None:
+    export = add_verb(verbs, "export", run_export, "write a merged model in the format of llama.cpp and Ollama")
+    export.add_argument("model", metavar="MODEL", help="a merged folder, or the hub name of a LLaVA")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to write the files into")
+    export.add_argument("--format", choices=("gguf",), required=True, help="gguf: llama.cpp, Ollama, LM Studio")
+    export.add_argument("--quantize", choices=("f16", "bf16", "q8_0"), default="f16", help="(default: f16)")
+
+
+def _add_chat(verbs: Verbs) -> None:
+    chat = add_verb(verbs, "chat", run_chat, "ask a model about pictures")
+    chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    chat.add_argument(
+        "--image", metavar="FILE", type=Path, nargs="+", action="extend", default=[], help="show this first"
+    )
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer, and leave")
+    chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
+    chat.add_argument("--max-new-tokens", metavar="N", type=positive, default=256, help="(default: 256)")
+    chat.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help="0 is greedy (default: 0)")
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    """`qllava merge`: status 1 when the merged model does not answer as the adapter does."""
+    from qllava.merge import merge
+
+    verify = not arguments.no_verify
+    result = quietly(
+        lambda: merge(
+            arguments.folder,
+            arguments.out,
+            base=arguments.base,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            verify=verify,
+        ),
+        arguments.json,
+    )
+    if arguments.json:
+        print(json.dumps(asdict(result)))
+    elif result.kl_per_token is None or result.top1_agreement is None:
+        print(f"Merged into {arguments.out}; not verified, as asked.")
+    else:
+        onto = ", onto the original weights, which training never saw" if result.base == "original" else ""
+        held = "and verified" if result.verified else f"and not the model that was trained{onto}"
+        print(
+            f"Merged into {arguments.out} {held}: {result.kl_per_token:.2e} nats per token from the adapter model, "
+            f"{100 * result.top1_agreement:.2f} % of the tokens the same, "
+            f"{100 * (result.same_text or 0):.1f} % of the greedy answers."
+        )
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`qllava export`: the files of another program's format."""
+    from qllava.export.gguf import export
+
+    for path in export(arguments.model, arguments.out, quantize=arguments.quantize):
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    print("How to serve them: docs/serving.md")
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """`qllava chat`: one answer with `--prompt`, a conversation without."""
+    from qllava.inference import chat_loop
+
+    return chat_loop(
+        arguments.model,
+        images=arguments.image,
+        prompt=arguments.prompt,
+        load_in_4bit=arguments.load_in_4bit,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+    )

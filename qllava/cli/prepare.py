@@ -1,0 +1,132 @@
+"""The verbs before a training: doctor, check, inspect, plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
+from qllava.config import InputError
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    doctor = add_verb(verbs, "doctor", run_doctor, "look at this machine and say what is missing")
+    json_flag(doctor)
+    _add_check(verbs)
+    _add_inspect(verbs)
+    _add_plan(verbs)
+
+
+def _add_check(verbs: Verbs) -> None:
+    check = add_verb(verbs, "check", run_check, "read a whole data set before training, and say what is wrong with it")
+    check.add_argument("data", metavar="DATA", type=Path, nargs="*", help="files or folders of one data set")
+    reading_flags(check)
+    check.add_argument(
+        "--eval-file", metavar="FILE", type=Path, help="held-out rows: checked too, and looked for in DATA"
+    )
+    check.add_argument("--config", metavar="RECIPE.yaml", help="the data and model of a recipe, in place of the flags")
+    json_flag(check)
+
+
+def _add_inspect(verbs: Verbs) -> None:
+    inspect = add_verb(
+        verbs, "inspect", run_inspect, "show samples as the model gets them: pictures, tokens, what is learned"
+    )
+    inspect.add_argument("data", metavar="DATA", type=Path, help="a file or folder of rows")
+    reading_flags(inspect)
+    inspect.add_argument("--rows", metavar="N", type=positive, help="the first N (default: 8; with --json, all)")
+    how = inspect.add_mutually_exclusive_group()
+    how.add_argument("--html", metavar="FILE", type=Path, help="write a page with the pictures")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
+
+
+def _add_plan(verbs: Verbs) -> None:
+    plan = add_verb(verbs, "plan", run_plan, "say how much memory a run will need, by part, and what would fit")
+    plan.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; the flags below are above it")
+    plan.add_argument("--model", metavar="MODEL", help="nano (default), a LLaVA's folder or hub name, or a run folder")
+    plan.add_argument("--language-model", metavar="L", help="of a new LLaVA; only config.json is read")
+    plan.add_argument("--vision-tower", metavar="V", help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder")
+    plan.add_argument("--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 for stage 1, the projector alone")
+    plan.add_argument("--tokens-per-row", metavar="N", type=positive, help="tokens that go through the model at once")
+    plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
+    json_flag(plan)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`qllava doctor`: a line per finding; status 1 when training cannot run."""
+    from qllava.doctor import examine
+
+    checks = quietly(examine, arguments.json)
+    healthy = all(check.status != "fail" for check in checks)
+    if arguments.json:
+        print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))
+    else:
+        print("\n".join(check.line() for check in checks))
+        print("\nReady: `make finetune` teaches nano to see." if healthy else "\nRepair what says fail first.")
+    return 0 if healthy else 1
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`qllava check`: status 1 when a row would not be learned as it is written."""
+    from qllava.training.data import Part
+    from qllava.training.preview import Source, check_sources, reader_of, sources_of_recipe
+
+    if bool(arguments.data) == bool(arguments.config):
+        raise InputError("Name the data to check, or a recipe with --config; one of the two.")
+
+    def run() -> Any:
+        if arguments.config:
+            return check_sources(*sources_of_recipe(arguments.config))
+        reader = reader_of(arguments.model, arguments.tokenizer, arguments.template)
+
+        def source(paths: list[Path]) -> list[Source]:
+            return [Source([Part(p, arguments.image_folder) for p in paths], reader, arguments.max_length)]
+
+        return check_sources(source(arguments.data), source([arguments.eval_file] if arguments.eval_file else []))
+
+    verdict = quietly(run, arguments.json)
+    print(json.dumps(verdict.as_json()) if arguments.json else verdict.text())
+    return 0 if verdict.ok else 1
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """`qllava inspect`: the first rows as the model gets them, in the terminal, as a page, or as JSON."""
+    from qllava.training.data import Part
+    from qllava.training.preview import Source, inspect_rows, reader_of
+
+    out = sys.stdout
+
+    def run() -> None:
+        reader = reader_of(arguments.model, arguments.tokenizer, arguments.template)
+        source = Source([Part(arguments.data, arguments.image_folder)], reader, arguments.max_length)
+        write = (lambda found: print(json.dumps(found), file=out)) if arguments.json else None
+        rows = arguments.rows or (None if arguments.json else 8)
+        inspect_rows(source, rows=rows, page=arguments.html, write=write)
+
+    quietly(run, arguments.json)
+    return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`qllava plan`: the peak by part; status 1 when nothing fits."""
+    from qllava.training.plan import as_json, as_text, plan
+
+    found = quietly(
+        lambda: plan(
+            config=arguments.config,
+            model=arguments.model,
+            language_model=arguments.language_model,
+            vision_tower=arguments.vision_tower,
+            lora_r=arguments.lora_r,
+            tokens_per_row=arguments.tokens_per_row,
+            limit=arguments.fit,
+        ),
+        arguments.json,
+    )
+    print(json.dumps(as_json(found)) if arguments.json else as_text(found))
+    return 1 if found.fits is False else 0

@@ -1,1 +1,1 @@
-"""Instruction data about pictures, written by what never saw them: a language model, or rules, from captions and boxes."""
+"""Instruction data about pictures from captions and boxes, by a language model or by rules that never see them."""

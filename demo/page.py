@@ -99,7 +99,7 @@ def _compare_tab(compare: Compare) -> None:
             gr.Chatbot(
                 elem_id=side, label=side.capitalize(), height="40vh", min_width=260, buttons=["copy"],
                 render_markdown=False, allow_tags=False, feedback_options=None, layout="bubble",
-                placeholder="<p>The answer will stand here.</p>",
+                allow_file_downloads=False, placeholder="<p>The answer will stand here.</p>",
             )
             for side in ("left", "right")
         )  # fmt: skip

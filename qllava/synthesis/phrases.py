@@ -23,7 +23,6 @@ street") is lost.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,15 +113,16 @@ def chunker(wanted: Literal["spacy", "simple"] | None = None) -> Chunker:
 
     Raises InputError where spaCy is wanted and it, or its model, is not there.
     """
-    installed = all(importlib.util.find_spec(name) for name in ("spacy", SPACY_MODEL))
+    versions = [_version(name) for name in ("spacy", SPACY_MODEL)]
+    installed = None not in versions
     if wanted == "spacy" and not installed:
         raise InputError(
             f"spaCy or its model {SPACY_MODEL} is not installed; `pip install 'qllava[concepts]'` and "
             f"`python -m spacy download {SPACY_MODEL}`, or take --concepts simple."
         )
-    if wanted == "spacy" or (wanted is None and installed):
-        versions = f"spaCy {_version('spacy')}, {SPACY_MODEL} {_version(SPACY_MODEL)}"
-        return Chunker("spacy", f"noun chunks by {versions}", _by_spacy)
+    if installed and wanted != "simple":
+        about = f"noun chunks by spaCy {versions[0]} and {SPACY_MODEL} {versions[1]}"
+        return Chunker("spacy", about, _by_spacy)
     return Chunker("simple", "runs of words between function words, verbs and signs", _by_rule)
 
 
@@ -181,8 +181,9 @@ def spacy_phrase(chunk: Iterable[Token]) -> str:
     return " ".join(token.lower_ for token in dropwhile(lambda token: token.pos_ in ("DET", "PRON"), words))
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
+    """Of an installed package; spaCy too finds its models by this."""
     try:
         return version(package)
-    except PackageNotFoundError:  # a model that was unpacked by hand
-        return "of unknown version"
+    except PackageNotFoundError:
+        return None

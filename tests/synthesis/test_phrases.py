@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -106,17 +106,16 @@ class Pipeline:
 @pytest.fixture
 def spacy_stand_in(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A spaCy and its model, installed as far as Python can see."""
-    for name in ("spacy", phrases.SPACY_MODEL):
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, module)
-    sys.modules["spacy"].load = lambda name, exclude: Pipeline()  # type: ignore[attr-defined]
-    return sys.modules["spacy"]
+    module = types.ModuleType("spacy")
+    module.load = lambda name, exclude: Pipeline()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spacy", module)
+    monkeypatch.setattr(phrases, "version", {"spacy": "3.8.1", phrases.SPACY_MODEL: "3.8.0"}.__getitem__)
+    return module
 
 
 def test_spacy_is_taken_where_it_is_installed(spacy_stand_in: types.ModuleType) -> None:
     found = chunker()
-    assert found.name == "spacy" and phrases.SPACY_MODEL in found.about
+    assert found.name == "spacy" and "spaCy 3.8.1" in found.about and "3.8.0" in found.about
     assert list(found.phrases(["a dog. a", "", "Big bus"])) == [["dog"], [], ["big bus"]]
     assert chunker("simple").name == "simple", "unless the other one is asked for"
 
@@ -130,8 +129,16 @@ def test_a_model_that_does_not_load_is_an_input_error(spacy_stand_in: types.Modu
         list(chunker("spacy").phrases(["a dog"]))
 
 
-def test_without_spacy_the_simple_rule_is_taken_and_a_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["spacy", phrases.SPACY_MODEL])
+def test_without_one_of_both_the_simple_rule_is_taken_and_a_wish_refused(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == missing:
+            raise PackageNotFoundError(name)
+        return "3.8.0"
+
+    monkeypatch.setattr(phrases, "version", version)
     assert chunker().name == "simple"
     with pytest.raises(InputError, match="--concepts simple"):
         chunker("spacy")

@@ -325,16 +325,21 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool) -> str:
     parts = []
     for tick in y_axis.ticks(5):
         at = y_axis.place(tick)
-        label = f"{100 * tick:.0f} %" if share else _number(tick)
+        label = f"{100 * tick:.0f} %" if share else _tick(tick)
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 7}" y="{at + 4:.1f}">{label}</text>')
     for tick in x_axis.ticks(6):
-        parts.append(
-            f'<text class="x" x="{x_axis.place(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{_number(tick)}</text>'
-        )
+        parts.append(f'<text class="x" x="{x_axis.place(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{_tick(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="x name" x="{middle:.0f}" y="{_HEIGHT - 4}">{escape(x)}</text>')
     return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    """A number in the room that a margin leaves: 100k, 2M."""
+    if 1e5 <= abs(value) < 1e12:
+        return f"{value / 1e6:,.6g}M" if abs(value) >= 1e6 else f"{value / 1e3:.6g}k"
+    return _number(value)
 
 
 def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool) -> str:

@@ -163,6 +163,12 @@ def test_both_axes_can_be_logarithmic() -> None:
         assert step == pytest.approx(steps[0], abs=0.25)
 
 
+def test_large_ticks_fit_their_margin() -> None:
+    chart = page.line_chart("law", [Series("a", [(1, 1), (2, 5e6)])], log=True)
+    labels = re.findall(r'<text class="y"[^>]*>([^<]*)</text>', chart)
+    assert labels == ["1", "10", "100", "1,000", "10,000", "100k", "1M", "10M"]
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     chart = page.line_chart("loss", [Series("a", [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)])])
     assert [len(line) for line in points(chart)] == [2]

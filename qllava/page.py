@@ -215,22 +215,28 @@ def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, x: str = "step", share: bool = False, log: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    x: str = "step",
+    share: bool = False,
+    log: bool = False,
+    log_x: bool = False,
 ) -> Html:
     """Lines over a common axis, with a legend when there is more than one.
 
-    `share` fixes the vertical axis to 0 to 100 %; `log` makes it logarithmic, where values that are not above 0 are
-    left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw gives a sentence, not an empty
-    frame.
+    `share` fixes the vertical axis to 0 to 100 %; `log` makes it logarithmic, and `log_x` the horizontal one, where
+    values that are not above 0 are left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw
+    gives a sentence, not an empty frame.
     """
-    drawn = [Series(s.label, [p for p in s.points if _drawable(p, log)], s.faint) for s in series]
+    drawn = [Series(s.label, [p for p in s.points if _drawable(p, log, log_x)], s.faint) for s in series]
     drawn = [s for s in drawn if s.points]
     head = f"<figcaption>{escape(title)}</figcaption>"
     if not drawn:
         return Html(f'<figure class="chart">{head}<p class="muted">No finite values to draw.</p></figure>')
     xs = [px for s in drawn for px, _ in s.points]
     ys = [py for s in drawn for _, py in s.points]
-    x_axis = _Axis.over(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
+    x_axis = _Axis.over(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, log=log_x)
     if share:
         y_axis = _Axis(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP, False)
     else:
@@ -251,8 +257,11 @@ def line_chart(
     )
 
 
-def _drawable(point: tuple[float, float], log: bool) -> bool:
-    return math.isfinite(point[0]) and math.isfinite(point[1]) and (not log or point[1] > _LOWEST_LOG)
+def _drawable(point: tuple[float, float], log: bool, log_x: bool) -> bool:
+    return all(
+        math.isfinite(value) and (not logarithmic or value > _LOWEST_LOG)
+        for value, logarithmic in zip(point, (log_x, log), strict=True)
+    )
 
 
 def _colours(series: Sequence[Series]) -> list[int]:
@@ -316,16 +325,21 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool) -> str:
     parts = []
     for tick in y_axis.ticks(5):
         at = y_axis.place(tick)
-        label = f"{100 * tick:.0f} %" if share else _number(tick)
+        label = f"{100 * tick:.0f} %" if share else _tick(tick)
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 7}" y="{at + 4:.1f}">{label}</text>')
     for tick in x_axis.ticks(6):
-        parts.append(
-            f'<text class="x" x="{x_axis.place(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{_number(tick)}</text>'
-        )
+        parts.append(f'<text class="x" x="{x_axis.place(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{_tick(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="x name" x="{middle:.0f}" y="{_HEIGHT - 4}">{escape(x)}</text>')
     return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    """A number in the room that a margin leaves: 100k, 2M."""
+    if 1e5 <= abs(value) < 1e12:
+        return f"{value / 1e6:,.6g}M" if abs(value) >= 1e6 else f"{value / 1e3:.6g}k"
+    return _number(value)
 
 
 def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool) -> str:

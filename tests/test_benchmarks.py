@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import flops, gpu, merge_memory, serving_loss, shapes, throughput
+from benchmarks import filter_million, flops, gpu, merge_memory, serving_loss, shapes, throughput
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
@@ -243,3 +243,21 @@ def test_q8_0_rounds_a_little() -> None:
     weight = torch.randn(4, 64)
     found = serving_loss.q8_0(weight)
     assert 0 < (found - weight).abs().max() <= weight.abs().max() / 127
+
+
+# Captions
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
+def test_the_filters_benchmark_holds_what_was_kept_against_what_it_made(tmp_path, monkeypatch):
+    out = tmp_path / "result.json"
+    line = ["--captions", "2000", "--concepts", "1500", "--folder", str(tmp_path / "data"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["filter_million.py", *line])
+    assert filter_million.main() == 0
+    result = json.loads(out.read_text())
+    assert result["as_defined"] and 0 < result["captions_after"] < 2000
+    assert 1e7 < result["peak_bytes"] < 1e9 and result["heavy_imports"] == "[]"
+    names = [filter_million.concept(number) for number in range(40_000)]
+    assert len(set(names)) == len(names)
+    monkeypatch.setattr(filter_million, "plainly", lambda *_: {0, 1})
+    assert filter_million.main() == 1

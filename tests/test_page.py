@@ -153,6 +153,22 @@ def test_a_logarithmic_axis_spaces_powers_of_ten_evenly() -> None:
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.15)
 
 
+def test_both_axes_can_be_logarithmic() -> None:
+    """A power law is a straight line there."""
+    law = [(10.0**n, 10.0**-n) for n in range(5)]
+    (line,) = points(page.line_chart("law", [Series("a", [(0, 1), *law])], log=True, log_x=True))
+    assert len(line) == 5, "0 has no logarithm"
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(line, line[1:], strict=False)]
+    for step in steps:
+        assert step == pytest.approx(steps[0], abs=0.25)
+
+
+def test_large_ticks_fit_their_margin() -> None:
+    chart = page.line_chart("law", [Series("a", [(1, 1), (2, 5e6)])], log=True)
+    labels = re.findall(r'<text class="y"[^>]*>([^<]*)</text>', chart)
+    assert labels == ["1", "10", "100", "1,000", "10,000", "100k", "1M", "10M"]
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     chart = page.line_chart("loss", [Series("a", [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)])])
     assert [len(line) for line in points(chart)] == [2]

@@ -1,0 +1,57 @@
+"""The verb `qllava filter`: captions balanced by the concepts in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
+
+
+def add(verbs: Verbs) -> None:
+    """Add `filter`."""
+    verb = add_verb(verbs, "filter", run_filter, "balance a file of captions: all of what is rare, less of what is not")
+    verb.add_argument(
+        "captions", metavar="CAPTIONS.json", type=Path, help="LLaVA JSON or JSONL, or rows with a caption"
+    )
+    verb.add_argument("out", metavar="OUT.json", type=Path, help="where the rows that are kept go, as a JSON list")
+    verb.add_argument(
+        "--min-count", metavar="N", type=positive, default=3, help="pass over concepts of fewer captions (default: 3)"
+    )
+    verb.add_argument(
+        "--max-per-concept",
+        metavar="N",
+        type=positive,
+        default=100,
+        help="draw this many captions of a concept that has more (default: 100)",
+    )
+    verb.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
+    verb.add_argument(
+        "--concepts",
+        choices=("spacy", "simple"),
+        help="how noun phrases are found (default: spacy where it and en_core_web_sm are installed, else simple)",
+    )
+    verb.add_argument("--html", metavar="FILE", type=Path, help="write tables and a plot as a page")
+    json_flag(verb)
+
+
+def run_filter(arguments: argparse.Namespace) -> int:
+    """`qllava filter`: the rows that are kept as a file, and what that did to the distribution as tables."""
+    from qllava.synthesis.balance import as_text
+    from qllava.synthesis.filtering import filter_captions
+
+    figures = quietly(
+        lambda: filter_captions(
+            arguments.captions,
+            arguments.out,
+            min_count=arguments.min_count,
+            max_per_concept=arguments.max_per_concept,
+            seed=arguments.seed,
+            concepts=arguments.concepts,
+            page=arguments.html,
+        ),
+        arguments.json,
+    )
+    print(json.dumps(figures.as_json()) if arguments.json else as_text(figures))
+    return 0

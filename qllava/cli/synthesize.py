@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive
 from qllava.config import InputError
 
 _TYPES = ("conversation", "detail", "reasoning", "naive")
@@ -76,10 +76,6 @@ def _add_scale(verb: argparse.ArgumentParser) -> None:
 
 def run_synthesize(arguments: argparse.Namespace) -> int:
     """`qllava synthesize`: status 1 when a call has no reply after every attempt; the next run asks it again."""
-    return quietly(lambda: _synthesize(arguments), False)
-
-
-def _synthesize(arguments: argparse.Namespace) -> int:
     from qllava.synthesis import pipeline
 
     job = _job(arguments)
@@ -148,8 +144,8 @@ def _estimate_text(expected: dict[str, int]) -> str:
     return (
         f"{expected['tasks']:,} rows to make; {expected['calls']:,} calls to ask, about {tokens:,} tokens "
         f"({expected['prompt_tokens']:,} of prompts, {expected['completion_tokens']:,} of replies).\n"
-        f"At most, if every reply is as long as allowed and must be written again: {expected['calls_at_most']:,} calls, "
-        f"{expected['tokens_at_most']:,} tokens.\n"
+        f"At most, if every reply is as long as allowed and must be written again: {expected['calls_at_most']:,} "
+        f"calls, {expected['tokens_at_most']:,} tokens.\n"
         "A token is taken for four characters, a reply for as long as the worked examples. Nobody was asked."
     )
 

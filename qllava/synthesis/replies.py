@@ -107,6 +107,7 @@ _DECLINES = re.compile(
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 _MARK = re.compile(r"^[ \t*#]*(Question|Answer)(?: *\d+)? *:[ *]*", re.MULTILINE | re.IGNORECASE)
+_RULER = re.compile(r"^\s*={3,}\s*$", re.MULTILINE)
 _LIGHT = frozenset(
     re.split(
         r"\s+",
@@ -193,11 +194,8 @@ def _from_json(read: Any) -> Turns:
 def from_blocks(text: str) -> Turns:
     """Questions and answers from blocks; nothing where they do not alternate, or one of them is empty."""
     marks = list(_MARK.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    said = [
-        re.sub(r"\s*^={3,}\s*$\s*", "", text[m.end() : end], flags=re.MULTILINE).strip()
-        for m, end in zip(marks, ends, strict=True)
-    ]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
+    said = [_RULER.sub("", text[m.end() : end]).strip() for m, end in zip(marks, ends, strict=True)]
     sides = [mark[1].lower() for mark in marks]
     if sides != ["question", "answer"] * (len(sides) // 2) or not all(said):
         return ()

@@ -299,11 +299,17 @@ def text_tokens(text: str) -> int:
 
 
 def read_reply(body: bytes | Any, call: Call) -> Reply:
-    """A body of /chat/completions (bytes, or JSON that was read) as a reply; without usage, it is counted by its text.
+    """A body of /chat/completions (as it arrived, or JSON that was read) as a reply; without usage, it is counted by its text.
 
     A body that is none is a reply all the same, for it was paid: the whole text, with "unreadable" for a reason.
     """
-    raw = body.decode(errors="replace") if isinstance(body, bytes) else json.dumps(body)
+    raw = (
+        body.decode(errors="replace")
+        if isinstance(body, bytes)
+        else body
+        if isinstance(body, str)
+        else json.dumps(body)
+    )
     try:
         read = json.loads(raw)
         choice = read["choices"][0]

@@ -132,7 +132,7 @@ class ChatServer:
             self.most_busy = max(self.busy, self.most_busy)
             await asyncio.sleep(said.seconds)
             self.busy -= 1
-        content = said.body if said.body is not None else _completion(request, said)
+        content = said.body if said.body is not None else completion(request, said)
         lines = {"content-type": "application/json", "content-length": str(len(content)), **said.headers}
         start = f"HTTP/1.1 {said.status} Said\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
         if said.drop:
@@ -145,7 +145,7 @@ class ChatServer:
         return True
 
 
-def _completion(request: Request, said: Said) -> bytes:
+def completion(request: Request, said: Said) -> bytes:
     """A body of the protocol; tokens are counted as words."""
     if said.status != 200:
         return json.dumps({"error": {"message": said.text, "type": "test"}}).encode()

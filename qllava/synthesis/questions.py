@@ -8,6 +8,8 @@ What is asked of which picture:
     presence      of every category; of what is not there only where the boxes are complete
     said          of what two captions name and no box
     count         where the boxes and every caption agree, or the boxes are complete
+    several       of what has two boxes or more, where the number is not settled
+    outermost     of a settled number of things: on which side of all others one of them clearly lies
     place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the picture
     half          of a thing that lies whole in one half of the picture; the answer is always yes
     colour, form, size   where the category says it ("large red circle")
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from qllava.synthesis.view import AT, LARGER, Thing, View
+from qllava.synthesis.view import AT, GAP, LARGER, Thing, View
 from qllava.synthesis.words import (
     COLOURS,
     KINDS,
@@ -124,6 +126,35 @@ def _how_many(rng: random.Random, noun: str, value: int) -> Question:
         (f"How many {many} are there?", f"How many {many} are in the picture?", f"How many {many} do you see?")
     )
     return Question(("count", noun), text, str(value), f"There {'is' if value == 1 else 'are'} {counted(value, noun)}.")
+
+
+def _several(view: View, rng: random.Random) -> Iterator[Question]:
+    for noun, things in view.by_noun.items():
+        if len(things) > 1 and view.count(noun) is None and noun not in ONLY_PLURAL:
+            text = rng.choice((f"Is there more than one {noun}?", f"Can you see more than one {noun}?"))
+            yield Question(("several", noun), text, "yes", f"Yes, there is more than one {noun}.")
+
+
+def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
+    """Where one lies apart on the left and another on the right, neither is the one that is meant."""
+    for noun, things in view.by_noun.items():
+        if view.complete or view.count(noun) is None or len(things) < 3:
+            continue
+        clear, near = (_ends(view, things, gap) for gap in (GAP, 0.0))
+        if clear == near and len(clear) == 1:
+            (side,) = clear
+            text = f"One {noun} lies apart: is it on the left or on the right of all the other {plural(noun)}?"
+            yield Question(("outermost", noun), text, side, f"It is on the {side} of all the other {plural(noun)}.")
+
+
+def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
+    """On which sides a thing lies that is `gap` or more away from all others."""
+    return {
+        side
+        for thing in things
+        for side in ("left", "right")
+        if all(view.apart(thing, other, gap).get("x") == f"{side} of" for other in things if other is not thing)
+    }
 
 
 def _named(view: View, rng: random.Random, *without: str) -> Iterator[tuple[int, Thing, str]]:
@@ -241,6 +272,8 @@ def _summary(view: View, rng: random.Random) -> Iterator[Question]:
 _ASK: dict[str, Callable[[View, random.Random], Iterator[Question]]] = {
     "presence": _presence,
     "count": _count,
+    "several": _several,
+    "outermost": _outermost,
     "place": _place,
     "relation": _relation,
     "comparison": _comparison,

@@ -34,7 +34,7 @@ _SHY = 0.04
 """How far from a line between thirds the middle of a thing must lie to be on one side of it."""
 _WIDE = 0.6
 """What reaches over more of the width or height is in no third of it."""
-_GAP = 0.02
+GAP = 0.02
 """How far apart two things must end and begin to lie clearly beside each other."""
 _VAGUE = frozenset({
     "several", "many", "few", "group", "herd", "flock", "lots", "lot", "some", "row", "rows", "bunch", "number",
@@ -172,13 +172,13 @@ class View:
             out.append(f"the {thing.kind} {AT[place]}")
         return out
 
-    def apart(self, a: Thing, b: Thing) -> dict[str, str]:
+    def apart(self, a: Thing, b: Thing, gap: float = GAP) -> dict[str, str]:
         """On which axes two things clearly lie beside each other, and where `a` then is: {"x": "left of"}."""
         out = {}
         for axis, low, before, after in (("x", 0, "left of", "right of"), ("y", 1, "above", "below")):
-            if a.bbox[low + 2] + _GAP <= b.bbox[low]:
+            if a.bbox[low + 2] + gap <= b.bbox[low]:
                 out[axis] = before
-            elif b.bbox[low + 2] + _GAP <= a.bbox[low]:
+            elif b.bbox[low + 2] + gap <= a.bbox[low]:
                 out[axis] = after
         return out
 

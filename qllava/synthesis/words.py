@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "couch": ("sofa",),
     "cell phone": ("cellphone", "phone"),
     "tv": ("television",),
+    "laptop": ("laptop computer",),
     "remote": ("controller", "remote control"),
     "potted plant": ("plant",),
     "dining table": ("table",),

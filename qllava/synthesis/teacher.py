@@ -299,7 +299,7 @@ def text_tokens(text: str) -> int:
 
 
 def read_reply(body: bytes | Any, call: Call) -> Reply:
-    """A body of /chat/completions (as it arrived, or JSON that was read) as a reply; without usage, it is counted by its text.
+    """A body of /chat/completions (as it arrived, or JSON that was read) as a reply, counted by its text if need be.
 
     A body that is none is a reply all the same, for it was paid: the whole text, with "unreadable" for a reason.
     """

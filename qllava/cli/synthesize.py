@@ -82,15 +82,19 @@ def run_synthesize(arguments: argparse.Namespace) -> int:
     from qllava.synthesis.tasks import make_tasks, of_shard
 
     by_rules = arguments.teacher == RULES
-    idle = [name for name in (_FOR_MODELS if by_rules else _FOR_RULES) if getattr(arguments, name) not in (None, False)]
+    others = _FOR_MODELS if by_rules else _FOR_RULES
+    idle = [name for name in others if (given := getattr(arguments, name)) is not None and given is not False]
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         other = "the name of a language model" if by_rules else "rules"
         raise InputError(f"{flag} has no effect with --teacher {arguments.teacher}; leave it out, or give {other}.")
+    types = arguments.types or DEFAULT_TYPES
+    if arguments.style and not {"conversation", "reasoning"} & set(types):
+        raise InputError(f"--style has no effect on {' and '.join(types)}, whose questions are drawn from a list.")
     if arguments.out.is_dir() or not arguments.out.parent.is_dir():
         raise InputError(f"{arguments.out} cannot be written: name a file in a folder that exists.")
     contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
-    tasks = make_tasks(contexts, arguments.types or DEFAULT_TYPES, arguments.style or ())
+    tasks = make_tasks(contexts, types, arguments.style or ())
     return (_by_rules if by_rules else _by_model)(arguments, contexts, tasks)
 
 

@@ -67,7 +67,7 @@ def _presence(view: View, rng: random.Random) -> Iterator[Question]:
         if colours
         else nouns
     )
-    absent = sorted(named - set(present))
+    absent = sorted(named - set(present) - view.by_noun.keys())
     for phrase in rng.sample(absent, min(len(absent), len(present))):
         yield _is_there(rng, phrase, False)
 

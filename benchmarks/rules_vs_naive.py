@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
-
+from benchmarks.machine import provenance
 from qllava.nano.dataset import NanoData, prepare
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.rules import write

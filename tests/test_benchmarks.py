@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import flops, gpu, merge_memory, serving_loss, shapes, throughput
+from benchmarks import flops, gpu, merge_memory, rules_vs_naive, serving_loss, shapes, throughput
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
@@ -243,3 +243,20 @@ def test_q8_0_rounds_a_little() -> None:
     weight = torch.randn(4, 64)
     found = serving_loss.q8_0(weight)
     assert 0 < (found - weight).abs().max() <= weight.abs().max() / 127
+
+
+# Rules beside captions
+
+
+def test_rows_of_both_systems_are_of_the_same_pictures(tmp_path: Path) -> None:
+    files = [rules_vs_naive.make(kind, 0, 5, tmp_path) for kind in ("rules", "naive")]
+    rules, naive = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    assert [row["image"] for row in rules] == [row["image"] for row in naive]
+    assert {len(row["conversations"]) for row in naive} == {2} and len(rules[0]["conversations"]) == 20
+
+
+def test_points_are_differences_of_means() -> None:
+    runs = {"rules": [{"accuracy": 0.9}, {"accuracy": 0.8}], "naive": [{"accuracy": 0.2}]}
+    out = rules_vs_naive.summary(0.95, runs)
+    assert out["points_below_main"] == pytest.approx(10) and out["points_above_naive"] == pytest.approx(65)
+    assert "points_above_naive" not in rules_vs_naive.summary(0.95, runs | {"naive": []})

@@ -61,15 +61,13 @@ def _presence(view: View, rng: random.Random) -> Iterator[Question]:
     if not view.complete:
         return
     colours = _colours(view.things)
-    nouns = {thing.noun for thing in view.things} | {
-        rng.choice(KINDS[kind]) for kind in sorted({thing.kind for thing in view.things if thing.kind})
-    }
+    nouns = {thing.noun for thing in view.things} | {rng.choice(KINDS[kind]) for kind in _kinds(view)}
     named = (
         {f"{colour} {noun}" for colour in (*colours, *rng.sample(_palette(view), 1)) for noun in nouns}
         if colours
         else nouns
     )
-    absent = sorted(named - set(present))
+    absent = sorted(named - set(present) - view.by_noun.keys())
     for phrase in rng.sample(absent, min(len(absent), len(present))):
         yield _is_there(rng, phrase, False)
 
@@ -80,8 +78,14 @@ def _colours(things: list[Thing]) -> set[str]:
     return {colour for colour in colours if colour and None not in colours}
 
 
+def _kinds(view: View) -> list[str]:
+    """The kinds of things; none where a category is of no kind that is known, for a puppy might be a dog."""
+    kinds = {thing.kind for thing in view.things}
+    return sorted(kind for kind in kinds if kind and None not in kinds)
+
+
 def _palette(view: View) -> tuple[str, ...]:
-    """Colours that may be asked for: those of which a shape of nano's world may be, which are the first six."""
+    """Colours that may be asked for in vain: a drawing of shapes is in those of the rainbow, a photograph in all."""
     return COLOURS[:6] if all(thing.kind == "shape" for thing in view.things) else COLOURS
 
 
@@ -106,10 +110,8 @@ def _said(view: View, rng: random.Random) -> Iterator[Question]:
 def _count(view: View, rng: random.Random) -> Iterator[Question]:
     nouns = set(view.by_noun)
     if view.complete:
-        nouns |= {rng.choice(KINDS[thing.kind]) for thing in view.things[:1] if thing.kind}
-        # A category that the table of kinds does not know might be of any of them.
-        kinds = {thing.kind for thing in view.things}
-        for kind in sorted(kind for kind in kinds if kind and None not in kinds):
+        nouns |= {rng.choice(KINDS[kind]) for kind in _kinds(view)}
+        for kind in _kinds(view):
             of_kind = [thing for thing in view.things if thing.kind == kind]
             yield _how_many(rng, kind, len(of_kind))
             colours = _colours(of_kind)

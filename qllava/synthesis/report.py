@@ -10,6 +10,7 @@ nothing. Rows of a picture without a context are left out of it, and counted.
 
 from __future__ import annotations
 
+import random
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -24,7 +25,7 @@ from qllava.conversation import IMAGE_TOKEN
 from qllava.data.images import open_image
 from qllava.page import Bar, Html
 from qllava.synthesis.contexts import Context
-from qllava.synthesis.objects import named, unsupported
+from qllava.synthesis.objects import CATEGORIES, named, unsupported
 
 SAMPLES = 20
 _OPENING = 3  # words of a question
@@ -102,7 +103,9 @@ def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Q
     used = {str(row.get("image", "")) for row in rows}
     quality.pictures = len(used)
     for image in used & by_image.keys():
-        quality.present.update(named(_evidence(by_image[image])))
+        context = by_image[image]
+        boxes = {box.category for box in context.boxes} & set(CATEGORIES)
+        quality.present.update(boxes | named("\n".join(context.captions)))
     return quality
 
 
@@ -112,10 +115,6 @@ def _objects(quality: Quality, answers: str, context: Context) -> None:
     quality.named.update(named(said))
     quality.unsupported.update(wrong)
     quality.lying += bool(wrong)
-
-
-def _evidence(context: Context) -> str:
-    return "\n".join((*context.captions, *(box.category for box in context.boxes)))
 
 
 def _type(row: Mapping[str, Any]) -> str:
@@ -155,7 +154,7 @@ def _figures(quality: Quality) -> list[tuple[str, str]]:
         ("Rows", f"{quality.rows:,}"),
         ("Pictures", f"{quality.pictures:,}"),
         ("Questions", f"{quality.questions:,}"),
-        ("Hallucination rate", "no object named" if rate is None else page.percent(rate)),
+        ("Hallucination rate", "none named" if rate is None else page.percent(rate)),
         ("Repeated rows", f"{quality.repeated_rows:,}"),
         ("Repeated questions", f"{quality.repeated_questions:,}"),
     ]
@@ -228,9 +227,8 @@ def _objects_section(quality: Quality) -> Html:
 def _samples(
     rows: Sequence[Mapping[str, Any]], contexts: Mapping[str, Context], image_folder: Path | None
 ) -> list[Html]:
-    """Rows at even distances."""
-    count = min(SAMPLES, len(rows))
-    chosen = [rows[at * len(rows) // count] for at in range(count)]
+    """Rows drawn at random, the same ones each time: even distances would meet one type again and again."""
+    chosen = [rows[at] for at in sorted(random.Random(0).sample(range(len(rows)), min(SAMPLES, len(rows))))]
     return [_exhibit(row, contexts.get(str(row.get("image", ""))), image_folder) for row in chosen] or [
         page.paragraph("There are no rows.", muted=True)
     ]

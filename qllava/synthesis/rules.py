@@ -107,25 +107,10 @@ def _at(view: View, thing: Thing) -> str:
 def _reasoning(view: View) -> Iterator[tuple[str, str]]:
     """Questions that take several steps, and answers that take them."""
     counts = {noun: count for noun in view.by_noun if (count := view.count(noun)) is not None}
-    for a, b in permutations(counts, 2):
-        have = f"There {'is' if counts[a] == 1 else 'are'} {counted(counts[a], a)} and {counted(counts[b], b)}."
-        if counts[a] == counts[b]:
-            step, brief = "That is as many of one as of the other", "no"
-        else:
-            more, less = sorted((counts[a], counts[b]), reverse=True)
-            step, brief = (
-                f"{number(more).capitalize()} is more than {number(less)}",
-                "yes" if counts[a] == more else "no",
-            )
-        yield f"Are there more {plural(a)} than {plural(b)}?", f"{have} {step}, so the answer is {brief}."
-    for a, b in combinations(counts, 2):
-        total = counts[a] + counts[b]
-        have = f"There {'is' if counts[a] == 1 else 'are'} {counted(counts[a], a)} and {counted(counts[b], b)}."
-        adds = f"{number(counts[a]).capitalize()} and {number(counts[b])} make {number(total)}"
-        yield (
-            f"How many {plural(a)} and {plural(b)} are there together?",
-            f"{have} {adds}, so the answer is {number(total)}.",
-        )
+    for a, b in permutations(counts.items(), 2):
+        yield _more(*a, *b)
+    for a, b in combinations(counts.items(), 2):
+        yield _together(*a, *b)
     named = [(names[0], thing) for thing in view.things if (names := view.names(thing, frozenset({"place"})))]
     for three in combinations(named, 3):
         yield from _first_of(view, three)
@@ -135,6 +120,26 @@ def _reasoning(view: View) -> Iterator[tuple[str, str]]:
             where = f"{larger.capitalize()} takes up more of it than {smaller}, and it is {AT[place]}."
             text = f"Which takes up more of the picture, {one[0]} or {two[0]}, and where is it?"
             yield text, f"{where} So it is {larger}, {AT[place]}."
+
+
+def _more(first: str, a: int, second: str, b: int) -> tuple[str, str]:
+    step, brief = f"{number(max(a, b)).capitalize()} is more than {number(min(a, b))}", "yes" if a > b else "no"
+    if a == b:
+        step = "That is as many of one as of the other"
+    return f"Are there more {plural(first)} than {plural(second)}?", (
+        f"{_there_are(first, a, second, b)} {step}, so the answer is {brief}."
+    )
+
+
+def _together(first: str, a: int, second: str, b: int) -> tuple[str, str]:
+    adds = f"{number(a).capitalize()} and {number(b)} make {number(a + b)}"
+    return f"How many {plural(first)} and {plural(second)} are there together?", (
+        f"{_there_are(first, a, second, b)} {adds}, so the answer is {number(a + b)}."
+    )
+
+
+def _there_are(first: str, a: int, second: str, b: int) -> str:
+    return f"There {'is' if a == 1 else 'are'} {counted(a, first)} and {counted(b, second)}."
 
 
 def _first_of(view: View, three: Sequence[tuple[str, Thing]]) -> Iterator[tuple[str, str]]:

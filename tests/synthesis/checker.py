@@ -67,7 +67,8 @@ class Checker:
         found = []
         for thing in self.things:
             colour = [word for word in thing.words if word in _COLOURS][:1] if len(thing.words) > 1 else []
-            nouns = {thing.noun, many(thing.noun)} | ({"shape", "shapes"} if self.complete else set())
+            kind = "animal" if thing.noun in ("cat", "dog", "horse", "sheep", "bear") else "shape"
+            nouns = {thing.noun, many(thing.noun)} | ({kind, many(kind)} if self.complete else set())
             if any(words in (noun, *(f"{c} {noun}" for c in colour)) for noun in nouns):
                 found.append(thing)
         return [thing for thing in found if not where or thing.place() == where]
@@ -142,7 +143,11 @@ def _where(c: Checker, answer: str, name: str) -> tuple[str, ...]:
 def _attribute(kind: str) -> Any:
     def check(c: Checker, answer: str, name: str) -> tuple[str, ...]:
         words = c.one(name).words
-        value = {"size": words[0], "colour": words[1], "form": words[2]}[kind]
+        told = {
+            "size": [word for word in words if word in _SIZES],
+            "colour": [word for word in words if word in _COLOURS],
+        }
+        value = told.get(kind, words[-1:])[0]
         assert answer.rstrip(".").split()[-1] == value
         return kind, c.index(name)
 
@@ -199,6 +204,7 @@ _FORMS: list[tuple[str, Any]] = [
     (r"How many (.+) (?:are there|are in the picture|do you see)\?", _count),
     (r"(?:Where|Where in the picture|In which part of the picture) is (the .+)\?", _where),
     (r"(?:What colour is|Which colour does) (the .+?)(?: have)?\?", _attribute("colour")),
+    (r"What is (the .+)\?", _attribute("noun")),
     (r"What form (?:is|does) (the .+?)(?: have)?\?", _attribute("form")),
     (r"(?:What size|How large) is (the .+)\?", _attribute("size")),
     (r"Is (the .+) (left of|right of|above|below) (the .+?)( in the picture)?\?", _relation),

@@ -144,6 +144,17 @@ class TestNano:
         assert write(context, seed=1) == write(context, seed=1) != write(context, seed=2)
 
 
+def test_animals_whose_boxes_are_complete() -> None:
+    context = make(("cat", A), ("sheep", B), ("red dog", C), said="Animals.", complete=True)
+    verdicts = set()
+    for seed in range(20):
+        (row,) = write(context, ["conversation"], seed=seed, turns=100)
+        facts = [checker(context).fact(*pair) for pair in pairs(row)]
+        assert len(set(facts)) == len(facts)
+        verdicts.update(answer.split()[0] for _, answer in pairs(row))
+    assert {"Yes,", "No,"} <= verdicts
+
+
 class TestWhatIsNotAsked:
     def test_absence_only_where_boxes_are_complete(self) -> None:
         assert [brief for _, brief in asked(make(("cat", A)), "presence")] == ["yes"]
@@ -212,6 +223,12 @@ class TestWhatIsNotAsked:
         context = make(("cat", A), ("wombat", B), complete=True)
         assert not [text for text, _ in asked(context, "count") if "animal" in text]
         assert [brief for text, brief in asked(make(("cat", A), complete=True), "count") if "animal" in text] == ["1"]
+
+    def test_a_sort_that_another_category_may_be_called(self) -> None:
+        context = make(("cat", A), ("puppy", B), complete=True)
+        for seed in range(30):
+            found = questions(View(context), random.Random(seed))
+            assert not [q for sort in ("presence", "count") for q in found[sort] if re.search("dogs?", q.text)]
 
     def test_nothing_known_but_a_caption(self) -> None:
         rows = write(make(), ALL)

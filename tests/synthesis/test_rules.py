@@ -202,6 +202,16 @@ class TestWhatIsNotAsked:
         view = View(make(("red circle", A), ("red thing", B), complete=True))
         assert view.names(view.things[0]) == ["the circle", "the red circle", "the shape at the top left"]
 
+    def test_a_name_by_a_colour_that_another_does_not_tell(self) -> None:
+        names = [
+            View(make(("red circle", A), (other, B), complete=True)) for other in ("circle", "ring", "blue circle")
+        ]
+        assert [view.names(view.things[0], frozenset({"place"})) for view in names] == [
+            [],
+            ["the circle", "the red circle"],
+            ["the red circle", "the red shape"],
+        ]
+
     def test_a_place_near_a_line_or_over_all(self) -> None:
         for bbox, place in {
             (0.0, 0.0, 0.2, 0.2): "top left",

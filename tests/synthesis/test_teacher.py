@@ -174,6 +174,18 @@ def test_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
         assert server.asked.total() < 60
 
 
+def test_a_server_that_goes_away_ends_the_run_and_what_it_said_is_kept(tmp_path: Path) -> None:
+    def leaves(request: Request) -> Said:
+        if server.asked.total() == 10:
+            server.leave()
+        return echo(request)
+
+    with ChatServer(leaves) as server, pytest.raises(InputError, match="20 calls in a row had no reply"):
+        ask(tmp_path, server.url, [f"{n}" for n in range(100)], concurrency=2, retries=1)
+    with Store(tmp_path / "calls.jsonl") as store:
+        assert 9 <= store.calls <= 11
+
+
 def test_what_was_on_its_way_when_the_run_ended_is_kept(tmp_path: Path) -> None:
     """A wrong answer to one call must not throw away the replies to others that are paid."""
 

@@ -80,7 +80,7 @@ class Teacher:
         self.concurrency = concurrency
         self._retries, self._first_rest = retries, first_rest
         self._max_calls, self._max_tokens = max_calls, max_tokens
-        self._secret = os.environ.get("OPENAI_API_KEY", "").strip()
+        self._secret = _key()
         self._url = _address(base_url, bool(self._secret))
         self._clients = _clients(concurrency, timeout, self._secret)
         # A client stands here once for each connection that it may open.
@@ -208,7 +208,7 @@ class Teacher:
             status = wait = None
             try:
                 response = await self._post(call)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
                 if isinstance(error, httpx.ConnectError) and not self._answered:
                     raise InputError(
@@ -359,11 +359,23 @@ def _is_error(content: bytes) -> bool:
     return isinstance(read, dict) and bool(read.get("error")) and not read.get("choices")
 
 
+def _key() -> str:
+    """The key, or nothing. Raises InputError for one that no header can hold, without showing it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise InputError("OPENAI_API_KEY holds characters that no key has; copy it again.")
+    return key
+
+
 def _address(base_url: str | None, has_key: bool) -> str:
     """Where requests go. Raises InputError for what is no address, and for OpenAI's own without a key."""
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise InputError(f"{url}: a server's address begins with http:// or https://, as http://127.0.0.1:8000/v1.")
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL("")
+    if address.scheme not in ("http", "https") or not address.host:
+        raise InputError(f"{url} is no address of a server, which looks like http://127.0.0.1:8000/v1; correct it.")
     if url == OPENAI and not has_key:
         raise InputError(f"{url} needs a key: set OPENAI_API_KEY, or name another server with --base-url.")
     return f"{url}/chat/completions"

@@ -87,8 +87,13 @@ class ChatServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
+        self.leave()
         self._thread.join(10)
+
+    def leave(self) -> None:
+        """End at once, whoever is connected."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end.set)
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()

@@ -70,5 +70,10 @@ def test_answers_of_others_are_told_apart_from_answers_to_another_picture(shared
     known = [n for n, q in enumerate(questions) if q["image"] in contexts]
     assert len(known) >= 40
     assert not [n for n in known if accused(answers[n], questions[n]["image"])]
-    swapped = [accused(answers[(n + 9) % len(answers)], questions[n]["image"]) for n in known]
-    assert sum(swapped) >= 0.75 * len(swapped)
+    swapped = [
+        accused(answers[(n + shift) % len(answers)], questions[n]["image"])
+        for shift in range(3, len(answers), 9)
+        for n in known
+        if questions[(n + shift) % len(answers)]["image"] != questions[n]["image"]
+    ]
+    assert sum(swapped) > 0.85 * len(swapped)

@@ -174,6 +174,18 @@ def test_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
         assert server.asked.total() < 60
 
 
+def test_a_server_that_goes_away_ends_the_run_and_what_it_said_is_kept(tmp_path: Path) -> None:
+    def leaves(request: Request) -> Said:
+        if server.asked.total() == 10:
+            server.leave()
+        return echo(request)
+
+    with ChatServer(leaves) as server, pytest.raises(InputError, match="20 calls in a row had no reply"):
+        ask(tmp_path, server.url, [f"{n}" for n in range(100)], concurrency=2, retries=1)
+    with Store(tmp_path / "calls.jsonl") as store:
+        assert 9 <= store.calls <= 11
+
+
 def test_what_was_on_its_way_when_the_run_ended_is_kept(tmp_path: Path) -> None:
     """A wrong answer to one call must not throw away the replies to others that are paid."""
 
@@ -221,10 +233,32 @@ def test_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypat
     assert all(b"secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_an_address_must_be_one_and_openai_needs_a_key(tmp_path: Path) -> None:
-    for url, said in (("127.0.0.1:8000", "begins with http"), (None, "needs a key")):
-        with pytest.raises(InputError, match=said):
-            ask(tmp_path, url, ["a"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://", "http://host:eighty/v1", "ftp://127.0.0.1/v1"])
+def test_an_address_must_be_one(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InputError, match="is no address of a server"):
+        ask(tmp_path, url, ["a"])
+
+
+def test_openai_needs_a_key_and_the_environment_may_name_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="needs a key"):
+        ask(tmp_path, None, ["a"])
+    with ChatServer(echo) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/")
+        assert ask(tmp_path, None, ["a"]) == {"a": "re: a"}
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u201csecret\u201d")
+    with pytest.raises(InputError, match="holds characters that no key has") as caught:
+        ask(tmp_path, "http://127.0.0.1:9/v1", ["a"])
+    assert "secret" not in str(caught.value)
+
+
+def test_a_body_that_cannot_be_unpacked_is_tried_again(tmp_path: Path) -> None:
+    with ChatServer(first(Said(headers={"Content-Encoding": "gzip"}))) as server:
+        assert ask(tmp_path, server.url, ["a"]) == {"a": "re: a"}
 
 
 def test_a_timeout_is_tried_again(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly
+from qllava.config import InputError
 
 
 def add(verbs: Verbs) -> None:
@@ -19,6 +21,22 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
     vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
     json_flag(vqa)
+    _add_scienceqa(kinds)
+
+
+def _add_scienceqa(kinds: Verbs) -> None:
+    science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "ScienceQA, by subject, context and grade")
+    science.add_argument("--problems", metavar="P.json", type=Path, required=True, help="ScienceQA's problems.json")
+    science.add_argument("--split", default="test", help="which of the problems (default: test)")
+    whose = science.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--answers", metavar="A.jsonl", type=Path, help="answers that were given: question_id and text")
+    whose.add_argument("--model", metavar="MODEL", help=f"who answers: {MODEL_HELP}")
+    science.add_argument("--image-folder", metavar="DIR", type=Path, help="with the pictures, as DIR/ID/image.png")
+    science.add_argument(
+        "--out", metavar="A.jsonl", type=Path, help="where the model's answers go; given again, it goes on from there"
+    )
+    science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
+    json_flag(science)
 
 
 def run_eval_vqa(arguments: argparse.Namespace) -> int:
@@ -39,4 +57,30 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
     )
     for name, accuracy in sorted(result["by_type"].items()):
         print(f"  {name:<16}{100 * accuracy:6.1f} %")
+    return 0
+
+
+def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
+    """`qllava eval scienceqa`: accuracy in all, with a picture and by group, and what could not be read."""
+    from qllava.evaluation.scienceqa import answer_problems, score_file
+
+    if arguments.model and not arguments.out:
+        raise InputError("Name the file for the model's answers with --out.")
+    if arguments.answers and (arguments.out or arguments.image_folder):
+        raise InputError("--out and --image-folder belong to --model; with --answers nothing is asked.")
+
+    def run() -> Any:
+        if arguments.answers:
+            return score_file(arguments.problems, arguments.answers, split=arguments.split)
+        return answer_problems(
+            arguments.model,
+            arguments.problems,
+            arguments.image_folder,
+            arguments.out,
+            arguments.order,
+            split=arguments.split,
+        )
+
+    result = quietly(run, arguments.json)
+    print(json.dumps(result.to_json()) if arguments.json else result.text())
     return 0

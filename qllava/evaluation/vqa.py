@@ -10,7 +10,6 @@ punctuation and articles, number words as digits, contractions with their apostr
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation
 from qllava.data.formats import Example, read_examples
+from qllava.evaluation.intervals import wilson
 from qllava.inference import Chat, load
 
 ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
@@ -91,17 +91,6 @@ def normalize(text: str) -> str:
 def is_correct(answer: str, truth: str) -> bool:
     """Exact match after `normalize`."""
     return normalize(answer) == normalize(truth)
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) for a proportion; (0, 1) when nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:

@@ -1,11 +1,11 @@
 """What a teacher is told of a picture: captions and boxes.
 
-    Context
-      id        "000000296284"
-      image     "000000296284.jpg"
-      captions  ("A donut shop is full of ...", ...)
-      boxes     (Box("donut", (0.37, 0.584, 0.504, 0.709)), ...)
-                         x1    y1     x2     y2   of width and height, from the upper left corner
+Context
+  id        "000000296284"
+  image     "000000296284.jpg"
+  captions  ("A donut shop is full of ...", ...)
+  boxes     (Box("donut", (0.37, 0.584, 0.504, 0.709)), ...)
+                     x1    y1     x2     y2   of width and height, from the upper left corner
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example
-from qllava.evaluation.vqa import evaluate, evaluate_file, is_correct, normalize, score, wilson
+from qllava.evaluation.vqa import evaluate, evaluate_file, is_correct, normalize, score
 from qllava.inference import load
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -54,13 +54,6 @@ def test_another_answer(answer: str, truth: str) -> None:
 def test_normalizing_twice_changes_nothing(text: str) -> None:
     once = normalize(text)
     assert normalize(once) == once
-
-
-def test_wilson() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(8, 10)
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Wilson's interval for 8 of 10, as in the tables
-    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
 
 
 def test_score_by_type() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qllava.cli import judging
 from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly
 from qllava.config import InputError
 
@@ -22,6 +23,7 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
     json_flag(vqa)
     _add_scienceqa(kinds)
+    judging.add(kinds)
 
 
 def _add_scienceqa(kinds: Verbs) -> None:

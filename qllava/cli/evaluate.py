@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.cli import judging
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly, rank
 from qllava.config import InputError
 
 
@@ -21,6 +21,16 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument("data", metavar="DATA", type=Path, help="LLaVA JSON, or rows of question, image, answer and type")
     vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
     vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
+    vqa.add_argument("--html", metavar="FILE", type=Path, help="write a page with the failures and their pictures")
+    vqa.add_argument("--shots", metavar="K", type=rank, default=0, help="examples before each question (default: 0)")
+    vqa.add_argument("--pool", metavar="DATA", type=Path, help="where the examples come from: rows as DATA's")
+    vqa.add_argument(
+        "--choose",
+        choices=("random", "text", "picture"),
+        default="random",
+        help="examples at random (default), with similar questions, or with similar pictures",
+    )
+    vqa.add_argument("--seed", metavar="N", type=int, default=0, help="of examples at random (default: 0)")
     json_flag(vqa)
     _add_scienceqa(kinds)
     judging.add(kinds)
@@ -45,8 +55,20 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
     """`qllava eval vqa`: accuracy with its interval, and by type of question."""
     from qllava.evaluation.vqa import evaluate_file
 
+    if bool(arguments.shots) != bool(arguments.pool):
+        raise InputError("--shots K and --pool DATA belong together; give both or neither.")
     result = quietly(
-        lambda: evaluate_file(arguments.model, arguments.data, image_folder=arguments.image_folder, out=arguments.out),
+        lambda: evaluate_file(
+            arguments.model,
+            arguments.data,
+            image_folder=arguments.image_folder,
+            out=arguments.out,
+            html=arguments.html,
+            shots=arguments.shots,
+            pool=arguments.pool,
+            choose=arguments.choose,
+            seed=arguments.seed,
+        ),
         arguments.json,
     )
     if arguments.json:
@@ -58,7 +80,8 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
     )
     for name, accuracy in sorted(result["by_type"].items()):
-        print(f"  {name:<16}{100 * accuracy:6.1f} %")
+        low, high = result["by_type_ci95"][name]
+        print(f"  {name:<16}{100 * accuracy:6.1f} %  ({100 * low:.1f} to {100 * high:.1f} %)")
     return 0
 
 

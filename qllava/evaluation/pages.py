@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qllava import page
 from qllava.config import InputError
-from qllava.evaluation.agreement import Agreement, Report
 from qllava.evaluation.intervals import Estimate
 from qllava.evaluation.votes import VERDICTS
 from qllava.page import Html
+
+if TYPE_CHECKING:
+    from qllava.evaluation.agreement import Agreement, Report  # scipy's statistics take a second to import
 
 _NAMES = {
     "agreement": "raw agreement",

@@ -1,16 +1,35 @@
 """What a teacher is told of a picture: captions and boxes.
 
-Context
-  id        "000000296284"
-  image     "000000296284.jpg"
-  captions  ("A donut shop is full of ...", ...)
-  boxes     (Box("donut", (0.37, 0.584, 0.504, 0.709)), ...)
-                     x1    y1     x2     y2   of width and height, from the upper left corner
+    Context
+      id        "000000296284"
+      image     "000000296284.jpg"
+      captions  ("A donut shop is full of ...", ...)
+      boxes     (Box("donut", (0.37, 0.584, 0.504, 0.709)), ...)
+                         x1    y1     x2     y2   of width and height, from the upper left corner
+
+`read_contexts` reads them from
+
+    a JSON list or JSONL    {"id", "image", "captions": [...], "boxes": [{"category", "bbox"}], "complete"}; the id may
+                            be missing, the boxes may stand under `instances`, `complete` is false unless it says true
+    COCO's annotations      captions_NAME.json with instances_NAME.json beside it, or the folder of such a pair
+    nano, nano:N            nano's training scenes, or the first N of them
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qllava.config import NANO, InputError
+from qllava.data.rows import Place, Problem, read_rows
+from qllava.nano import dataset, language, scenes
+from qllava.synthesis import coco
+
+_ROUNDING = 0.0015
+"""How far outside of 0..1 a coordinate of three decimals may lie and still be a rounded one."""
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -29,3 +48,133 @@ class Context:
     image: str  # the file's name, relative to the folder of the pictures
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
+    complete: bool = False  # whether the boxes are all that there is to see, so that what has none is not there
+
+
+class _Unusable(ValueError):
+    """What is wrong with a row, before it is known where it stands: kind, problem, hint."""
+
+    def __init__(self, kind: str, problem: str, hint: str) -> None:
+        super().__init__(kind, problem, hint)
+
+
+def read_contexts(source: str | Path) -> list[Context]:
+    """Read contexts from a file, a folder of COCO's annotations, or `nano` (see the module).
+
+    Raises InputError with every problem of the source, a line each, naming file, line and id.
+    """
+    if (scenes := _nano_scenes(str(source))) is not None:
+        return [_of_scene(f"train-{number:06d}") for number in range(scenes)]
+    path = Path(source)
+    problems: list[Problem] = []
+    read = coco.read_rows if coco.is_coco(path) else read_rows
+    contexts: dict[str, Context] = {}
+    for place, row in read(path, problems.append):
+        try:
+            context = _context(row)
+            if context.id in contexts:
+                raise _Unusable("id", "another picture has the same id", "give each picture an id of its own")
+            contexts[context.id] = context
+        except _Unusable as error:
+            kind, problem, hint = error.args
+            problems.append(Problem(kind, problem, hint, place, _said_id(row)))
+    if not contexts and not problems:
+        problem, hint = "there are no pictures in it", "give it captions and boxes of at least one picture"
+        problems.append(Problem("no rows", problem, hint, Place(str(path))))
+    if problems:
+        more = len(problems) - _SHOWN
+        lines = [str(problem) for problem in problems[:_SHOWN]]
+        raise InputError("\n".join([*lines, f"And {more:,} more."] if more > 0 else lines))
+    return list(contexts.values())
+
+
+def picture_folder(source: str | Path) -> Path:
+    """Where the pictures of a source lie when nothing else is said: beside its file; nano's are drawn if need be."""
+    if _nano_scenes(str(source)) is not None:
+        return dataset.prepare().folder
+    return Path(source) if Path(source).is_dir() else Path(source).parent
+
+
+def _nano_scenes(source: str) -> int | None:
+    """How many of nano's training scenes are asked for; None where another source is."""
+    name, colon, number = source.partition(":")
+    if name != NANO:
+        return None
+    if not colon:
+        return dataset.TRAIN_PICTURES
+    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= dataset.TRAIN_PICTURES):
+        most = f"{dataset.TRAIN_PICTURES:,}"
+        raise InputError(f"{source}: nano has from 1 to {most} training scenes; write nano:100 for the first 100.")
+    return int(number)
+
+
+def _of_scene(id_: str) -> Context:
+    """A training scene of nano: five captions, and every shape with size, colour and form as its category."""
+    scene = dataset.scene_of(id_)
+    boxes = []
+    for shape in scene.shapes:
+        x1, y1, x2, y2 = (value / scenes.SIZE for value in shape.box)
+        boxes.append(Box(f"{shape.size} {shape.colour} {shape.form}", (x1, y1, x2, y2)))
+    captions = tuple(f"{said}." for said in language.captions(scene, random.Random(f"captions-{id_}")))
+    return Context(id_, f"images/{id_}.png", captions, tuple(boxes), complete=True)
+
+
+def _said_id(row: Any) -> str | None:
+    """The id of a row that may be anything, for messages."""
+    id_ = row.get("id") if isinstance(row, dict) else None
+    return str(id_) if isinstance(id_, str | int) else None
+
+
+def _context(row: Any) -> Context:
+    """Check one row. Raises _Unusable with everything that is wrong with it."""
+    if not isinstance(row, dict):
+        raise _Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
+    wrong: list[str] = []
+    image, id_ = row.get("image"), row.get("id")
+    if not isinstance(image, str) or not image.strip():
+        wrong.append("image must be the name of a file")
+        image = ""
+    if id_ is None:
+        id_ = str(PurePosixPath(image).with_suffix("")) if image else ""
+    if isinstance(id_, bool) or not isinstance(id_, str | int) or str(id_) == "":
+        wrong.append("id must be text or a whole number")
+    captions = row.get("captions")
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        wrong.append("captions must be a list of at least one text")
+        captions = []
+    complete = row.get("complete", False)
+    if not isinstance(complete, bool):
+        wrong.append("complete must be true or false")
+    boxes = _boxes(row, wrong)
+    if wrong:
+        raise _Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
+    return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete)
+
+
+def _boxes(row: dict[str, Any], wrong: list[str]) -> list[Box]:
+    """The boxes of a row; what is wrong with them is added to `wrong`."""
+    keys = [key for key in ("boxes", "instances") if key in row]
+    given = row[keys[0]] if len(keys) == 1 else None
+    if not isinstance(given, list):
+        twice = "boxes and instances are two names of one list"
+        wrong.append(twice if len(keys) > 1 else "boxes must be a list, empty where nothing was marked")
+        return []
+    boxes = []
+    for number, one in enumerate(given, start=1):
+        category, bbox = (one.get("category"), one.get("bbox")) if isinstance(one, dict) else (None, None)
+        if not isinstance(category, str) or not category.strip():
+            wrong.append(f"box {number} needs a category")
+        elif not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
+            wrong.append(f"box {number} ({category}) needs a bbox of four numbers")
+        elif not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in bbox):
+            wrong.append(f"box {number} ({category}) reaches outside of 0..1: {bbox}")
+        elif not (bbox[0] < bbox[2] and bbox[1] < bbox[3]):
+            wrong.append(f"box {number} ({category}) has no area, x1 < x2 and y1 < y2 do not hold: {bbox}")
+        else:
+            x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in bbox)
+            boxes.append(Box(category.strip(), (x1, y1, x2, y2)))
+    return boxes
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

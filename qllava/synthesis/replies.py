@@ -1,0 +1,261 @@
+"""From what a teacher wrote to questions and answers, and the rules that these must keep.
+
+A reply is JSON where the server can be held to a schema, else blocks; a description is the whole text:
+
+    {"turns": [{"question": "What is it?", "answer": "A cat."}]}          Question: What is it?
+                                                                          ===
+                                                                          Answer: A cat.
+
+Either is read wherever it is found, for a server may accept a schema and ignore it. A rule that is broken has a name,
+which the counts of a run and the file of what was left out use, and a sentence, which the teacher is told with the
+request to write it again.
+
+    refused        it declines; this alone is not asked again
+    truncated      the longest reply that was allowed was not long enough
+    unreadable     the server's answer was not what the API promises
+    empty          nothing was said
+    unparsed       neither JSON nor blocks, or half of them, or a question without an answer
+    turns          too few or too many questions
+    captions       it speaks of captions, annotations or given descriptions: the teacher is to write as if it saw
+    boxes          it speaks of bounding boxes; a box that a caption names is one to carry things in
+    coordinates    it speaks of coordinates, or writes them
+    object         it names an object that neither a caption nor a box names (see `objects`)
+    self-answered  a question that holds its answer: every word of weight in the answer stands in the question
+    repeated       one question twice
+    markup         it spells a control token, as <image>
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from qllava.synthesis.contexts import Context
+from qllava.synthesis.objects import unsupported
+from qllava.synthesis.store import Reply
+
+Turns: TypeAlias = tuple[tuple[str, str], ...]
+"""Question and answer of every turn; a description's question is empty."""
+
+RULES = (
+    "refused",
+    "truncated",
+    "unreadable",
+    "empty",
+    "unparsed",
+    "turns",
+    "captions",
+    "boxes",
+    "coordinates",
+    "object",
+    "self-answered",
+    "repeated",
+    "markup",
+)
+
+BLOCKS = (
+    "Write each question and its answer in this form, with a line === between two pairs, and nothing else:\n"
+    "Question: the question\n===\nAnswer: the answer"
+)
+JSON_FORM = (
+    'Reply with one JSON object and nothing else: {"turns": [{"question": "the question", "answer": "the answer"}]}'
+)
+RESPONSE_FORMAT: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "turns",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {
+                "turns": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
+                        "required": ["question", "answer"],
+                        "additionalProperties": False,
+                    },
+                }
+            },
+            "required": ["turns"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+_SPEAKS_OF_CAPTIONS = re.compile(
+    r"\bcaption(?:s|ed)?\b|\bannotat(?:ed|ions?)\b"
+    r"|\b(?:provided|given|above) (?:sentences?|descriptions?|texts?|context|information|list)\b"
+    r"|\b(?:according to|based on|from) the (?:sentences?|descriptions?)\b"
+    r"|\bthe (?:sentences?|descriptions?) (?:say|mention|state|indicate|tell)s?\b",
+    re.IGNORECASE,
+)
+_BOXES = re.compile(r"\bbox(?:es)?\b", re.IGNORECASE)
+_BOUNDING = re.compile(r"\bbounding[ -]box(?:es)?\b|\bb-?box(?:es)?\b", re.IGNORECASE)
+_COORDINATES = re.compile(r"\bcoordinates?\b|\[\s*\d*\.?\d+\s*,\s*\d*\.?\d+|(?<!\d)[01]?\.\d{3}(?!\d)", re.IGNORECASE)
+_MARKUP = re.compile(r"<image>|</?s>|<\|[\w ]+\|>|\[/?INST\]")
+_DECLINES = re.compile(
+    r"\W*(?:(?:i'm|i am|we're|we are) (?:very |so |really )?sorry|(?:sorry|unfortunately|i apologi[sz]e)\b.{0,40}"
+    r"\bi (?:can|am|'m)"
+    r"|(?:i|we) (?:can ?not|can't|won't|will not|must decline|am unable|am not able|refuse)"
+    r"|i'm (?:unable|not able)|as an? (?:ai|artificial|language)\b)",
+    re.IGNORECASE,
+)
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
+_MARK = re.compile(r"^[ \t*#]*(Question|Answer)(?: *\d+)? *:[ *]*", re.MULTILINE | re.IGNORECASE)
+_LIGHT = frozenset(
+    re.split(
+        r"\s+",
+        """a an the this that these those it its he she they his her their them there here is are was were be been being am
+    do does did has have had and or but of in on at to from with by for as into over under one some any what which who
+    whom whose where when why how can could would will may might i you we picture image photo photograph
+        scene""",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a reply breaks."""
+
+    rule: str  # one of RULES
+    sentence: str  # what is wrong, as the teacher is told
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reply says, and what is wrong with it; without anything wrong it can be used."""
+
+    turns: Turns
+    broken: tuple[Broken, ...]
+
+    @property
+    def reason(self) -> str | None:
+        """The name under which the reply is counted: the first of the rules that it breaks."""
+        return min((broken.rule for broken in self.broken), key=RULES.index, default=None)
+
+
+def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verdict:
+    """Read a reply and hold it to every rule; `turns` is how many questions it may hold, None for a description."""
+    text = _THOUGHTS.sub("", reply.text).strip()
+    if reply.finish_reason == "unreadable":
+        return _refused("unreadable", "it did not arrive in a readable form")
+    if reply.refusal is not None or reply.finish_reason == "content_filter":
+        return _refused("refused", "it was declined")
+    said = (("", text),) if turns is None else parse(text)
+    if _DECLINES.match(text) or any(_DECLINES.match(answer) for _, answer in said):
+        return _refused("refused", "it was declined")
+    if reply.finish_reason == "length":
+        return _refused("truncated", "it was cut off before its end, so it must become much shorter")
+    if not text:
+        return _refused("empty", "it was empty")
+    if not said:
+        return _refused("unparsed", "it was not in the form that was asked for")
+    broken = [*_count(said, turns), *_source(said, context), *_questions(said)]
+    if _MARKUP.search(text):
+        broken.append(Broken("markup", "it spells a control token such as <image>"))
+    return Verdict(said, tuple(broken))
+
+
+def repair_request(broken: tuple[Broken, ...]) -> str:
+    """What the teacher is told about a reply that cannot be used."""
+    reasons = "; ".join(one.sentence for one in broken)
+    return f"This cannot be used: {reasons}. Write it again as a whole, in the form that was asked for, without that."
+
+
+def parse(text: str) -> Turns:
+    """Questions and answers from JSON or blocks; nothing where neither is whole."""
+    fenced = _FENCE.match(text)
+    plain = fenced[1] if fenced else text
+    try:
+        return _from_json(json.loads(plain))
+    except (ValueError, RecursionError):
+        return from_blocks(plain)
+
+
+def _from_json(read: Any) -> Turns:
+    listed = read.get("turns", [read]) if isinstance(read, dict) else read
+    turns: list[tuple[str, str]] = []
+    for one in listed if isinstance(listed, list) else []:
+        pair = (one.get("question"), one.get("answer")) if isinstance(one, dict) else (None, None)
+        if not (isinstance(pair[0], str) and isinstance(pair[1], str) and pair[0].strip() and pair[1].strip()):
+            return ()
+        turns.append(
+            (pair[0].encode(errors="replace").decode().strip(), pair[1].encode(errors="replace").decode().strip())
+        )
+    return tuple(turns)
+
+
+def from_blocks(text: str) -> Turns:
+    """Questions and answers from blocks; nothing where they do not alternate, or one of them is empty."""
+    marks = list(_MARK.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    said = [
+        re.sub(r"\s*^={3,}\s*$\s*", "", text[m.end() : end], flags=re.MULTILINE).strip()
+        for m, end in zip(marks, ends, strict=True)
+    ]
+    sides = [mark[1].lower() for mark in marks]
+    if sides != ["question", "answer"] * (len(sides) // 2) or not all(said):
+        return ()
+    return tuple(zip(said[::2], said[1::2], strict=True))
+
+
+def as_blocks(turns: Turns) -> str:
+    """Questions and answers in the form of blocks."""
+    return "\n===\n".join(f"Question: {question}\n===\nAnswer: {answer}" for question, answer in turns)
+
+
+def as_json(turns: Turns) -> str:
+    """Questions and answers in the form of the schema."""
+    return json.dumps({"turns": [{"question": q, "answer": a} for q, a in turns]}, ensure_ascii=False)
+
+
+def _refused(rule: str, sentence: str) -> Verdict:
+    return Verdict((), (Broken(rule, sentence),))
+
+
+def _count(said: Turns, turns: tuple[int, int] | None) -> list[Broken]:
+    if turns is None or turns[0] <= len(said) <= turns[1]:
+        return []
+    wanted = str(turns[0]) if turns[0] == turns[1] else f"{turns[0]} to {turns[1]}"
+    return [Broken("turns", f"it holds {len(said)} questions, and {wanted} were asked for")]
+
+
+def _source(said: Turns, context: Context) -> list[Broken]:
+    """What it says of where it knows from, and what it cannot know."""
+    text = "\n".join(f"{question}\n{answer}" for question, answer in said)
+    known = "\n".join((*context.captions, *(box.category for box in context.boxes)))
+    broken = []
+    found = [match[0] for match in _SPEAKS_OF_CAPTIONS.finditer(text) if match[0].lower() not in known.lower()]
+    if found:
+        broken.append(Broken("captions", f'it speaks of what it was told ("{found[0]}"), not as one who sees'))
+    if _BOUNDING.search(text) or (_BOXES.search(text) and not _BOXES.search(known)):
+        broken.append(Broken("boxes", "it speaks of boxes"))
+    if _COORDINATES.search(text):
+        broken.append(Broken("coordinates", "it speaks of coordinates or writes such numbers"))
+    lies = unsupported(text, context.captions, [box.category for box in context.boxes])
+    if lies:
+        broken.append(Broken("object", f"it names what is not known to be there: {', '.join(sorted(lies))}"))
+    return broken
+
+
+def _questions(said: Turns) -> list[Broken]:
+    broken = []
+    for question, answer in said:
+        if question and " or " not in question.lower() and _weight(answer) and _weight(answer) <= _weight(question):
+            broken.append(Broken("self-answered", f'the question "{question}" holds its own answer'))
+            break
+    asked = [" ".join(re.findall(r"\w+", question.lower())) for question, _ in said]
+    if len(set(asked)) < len(asked):
+        broken.append(Broken("repeated", "it asks one question twice"))
+    return broken
+
+
+def _weight(text: str) -> set[str]:
+    """The words that carry what is said, without endings of the plural."""
+    words = re.findall(r"[a-z0-9]+", text.lower().replace("\u2019", "'").replace("'s", ""))
+    return {word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words if word not in _LIGHT}

@@ -69,11 +69,15 @@ class ScienceProblem:
         context = [name for name, there in (("TXT", self.hint), ("IMG", self.image)) if there]
         return (self.subject, *(context or ["NO"]), "G1-6" if self.grade <= 6 else "G7-12")
 
-    def prompt(self, order: Order) -> str:
-        """The question, its context and its options, and in which order to answer."""
+    def words(self) -> str:
+        """The question, its context and its options, a line each."""
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
         lines = [f"Question: {self.question}", f"Context: {self.hint or 'N/A'}", f"Options: {options}"]
-        return "\n".join([*lines, _INSTRUCTION[order]])
+        return "\n".join(lines)
+
+    def prompt(self, order: Order) -> str:
+        """The words, and in which order to answer."""
+        return f"{self.words()}\n{_INSTRUCTION[order]}"
 
 
 @dataclass(frozen=True)

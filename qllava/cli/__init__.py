@@ -11,6 +11,7 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
     qllava merge runs/finetune_lora merged
     qllava export merged gguf --format gguf
     qllava chat nano --image photo.jpg --prompt "What is this?"
+    qllava synthesize contexts.jsonl train.json --teacher a-model --base-url http://127.0.0.1:8000/v1
     qllava eval vqa merged questions.jsonl --json
 """
 
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from qllava import __version__
-from qllava.cli import evaluate, models, prepare
+from qllava.cli import evaluate, models, prepare, synthesize
 from qllava.config import InputError
 
 
@@ -43,6 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qllava", description="Build, tune and use LLaVA on one consumer GPU.")
     parser.add_argument("--version", action="version", version=f"qllava {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (prepare, models, evaluate):
+    for module in (prepare, models, synthesize, evaluate):
         module.add(verbs)
     return parser

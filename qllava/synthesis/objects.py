@@ -15,11 +15,12 @@ from functools import cache
 # Category | what a text must say to name it | what in a caption is evidence for it besides.
 # Plurals are added; a word with ! stands for itself alone. An empty middle stands for the category's own name.
 _OBJECTS = """
-person | man, men!, woman, women!, boy, girl | person, people!, child, children!, kid, baby, toddler, adult, someone!, \
-anyone!, guy, lady, ladies!, gentleman, couple, family, crowd, player, batter, pitcher, catcher, umpire, surfer, skier, \
-snowboarder, skateboarder, rider, cyclist, biker, driver, worker, chef, student, friend, pedestrian, he!, she!, his!, \
-her!, team, group, bride, groom, tourist, spectator, passenger, soldier, officer, male, female, teenager, hand, \
-tennis player, skater, athlete, jockey, fan, customer, shopper, swimmer, fisherman, farmer, mother, father
+person | man, men!, woman, women!, boy, girl | person, people!, child, children!, kid, baby, toddler, adult, \
+someone!, anyone!, guy, lady, ladies!, gentleman, couple, family, crowd, player, batter, pitcher, catcher, umpire, \
+surfer, skier, snowboarder, skateboarder, rider, cyclist, biker, driver, worker, chef, student, friend, pedestrian, \
+he!, she!, his!, her!, team, group, bride, groom, tourist, spectator, passenger, soldier, officer, male, female, \
+teenager, hand, tennis player, skater, athlete, jockey, fan, customer, shopper, swimmer, fisherman, farmer, mother, \
+father
 bicycle | bicycle, bike | cyclist, biker, biking!
 car | | vehicle, traffic, taxi, cab, van, sedan, suv, automobile, jeep, truck
 motorcycle | motorcycle, motorbike | bike, biker, scooter, moped, vespa

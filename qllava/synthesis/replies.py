@@ -107,13 +107,14 @@ _DECLINES = re.compile(
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 _MARK = re.compile(r"^[ \t*#]*(Question|Answer)(?: *\d+)? *:[ *]*", re.MULTILINE | re.IGNORECASE)
+_RULER = re.compile(r"^\s*={3,}\s*$", re.MULTILINE)
 _LIGHT = frozenset(
     re.split(
         r"\s+",
-        """a an the this that these those it its he she they his her their them there here is are was were be been being am
-    do does did has have had and or but of in on at to from with by for as into over under one some any what which who
-    whom whose where when why how can could would will may might i you we picture image photo photograph
-        scene""",
+        """a an the this that these those it its he she they his her their them there here is are was were be been
+        being am do does did has have had and or but of in on at to from with by for as into over under one some any
+        what which who whom whose where when why how can could would will may might i you we picture image photo
+        photograph scene""",
     )
 )
 
@@ -193,11 +194,8 @@ def _from_json(read: Any) -> Turns:
 def from_blocks(text: str) -> Turns:
     """Questions and answers from blocks; nothing where they do not alternate, or one of them is empty."""
     marks = list(_MARK.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    said = [
-        re.sub(r"\s*^={3,}\s*$\s*", "", text[m.end() : end], flags=re.MULTILINE).strip()
-        for m, end in zip(marks, ends, strict=True)
-    ]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
+    said = [_RULER.sub("", text[m.end() : end]).strip() for m, end in zip(marks, ends, strict=True)]
     sides = [mark[1].lower() for mark in marks]
     if sides != ["question", "answer"] * (len(sides) // 2) or not all(said):
         return ()

@@ -4,8 +4,8 @@
                    a line a reply, appended and flushed to the disk before the reply is used
 
 The key is a hash of model, version of the prompt, messages and parameters: another prompt is another call, and the
-same call is found again whoever asks it. Stopping a process at any moment leaves whole lines and at most one torn one, at the
-end, which is cut when the file is opened next. A broken line anywhere else is an error: somebody edited the file.
+same call is found again whoever asks it. Stopping a process at any moment leaves whole lines and at most one torn one,
+at the end, which is cut when the file is opened next. A broken line anywhere else is an error: somebody edited it.
 
 One process writes at a time. The lock belongs to the open file, so it ends with its process, however that ends.
 """

@@ -286,7 +286,7 @@ def text_tokens(text: str) -> int:
 
 
 def read_reply(body: bytes | Any, call: Call) -> Reply:
-    """A body of /chat/completions (bytes, or JSON that was read) as a reply; without usage, the call is counted by its text.
+    """A body of /chat/completions (bytes, or JSON that was read) as a reply; without usage, it is counted by its text.
 
     A body that is none is a reply all the same, for it was paid: the whole text, with "unreadable" for a reason.
     """

@@ -1,0 +1,142 @@
+"""What a run leaves: the rows, what was left out and why, and the count of every outcome.
+
+    OUT.json             LLaVA's rows, in the order of the pictures, then of the types; OUT.jsonl: a row a line
+    OUT.left_out.jsonl   {"id", "type", "outcome", "reason", "reply"} of every other task; no file where there is none
+    OUT.calls.jsonl      the replies (see `store`)
+
+Each is written aside and renamed, so that a reader sees the old or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from qllava.config import InputError
+from qllava.conversation import ask
+from qllava.synthesis.replies import Turns
+from qllava.synthesis.tasks import Needed, Settled, Task
+
+Outcome: TypeAlias = Literal["accepted", "repaired", "dropped", "failed", "left"]
+"""A first reply that keeps the rules; a second one; neither; no reply after every attempt; not asked yet."""
+OUTCOMES: tuple[Outcome, ...] = ("accepted", "repaired", "dropped", "failed", "left")
+
+
+@dataclass
+class Counts:
+    """How the tasks of a run ended."""
+
+    by_type: dict[str, Counter[Outcome]] = field(default_factory=dict)
+    broken: Counter[str] = field(default_factory=Counter)  # first replies, by the rule that they break
+    dropped: Counter[str] = field(default_factory=Counter)  # tasks, by the rule that their last reply breaks
+
+    def add(self, task: Task, outcome: Outcome, end: Needed | Settled) -> None:
+        """Count one task."""
+        self.by_type.setdefault(task.type, Counter())[outcome] += 1
+        if isinstance(end, Settled):
+            self.broken[end.first or ""] += end.first is not None
+            self.dropped[end.reason or ""] += end.reason is not None
+
+    def total(self, outcome: Outcome) -> int:
+        """Of all types."""
+        return sum(counts[outcome] for counts in self.by_type.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Every count by name; each task has exactly one outcome."""
+        return {
+            "tasks": sum(counts.total() for counts in self.by_type.values()),
+            "rows": self.total("accepted") + self.total("repaired"),
+            "outcomes": {outcome: self.total(outcome) for outcome in OUTCOMES},
+            "by_type": {type_: {o: counts[o] for o in OUTCOMES} for type_, counts in self.by_type.items()},
+            "broken": {rule: n for rule, n in self.broken.most_common() if n},
+            "dropped": {rule: n for rule, n in self.dropped.most_common() if n},
+        }
+
+    def text(self) -> str:
+        """The same for the terminal."""
+        head = f"{'':<14}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES)
+        lines = [f"{type_:<14}" + "".join(f"{n[o]:>10,}" for o in OUTCOMES) for type_, n in self.by_type.items()]
+        for title, rules in (("First replies that broke a rule", self.broken), ("Dropped", self.dropped)):
+            said = ", ".join(f"{rule} {n:,}" for rule, n in rules.most_common() if n)
+            lines += [f"{title}: {said}"] if said else []
+        return "\n".join([head, *lines])
+
+
+def outcome_of(end: Needed | Settled, failed: bool) -> Outcome:
+    """The one outcome of a task."""
+    if isinstance(end, Needed):
+        return "failed" if failed else "left"
+    if end.reason is not None:
+        return "dropped"
+    return "accepted" if end.first is None else "repaired"
+
+
+def beside(out: Path, name: str) -> Path:
+    """A file that belongs to an output: OUT.calls.jsonl to OUT.json."""
+    return out.with_name(f"{out.stem}.{name}.jsonl")
+
+
+def llava_row(task: Task, turns: Turns) -> dict[str, Any]:
+    """A row in LLaVA's form, the picture first."""
+    said = [
+        {"from": side, "value": value}
+        for number, (question, answer) in enumerate(turns)
+        for side, value in (("human", question if number else ask(question)), ("gpt", answer))
+    ]
+    return {"id": task.id, "image": task.context.image, "conversations": said, "type": task.type}
+
+
+def write_output(
+    out: Path, tasks: Iterable[Task], end_of: Callable[[Task], Needed | Settled], failed: Mapping[str, str]
+) -> Counts:
+    """Write the rows and what was left out; `failed` has the reasons of tasks without a reply, by their ids.
+
+    Raises InputError when a file cannot be written; what stood there before is then still there.
+    """
+    counts = Counts()
+    left_out = beside(out, "left_out")
+    parts = (out.with_name(f"{out.name}.part"), left_out.with_name(f"{left_out.name}.part"))
+    start, between, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[", ",\n", "]\n")
+    try:
+        with parts[0].open("w", encoding="utf-8") as rows, parts[1].open("w", encoding="utf-8") as rest:
+            rows.write(start)
+            written = 0
+            for task in tasks:
+                step = end_of(task)
+                outcome = outcome_of(step, task.id in failed)
+                counts.add(task, outcome, step)
+                if isinstance(step, Settled) and step.reason is None:
+                    rows.write((between if written else "") + _line(llava_row(task, step.turns)))
+                    written += 1
+                else:
+                    rest.write(_line(_left_out(task, outcome, step, failed.get(task.id))) + "\n")
+            rows.write(end if written or start else "")
+        parts[0].replace(out)
+        if counts.total("accepted") + counts.total("repaired") < sum(n.total() for n in counts.by_type.values()):
+            parts[1].replace(left_out)
+        else:
+            parts[1].unlink()
+            left_out.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    return counts
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What to say of a file that cannot be written."""
+    return InputError(f"{path} cannot be written ({error.strerror}); make room, or choose another place.")
+
+
+def _left_out(task: Task, outcome: Outcome, end: Needed | Settled, failure: str | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"id": task.context.id, "type": task.type, "outcome": outcome}
+    if isinstance(end, Settled):
+        return {**about, "reason": end.reason, "reply": end.said}
+    return {**about, "reason": failure or "not asked yet"}
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False)

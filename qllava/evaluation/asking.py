@@ -64,7 +64,7 @@ class Judge:
 
                 await teacher.each(range(len(calls)), work)
                 asked = store.calls - before
-        return Answered(self, tuple(replies), asked)
+        return Answered(self, tuple(calls), tuple(replies), asked)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Answered:
     """A judge's replies and what they cost."""
 
     judge: Judge
-    replies: tuple[Reply | None, ...]  # None: no reply after every attempt
+    calls: tuple[Call, ...]
+    replies: tuple[Reply | None, ...]  # of each call; None: no reply after every attempt
     asked: int  # replies that were not kept from before
 
     def texts(self) -> list[str | None]:
@@ -83,13 +84,14 @@ class Answered:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Name, parameters and cost of the judge, for a result."""
-        there = [reply for reply in self.replies if reply is not None]
+        """Name, parameters and cost of the judge, for a result; a call that was needed twice was paid once."""
+        replies = {call.key: reply for call, reply in zip(self.calls, self.replies, strict=True)}
+        there = [reply for reply in replies.values() if reply is not None]
         return {
             "name": self.judge.name,
             "base_url": self.judge.base_url,
             "parameters": dict(self.judge.parameters),
-            "calls": len(self.replies),
+            "calls": len(replies),
             "asked_now": self.asked,
             "prompt_tokens": sum(reply.prompt_tokens for reply in there),
             "completion_tokens": sum(reply.completion_tokens for reply in there),

@@ -16,7 +16,7 @@ from qllava.config import InputError
 from qllava.evaluation.asking import Judge
 from qllava.evaluation.ensemble import EnsembleResult, combine, combine_files
 from qllava.evaluation.scienceqa import ScienceProblem
-from tests.scripted_judge import scripted_judge
+from tests.synthesis.server import ChatServer, Said
 
 REFUSES = re.compile("animal|sentence|text|best", re.IGNORECASE)
 
@@ -116,7 +116,7 @@ def test_a_judge_on_real_answers(science: Path, tmp_path: Path) -> None:
         return plain_letter(max((text[id].strip() or "(no answer)" for text in texts), key=lambda t: (len(t), t)))
 
     files = [science / f"{name}.jsonl" for name in ("llava_13b_v0", "gpt3_cot")]
-    with scripted_judge(says) as server:
+    with ChatServer(lambda asked: Said(says(asked.last))) as server:
         judge = Judge("scripted", server.url, tmp_path / "calls.jsonl")
         found = combine_files(science / "problems.json", *files, "judge", judge=judge)
         asked = len(server.requests)
@@ -126,11 +126,13 @@ def test_a_judge_on_real_answers(science: Path, tmp_path: Path) -> None:
     assert found.decisions is not None and again.decisions is not None
     differ = len(found.decisions.problems)
     # Two of the problems read alike and were answered alike, so there is less to ask than two calls for each.
-    assert asked == len({request["messages"][-1]["content"] for request in server.requests}) == 2 * differ - 2
+    assert asked == len({request.last for request in server.requests}) == 2 * differ - 2
     assert asked > 40
     assert found.decisions.inconsistent == 0 and 0 < found.decisions.unread < differ
     assert found.decisions.seen_first.value == 0.5
-    assert found.decisions.to_json()["prompt_tokens"] == 20 * differ
+    words = sum(len(message["content"].split()) for one in server.requests for message in one.body["messages"])
+    assert found.decisions.to_json()["prompt_tokens"] == words  # the server counts words
+    assert found.decisions.to_json()["calls"] == asked
     assert found.decisions.to_json()["name"] == "scripted"
     assert again.to_json() | {"judge": None} == found.to_json() | {"judge": None}
     assert (found.decisions.to_json()["asked_now"], again.decisions.to_json()["asked_now"]) == (asked, 0)
@@ -138,7 +140,7 @@ def test_a_judge_on_real_answers(science: Path, tmp_path: Path) -> None:
 
 def test_a_judge_that_takes_the_first_answer_is_exposed(science: Path, tmp_path: Path) -> None:
     files = [science / f"{name}.jsonl" for name in ("llava_13b_v0", "gpt3_cot")]
-    with scripted_judge(lambda text: students(text)[0]) as server:
+    with ChatServer(lambda asked: Said(students(asked.last)[0])) as server:
         judge = Judge("first", server.url, tmp_path / "calls.jsonl")
         found = combine_files(science / "problems.json", *files, "judge", judge=judge)
     assert found.decisions is not None
@@ -152,7 +154,7 @@ def test_a_judge_that_takes_the_first_answer_is_exposed(science: Path, tmp_path:
 def test_a_third_answer_counts_when_it_is_given_twice(tmp_path: Path) -> None:
     problems = [problem(1, answer=2), problem(2, answer=2)]
     answers, partner = {"1": "A", "2": "A"}, {"1": "B", "2": "A"}
-    with scripted_judge(lambda text: "The answer is C.") as server:
+    with ChatServer(lambda asked: Said("The answer is C.")) as server:
         found = combine(problems, answers, partner, "judge", Judge("j", server.url, tmp_path / "c.jsonl"))
         assert len(server.requests) == 2
     assert found.helped == ("1",)
@@ -162,14 +164,14 @@ def test_a_third_answer_counts_when_it_is_given_twice(tmp_path: Path) -> None:
 
 def test_the_judge_gets_the_problem_in_words(tmp_path: Path) -> None:
     shown = ScienceProblem("1", "What is it?", ("cat", "dog"), 0, "It barks.", "image.png", "NAT", 3, "test")
-    with scripted_judge(lambda text: "The answer is A.") as server:
+    with ChatServer(lambda asked: Said("The answer is A.")) as server:
         combine([shown], {"1": "B"}, {}, "judge", Judge("j", server.url, tmp_path / "c.jsonl"))
-    texts = {request["messages"][-1]["content"] for request in server.requests}
+    texts = {request.last for request in server.requests}
     assert len(texts) == 2  # both orders
     for text in texts:
         assert "What is it?" in text and "It barks." in text and "(A) cat (B) dog" in text
         assert "which you cannot see" in text and "(no answer)" in text
-    assert all(request["temperature"] == 0.0 and request["model"] == "j" for request in server.requests)
+    assert all(request.body["temperature"] == 0.0 and request.body["model"] == "j" for request in server.requests)
 
 
 def test_the_command(science: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
-"""The verbs `qllava eval ...` that weigh answers against each other: ensemble, agreement."""
+"""The verbs `qllava eval ...` that weigh answers against each other: ensemble, judge, agreement."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from qllava.cli.flags import Verbs, add_verb, json_flag, quietly
 from qllava.config import InputError
@@ -25,6 +26,7 @@ def add(kinds: Verbs) -> None:
     )
     _judge_flags(ensemble)
     json_flag(ensemble)
+    _add_judge(kinds)
     agreement = add_verb(kinds, "agreement", run_eval_agreement, "does a judge decide as people do, with intervals")
     agreement.add_argument("--votes", metavar="V.jsonl", type=Path, required=True, help="people's, as the demo wrote")
     agreement.add_argument(
@@ -32,6 +34,24 @@ def add(kinds: Verbs) -> None:
     )
     agreement.add_argument("--html", metavar="FILE", type=Path, help="write a page with a plot")
     json_flag(agreement)
+
+
+def _add_judge(kinds: Verbs) -> None:
+    judge = add_verb(kinds, "judge", run_eval_judge, "a language model rates answers beside a reference, or votes")
+    what = judge.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--questions", metavar="Q.jsonl", type=Path, help="rate answers: question_id, text, category, image"
+    )
+    what.add_argument("--votes", metavar="V.jsonl", type=Path, help="vote on the pairs of answers that people voted on")
+    judge.add_argument("--reference", metavar="R.jsonl", type=Path, help="the answers to be compared with")
+    judge.add_argument("--answers", metavar="A.jsonl", type=Path, help="the answers to be rated")
+    judge.add_argument("--contexts", metavar="C.jsonl", type=Path, help="the pictures in captions and boxes")
+    judge.add_argument(
+        "--pictures", metavar="DIR", type=Path, help="with --votes, for a judge that sees: kept pictures"
+    )
+    _judge_flags(judge)
+    judge.add_argument("--out", metavar="J.jsonl", type=Path, required=True, help="where every reply is written")
+    json_flag(judge)
 
 
 def _judge_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +81,36 @@ def run_eval_ensemble(arguments: argparse.Namespace) -> int:
         ),
         arguments.json,
     )
+    print(json.dumps(result.to_json()) if arguments.json else result.text())
+    return 0
+
+
+def run_eval_judge(arguments: argparse.Namespace) -> int:
+    """`qllava eval judge`: relative scores by category, or a judge's votes for `eval agreement`."""
+    from qllava.evaluation.asking import Judge
+
+    if not arguments.judge:
+        raise InputError("Name the judge with --judge, as its server calls it.")
+    if arguments.votes and (arguments.reference or arguments.answers):
+        raise InputError("--reference and --answers belong to --questions; with --votes both answers are in the votes.")
+    if arguments.questions and not (arguments.reference and arguments.answers):
+        raise InputError("To rate answers, name them with --answers and what they are compared with by --reference.")
+    if arguments.questions and arguments.pictures:
+        raise InputError("--pictures belongs to --votes; answers are rated by the pictures' --contexts.")
+    judge = Judge(arguments.judge, arguments.base_url, arguments.store)
+
+    def run() -> Any:
+        if arguments.votes:
+            from qllava.evaluation.judge_votes import vote_on_file
+
+            given = {"contexts": arguments.contexts, "pictures": arguments.pictures}
+            return vote_on_file(arguments.votes, judge, arguments.out, **given)
+        from qllava.evaluation.judge import judge_files
+
+        files = (arguments.questions, arguments.reference, arguments.answers, arguments.contexts)
+        return judge_files(*files, judge, arguments.out)
+
+    result = quietly(run, arguments.json)
     print(json.dumps(result.to_json()) if arguments.json else result.text())
     return 0
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,16 @@ class Judge:
     store: Path | None = None  # None: one file for all evaluations, in the cache folder
     parameters: Mapping[str, Any] = field(default_factory=lambda: PARAMETERS)
 
-    def call(self, prompt: str, text: str) -> Call:
-        """What is said to the judge: `prompt` as the system's message, whose hash is the version, and the case."""
-        messages: tuple[Message, ...] = ({"role": "system", "content": prompt}, {"role": "user", "content": text})
+    def call(self, prompt: str, text: str, images: Sequence[str] = ()) -> Call:
+        """What is said to the judge: `prompt` as the system's message, whose hash is the version, and the case.
+
+        `images` are data URIs, for a judge that can see.
+        """
+        content: Any = text
+        if images:
+            content = [{"type": "text", "text": text}]
+            content += [{"type": "image_url", "image_url": {"url": image}} for image in images]
+        messages: tuple[Message, ...] = ({"role": "system", "content": prompt}, {"role": "user", "content": content})
         version = f"judge-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
         return Call(self.name, messages, self.parameters, version)
 
@@ -96,3 +104,30 @@ class Answered:
             "prompt_tokens": sum(reply.prompt_tokens for reply in there),
             "completion_tokens": sum(reply.completion_tokens for reply in there),
         }
+
+
+def json_object(text: str, keys: set[str]) -> dict[str, Any] | None:
+    """The one JSON object with these keys that a reply holds, whatever stands around it; None for none or several."""
+    decoder = json.JSONDecoder()
+    found, at = [], text.find("{")
+    while at >= 0:
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+        else:
+            if keys <= value.keys():
+                found.append(value)
+        at = text.find("{", at)
+    return found[0] if len(found) == 1 else None
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines whole or not at all. Raises InputError when that is not possible."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error

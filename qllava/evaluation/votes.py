@@ -14,6 +14,7 @@ A judgment is what `qllava eval judge --votes` writes, one line for each vote an
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,7 +40,7 @@ class Vote:
     right: str
     vote: Verdict
     rater: str | None  # None where it is not known who voted
-    context: str = ""  # what was said before the question, if anything, as it stands in the file
+    context: str = ""  # what was said before the question, if anything, as JSON
 
     @property
     def asked(self) -> tuple[str, tuple[str, ...], str]:
@@ -111,7 +112,7 @@ def _vote(row: Any, place: Place) -> Vote:
         right=row_text(answers, "right", place, id),
         vote=row["vote"],
         rater=None if rater in (None, "") else str(rater),
-        context=repr(row["conversation"]) if row.get("conversation") else "",
+        context=json.dumps(row["conversation"], ensure_ascii=False) if row.get("conversation") else "",
     )
 
 

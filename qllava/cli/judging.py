@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qllava.cli.flags import Verbs, add_verb, json_flag, quietly
 from qllava.config import InputError
+
+if TYPE_CHECKING:
+    from qllava.evaluation.asking import Judge
 
 
 def add(kinds: Verbs) -> None:
@@ -60,16 +63,41 @@ def _judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", metavar="FILE", type=Path, help="where replies are kept, so that none is asked twice (the cache)"
     )
+    parser.add_argument(
+        "--parameters",
+        metavar="JSON",
+        type=_parameters,
+        help='of every call (default: {"temperature": 0.0, "max_tokens": 1024})',
+    )
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    """A JSON object of parameters."""
+    try:
+        read = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text} ({error})") from error
+    if not isinstance(read, dict) or {"model", "messages", "stream", "n"} & set(read):
+        raise argparse.ArgumentTypeError(
+            "expected a JSON object of parameters such as temperature; model, messages, stream and n are set by qllava"
+        )
+    return read
+
+
+def _judge(arguments: argparse.Namespace) -> Judge:
+    from qllava.evaluation.asking import PARAMETERS, Judge
+
+    parameters = PARAMETERS if arguments.parameters is None else arguments.parameters
+    return Judge(arguments.judge, arguments.base_url, arguments.store, parameters)
 
 
 def run_eval_ensemble(arguments: argparse.Namespace) -> int:
     """`qllava eval ensemble`: accuracy of both and of the two together, who helped where, and the gain."""
-    from qllava.evaluation.asking import Judge
     from qllava.evaluation.ensemble import combine_files
 
     if (arguments.rule == "judge") != bool(arguments.judge):
         raise InputError("--rule judge and --judge NAME belong together; give both, or --rule complement alone.")
-    judge = Judge(arguments.judge, arguments.base_url, arguments.store) if arguments.judge else None
+    judge = _judge(arguments) if arguments.judge else None
     result = quietly(
         lambda: combine_files(
             arguments.problems,
@@ -87,8 +115,6 @@ def run_eval_ensemble(arguments: argparse.Namespace) -> int:
 
 def run_eval_judge(arguments: argparse.Namespace) -> int:
     """`qllava eval judge`: relative scores by category, or a judge's votes for `eval agreement`."""
-    from qllava.evaluation.asking import Judge
-
     if not arguments.judge:
         raise InputError("Name the judge with --judge, as its server calls it.")
     if arguments.votes and (arguments.reference or arguments.answers):
@@ -97,7 +123,7 @@ def run_eval_judge(arguments: argparse.Namespace) -> int:
         raise InputError("To rate answers, name them with --answers and what they are compared with by --reference.")
     if arguments.questions and arguments.pictures:
         raise InputError("--pictures belongs to --votes; answers are rated by the pictures' --contexts.")
-    judge = Judge(arguments.judge, arguments.base_url, arguments.store)
+    judge = _judge(arguments)
 
     def run() -> Any:
         if arguments.votes:

@@ -48,6 +48,8 @@ class Judge:
 
     def ask(self, calls: Sequence[Call]) -> Answered:
         """The replies in the order of the calls. Raises InputError where no call can succeed."""
+        if not calls:
+            return Answered(self, (), (), 0)
         path = self.store or cache_folder() / "judge" / "calls.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -174,6 +174,13 @@ def test_the_judge_gets_the_problem_in_words(tmp_path: Path) -> None:
     assert all(request.body["temperature"] == 0.0 and request.body["model"] == "j" for request in server.requests)
 
 
+def test_who_do_not_differ_need_no_judge(tmp_path: Path) -> None:
+    nobody = Judge("j", "http://127.0.0.1:9/v1", tmp_path / "c.jsonl")
+    found = combine([problem(1)], {"1": "A"}, {"1": "The answer is A."}, "judge", nobody)
+    assert found.ensemble.total.count == 1 and found.decisions is not None and found.decisions.problems == ()
+    assert found.to_json()["judge"]["calls"] == 0
+
+
 def test_the_command(science: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["eval", "ensemble", "--problems", str(science / "problems.json")]
     line += ["--answers", str(science / "gpt3_cot.jsonl"), "--partner", str(science / "llava_13b_v0.jsonl")]
@@ -189,6 +196,15 @@ def test_the_command(science: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     nobody = ["--judge", "j", "--base-url", "http://127.0.0.1:9/v1", "--store", str(tmp_path / "new" / "calls.jsonl")]
     assert cli.main([*line, "--rule", "judge", *nobody]) == 1
     assert "nobody answers there" in capsys.readouterr().err
+    for wrong in ("temperature", "[1]", '{"model": "other"}'):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*line, "--rule", "judge", *nobody, "--parameters", wrong])
+        assert end.value.code == 2
+    with ChatServer(lambda asked: Said("The answer is A.")) as server:
+        nobody[3:] = [server.url, "--store", str(tmp_path / "more.jsonl"), "--parameters", '{"seed": 5}']
+        assert cli.main([*line, "--rule", "judge", *nobody, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["judge"]["parameters"] == {"seed": 5}
+    assert all(request.body["seed"] == 5 and "temperature" not in request.body for request in server.requests)
 
 
 def test_answers_to_other_problems_are_refused(science: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import few_shot, flops, gpu, merge_memory, serving_loss, shapes, throughput
+from benchmarks import few_shot, flops, gpu, merge_memory, rules_vs_naive, serving_loss, shapes, throughput
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
@@ -263,3 +263,20 @@ def test_few_shot_compares_the_ways_to_choose(tmp_path: Path) -> None:
     ]
     assert all(line["accuracy"] * 2 == 2 * lines[0]["accuracy"] + line["gained"] - line["lost"] for line in lines)
     assert few_shot.same_in_batches(chat, examples) == {"questions": 8, "same": 8}
+
+
+# Rules beside captions
+
+
+def test_rows_of_both_systems_are_of_the_same_pictures(tmp_path: Path) -> None:
+    files = [rules_vs_naive.make(kind, 0, 5, tmp_path) for kind in ("rules", "naive")]
+    rules, naive = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    assert [row["image"] for row in rules] == [row["image"] for row in naive]
+    assert {len(row["conversations"]) for row in naive} == {2} and len(rules[0]["conversations"]) == 20
+
+
+def test_points_are_differences_of_means() -> None:
+    runs = {"rules": [{"accuracy": 0.9}, {"accuracy": 0.8}], "naive": [{"accuracy": 0.2}]}
+    out = rules_vs_naive.summary(0.95, runs)
+    assert out["points_below_main"] == pytest.approx(10) and out["points_above_naive"] == pytest.approx(65)
+    assert "points_above_naive" not in rules_vs_naive.summary(0.95, runs | {"naive": []})

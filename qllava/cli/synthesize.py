@@ -5,13 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, rank
 from qllava.config import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qllava.synthesis.contexts import Context
+    from qllava.synthesis.output import Counts
+    from qllava.synthesis.pipeline import Job, Result
+    from qllava.synthesis.tasks import Task
+
+RULES = "rules"
 
 _TYPES = ("conversation", "detail", "reasoning", "naive")
 _STYLES = ("task", "steps", "format", "length", "unbiased", "perspectives", "clear")
+_FOR_RULES = ("seed", "brief")
+_FOR_MODELS = (
+    *("base_url", "style", "prompts", "parameters", "replies", "store", "concurrency", "retries", "timeout"),
+    *("max_calls", "max_tokens_total", "dry_run", "export_batch", "import_batch"),
+)
 
 
 def add(verbs: Verbs) -> None:
@@ -22,51 +37,37 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("out", metavar="OUT", type=Path, help="rows to write: .json, or .jsonl for a row a line")
     verb.add_argument("--teacher", metavar="NAME", required=True, help="rules, or the name of a language model")
-    verb.add_argument("--base-url", metavar="URL", help="of its server (default: OPENAI_BASE_URL, else OpenAI's)")
     verb.add_argument("--types", metavar="T,...", type=_types, help=f"of {', '.join(_TYPES)} (default: all but naive)")
-    verb.add_argument(
-        "--style", metavar="S,...", type=_styles, default=(), help=f"of instructions: {', '.join(_STYLES)}"
-    )
-    verb.add_argument("--prompts", metavar="DIR", type=Path, help="changed copies of the prompts' files")
-    _add_asking(verb)
-    _add_scale(verb)
+    verb.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="part I of N, from 1/N to N/N")
+    verb.add_argument("--report", metavar="FILE", type=Path, help="page about the rows (default: report.html by OUT)")
+    verb.add_argument("--image-folder", metavar="DIR", type=Path, help="the pictures, for the report's samples")
+    rules = verb.add_argument_group("with --teacher rules")
+    rules.add_argument("--seed", metavar="N", type=rank, help="of wording and choice (default: 0)")
+    rules.add_argument("--brief", action="store_true", help="conversations with answers of a word or two")
+    _add_asking(verb.add_argument_group("with a language model"))
     json_flag(verb)
 
 
-def _add_asking(verb: argparse.ArgumentParser) -> None:
-    asking = verb.add_argument_group("asking a language model")
+def _add_asking(asking: argparse._ArgumentGroup) -> None:
+    asking.add_argument("--base-url", metavar="URL", help="of its server (default: OPENAI_BASE_URL, else OpenAI's)")
+    asking.add_argument("--style", metavar="S,...", type=_styles, help=f"of instructions: {', '.join(_STYLES)}")
+    asking.add_argument("--prompts", metavar="DIR", type=Path, help="changed copies of the prompts' files")
     asking.add_argument(
         "--parameters",
         metavar="JSON",
-        type=_object,
+        type=_parameters,
         help='of every call (default: {"temperature": 0.7, "max_tokens": 1024})',
     )
     asking.add_argument(
-        "--replies",
-        choices=("auto", "schema", "blocks"),
-        default="auto",
-        help="form of replies: JSON by a schema, blocks, or JSON where the server can (default)",
+        "--replies", choices=("schema", "blocks"), help="their form (default: JSON by a schema where the server can)"
     )
     asking.add_argument("--store", metavar="FILE", type=Path, help="where replies are kept (default: OUT.calls.jsonl)")
-    asking.add_argument("--concurrency", metavar="N", type=positive, default=16, help="calls at a time (default: 16)")
-    asking.add_argument(
-        "--retries", metavar="N", type=positive, default=6, help="attempts after the first (default: 6)"
-    )
-    asking.add_argument(
-        "--timeout", metavar="SECONDS", type=positive, default=300, help="to wait for a reply (default: 300)"
-    )
-    asking.add_argument("--max-calls", metavar="N", type=positive, help="never more calls than this in the store")
-    asking.add_argument(
-        "--max-tokens-total", metavar="N", type=positive, help="nor more tokens, of prompts and replies"
-    )
-
-
-def _add_scale(verb: argparse.ArgumentParser) -> None:
-    scale = verb.add_argument_group("scale")
-    scale.add_argument(
-        "--shard", metavar="I/N", type=_shard, default=(1, 1), help="the I-th of N parts, from 1/N to N/N"
-    )
-    how = scale.add_mutually_exclusive_group()
+    asking.add_argument("--concurrency", metavar="N", type=positive, help="calls at a time (default: 16)")
+    asking.add_argument("--retries", metavar="N", type=rank, help="attempts after the first (default: 6)")
+    asking.add_argument("--timeout", metavar="S", type=positive, help="seconds to wait for a reply (default: 300)")
+    asking.add_argument("--max-calls", metavar="N", type=positive, help="never more replies than this in the store")
+    asking.add_argument("--max-tokens-total", metavar="N", type=positive, help="nor more tokens, prompts included")
+    how = asking.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="estimate calls and tokens, and ask nobody")
     how.add_argument(
         "--export-batch", metavar="FILE", type=Path, help="write the calls that are needed as a batch file"
@@ -76,67 +77,120 @@ def _add_scale(verb: argparse.ArgumentParser) -> None:
 
 def run_synthesize(arguments: argparse.Namespace) -> int:
     """`qllava synthesize`: status 1 when a call has no reply after every attempt; the next run asks it again."""
+    from qllava.synthesis.contexts import read_contexts
+    from qllava.synthesis.prompting import DEFAULT_TYPES
+    from qllava.synthesis.tasks import make_tasks, of_shard
+
+    by_rules = arguments.teacher == RULES
+    others = _FOR_MODELS if by_rules else _FOR_RULES
+    idle = [name for name in others if (given := getattr(arguments, name)) is not None and given is not False]
+    if idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        other = "the name of a language model" if by_rules else "rules"
+        raise InputError(f"{flag} has no effect with --teacher {arguments.teacher}; leave it out, or give {other}.")
+    types = arguments.types or DEFAULT_TYPES
+    if arguments.style and not {"conversation", "reasoning"} & set(types):
+        raise InputError(f"--style has no effect on {' and '.join(types)}, whose questions are drawn from a list.")
+    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
+        raise InputError(f"{arguments.out} cannot be written: name a file in a folder that exists.")
+    contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
+    tasks = make_tasks(contexts, types, arguments.style or ())
+    return (_by_rules if by_rules else _by_model)(arguments, contexts, tasks)
+
+
+def _by_rules(arguments: argparse.Namespace, contexts: Sequence[Context], tasks: Sequence[Task]) -> int:
     from qllava.synthesis import pipeline
 
-    job = _job(arguments)
-    store = f"{job.store.name} keeps what was answered"
+    counts = pipeline.run_rules(tasks, arguments.out, seed=arguments.seed or 0, brief=arguments.brief)
+    _say(arguments, counts, counts.to_json(), [], _write_report(arguments, contexts))
+    return 0
+
+
+def _by_model(arguments: argparse.Namespace, contexts: Sequence[Context], tasks: Sequence[Task]) -> int:
+    from qllava.synthesis import pipeline
+
+    job = _job(arguments, tasks)
+    budget = {"max_calls": arguments.max_calls, "max_tokens": arguments.max_tokens_total}
     if arguments.dry_run:
         expected = pipeline.estimate(job)
-        _say(arguments, {"dry_run": True, **expected}, _estimate_text(expected))
+        print(json.dumps({"dry_run": True, **expected}) if arguments.json else _estimate_text(expected))
         return 0
     if arguments.export_batch:
-        calls = pipeline.export_batch(job, arguments.export_batch, arguments.max_calls, arguments.max_tokens_total)
+        calls = pipeline.export_batch(job, arguments.export_batch, **budget)
         nothing = "" if calls else " Nothing is left to ask: the file is empty."
-        _say(arguments, {"exported": calls}, f"{arguments.export_batch}: {calls:,} calls.{nothing}")
+        text = f"{arguments.export_batch}: {calls:,} calls.{nothing}"
+        print(json.dumps({"exported": calls}) if arguments.json else text)
         return 0
     if arguments.import_batch:
         result = pipeline.import_batch(job, arguments.import_batch)
     else:
-        result = pipeline.run(
-            job,
-            arguments.base_url,
-            concurrency=arguments.concurrency,
-            timeout=float(arguments.timeout),
-            retries=arguments.retries,
-            max_calls=arguments.max_calls,
-            max_tokens=arguments.max_tokens_total,
-        )
-    lines = [result.counts.text(), f"{result.calls:,} calls, {result.tokens:,} tokens; {store}."]
-    counts = result.counts
-    if counts.total("failed"):
-        why = next(iter(result.failures.values()))
-        lines.append(f"{counts.total('failed'):,} had no reply ({why}); the same command asks them again.")
-    if counts.total("left"):
-        how = "--export-batch writes the calls" if arguments.import_batch else "a larger budget asks them"
-        lines.append(f"{counts.total('left'):,} are still to be asked: {how}.")
-    lines.append(f"{job.out}: {counts.to_json()['rows']:,} rows")
-    _say(arguments, {"out": str(job.out), **result.to_json()}, "\n".join(lines))
-    return 1 if counts.total("failed") else 0
+        given = {name: getattr(arguments, name) for name in ("concurrency", "retries", "timeout")}
+        limits = {name: value for name, value in given.items() if value is not None}
+        result = pipeline.run(job, arguments.base_url, **limits, **budget)
+    report = _write_report(arguments, contexts)
+    _say(arguments, result.counts, result.to_json(), _remarks(result, job, bool(arguments.import_batch)), report)
+    return 1 if result.counts.total("failed") else 0
 
 
-def _job(arguments: argparse.Namespace) -> Any:
+def _job(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Job:
     """The job of a command line. Raises InputError before anything is asked or written."""
-    from qllava.synthesis.contexts import read_contexts
     from qllava.synthesis.output import beside
     from qllava.synthesis.pipeline import Job
-    from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
-    from qllava.synthesis.tasks import PARAMETERS, Asking, make_tasks, of_shard
+    from qllava.synthesis.prompting import Prompts
+    from qllava.synthesis.tasks import PARAMETERS, Asking
 
-    if not arguments.out.parent.is_dir() or arguments.out.is_dir():
-        raise InputError(f"{arguments.out} cannot be written: name a file in a folder that exists.")
-    prompts = Prompts(arguments.prompts)
-    contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
-    tasks = make_tasks(contexts, arguments.types or DEFAULT_TYPES, arguments.style)
-    form = None if arguments.replies == "auto" else arguments.replies
     parameters = PARAMETERS if arguments.parameters is None else arguments.parameters
-    asking = Asking(arguments.teacher, prompts, parameters, form)
-    for type_, style in {(task.type, task.style) for task in tasks if task.type != "naive"}:
-        prompts.prompt(type_, style)
+    asking = Asking(arguments.teacher, Prompts(arguments.prompts), parameters, arguments.replies)
+    for task in tasks:  # every prompt that is used is read, once, before the first call
+        if task.type != "naive":
+            asking.prompt(task)
     return Job(tasks, asking, arguments.out, arguments.store or beside(arguments.out, "calls"))
 
 
-def _say(arguments: argparse.Namespace, as_json: dict[str, Any], text: str) -> None:
-    print(json.dumps(as_json) if arguments.json else text)
+def _write_report(arguments: argparse.Namespace, contexts: Sequence[Context]) -> Path:
+    from qllava.data.rows import read_rows
+    from qllava.synthesis.contexts import picture_folder
+    from qllava.synthesis.report import write_report
+
+    path: Path = arguments.report or arguments.out.with_name("report.html")
+    rows = [row for _, row in read_rows(arguments.out)]
+    try:
+        write_report(rows, contexts, path, arguments.image_folder or picture_folder(arguments.contexts))
+    except OSError as error:
+        raise InputError(f"{path}: the report cannot be written ({error.strerror}); name another --report.") from error
+    return path
+
+
+def _say(
+    arguments: argparse.Namespace, counts: Counts, as_json: dict[str, Any], remarks: Sequence[str], report: Path
+) -> None:
+    """Print how it ended."""
+    if arguments.json:
+        print(json.dumps({"out": str(arguments.out), "report": str(report), **as_json}))
+    else:
+        print(
+            "\n".join([counts.text(), *remarks, f"{arguments.out}: {as_json['rows']:,} rows. What they hold: {report}"])
+        )
+
+
+def _remarks(result: Result, job: Job, imported: bool) -> list[str]:
+    """What a user should know about calls, and do about tasks that are not settled."""
+    lines = []
+    if result.imported is not None:
+        found = result.imported
+        lines.append(
+            f"Of the batch {found.replies:,} replies are new, {found.known:,} were known, {found.failed:,} requests "
+            f"failed, {found.foreign:,} belong to something else."
+        )
+    lines.append(f"{result.calls:,} calls, {result.tokens:,} tokens; {job.store} keeps {result.calls_kept:,}.")
+    failed, left = result.counts.total("failed"), result.counts.total("left")
+    if failed:
+        why = next(iter(result.failures.values()))
+        lines.append(f"{failed:,} had no reply, the first: {why}. The same command asks them again.")
+    if left:
+        how = "--export-batch writes the calls" if imported else "the budget is spent, a larger one goes on"
+        lines.append(f"{left:,} are still to be asked: {how}.")
+    return lines
 
 
 def _estimate_text(expected: dict[str, int]) -> str:
@@ -159,29 +213,27 @@ def _styles(text: str) -> tuple[str, ...]:
 
 
 def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """A list of names without blanks, each known and given once."""
+    """Names with commas between them, each known and given once."""
     names = tuple(text.split(","))
-    wrong = [name for name in names if name not in known]
-    if wrong or len(set(names)) < len(names):
+    if len(set(names)) < len(names) or not set(names) <= set(known):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, each once, not {text}")
     return names
 
 
 def _shard(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N from 1/N to N/N, not {text}")
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N, from 1/N to N/N, not {text}")
     return int(number), int(count)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parameters(text: str) -> dict[str, Any]:
+    """Parameters of the chat API, but for those that are set here."""
     try:
         read = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, not {text} ({error})") from error
-    if not isinstance(read, dict) or {"model", "messages", "response_format", "stream", "n"} & set(read):
-        raise argparse.ArgumentTypeError(
-            "expected a JSON object of parameters such as temperature; model, messages, response_format, stream and n "
-            "are set by qllava"
-        )
+    ours = {"model", "messages", "response_format", "stream", "n"}
+    if not isinstance(read, dict) or ours & set(read):
+        raise argparse.ArgumentTypeError(f"expected a JSON object without {', '.join(sorted(ours))}, not {text}")
     return read

@@ -244,11 +244,18 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
     low, high = result.ci95
     figures = [
         ("right", page.percent(result.accuracy)),
-        ("95 % interval", f"{page.percent(low)} to {page.percent(high)}"),
+        ("95 % interval", f"{100 * low:.1f} to {page.percent(high)}"),
         ("questions", f"{result.n:,}"),
         ("failures", f"{len(wrong):,}"),
     ]
-    chart = [page.section("By type", page.interval_chart("Right answers", types, 0.0, 1.0))] if types else []
+    rows = [
+        [name, f"{share.count} of {share.n}", page.percent(share.count / share.n)]
+        for name, share in result.types.items()
+    ]
+    both = page.grid(
+        page.interval_chart("Right answers", types, 0.0, 1.0), page.table(["type", "right", "share"], rows)
+    )
+    chart = [page.section("By type", both)] if types else []
     which = "All failures" if step == 1 else f"{len(shown)} of {len(wrong)} failures, evenly spaced"
     return page.page(title, note, [page.tiles(figures), *chart, page.section(which, page.gallery(cards))])
 

@@ -19,13 +19,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qllava.conversation import IMAGE_TOKEN
+from qllava.synthesis import rules
 from qllava.synthesis.batch import Imported, read_results, write_requests
 from qllava.synthesis.live import ask_all
 from qllava.synthesis.output import Counts, write_output
 from qllava.synthesis.prompting import example_turns
 from qllava.synthesis.store import Call, Store
-from qllava.synthesis.tasks import Asking, Form, Known, Needed, Task, settle
+from qllava.synthesis.tasks import Asking, Form, Known, Needed, Settled, Task, settle
 from qllava.synthesis.teacher import Teacher, most_tokens, prompt_tokens, text_tokens
+
+TOO_LITTLE = "too little known"
+"""Why rules leave a task out: the annotation has nothing that they may ask."""
 
 _PLAIN_REPLY = 300  # tokens, where a user's prompt has no worked example to measure
 
@@ -84,6 +89,20 @@ def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
 
         failures = asyncio.run(ask()) if open_tasks else {}  # where nothing is to be asked no server is needed
         return _written(job, store, before, started, failures)
+
+
+def run_rules(tasks: Sequence[Task], out: Path, *, seed: int = 0, brief: bool = False) -> Counts:
+    """Write what rules make of the pictures; a task that too little is known for is dropped."""
+
+    def end_of(task: Task) -> Settled:
+        rows = rules.write(task.context, (task.type,), seed=seed, brief=brief)
+        if not rows:
+            return Settled((), TOO_LITTLE)
+        said = [turn["value"] for turn in rows[0]["conversations"]]
+        said[0] = said[0].replace(IMAGE_TOKEN, "").strip()
+        return Settled(tuple(zip(said[::2], said[1::2], strict=True)))
+
+    return write_output(out, tqdm(tasks, unit="row", disable=None), end_of, {})
 
 
 def import_batch(job: Job, results: Path) -> Result:

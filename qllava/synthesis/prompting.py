@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from qllava.config import InputError
@@ -52,12 +53,18 @@ class Prompt:
 
     def messages(self, context: Context, *, schema: bool) -> tuple[Message, ...]:
         """The messages that ask about a picture; `schema`: for a reply in JSON, otherwise as blocks."""
-        form = "" if self.turns is None else f"\n\n{JSON_FORM if schema else BLOCKS}"
-        messages = [{"role": "system", "content": self.system + form}]
-        for seen, reply in self.examples:
-            said = reply if self.turns is None else (as_json if schema else as_blocks)(from_blocks(reply))
-            messages += [{"role": "user", "content": seen}, {"role": "assistant", "content": said}]
-        return (*messages, {"role": "user", "content": shown(context, self.type)})
+        return (*_opening(self, schema), {"role": "user", "content": shown(context, self.type)})
+
+
+@cache
+def _opening(prompt: Prompt, schema: bool) -> tuple[Message, ...]:
+    """What all calls of a prompt begin with: what is to be done, and the worked examples."""
+    form = "" if prompt.turns is None else f"\n\n{JSON_FORM if schema else BLOCKS}"
+    messages = [{"role": "system", "content": prompt.system + form}]
+    for seen, reply in prompt.examples:
+        said = reply if prompt.turns is None else (as_json if schema else as_blocks)(from_blocks(reply))
+        messages += [{"role": "user", "content": seen}, {"role": "assistant", "content": said}]
+    return tuple(messages)
 
 
 class Prompts:

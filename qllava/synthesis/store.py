@@ -1,6 +1,6 @@
 """Calls to a language model, kept by their content, so that none that was answered is ever paid again.
 
-    calls.jsonl    {"key": "3f0c...", "model": ..., "version": ..., "parameters": {...}, "reply": {"text": ..., ...}}
+    calls.jsonl    {"key": "3f0c...", "model": ..., "version": ..., "reply": {"text": ..., ...}}
                    a line a reply, appended and flushed to the disk before the reply is used
 
 The key is a hash of model, version of the prompt, messages and parameters: another prompt is another call, and the
@@ -165,8 +165,9 @@ class Store:
 
 
 def _line(call: Call, reply: Reply) -> bytes:
-    about = {"key": call.key, "model": call.model, "version": call.version, "parameters": dict(call.parameters)}
-    return json.dumps({**about, "reply": asdict(reply)}, ensure_ascii=False).encode() + b"\n"
+    # Not the messages: a hundred thousand calls repeat their instructions, and whoever asks again can make them again.
+    kept = {"key": call.key, "model": call.model, "version": call.version, "reply": asdict(reply)}
+    return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
 
 
 def _record(line: bytes) -> tuple[str, Reply]:

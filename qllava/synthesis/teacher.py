@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -40,6 +41,7 @@ UNLIMITED_REPLY = 1024  # tokens that a reply without a limit is taken to need a
 _LONGEST_REST = 60.0  # seconds between two attempts, where the server names none
 _LONGEST_WAIT = 900.0  # a server that wants a longer pause than this has a quota of the day: the run ends
 _HOPELESS = 20  # calls in a row that failed for good: the rest would, too
+_CONNECTIONS = 16  # of one client
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 
 
@@ -79,13 +81,13 @@ class Teacher:
         self.concurrency = concurrency
         self._retries, self._first_rest = retries, first_rest
         self._max_calls, self._max_tokens = max_calls, max_tokens
-        self._secret = os.environ.get("OPENAI_API_KEY", "").strip()
+        self._secret = _key()
         self._url = _address(base_url, bool(self._secret))
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 30.0), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
+        self._clients = _clients(concurrency, timeout, self._secret)
+        # A client stands here once for each connection that it may open.
+        self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
+        for number in range(concurrency):
+            self._free.put_nowait(self._clients[number // _CONNECTIONS])
         self._running: dict[str, asyncio.Task[Reply]] = {}  # by key: one call is on its way once
         self._open_calls = self._open_tokens = 0  # on their way, counted at the most that they can cost
         self._settled, self._stopping = asyncio.Event(), asyncio.Event()
@@ -99,7 +101,8 @@ class Teacher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """`work` on every item, `concurrency` at a time; `work` asks, and deals with Unanswered itself.
@@ -199,14 +202,14 @@ class Teacher:
 
     async def _fetch(self, call: Call) -> bytes:
         """The body of a reply. Raises as `ask`."""
-        attempt = 0
-        while True:
+        failures, answered = 0, self._answered
+        for attempt in itertools.count():
             # Not all at the same moment, or the server would have to turn most of them away again.
             await self._rest((self._resume - time.monotonic()) * random.uniform(1.0, 1.2))
-            answered, status, wait = self._answered, None, None
+            status = wait = None
             try:
-                response = await self._client.post(self._url, json=call.body())
-            except httpx.TransportError as error:
+                response = await self._post(call)
+            except httpx.RequestError as error:
                 reason = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
                 if isinstance(error, httpx.ConnectError) and not self._answered:
                     raise InputError(
@@ -222,12 +225,22 @@ class Teacher:
             if wait is not None:
                 self._resume = max(self._resume, time.monotonic() + wait)
             # To be told to come later is no failure while others are served.
-            attempt += not (status == 429 and self._answered > answered)
-            if attempt > self._retries:
-                raise Unanswered(f"{attempt} attempts failed, the last one with {reason}", status)
+            failures += not (status == 429 and self._answered > answered)
+            answered = self._answered
+            if failures > self._retries:
+                raise Unanswered(f"{attempt + 1} attempts failed, the last one with {reason}", status)
             if not wait:
-                most = min(_LONGEST_REST, self._first_rest * 2.0 ** (attempt - 1))
+                most = min(_LONGEST_REST, self._first_rest * 2.0 ** min(attempt, 20))
                 await self._rest(random.uniform(0.5, 1.0) * most)
+        raise AssertionError("the attempts are counted without an end")
+
+    async def _post(self, call: Call) -> httpx.Response:
+        """Send a call over a free connection."""
+        client = await self._free.get()
+        try:
+            return await client.post(self._url, json=call.body())
+        finally:
+            self._free.put_nowait(client)
 
     async def _rest(self, seconds: float) -> None:
         """Wait; raises Stopped when the run is being ended, for then nothing is to be sent any more."""
@@ -291,11 +304,17 @@ def text_tokens(text: str) -> int:
 
 
 def read_reply(body: bytes | Any, call: Call) -> Reply:
-    """A body of /chat/completions (bytes, or JSON that was read) as a reply; without usage, it is counted by its text.
+    """A body of /chat/completions (as it arrived, or JSON that was read) as a reply, counted by its text if need be.
 
     A body that is none is a reply all the same, for it was paid: the whole text, with "unreadable" for a reason.
     """
-    raw = body.decode(errors="replace") if isinstance(body, bytes) else json.dumps(body)
+    raw = (
+        body.decode(errors="replace")
+        if isinstance(body, bytes)
+        else body
+        if isinstance(body, str)
+        else json.dumps(body)
+    )
     try:
         read = json.loads(raw)
         choice = read["choices"][0]
@@ -322,6 +341,20 @@ def _whole(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def _clients(connections: int, timeout: float, secret: str) -> list[httpx.AsyncClient]:
+    """Clients for so many connections: a few for each, as a pool's work for a request grows with its square."""
+    certificates = httpx.create_ssl_context()
+    return [
+        httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 30.0), pool=None),
+            limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
+            verify=certificates,
+        )
+        for _ in range(0, connections, _CONNECTIONS)
+    ]
+
+
 def _is_error(content: bytes) -> bool:
     """Whether a server says with status 200 that something went wrong, as some routers do."""
     try:
@@ -331,11 +364,23 @@ def _is_error(content: bytes) -> bool:
     return isinstance(read, dict) and bool(read.get("error")) and not read.get("choices")
 
 
+def _key() -> str:
+    """The key, or nothing. Raises InputError for one that no header can hold, without showing it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise InputError("OPENAI_API_KEY holds characters that no key has; copy it again.")
+    return key
+
+
 def _address(base_url: str | None, has_key: bool) -> str:
     """Where requests go. Raises InputError for what is no address, and for OpenAI's own without a key."""
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise InputError(f"{url}: a server's address begins with http:// or https://, as http://127.0.0.1:8000/v1.")
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL("")
+    if address.scheme not in ("http", "https") or not address.host:
+        raise InputError(f"{url} is no address of a server, which looks like http://127.0.0.1:8000/v1; correct it.")
     if url == OPENAI and not has_key:
         raise InputError(f"{url} needs a key: set OPENAI_API_KEY, or name another server with --base-url.")
     return f"{url}/chat/completions"

@@ -87,8 +87,13 @@ class ChatServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
+        self.leave()
         self._thread.join(10)
+
+    def leave(self) -> None:
+        """End at once, whoever is connected."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end.set)
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
@@ -132,7 +137,7 @@ class ChatServer:
             self.most_busy = max(self.busy, self.most_busy)
             await asyncio.sleep(said.seconds)
             self.busy -= 1
-        content = said.body if said.body is not None else _completion(request, said)
+        content = said.body if said.body is not None else completion(request, said)
         lines = {"content-type": "application/json", "content-length": str(len(content)), **said.headers}
         start = f"HTTP/1.1 {said.status} Said\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
         if said.drop:
@@ -145,7 +150,7 @@ class ChatServer:
         return True
 
 
-def _completion(request: Request, said: Said) -> bytes:
+def completion(request: Request, said: Said) -> bytes:
     """A body of the protocol; tokens are counted as words."""
     if said.status != 200:
         return json.dumps({"error": {"message": said.text, "type": "test"}}).encode()

@@ -1,0 +1,138 @@
+"""How much of a server's limit the data engine uses: calls per second against those that the server could answer.
+
+    python benchmarks/synthesis_throughput.py --out benchmarks/results/synthesis_throughput.json
+
+The server is a process of its own on this machine. It speaks the protocol, works on so many requests at a time, and
+takes the same time for each; so it can answer at most slots / seconds of them in a second. All calls are begun at once,
+through everything that `qllava synthesize` does: prompts, requests, the store with its flush to the disk after each
+reply, rules, rows.
+
+    ratio    calls per second over slots / seconds: from the first request that the server saw to its last answer
+    whole    the same for the whole run, the reading of the store and the writing of rows included
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import provenance
+from qllava.synthesis import pipeline
+from qllava.synthesis.contexts import Context
+from qllava.synthesis.pipeline import Job
+from qllava.synthesis.prompting import Prompts
+from qllava.synthesis.tasks import Asking, make_tasks
+
+SETTINGS = ((16, 0.2), (50, 0.5), (100, 0.5), (100, 0.25))  # slots, seconds
+REPLY = "A quiet scene that takes up the whole picture. " * 20
+
+
+async def serve(slots: int, seconds: float) -> None:
+    """Answer until the end of the process; prints the port, and on request the time that was worked."""
+    free = asyncio.Semaphore(slots)
+    times: list[float] = []
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await _head(reader):
+            body = await reader.readexactly(_length(head))
+            if b"/times" in head:
+                answer = {"first": min(times), "last": max(times), "answers": len(times) // 2}
+            else:
+                times.append(time.monotonic())
+                asked = sum(len(message["content"]) for message in json.loads(body)["messages"]) // 4
+                async with free:
+                    await asyncio.sleep(seconds)
+                times.append(time.monotonic())
+                choice = {"message": {"role": "assistant", "content": REPLY}, "finish_reason": "stop"}
+                answer = {"choices": [choice], "usage": {"prompt_tokens": asked, "completion_tokens": len(REPLY) // 4}}
+            content = json.dumps(answer).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(content), content))
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return b""
+
+
+def _length(head: bytes) -> int:
+    lines = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    return int(lines[0].partition(b":")[2]) if lines else 0
+
+
+def measure(slots: int, seconds: float, calls: int) -> dict[str, Any]:
+    """One run of `calls` at once; raises SystemExit when one is lost or doubled."""
+    import httpx
+
+    line = [sys.executable, "-m", "benchmarks.synthesis_throughput", "--serve", str(slots), str(seconds)]
+    with (
+        subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+        tasks = make_tasks([Context(f"{n}", f"{n}.jpg", (f"Picture {n}.",), ()) for n in range(calls)], ("detail",))
+        job = Job(tasks, Asking("m", Prompts()), Path(folder, "out.json"), Path(folder, "calls.jsonl"))
+        started = time.monotonic()
+        result = pipeline.run(job, url, concurrency=calls)
+        whole = time.monotonic() - started
+        times = httpx.get(f"{url}/times").json()
+        server.kill()
+    if not times["answers"] == result.calls == result.counts.total("accepted") == calls:
+        raise SystemExit(f"{calls} calls, {times['answers']} answers, {result.to_json()}")
+    limit = slots / seconds
+    return {
+        "limit_per_second": limit,
+        "ratio": calls / (times["last"] - times["first"]) / limit,
+        "whole": calls / whole / limit,
+    }
+
+
+def main() -> None:
+    """Measure each setting, print a line for it, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", nargs=2, metavar=("SLOTS", "SECONDS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(int(arguments.serve[0]), float(arguments.serve[1])))
+        return
+    results = []
+    for slots, seconds in SETTINGS:
+        runs = [measure(slots, seconds, arguments.calls) for _ in range(arguments.repeats)]
+        ratios = sorted(run["ratio"] for run in runs)
+        result = {
+            "slots": slots,
+            "seconds": seconds,
+            "limit_per_second": slots / seconds,
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_lowest": round(ratios[0], 3),
+            "whole": round(statistics.median(run["whole"] for run in runs), 3),
+        }
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    if arguments.out:
+        about = {**provenance("cpu"), "versions": f"httpx {version('httpx')}", "calls": arguments.calls}
+        about |= {"repeats": arguments.repeats, "settings": results}
+        arguments.out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,10 @@ Any list of questions will do: {"question_id", "text", "category", "image"}; ref
 words, the question, and both answers, and gives each a score from 1 to 10, as one JSON object {"first": 8, "second":
 7} or as two numbers in the first line, as LLaVA-Bench's own judge does.
 
-What is done otherwise than there: every question is asked in both orders, because judges favour a place; a reply
-without two scores is counted and its question left out in both orders, where the original averages it as -1; and every
-score has an interval, of a bootstrap over pictures.
+What is done otherwise than there: every question is asked in both orders, because judges favour a place, and has the
+mean of both; a reply without two scores is counted and dropped, where the original averages it as -1; and every score
+has an interval, of a bootstrap over pictures. A question of which one order could be read keeps that order's scores: to
+leave it out would move the score of the others.
 
     relative score = 100 * mean(scores of the answers) / mean(scores of the reference)
 """
@@ -76,16 +77,17 @@ class Rating:
 
     @property
     def scores(self) -> tuple[float, float] | None:
-        """(reference, answer), each the mean of both orders."""
-        if self.reference_first is None or self.answer_first is None:
+        """(reference, answer), each the mean of the orders that could be read."""
+        read = [scores for scores in (self.reference_first, self.answer_first) if scores is not None]
+        if not read:
             return None
-        one, other = self.reference_first, self.answer_first
-        return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
+        return sum(one for one, _ in read) / len(read), sum(other for _, other in read) / len(read)
 
     @property
-    def first_place(self) -> float:
+    def first_place(self) -> float | None:
         """Points that an answer gets for standing first: half of what the two orders differ by."""
-        assert self.reference_first is not None and self.answer_first is not None
+        if self.reference_first is None or self.answer_first is None:
+            return None
         one, other = self.reference_first, self.answer_first
         return ((one[0] - one[1]) + (other[1] - other[0])) / 2
 
@@ -118,7 +120,8 @@ class JudgeResult:
     total: Scores
     categories: dict[str, Scores]
     failed: int  # replies without two scores
-    left_out: int  # questions with such a reply
+    one_order: int  # questions of which one reply could be read
+    left_out: int  # questions of which none could
     without_context: int  # questions whose picture the judge knew nothing of
     first_place: Estimate  # points for standing first: 0 without bias
     ratings: tuple[Rating, ...]
@@ -130,6 +133,7 @@ class JudgeResult:
             **self.total.to_json(),
             "by_category": {name: scores.to_json() for name, scores in self.categories.items()},
             "failed": self.failed,
+            "one_order": self.one_order,
             "left_out": self.left_out,
             "without_context": self.without_context,
             "first_place": self.first_place.to_json(),
@@ -143,8 +147,8 @@ class JudgeResult:
         lines.append(f"To stand first is worth {self.first_place} points.")
         if self.failed:
             lines.append(
-                f"{self.failed} of {2 * len(self.ratings)} replies could not be read; the {self.left_out} questions "
-                "that they belong to are left out."
+                f"{self.failed} of {2 * len(self.ratings)} replies could not be read: {self.one_order} questions have "
+                f"the scores of one order, {self.left_out} are left out."
             )
         if self.without_context:
             lines.append(f"Of {self.without_context} questions the judge knew nothing of the picture.")
@@ -207,14 +211,16 @@ def rate(cases: Sequence[Case], judge: Judge) -> JudgeResult:
     )
     read = [rating for rating in ratings if rating.scores is not None]
     names = dict.fromkeys(case.category for case in cases)
-    places = np.array([rating.first_place for rating in read])
+    both = [rating for rating in read if rating.first_place is not None]
+    places = np.array([rating.first_place for rating in both])
     return JudgeResult(
         total=_scores(read),
         categories={name: _scores([rating for rating in read if rating.case.category == name]) for name in names},
         failed=sum(scores is None for scores in said),
+        one_order=len(read) - len(both),
         left_out=len(ratings) - len(read),
         without_context=sum(not case.context for case in cases),
-        first_place=bootstrap(lambda drawn: float(places[drawn].mean()), _pictures(read), reason=""),
+        first_place=bootstrap(lambda drawn: float(places[drawn].mean()), _pictures(both), reason=""),
         ratings=ratings,
         answered=answered,
     )

@@ -256,7 +256,13 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
         page.interval_chart("Right answers", types, 0.0, 1.0), page.table(["type", "right", "share"], rows)
     )
     chart = [page.section("By type", both)] if types else []
-    which = "All failures" if step == 1 else f"{len(shown)} of {len(wrong)} failures, evenly spaced"
+    which = (
+        "No failures"
+        if not wrong
+        else "All failures"
+        if step == 1
+        else f"{len(shown)} of {len(wrong)} failures, evenly spaced"
+    )
     return page.page(title, note, [page.tiles(figures), *chart, page.section(which, page.gallery(cards))])
 
 

@@ -110,7 +110,7 @@ def test_a_judge_that_favours_the_first_place_is_found_and_evened_out(tmp_path: 
     assert found.total.relative.value == pytest.approx(100 * 4 / 7)
 
 
-def test_a_failed_reply_leaves_its_question_out_and_moves_nothing(tmp_path: Path) -> None:
+def test_a_failed_reply_is_counted_and_moves_nothing(tmp_path: Path) -> None:
     def says(asked: Request) -> str:
         return (
             "no"
@@ -119,10 +119,10 @@ def test_a_failed_reply_leaves_its_question_out_and_moves_nothing(tmp_path: Path
         )
 
     found = judged([case(n, "good", "bad") for n in range(4)], says, tmp_path)
-    assert (found.failed, found.left_out, found.total.n) == (1, 1, 3)
-    assert found.total.relative.value == 50.0
+    assert (found.failed, found.one_order, found.left_out, found.total.n) == (1, 1, 0, 4)
+    assert found.total.relative.value == 50.0 and found.first_place.value == 0.0
     nothing = judged([case(9, "good", "bad")], lambda asked: "no", tmp_path)
-    assert nothing.total.relative.value is None and nothing.failed == 2
+    assert nothing.total.relative.value is None and (nothing.failed, nothing.left_out) == (2, 1)
     assert nothing.total.to_json()["undefined"] == "there is nothing to count"
     json.dumps(nothing.to_json())
     assert "undefined" in nothing.text()
@@ -157,6 +157,7 @@ class TestLlavaBench:
             assert scores.relative.value == pytest.approx(100.0)
         # Both orders read alike here, so a failure takes both of a question's replies.
         assert 0 < found.failed == 2 * found.left_out and found.total.n == 90 - found.left_out
+        assert found.one_order == 0
         assert found.without_context == 45  # 15 of the 30 pictures are among the contexts
 
     def test_shortened_answers_lose_what_they_lose(self, files: dict[str, Path], tmp_path: Path) -> None:
@@ -174,9 +175,12 @@ class TestLlavaBench:
         whole = run(lambda asked: Said(consistent(asked)), "sound")
         found = run(failing, "failing")
         failed = {rating.case.id for rating in found.ratings if rating.scores is None}
-        assert whole.failed == 0 and 5 < found.failed < 40 and found.left_out == len(failed)
+        assert whole.failed == 0 and 5 < found.failed < 40
+        assert found.left_out == len(failed) and found.one_order + 2 * found.left_out == found.failed
         for sound, mine in zip(whole.ratings, found.ratings, strict=True):
-            assert mine.scores in (sound.scores, None)  # a failure takes a question out, and moves no other
+            assert mine.scores is None or mine.scores == pytest.approx(sound.scores)
+        if not failed:  # no question lost both orders, so no figure has moved at all
+            assert found.total.relative.value == pytest.approx(whole.total.relative.value)
         # The score once more, plainly.
         for category in ("conv", "detail", "complex"):
             kept = [row for row in rows if row["category"] == category and str(row["question_id"]) not in failed]

@@ -31,7 +31,7 @@ from transformers import LlavaForConditionalGeneration
 
 from qllava.config import InputError
 from qllava.models.adapter import PROBES_FILE, RECORD_FILE, read_record
-from qllava.models.card import write_card
+from qllava.models.card import base_of, results_of, write_card
 from qllava.models.checkpoint import load_config, names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
 from qllava.models.errors import one_line
@@ -118,8 +118,11 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
         kept = {
             **asdict(result),
             "run": run.name,
+            "base_model": base_of(record),
+            "template": record.template,
             "identity": plan.recipe.fingerprint,
             "dtype": dtype,
+            "results": results_of(run),
             "tensors": asdict(accounting),
         }
         (aside / MERGE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, positive, quietly, temperature
+from qllava.config import InputError
 
 
 def add(verbs: Verbs) -> None:
@@ -49,8 +50,13 @@ def _add_chat(verbs: Verbs) -> None:
     )
     chat.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer, and leave")
     chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
+    chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)")
     chat.add_argument("--max-new-tokens", metavar="N", type=positive, default=256, help="(default: 256)")
     chat.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help="0 is greedy (default: 0)")
+    chat.add_argument("--seed", metavar="N", type=int, help="makes draws above temperature 0 the same each time")
+    chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
+    chat.add_argument("--compare", metavar="MODEL", help="put every question to both, blindly, and vote")
+    chat.add_argument("--votes", metavar="FILE", type=Path, default=Path("votes.jsonl"), help="(default: votes.jsonl)")
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
@@ -95,14 +101,26 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    """`qllava chat`: one answer with `--prompt`, a conversation without."""
-    from qllava.inference import chat_loop
+    """`qllava chat`: one answer with `--prompt`, else a conversation, or a comparison with a second model."""
+    from qllava.inference import Settings, chat_loop, compare_loop
 
-    return chat_loop(
-        arguments.model,
+    settings = Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed)
+    if arguments.compare is None:
+        return chat_loop(
+            arguments.model,
+            images=arguments.image,
+            prompt=arguments.prompt,
+            settings=settings,
+            load_in_4bit=arguments.load_in_4bit,
+            dtype=arguments.dtype,
+        )
+    if arguments.prompt is not None:
+        raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
+    return compare_loop(
+        (arguments.model, arguments.compare),
         images=arguments.image,
-        prompt=arguments.prompt,
+        votes=arguments.votes,
+        settings=settings,
         load_in_4bit=arguments.load_in_4bit,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
+        dtype=arguments.dtype,
     )

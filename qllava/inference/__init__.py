@@ -4,14 +4,46 @@
     chat = qllava.load("nano")                      # or a merged folder, a run folder, a hub name
     print(chat.answer("photo.jpg", "What is this?"))
 
-`load` turns a name into a `Chat`; `answer_prompts` answers encoded prompts on a model that is in memory already.
+`load` turns a name into a `Chat`, a `Session` is one person's conversation with it, and a `Duel` puts one question to
+two; `answer_prompts` answers encoded prompts on a model that is in memory already.
 """
 
 from __future__ import annotations
 
+from qllava.inference.about import about, label
 from qllava.inference.chat import Chat, Picture, Prompt, user_turn
+from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
 from qllava.inference.loading import load, newest_nano_run
-from qllava.inference.terminal import chat_loop
+from qllava.inference.pictures import keep_picture
+from qllava.inference.session import Exchange, Session, Settings
+from qllava.inference.terminal import chat_loop, compare_loop
+from qllava.inference.votes import CHOICES, Choice, Tally, Vote, VoteFile, read_votes, tally
 
-__all__ = ["Chat", "Picture", "Prompt", "answer_prompts", "chat_loop", "load", "newest_nano_run", "user_turn"]
+__all__ = [
+    "CHOICES",
+    "Chat",
+    "Choice",
+    "Contender",
+    "Duel",
+    "Exchange",
+    "Picture",
+    "Prompt",
+    "Session",
+    "Settings",
+    "Tally",
+    "Vote",
+    "VoteFile",
+    "about",
+    "answer_prompts",
+    "chat_loop",
+    "compare_loop",
+    "contenders",
+    "keep_picture",
+    "label",
+    "load",
+    "newest_nano_run",
+    "read_votes",
+    "tally",
+    "user_turn",
+]

@@ -20,7 +20,13 @@ from transformers import GenerationConfig, LlavaProcessor
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
 from qllava.data.images import open_image
-from qllava.inference.generate import Pieces, answer_prompts, continue_prompts, generation_settings
+from qllava.inference.generate import (
+    Pieces,
+    SeededSampling,
+    answer_prompts,
+    continue_prompts,
+    generation_settings,
+)
 
 Picture = str | Path | Image.Image
 
@@ -77,18 +83,25 @@ class Chat:
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Iterator[str]:
         """Stream the next answer of a conversation that ends with a question.
 
         `images` are the pictures of all its turns, in order, one for each `<image>`. Input is checked at the call,
         before the first piece is asked for. The model works in a thread of its own; closing the iterator (or leaving
-        the loop by an exception) stops it at the next token, and an error in the thread is raised here.
+        the loop by an exception) stops it at the next token, and an error in the thread is raised here. Above
+        temperature 0, the same `seed` gives the same answer whatever else the process computes.
         """
         prompt = self.prompt(conversation, images)
+        sampling = SeededSampling(temperature, seed) if seed is not None and temperature > 0 else None
         settings = generation_settings(
-            self.model, self.processor.tokenizer, [prompt.input_ids], max_new_tokens, temperature
+            self.model,
+            self.processor.tokenizer,
+            [prompt.input_ids],
+            max_new_tokens,
+            temperature if sampling is None else 0.0,
         )
-        return self._stream(prompt, settings)
+        return self._stream(prompt, settings, sampling)
 
     def answer_batch(
         self,
@@ -148,7 +161,7 @@ class Chat:
             batch_size=batch_size,
         )
 
-    def _stream(self, prompt: Prompt, settings: GenerationConfig) -> Iterator[str]:
+    def _stream(self, prompt: Prompt, settings: GenerationConfig, sampling: SeededSampling | None) -> Iterator[str]:
         stop = threading.Event()
         pieces = Pieces(self.processor.tokenizer)
         failure: list[BaseException] = []
@@ -156,7 +169,13 @@ class Chat:
         def work() -> None:
             try:
                 continue_prompts(
-                    self.model, [prompt.input_ids], [prompt.pixel_values], settings, stop=stop, pieces=pieces
+                    self.model,
+                    [prompt.input_ids],
+                    [prompt.pixel_values],
+                    settings,
+                    stop=stop,
+                    pieces=pieces,
+                    sampling=sampling,
                 )
             except BaseException as error:  # whatever it is, the one who reads the stream must hear of it
                 failure.append(error)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qllava.config import InputError
@@ -29,6 +29,24 @@ class StopOn(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Asked after each token: (B,) of whether a row is done."""
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class SeededSampling(LogitsProcessor):
+    """Sampling from the softmax at a temperature, by a random generator of its own (the Gumbel-max trick).
+
+    With noise -log(-log u) on them, the largest logit is a draw from their softmax. transformers' sampling draws from
+    the generator that all of a process shares, so that two answers side by side could not be repeated.
+    """
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) with noise; the largest of a row is its sample."""
+        uniform = torch.rand(scores.shape, generator=self.generator, dtype=torch.float64).clamp_min(1e-300)
+        noise = -torch.log(-torch.log(uniform))
+        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
 
 
 class Pieces(BaseStreamer):
@@ -138,8 +156,12 @@ def continue_prompts(
     *,
     stop: threading.Event | None = None,
     pieces: Pieces | None = None,
+    sampling: SeededSampling | None = None,
 ) -> torch.Tensor:
-    """Generate after a batch of prompts; returns the new ids (B, at most max_new_tokens), padded after the end."""
+    """Generate after a batch of prompts; returns the new ids (B, at most max_new_tokens), padded after the end.
+
+    With `sampling`, `settings` are to be greedy: the noise makes the choice.
+    """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -153,7 +175,11 @@ def continue_prompts(
     criteria = StoppingCriteriaList([StopOn(stop)] if stop is not None else [])
     with torch.no_grad():
         out: torch.Tensor = model.generate(
-            **inputs, generation_config=settings, stopping_criteria=criteria, streamer=pieces
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([sampling] if sampling is not None else []),
+            stopping_criteria=criteria,
+            streamer=pieces,
         )
     return out[:, width:]
 

@@ -13,11 +13,12 @@ from qllava.inference.chat import Chat
 RUNS = Path("runs")
 
 
-def load(model: str, *, load_in_4bit: bool = False) -> Chat:
+def load(model: str, *, load_in_4bit: bool = False, dtype: str | None = None) -> Chat:
     """Load `nano` (the newest finished nano run in ./runs), a merged folder, a run folder, or a hub name.
 
-    fp32 on the CPU, bf16 on CUDA (fp16 where the card has no bf16). A run folder is its base, exactly as it was
-    trained (in 4 bit if it was), plus the adapter; `load_in_4bit` quantizes the language model of a whole checkpoint.
+    fp32 on the CPU, bf16 on CUDA (fp16 where the card has no bf16), or `dtype` by its name in torch; `load_in_4bit`
+    keeps the language model in NF4. Neither changes a run folder: it is its base, exactly as it was trained (in 4 bit
+    if it was), plus the adapter.
 
     Raises InputError when there is no such model.
     """
@@ -34,11 +35,11 @@ def load(model: str, *, load_in_4bit: bool = False) -> Chat:
     from qllava.models.outline import compute_dtype
 
     cuda = torch.cuda.is_available()
-    dtype = compute_dtype()
+    compute: torch.dtype = getattr(torch, dtype) if dtype else compute_dtype()
     network, processor = load_llava(
         str(folder) if folder.is_dir() else model,
-        dtype=dtype,
-        quantization_config=nf4(dtype) if load_in_4bit else None,
+        dtype=compute,
+        quantization_config=nf4(compute) if load_in_4bit else None,
         device_map={"": "cuda:0"} if cuda else None,
     )
     return Chat(network.eval(), processor, model)

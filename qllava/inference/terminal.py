@@ -4,115 +4,230 @@
     you> What is on the table?
     A red cup.
 
-`/image FILE` shows a picture with the next question, `/clear` begins anew, `/quit` (or Ctrl-D) leaves; Ctrl-C stops
-the answer, not the program. With a prompt it answers once and returns.
+`/help` lists the commands; Ctrl-C stops the answer, not the program. With a prompt it answers once and returns. With a
+second model every question is put to both, on sides that nobody knows, and asks for a vote.
 """
 
 from __future__ import annotations
 
+import getpass
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qllava.config import InputError
-from qllava.conversation import Conversation, Turn
 from qllava.data.images import open_image
-from qllava.inference.chat import Chat, user_turn
+from qllava.inference.about import about
+from qllava.inference.chat import Chat
+from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.loading import load
+from qllava.inference.pictures import hash_of
+from qllava.inference.session import Session, Settings
+from qllava.inference.votes import Choice, VoteFile
 
-HELP = "/image FILE shows a picture with your next question, /clear begins anew, /quit leaves; Ctrl-C stops an answer"
+HELP = """/image FILE      shows a picture with your next question
+/again           asks the last question anew
+/edit TEXT       asks it in other words
+/clear           begins a new conversation
+/system TEXT     tells the model how to answer; nothing takes it back
+/temperature T   0 gives the likeliest answer, 1 draws freely
+/length N        the most tokens of an answer
+/model           what is loaded
+/quit            leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+_VOTES: dict[str, Choice] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
 
 
 def chat_loop(
-    model: str,
-    *,
-    images: list[Path],
-    prompt: str | None,
-    load_in_4bit: bool,
-    max_new_tokens: int,
-    temperature: float,
+    model: str, *, images: Sequence[Path], prompt: str | None, settings: Settings, load_in_4bit: bool, dtype: str | None
 ) -> int:
     """Load the model and talk; returns the exit status. Raises InputError for what cannot be loaded or asked."""
-    for image in images:
-        open_image(image)  # a wrong file name should not cost the minute that a large model takes to load
-    chat = load(model, load_in_4bit=load_in_4bit)
-    session = _Session(chat, images, max_new_tokens, temperature)
+    _look_at(images)
+    chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype)
+    terminal = _Terminal(chat, list(images), settings)
     if prompt is not None:
-        session.ask(prompt)
+        terminal.ask(prompt)
         return 0
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  # the import gives `input` line editing and history
-
-        print(f"{chat.name} on {chat.model.device}. {HELP}.")
-    while (line := _read_line()) is not None:
-        try:
-            if not session.handle(line.strip()):
-                break
-        except InputError as error:  # one question went wrong; the conversation goes on
-            print(error, file=sys.stderr)
+    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.")
+    _read_lines(terminal.handle)
     return 0
 
 
-def _read_line() -> str | None:
+def compare_loop(
+    models: tuple[str, str],
+    *,
+    images: Sequence[Path],
+    votes: Path,
+    settings: Settings,
+    load_in_4bit: bool,
+    dtype: str | None,
+) -> int:
+    """Load two models (or one twice), put every question to both, and keep the votes; returns the exit status."""
+    _look_at(images)
+    file = VoteFile(votes)
+    first = load(models[0], load_in_4bit=load_in_4bit, dtype=dtype)
+    second = first if models[1] == models[0] else load(models[1], load_in_4bit=load_in_4bit, dtype=dtype)
+    # One model twice is compared with itself where it draws.
+    cold = 0.0 if second is first else settings.temperature
+    pair = contenders((first, second), (cold, settings.temperature))
+    _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows a picture, /quit leaves.")
+    _read_lines(_Comparison(pair, list(images), settings, file).handle)
+    return 0
+
+
+def _look_at(images: Iterable[Path]) -> None:
+    for image in images:
+        open_image(image)  # a wrong file name should not cost the minute that a large model takes to load
+
+
+def _greet(text: str) -> None:
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # the import gives `input` line editing and history
+
+        print(text)
+
+
+def _read_lines(handle: Callable[[str], bool]) -> None:
+    """Hand in each line until one says to leave."""
+    while (line := _read_line("you> ")) is not None:
+        try:
+            if not handle(line.strip()):
+                break
+        except InputError as error:  # one question went wrong; the conversation goes on
+            print(error, file=sys.stderr)
+
+
+def _read_line(prompt: str) -> str | None:
     """The next line, or None at the end of the input. Ctrl-C at the prompt leaves too, as in other chats."""
     try:
-        return input("you> " if sys.stdin.isatty() else "")
+        return input(prompt if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
         return None
 
 
-class _Session:
-    """One conversation: the turns so far, their pictures, and the pictures that wait for the next question."""
+def _picture(argument: str) -> Path:
+    path = Path(argument.strip().strip("'\"")).expanduser()  # terminals quote a file that is dropped on them
+    open_image(path)
+    return path
 
-    def __init__(self, chat: Chat, images: list[Path], max_new_tokens: int, temperature: float) -> None:
+
+class _Terminal:
+    """One conversation, the pictures that wait for the next question, and how to answer."""
+
+    def __init__(self, chat: Chat, images: list[Path], settings: Settings) -> None:
         self.chat = chat
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.turns: tuple[Turn, ...] = ()
-        self.shown: list[Path] = []
-        self.waiting = list(images)
+        self.session = Session()
+        self.waiting = images
+        self.settings = settings
 
     def handle(self, line: str) -> bool:
         """Do what a line says; False when it says to leave."""
         command, _, argument = line.partition(" ")
+        argument = argument.strip()
         if command == "/quit":
             return False
-        if command == "/clear":
-            self.turns, self.shown, self.waiting = (), [], []
-        elif command == "/image":
-            path = Path(argument.strip().strip("'\"")).expanduser()  # terminals quote a file that is dropped on them
-            open_image(path)
-            self.waiting.append(path)
+        if command == "/image":
+            self.waiting.append(_picture(argument))
+        elif command == "/clear":
+            self.session.clear()
+            self.waiting = []
+        elif command == "/again":
+            self.session.ask_again()
+            self._answer()
+        elif command == "/edit":
+            self.session.ask_again(question=argument)
+            self._answer()
+        elif command in ("/system", "/temperature", "/length"):
+            self._set(command, argument)
+        elif command == "/model":
+            print("\n".join(f"{name:<28}{value}" for name, value in about(self.chat).items()))
         elif command.startswith("/"):
-            print(f"unknown command {command}: {HELP}")
+            print(HELP if command == "/help" else f"unknown command {command}; /help lists them")
         elif line:
             self.ask(line)
         return True
 
     def ask(self, question: str) -> None:
         """Print the answer as it comes. A question that fails, or is stopped before it said anything, is forgotten."""
-        turns = (*self.turns, user_turn(question, len(self.waiting)))
-        pictures = self.shown + self.waiting
-        answer = _print_pieces(
-            self.chat.reply(
-                Conversation(turns=turns),
-                pictures,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-            )
+        self.session.ask(question, self.waiting)
+        if self._answer():
+            self.waiting = []
+
+    def _answer(self) -> bool:
+        exchange, shown = self.session.exchanges[-1], 0
+        try:
+            for said in self.session.answer(self.chat, self.settings):
+                print(said[shown:], end="", flush=True)
+                shown = len(said)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        finally:
+            if not exchange.answer:
+                self.session.exchanges.remove(exchange)
+        print(flush=True)
+        if exchange.pace and sys.stdout.isatty():
+            print(f"\033[2m{exchange.pace}\033[0m")
+        return bool(exchange.answer)
+
+    def _set(self, command: str, argument: str) -> None:
+        try:
+            if command == "/system":
+                self.settings = replace(self.settings, system=argument or None)
+            elif command == "/length":
+                self.settings = replace(self.settings, max_new_tokens=int(argument))
+            else:
+                self.settings = replace(self.settings, temperature=float(argument))
+        except ValueError:
+            raise InputError(f"{command} takes a number, not {argument!r}.") from None
+
+
+class _Comparison:
+    """Blind comparison: both answers, a vote, and then the names."""
+
+    def __init__(
+        self, pair: tuple[Contender, Contender], images: list[Path], settings: Settings, votes: VoteFile
+    ) -> None:
+        self.pair = pair
+        self.waiting = images
+        self.settings = settings
+        self.votes = votes
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave."""
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/image":
+            self.waiting.append(_picture(argument))
+        elif command.startswith("/"):
+            print("/image FILE shows a picture with the next question, /quit leaves")
+        elif line:
+            self._compare(line)
+        return True
+
+    def _compare(self, question: str) -> None:
+        duel = Duel(self.pair, random.randrange(2**31))
+        growing = duel.answer(
+            question,
+            self.waiting,
+            hashes=[hash_of(picture) for picture in self.waiting],
+            max_new_tokens=self.settings.max_new_tokens,
+            system=self.settings.system,
         )
-        if answer:
-            self.turns = (*turns, Turn(role="assistant", content=answer))
-            self.shown, self.waiting = pictures, []
-
-
-def _print_pieces(pieces: Iterator[str]) -> str:
-    said = ""
-    try:
-        for piece in pieces:
-            said += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    print(flush=True)
-    return said
+        try:
+            for _ in growing:
+                pass
+        except KeyboardInterrupt:
+            print("[stopped]")
+            return
+        print(f"left:  {duel.answers['left']}\nright: {duel.answers['right']}", flush=True)
+        choice = None
+        while choice is None:
+            said = _read_line("better: l(eft), r(ight), t(ie), b(oth bad), or s(kip)> ")
+            if said is None or said.strip().lower()[:1] == "s":
+                return
+            choice = _VOTES.get(said.strip().lower()[:1])
+        self.votes.append(duel.vote(choice, getpass.getuser()))
+        print(f"left was {duel.contenders['left'].name}, right was {duel.contenders['right'].name}", flush=True)
+        self.waiting = []

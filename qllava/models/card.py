@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,7 +24,22 @@ _TOLD = (
 
 def base_of(record: Recipe) -> str:
     """What a run stands on, in words."""
-    return record.model or f"{record.language_model} with the tower {record.vision_tower}"
+    if record.model:
+        return public_name(record.model)
+    return f"{public_name(record.language_model)} with the tower {public_name(record.vision_tower)}"
+
+
+def public_name(part: str | None) -> str:
+    """A part by its hub name, or by the last piece of its folder's path: others need not know this machine."""
+    path = Path(str(part)).expanduser()
+    return path.resolve().name if path.is_absolute() or path.is_dir() else str(part)
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    """What a run has measured, empty where it has not."""
+    path = run / RESULTS_FILE
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequence[str]) -> None:
@@ -43,8 +59,7 @@ def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequ
         lines += [paragraph, ""]
     lines += [f"Base: {base_of(record)} (identity {record.fingerprint}); template {record.template}.", ""]
     lines += _facts(run_folder)
-    if (run / RESULTS_FILE).is_file():
-        results = json.loads((run / RESULTS_FILE).read_text(encoding="utf-8"))
+    if results := results_of(run):
         lines += ["Results:", "", "```json", json.dumps(results, indent=2), "```", ""]
     lines += ["The licences of the base model and of the data apply.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -58,6 +73,8 @@ def _facts(run: Path) -> list[str]:
         lines += ["Data (SHA-256):", "", *(f"- `{file['file']}` {file['sha256']}" for file in data), ""]
     if (run / SETTINGS_FILE).is_file():
         settings = yaml.safe_load((run / SETTINGS_FILE).read_text(encoding="utf-8"))
+        if settings.get("model_name_or_path") is not None:
+            settings["model_name_or_path"] = public_name(settings["model_name_or_path"])
         said = [f"- {name}: {settings[name]}" for name in _TOLD if settings.get(name) is not None]
         lines += ["Settings:", "", *said, ""]
     return lines

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.inference import Chat, chat_loop, terminal
+from qllava.inference import Chat, Settings, chat_loop, compare_loop, read_votes, terminal
 from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+
+SHORT = Settings(max_new_tokens=8)
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def picture(tmp_path: Path) -> Path:
 
 def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, images: list[Path] | None = None) -> int:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    return chat_loop("tiny", images=images or [], prompt=None, load_in_4bit=False, max_new_tokens=8, temperature=0.0)
+    return chat_loop("tiny", images=images or [], prompt=None, settings=SHORT, load_in_4bit=False, dtype=None)
 
 
 def test_prompt_answers_once(chat: Chat, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = chat_loop("tiny", images=[picture], prompt="What?", load_in_4bit=False, max_new_tokens=8, temperature=0.0)
+    status = chat_loop("tiny", images=[picture], prompt="What?", settings=SHORT, load_in_4bit=False, dtype=None)
     assert status == 0
     assert capsys.readouterr().out == chat.answer(picture, "What?", max_new_tokens=8) + "\n"
 
@@ -41,14 +43,14 @@ def test_prompt_answers_once(chat: Chat, picture: Path, capsys: pytest.CaptureFi
 def test_pictures_commands_and_mistakes(
     chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["/image missing.png", f"/image '{picture}'", "What?", "/clear", "", "What?", "/help", "/quit", "never"]
+    lines = ["/image missing.png", f"/image '{picture}'", "What?", "/clear", "", "What?", "/fly", "/quit", "never"]
     assert talk(lines, monkeypatch) == 0
     captured = capsys.readouterr()
     with_picture = chat.answer(picture, "What?", max_new_tokens=8)
     without = chat.answer(None, "What?", max_new_tokens=8)
     assert with_picture != without
     out = captured.out
-    assert out.startswith(f"{with_picture}\n{without}\nunknown command /help")
+    assert out.startswith(f"{with_picture}\n{without}\nunknown command /fly")
     assert "missing.png" in captured.err
 
 
@@ -79,7 +81,7 @@ def test_a_missing_picture_is_noticed_before_the_model_is_loaded(tmp_path: Path)
             "no/model/at/all",
             images=[tmp_path / "missing.png"],
             prompt="?",
+            settings=SHORT,
             load_in_4bit=False,
-            max_new_tokens=8,
-            temperature=0.0,
+            dtype=None,
         )

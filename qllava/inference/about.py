@@ -1,0 +1,90 @@
+"""What a loaded model is, in lines for people: its base, its adapter, its template, what it scored.
+
+Read from what lies in its folder; nothing is named by a path of this machine, so that a page may show it to others.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qllava.inference.chat import Chat
+from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.card import base_of, results_of
+
+_SCORES = {
+    "stage2": "Held-out questions",
+    "unseen_pairs": "Unseen pairs",
+    "eval_exact_match": "Held-out rows, exact match",
+    "eval_loss": "Held-out loss",
+}
+
+
+def label(chat: Chat) -> str:
+    """A short name: the folder's own (a checkpoint's after its run's), or the hub name."""
+    folder = Path(chat.name).expanduser()
+    if not folder.is_dir():
+        return chat.name
+    name = folder.resolve().name
+    return f"{folder.resolve().parent.name}/{name}" if name.startswith("checkpoint-") else name
+
+
+def about(chat: Chat) -> dict[str, str]:
+    """Facts by name, in the order to show them; what is not known is left out."""
+    folder = Path(chat.name).expanduser()
+    config = chat.model.config
+    text, vision = config.get_text_config(), config.vision_config
+    parameters = sum(_elements(parameter) for parameter in chat.model.parameters())
+    facts = {
+        "Model": label(chat),
+        "Size": f"{_short(parameters)} parameters, {text.num_hidden_layers} layers of {text.hidden_size}",
+        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, "
+        f"{(vision.image_size // vision.patch_size) ** 2} tokens each",
+        "Context": f"{text.max_position_embeddings:,} tokens",
+        "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
+    }
+    if (folder / RECORD_FILE).is_file():
+        record, adapter = read_record(folder), _read(folder / "adapter_config.json")
+        facts["Base"] = base_of(record) + (", language model in 4 bit" if record.load_in_4bit else "")
+        facts["Adapter"] = f"LoRA of rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, and the projector"
+        facts["Template"] = record.template
+        return facts | _scores(results_of(folder))
+    merged = _read(folder / "merge.json")
+    if merged:
+        facts["Base"] = f"{merged.get('base_model')}, with the adapter of {merged.get('run')} merged"
+        facts["Template"] = str(merged.get("template"))
+    if merged.get("kl_per_token") is not None:
+        facts["Merge"] = (
+            f"{'verified' if merged.get('verified') else 'not what was trained'}: "
+            f"{merged['kl_per_token']:.1e} nats per token from the adapter model"
+        )
+    return facts | _scores(merged.get("results", {}))
+
+
+def _scores(results: dict[str, Any]) -> dict[str, str]:
+    facts = {}
+    for key, name in _SCORES.items():
+        value = results.get(key)
+        if isinstance(value, int | float):
+            facts[name] = f"{value:.3f}" if key == "eval_loss" else f"{100 * value:.1f} % right"
+    return facts
+
+
+def _elements(parameter: Any) -> int:
+    """Weights that a parameter holds; bitsandbytes packs two of 4 bit into a byte, and keeps the shape aside."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else int(parameter.numel())
+
+
+def _short(number: int) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file: a card shows what is known."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,65 @@
+"""Pictures that people hand in: opened, looked at, written anew, so that what is kept is a picture and nothing else.
+
+A file's name says nothing of its content, and its content may hold more than a picture (a place, a second file). What
+`keep_picture` writes is the upright RGB pixels as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from qllava.config import InputError
+from qllava.data.images import open_image
+from qllava.data.rows import RowError
+
+LONGEST = 2048
+"""Pixels on the longer side of a kept picture: six times what the largest CLIP tower looks at."""
+MAX_PIXELS = 50_000_000
+"""Of a picture that is handed in: decoded, 150 MB."""
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What is opened for others. Pillow knows more, and hands some of it to other programs (EPS to Ghostscript)."""
+
+
+def hash_of(picture: Path) -> str:
+    """The SHA-256 under which `keep_picture` keeps a picture. Raises InputError as it does."""
+    return hashlib.sha256(_written_anew(picture, picture.name)).hexdigest()
+
+
+def keep_picture(picture: Path, folder: Path, name: str) -> Path:
+    """Write a picture anew into a folder, as SHA256.png; `name` is what its owner calls it.
+
+    Raises InputError, which names no path, when it is no picture, a broken or a too large one.
+    """
+    content = _written_anew(picture, name)
+    path = folder / f"{hashlib.sha256(content).hexdigest()}.png"
+    path.write_bytes(content)
+    return path
+
+
+def _written_anew(picture: Path, name: str) -> bytes:
+    Image.init()
+    try:
+        with Image.open(picture, formats=[f for f in FORMATS if f in Image.OPEN]) as image:  # reads the header only
+            too_large = image.width * image.height > MAX_PIXELS
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is no picture that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
+    except Image.DecompressionBombError:
+        too_large = True
+    except (OSError, ValueError, SyntaxError):
+        too_large = False  # `open_image` says what is wrong
+    if too_large:
+        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller.")
+    try:
+        pixels = open_image(picture)
+    except RowError as error:
+        raise InputError(f"{name} cannot be used: {error.problem.problem}.") from error
+    pixels.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    written = io.BytesIO()
+    pixels.save(written, "png", compress_level=1)
+    return written.getvalue()

@@ -112,8 +112,16 @@ def _vote(row: Any, place: Place) -> Vote:
         right=row_text(answers, "right", place, id),
         vote=row["vote"],
         rater=None if rater in (None, "") else str(rater),
-        context=json.dumps(row["conversation"], ensure_ascii=False) if row.get("conversation") else "",
+        context=_said_before(row.get("conversation")),
     )
+
+
+def _said_before(conversation: Any) -> str:
+    """What both models were told before the question, which ends a conversation; as JSON, empty for nothing."""
+    turns = conversation if isinstance(conversation, list) else []
+    if turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
+        turns = turns[:-1]
+    return json.dumps(turns, ensure_ascii=False) if turns else ""
 
 
 def _judgment(row: Any, place: Place) -> Judgment:

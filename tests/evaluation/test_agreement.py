@@ -16,6 +16,8 @@ from qllava import cli
 from qllava.config import InputError
 from qllava.evaluation.agreement import Report, compare, kappa, measure
 from qllava.evaluation.votes import ORDERS, VERDICTS, Judgment, Verdict, Vote, read_judgments, read_votes
+from qllava.inference.votes import Side, VoteFile
+from qllava.inference.votes import Vote as DemoVote
 
 MIRROR: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 
@@ -172,7 +174,7 @@ ROW = {
     "vote": "left",
     "rater": "ann",
     "seed": 3,
-    "conversation": [{"role": "user", "content": "Hello"}],
+    "conversation": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}],
 }
 
 
@@ -182,6 +184,20 @@ def test_votes_are_read_as_the_demo_writes_them(tmp_path: Path) -> None:
     later = {**ROW, "id": "v2", "conversation": None, "rater": None}
     (_, other) = read_votes(write(tmp_path / "v.jsonl", [ROW, later]))
     assert other.rater is None and other.asked != vote.asked
+
+
+def test_the_demos_own_file_is_read(tmp_path: Path) -> None:
+    asked = ({"role": "user", "content": "<image>\nWhat is it?"},)
+    answers: dict[Side, str] = {"left": "A dog.", "right": "A cat."}
+    models: dict[Side, str] = {"left": "m1", "right": "m2"}
+    VoteFile(tmp_path / "v.jsonl").append(
+        DemoVote(
+            "7", "2026-11-23T10:00:00+00:00", "What is it?", ("abc",), asked, answers, models, "both_bad", "ann", 3
+        )
+    )
+    assert read_votes(tmp_path / "v.jsonl") == [
+        Vote("7", "What is it?", ("abc",), "A dog.", "A cat.", "both_bad", "ann", context="")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def test_a_judge_that_takes_the_first_and_one_that_says_nothing(votes: Path, tmp
 
 def test_pictures_first_then_captions_then_nothing(tmp_path: Path) -> None:
     votes = tmp_path / "votes.jsonl"
-    said = [{"role": "user", "content": "Hello"}]
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    said += [{"role": "user", "content": "What is in picture 4?"}]
     rows = [row(0), row(1), row(2), row(3, pictures=[]), row(4, pictures=["hash0", "hash9"], conversation=said)]
     votes.write_text("".join(json.dumps(one) + "\n" for one in rows))
     (tmp_path / "kept").mkdir()
@@ -119,7 +120,8 @@ def test_pictures_first_then_captions_then_nothing(tmp_path: Path) -> None:
     for number in (2, 3):
         assert all("[Context]" not in text and "base64" not in text for text in by_question[number])
     for text in by_question[4]:
-        assert "A red square, 0." in text and "base64" not in text and "Hello" in text
+        assert "A red square, 0." in text and "base64" not in text and "[Said before]" in text and "Hello" in text
+        assert text.count("picture 4?") == 1  # the question itself is not said twice
     assert found.answered.to_json()["prompt_tokens"] > 2000  # two calls with a picture, counted by us
 
 

@@ -49,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(SHARED if passwords else f"{SHARED} {OPEN}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the pictures are deleted then, too
     with tempfile.TemporaryDirectory(prefix="qllava-demo-", ignore_cleanup_errors=True) as folder:
-        # Gradio reads both when a page is built. Its own default keeps uploads for ever in a folder that all share.
+        # Gradio reads them when a page is built. Its own default keeps uploads for ever in a folder that all share.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+        os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it notices that a page was closed
         examples = nano_examples(Path(folder).resolve() / EXAMPLES) if options.model == NANO else []
         return serve(chat, other, votes, Path(folder).resolve(), examples, passwords, options)
 
@@ -74,7 +75,8 @@ def serve(
 
     font = ["system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]  # plain names: Gradio's themes ask Google for their fonts otherwise
-    page = build_page(chat, other, Visitors(folder), examples, votes, options.keep_pictures)
+    visitors = Visitors(folder)
+    page = build_page(chat, other, visitors, examples, votes, options.keep_pictures)
     try:
         page.launch(
             server_name="127.0.0.1",
@@ -97,7 +99,10 @@ def serve(
         )
         return 1
     print(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.", flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        visitors.leave_all()
     return 0
 
 

@@ -24,9 +24,9 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
-MAX_UPLOAD = 20_000_000
+MAX_UPLOAD = 20 * 2**20
 """Bytes of a file."""
-MAX_MESSAGE = 2_000_000
+MAX_MESSAGE = 2 * 2**20
 """Bytes of any other request."""
 MAX_AGE = 3600
 """Seconds after which an upload that was never asked about is deleted."""
@@ -72,7 +72,7 @@ class Guard:
         sent = headers.get("content-length", "0")
         if sent.isdigit() and int(sent) > limit + 10_000:  # what a form adds to its files
             what = "The file" if uploading else "The message"
-            return await _refuse(guarded, 413, f"{what} is too large: at most {limit / 1e6:.0f} MB.")
+            return await _refuse(guarded, 413, f"{what} is too large: at most {limit // 2**20} MB.")
         file = _file_of(path)
         if file is not None and not self._may_read(file, owner_of(cookie)):
             return await _refuse(guarded, 403, "There is no such file, or it is not yours.")

@@ -79,6 +79,13 @@ class Visitors:
         for visitor in gone:
             visitor.leave()
 
+    def leave_all(self) -> None:
+        """The process ends; a model that still computes would be torn out of its thread."""
+        with self._lock:
+            gone, self._visitors = list(self._visitors.values()), {}
+        for visitor in gone:
+            visitor.leave()
+
     def place(self, visitor: Visitor) -> Path:
         """A new folder for one upload of a visitor."""
         folder = self.folder / visitor.owner / "uploads" / secrets.token_hex(8)

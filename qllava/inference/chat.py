@@ -84,13 +84,15 @@ class Chat:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[str]:
         """Stream the next answer of a conversation that ends with a question.
 
         `images` are the pictures of all its turns, in order, one for each `<image>`. Input is checked at the call,
         before the first piece is asked for. The model works in a thread of its own; closing the iterator (or leaving
-        the loop by an exception) stops it at the next token, and an error in the thread is raised here. Above
-        temperature 0, the same `seed` gives the same answer whatever else the process computes.
+        the loop by an exception) stops it at the next token, and so does `stop`, set by anyone, even if nobody reads
+        on. An error in the thread is raised here. Above temperature 0, the same `seed` gives the same answer whatever
+        else the process computes.
         """
         prompt = self.prompt(conversation, images)
         sampling = SeededSampling(temperature, seed) if seed is not None and temperature > 0 else None
@@ -101,7 +103,7 @@ class Chat:
             max_new_tokens,
             temperature if sampling is None else 0.0,
         )
-        return self._stream(prompt, settings, sampling)
+        return self._stream(prompt, settings, sampling, stop or threading.Event())
 
     def answer_batch(
         self,
@@ -161,8 +163,10 @@ class Chat:
             batch_size=batch_size,
         )
 
-    def _stream(self, prompt: Prompt, settings: GenerationConfig, sampling: SeededSampling | None) -> Iterator[str]:
-        stop = threading.Event()
+    def _stream(
+        self, prompt: Prompt, settings: GenerationConfig, sampling: SeededSampling | None, stop: threading.Event
+    ) -> Iterator[str]:
+        closed = threading.Event()
         pieces = Pieces(self.processor.tokenizer)
         failure: list[BaseException] = []
 
@@ -173,7 +177,7 @@ class Chat:
                     [prompt.input_ids],
                     [prompt.pixel_values],
                     settings,
-                    stop=stop,
+                    stop=(stop, closed),
                     pieces=pieces,
                     sampling=sampling,
                 )
@@ -188,7 +192,7 @@ class Chat:
             while (piece := pieces.queue.get()) is not None:
                 yield piece
         finally:
-            stop.set()
+            closed.set()
             thread.join()
         if failure:
             raise failure[0]

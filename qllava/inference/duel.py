@@ -90,6 +90,7 @@ class Duel:
                 max_new_tokens=max_new_tokens,
                 temperature=contender.temperature,
                 seed=self.seed,
+                stop=self.stopped,
             )
             for side, contender in self.contenders.items()
         }
@@ -106,7 +107,7 @@ class Duel:
                     else:
                         self.answers[side] += piece
                 yield self.answers["left"], self.answers["right"]
-        self.whole = not running
+        self.whole = not running and not self.stopped.is_set()
 
     def vote(self, choice: Choice, rater: str) -> Vote:
         """The judgement as a line of the file; once, and only when both answers are whole."""

@@ -21,14 +21,19 @@ from qllava.config import InputError
 
 
 class StopOn(StoppingCriteria):
-    """Ends a generation at the next token once the event is set, whoever sets it."""
+    """Ends a generation at the next token once one of the events is set, whoever sets it."""
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Asked after each token: (B,) of whether a row is done."""
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full(
+            (input_ids.shape[0],),
+            any(event.is_set() for event in self.events),
+            dtype=torch.bool,
+            device=input_ids.device,
+        )
 
 
 class SeededSampling(LogitsProcessor):
@@ -154,7 +159,7 @@ def continue_prompts(
     pixel_values: Sequence[torch.Tensor | None],
     settings: GenerationConfig,
     *,
-    stop: threading.Event | None = None,
+    stop: Sequence[threading.Event] = (),
     pieces: Pieces | None = None,
     sampling: SeededSampling | None = None,
 ) -> torch.Tensor:
@@ -172,7 +177,7 @@ def continue_prompts(
     pixels = [picture for picture in pixel_values if picture is not None]
     if pixels:
         inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower takes them to its own dtype
-    criteria = StoppingCriteriaList([StopOn(stop)] if stop is not None else [])
+    criteria = StoppingCriteriaList([StopOn(*stop)] if stop else [])
     with torch.no_grad():
         out: torch.Tensor = model.generate(
             **inputs,

@@ -93,6 +93,7 @@ class Session:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
+            stop=exchange.stop,
         )
         begun, first = time.perf_counter(), 0.0
         with closing(pieces):  # type: ignore[type-var]  # it is a generator

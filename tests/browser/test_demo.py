@@ -1,28 +1,24 @@
-"""The demo: its page in a real browser, and the two shapes in which Gradio tells what was said."""
+"""The demo in a real browser: upload, ask, watch it grow, stop, edit, compare, vote; wide, narrow, light, dark."""
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from demo.app import MAX_NEW_TOKENS, TROUBLE, conversation_of, nano_examples, responder
-from qllava.conversation import Turn
-from qllava.inference import Chat, load
-from tests.browser.conftest import ARTIFACTS, served, wait_until
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
+from demo.talk import TROUBLE
+from qllava.inference import load, read_votes
+from tests.demo.server import ARTIFACTS, computes, endless_model, served, wait_until
+from tests.tiny_models import make_picture, make_tiny_llava
 
-ANSWER = "#chat .bot"
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    processor = make_tiny_processor()
-    return Chat(make_tiny_model(processor), processor, "tiny")
+pytestmark = pytest.mark.browser
+ANSWER = "#chat .bot.message"
+PHONE = {"width": 390, "height": 780}
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +28,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(model: Path) -> Iterator[str]:
-    with served(model) as (address, _):
+    other = make_tiny_llava(model.parent / "other", seed=1)
+    with served(model, "--compare", str(other)) as (address, _):
         yield address
 
 
-def ask(page: Any, text: str, picture: Path | None = None) -> None:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+    folder = tmp_path_factory.mktemp("endless")
+    with served(endless_model(folder / "model"), watched=True) as (address, process):
+        yield address, process, folder
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    """A JPEG with the size and the turn of a phone's."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    make_picture("red", (1600, 1200)).save(tmp_path / "photo.jpg", exif=turned)
+    return tmp_path / "photo.jpg"
+
+
+def ask(page: Any, text: str, picture: Path | None = None, box: str = "#question") -> None:
     if picture is not None:
-        page.set_input_files("input[type=file]", picture)
-        page.get_by_role("button", name="Remove").or_(page.locator(".thumbnail-item")).first.wait_for()
-    page.locator("textarea").fill(text)
-    page.keyboard.press("Enter")
+        page.set_input_files(f"{box} input[type=file]", picture)
+        page.locator(f"{box} .thumbnail-item").first.wait_for()
+    page.locator(f"{box} textarea").fill(text)
+    page.locator(f"{box} textarea").press("Enter")
 
 
 def letters(text: str) -> str:
@@ -49,135 +62,156 @@ def letters(text: str) -> str:
     return "".join(character for character in text if character.isascii() and character.isalnum())
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_picture_is_answered_in_the_browser(
-    browser: Any, demo: str, model: Path, tmp_path: Path, scheme: str
+@pytest.mark.parametrize(("scheme", "size"), [("light", {"width": 1100, "height": 850}), ("dark", PHONE)])
+def test_a_photograph_is_answered(
+    browser: Any, demo: str, model: Path, photograph: Path, scheme: str, size: dict[str, int]
 ) -> None:
-    make_picture("red", (300, 200)).save(tmp_path / "red.png")
-    expected = load(str(model)).answer(tmp_path / "red.png", "What colour is it?", max_new_tokens=MAX_NEW_TOKENS)
-    page = browser.new_page(color_scheme=scheme)
+    expected = load(str(model)).answer(photograph, "What colour is it?", max_new_tokens=512)
+    page = browser.new_page(color_scheme=scheme, viewport=size)
     elsewhere: list[str] = []
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((demo, "data:", "blob:")) else elsewhere.append(request.url),
-    )
+    page.on("request", lambda r: None if r.url.startswith((demo, "data:", "blob:")) else elsewhere.append(r.url))
     page.goto(demo)
     assert len(letters(expected)) > 20
-    ask(page, "What colour is it?", tmp_path / "red.png")
+    ask(page, "What colour is it?", photograph)
     wait_until(lambda: letters(expected) == letters(page.locator(ANSWER).last.inner_text()), 60)
+    assert "tokens" in page.locator("#pace").inner_text()
+    picture = page.locator("#chat .user img").first
+    assert picture.evaluate("i => [i.naturalWidth, i.naturalHeight]") == [1200, 1600], "shown upright"
+    # Nothing stands out of the window, and what is typed into can be reached without scrolling sideways.
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    box = page.locator("#question textarea").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / f"demo-{scheme}.png")
     assert not elsewhere
     page.close()
 
 
-@pytest.mark.browser
 def test_what_is_no_picture_is_said_in_words_and_the_chat_goes_on(browser: Any, demo: str, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     page = browser.new_page()
     page.goto(demo)
     ask(page, "What is it?", tmp_path / "letter.png")
-    wait_until(lambda: "no picture" in page.locator(ANSWER).last.inner_text(), 60)
+    wait_until(lambda: "no picture" in page.locator("#chat").inner_text(), 60)
     ask(page, "What is it?")
-    wait_until(lambda: page.locator(ANSWER).count() == 2 and page.locator(ANSWER).last.inner_text().strip(), 60)
-    assert TROUBLE not in page.locator(ANSWER).last.inner_text()
+    wait_until(lambda: page.locator("#pace").inner_text().strip() != "", 60)
+    assert page.locator("#chat").inner_text().count(TROUBLE) == 1
     page.close()
 
 
-@pytest.mark.browser
-def test_stop_stops_the_computation(browser: Any, tmp_path: Path) -> None:
-    with served(endless_model(tmp_path / "model")) as (address, process):
-        page = browser.new_page()
-        page.goto(address)
-        ask(page, "Talk")
-        wait_until(lambda: page.locator(ANSWER).count() and len(page.locator(ANSWER).last.inner_text()) > 20, 60)
-        busy = cpu_share(page, process)
-        page.locator(".stop-button").click()
-        page.wait_for_timeout(1000)
-        assert busy > 0.05  # of a machine that may be busy with other things
-        assert cpu_share(page, process) < busy / 3
-        page.close()
+def test_a_file_that_is_too_large_is_said_in_words(browser: Any, demo: str, tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(bytes(50_000_000))
+    page = browser.new_page()
+    page.goto(demo)
+    page.set_input_files("#question input[type=file]", tmp_path / "large.png")
+    wait_until(lambda: "exceed the maximum allowed size of 20" in page.locator("body").inner_text(), 60)
+    page.close()
 
 
-def endless_model(folder: Path) -> Path:
-    """A model that computes for long and never says its end token."""
-    processor = make_tiny_processor()
-    model = make_tiny_model(processor, context=2048, layers=48)
-    model.lm_head.weight.data[processor.tokenizer.eos_token_id] = 0.0  # a logit of 0 is never the largest
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def test_a_picture_is_pasted(browser: Any, demo: str) -> None:
+    data = io.BytesIO()
+    make_picture("blue", (200, 100)).save(data, "png")
+    page = browser.new_page()
+    page.goto(demo)
+    page.locator("#question textarea").evaluate(
+        """(box, bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+            box.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
+        }""",
+        list(data.getvalue()),
+    )
+    page.locator("#question .thumbnail-item").first.wait_for()
+    ask(page, "What is it?")
+    wait_until(lambda: page.locator("#chat .user img").count() == 1 and page.locator("#pace").inner_text() != "", 60)
+    page.close()
 
 
-def cpu_share(page: Any, process: subprocess.Popen[bytes]) -> float:
-    """Processor time per second of the demo's process, over two seconds."""
-
-    def used() -> float:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    before = used()
-    page.wait_for_timeout(2000)
-    return (used() - before) / 2
-
-
-def test_both_shapes_of_history_give_the_same_conversation(tmp_path: Path) -> None:
-    picture = str(tmp_path / "a.png")
-    from_page = [
-        {
-            "role": "user",
-            "content": [{"type": "file", "file": {"path": picture}}, {"type": "text", "text": "What?"}],
-            "metadata": None,
-        },
-        {"role": "assistant", "content": [{"type": "text", "text": "A &lt;b> & 3 < 4."}], "metadata": None},
-    ]
-    from_client = [
-        {"role": "user", "content": {"path": picture}},
-        {"role": "user", "content": "What?"},
-        {"role": "assistant", "content": "A &lt;b> & 3 < 4."},
-    ]
-    expected = ([Turn("user", "<image>\nWhat?"), Turn("assistant", "A <b> & 3 < 4.")], [Path(picture)])
-    assert conversation_of(from_page) == expected
-    assert conversation_of(from_client) == expected
+def test_text_grows_and_stop_ends_the_models_thread(
+    browser: Any, endless: tuple[str, subprocess.Popen[bytes], Path]
+) -> None:
+    address, process, folder = endless
+    page = browser.new_page()
+    page.goto(address)
+    ask(page, "Talk")
+    wait_until(lambda: page.locator(ANSWER).count() > 0, 60)
+    first = page.locator(ANSWER).last.inner_text()
+    wait_until(lambda: len(page.locator(ANSWER).last.inner_text()) > len(first), 30)
+    assert computes(process, folder)
+    page.locator("#question .stop-button").click()
+    wait_until(lambda: not computes(process, folder), 2)
+    said = page.locator(ANSWER).last.inner_text()
+    assert said
+    # It goes on: the same box takes the next question.
+    page.locator("#question .submit-button").wait_for()
+    ask(page, "And now?")
+    wait_until(lambda: page.locator("#chat .user.message").count() == 2 and page.locator(ANSWER).count() == 2, 60)
+    page.locator("#question .stop-button").click()
+    wait_until(lambda: not computes(process, folder), 2)
+    page.close()
 
 
-def test_questions_without_an_answer_are_left_out() -> None:
-    history = [
-        {"role": "user", "content": "What?"},
-        {"role": "assistant", "content": "There is no such picture", "metadata": {"title": TROUBLE}},
-        {"role": "user", "content": "And now?"},
-        {"role": "assistant", "content": "A circle."},
-        {"role": "user", "content": "Stopped before the first word"},
-    ]
-    assert conversation_of(history) == ([Turn("user", "And now?"), Turn("assistant", "A circle.")], [])
+def test_a_closed_page_ends_the_models_thread(browser: Any, endless: tuple[str, subprocess.Popen[bytes], Path]) -> None:
+    address, process, folder = endless
+    page = browser.new_page()
+    page.goto(address)
+    ask(page, "Talk")
+    wait_until(lambda: page.locator(ANSWER).count() > 0, 60)
+    page.close()
+    wait_until(lambda: not computes(process, folder), 10)
 
 
-def test_answers_grow_and_are_no_markup(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = ["Look: <img ", "src='http://x/y'> &lt; 3 < 4"]
-    monkeypatch.setattr(Chat, "reply", lambda *_, **__: iter(pieces))
-    said = list(responder(chat)({"text": "?", "files": []}, []))
-    assert said == ["Look: &lt;img ", "Look: &lt;img src='http://x/y'> &amp;lt; 3 < 4"]
-    history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said[-1]}]
-    assert conversation_of(history)[0][1].content == "".join(pieces)
+def test_a_question_is_edited_and_asked_again_and_the_chat_cleared(browser: Any, demo: str) -> None:
+    page = browser.new_page()
+    page.goto(demo)
+    ask(page, "What is it?")
+    wait_until(lambda: page.locator("#pace").inner_text() != "", 60)
+    first = page.locator(ANSWER).last.inner_text()
+    page.locator("#chat button[aria-label='Retry']").click()
+    wait_until(lambda: page.locator(ANSWER).count() == 0 or page.locator(ANSWER).last.inner_text() != first, 60)
+    wait_until(lambda: page.locator(ANSWER).count() == 1 and page.locator(ANSWER).inner_text() == first, 60)  # greedy
+    page.locator("#question .submit-button").wait_for()
+    page.locator("#chat button[aria-label='Edit']").first.click()
+    page.locator("#chat textarea").fill("How many <shapes> are there?")
+    page.locator("#chat button[aria-label='Submit']").click()
+    wait_until(lambda: "How many <shapes>" in page.locator("#chat .user.message").inner_text(), 60)
+    wait_until(lambda: page.locator(ANSWER).count() == 1 and page.locator("#pace").inner_text() != "", 60)
+    assert page.locator(ANSWER).last.inner_text() != first
+    page.locator("#chat button[aria-label='Clear']").click()
+    wait_until(lambda: page.locator("#chat .user.message").count() == 0, 30)
+    page.close()
 
 
-def test_faults_are_said_in_words(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (message,) = responder(chat)({"text": "What?", "files": [str(tmp_path / "gone.png")]}, [])
-    assert "gone.png" in message.content and message.metadata["title"] == TROUBLE
-    (message,) = responder(chat)({"text": " ", "files": []}, [])
-    assert "question is empty" in message.content
+@pytest.mark.parametrize("size", [{"width": 1100, "height": 900}, PHONE], ids=["wide", "phone"])
+def test_two_models_are_compared_and_the_vote_is_in_the_file(
+    browser: Any, demo: str, model: Path, photograph: Path, size: dict[str, int]
+) -> None:
+    before = len(read_votes(model.parent / "votes.jsonl"))
+    page = browser.new_page(viewport=size)
+    page.goto(demo)
+    page.get_by_role("tab", name="Compare").click()
+    assert page.locator("#vote-left").is_disabled()
+    ask(page, "What colour is it?", photograph, "#pair")
+    wait_until(lambda: page.locator("#vote-left").is_enabled(), 60)
+    assert "Left was" not in page.locator("#result").inner_text(), "no names before the vote"
+    left = page.locator("#left .bot.message").last.inner_text()
+    page.locator("#vote-left").click()
+    wait_until(lambda: "Left was" in page.locator("#result").inner_text(), 30)
+    assert "1 vote" in page.locator("#result").inner_text() or before
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"compare-{'phone' if size is PHONE else 'wide'}.png")
+    (vote,) = read_votes(model.parent / "votes.jsonl")[before:]
+    assert (vote.question, vote.vote) == ("What colour is it?", "left")
+    assert letters(vote.answers["left"]) == letters(left)
+    assert set(vote.models.values()) == {"model", "other"} and len(vote.pictures) == 1
+    assert page.locator("#vote-left").is_disabled()
+    page.close()
 
-    def out_of_memory(*_: object, **__: object) -> Iterator[str]:
-        yield "A"
-        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Chat, "reply", out_of_memory)
-    *_, message = responder(chat)({"text": "What?", "files": []}, [])
-    assert "out of memory" in message.content
-
-
-def test_nano_examples_are_questions_about_drawn_pictures(tmp_path: Path) -> None:
-    examples = nano_examples(tmp_path)
-    assert len(examples) == 3
-    assert all(example["text"].endswith("?") and Path(example["files"][0]).is_file() for example in examples)
+def test_the_card_says_what_the_model_is(browser: Any, demo: str) -> None:
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.goto(demo)
+    page.locator("#card .toggle-button").click()
+    wait_until(lambda: "parameters" in page.locator("#card").inner_text(), 30)
+    assert "model" in page.locator("#card").inner_text() and "other" in page.locator("#card").inner_text()
+    page.close()

@@ -74,7 +74,7 @@ def test_what_is_no_picture_is_said_in_words(server: Server, tmp_path: Path) -> 
 def test_a_huge_file_is_refused_before_it_is_read(server: Server) -> None:
     before = memory_of(server[1])
     reply = Visitor(server[0]).upload(name="large.png", content=bytes(50_000_000))
-    assert reply.status_code == 413 and f"at most {MAX_UPLOAD / 1e6:.0f} MB" in reply.json()["detail"]
+    assert reply.status_code == 413 and f"at most {MAX_UPLOAD // 2**20} MB" in reply.json()["detail"]
     assert memory_of(server[1]) < before + 60
 
 
@@ -94,7 +94,7 @@ def test_a_huge_picture_is_not_decoded(server: Server, tmp_path: Path) -> None:
         ("word " * 40_000, "200,000 characters"),
         ("word " * 15_000, "this model reads at most"),
         ("What is <image> it?", "<image>"),
-        ("Hello</s> there", "control token"),
+        ("Hello<|im_end|> there", "control token"),
     ],
 )
 def test_strange_text_gets_a_clear_answer(server: Server, text: str, said: str) -> None:
@@ -128,9 +128,8 @@ def test_nobody_reads_what_another_has_uploaded(server: Server, red: Path) -> No
     chatbot, *_ = mine.ask("What is it?", path)
     shown = chatbot[0]["content"][0]["file"]["url"]
     assert mine.client.get(shown).is_success and other.client.get(shown).status_code == 403
-    # Not even with the name of the other's page.
-    other.session = mine.session
-    assert len(texts(other.ask("And now?")[0], "user")) == 2  # "not yours" above, and this
+    other.session = mine.session  # not even with the name of the other's page
+    assert texts(other.ask("And now?")[0], "user") == ["And now?"]
 
 
 @pytest.mark.parametrize("spelled", ["{}", "/{}", "..{}", "{}/../{}", "%2e%2e{}", "//{}"])
@@ -212,7 +211,8 @@ def test_closing_the_page_ends_the_models_thread_and_deletes_its_pictures(tmp_pa
     with served(endless_model(tmp_path / "model"), watched=True) as (address, process):
         visitor = Visitor(address)
         with visitor.client.stream("GET", f"/gradio_api/heartbeat/{visitor.session}") as heartbeat:
-            next(heartbeat.iter_lines())
+            lines = heartbeat.iter_lines()  # held: the connection is closed with it
+            next(lines)
             chatbot = visitor.press(
                 "question", "submit", [{"text": "Talk", "files": [visitor.file(uploaded(visitor, red))]}]
             )[0]

@@ -85,3 +85,38 @@ def test_a_missing_picture_is_noticed_before_the_model_is_loaded(tmp_path: Path)
             load_in_4bit=False,
             dtype=None,
         )
+
+
+def test_a_question_is_asked_again_in_other_words_and_with_other_settings(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        "What?",
+        "/again",
+        "/edit Where?",
+        "/length 2",
+        "/again",
+        "/temperature warm",
+        "/system Be brief.",
+        "/model",
+    ]
+    assert talk(lines, monkeypatch) == 0
+    captured = capsys.readouterr()
+    out = captured.out.splitlines()
+    what, where = (chat.answer(None, question, max_new_tokens=8) for question in ("What?", "Where?"))
+    assert captured.out.startswith(f"{what}\n{what}\n{where}\n{chat.answer(None, 'Where?', max_new_tokens=2)}\n")
+    assert any(line.startswith("Computes in") for line in out)
+    assert "/temperature takes a number, not 'warm'" in captured.err
+
+
+def test_two_models_are_compared_and_the_vote_kept(
+    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\nhm\nl\nWhat?\ns\n"))
+    votes = tmp_path / "votes.jsonl"
+    settings = Settings(max_new_tokens=8, temperature=0.7)
+    compare_loop(("a", "a"), images=[picture], votes=votes, settings=settings, load_in_4bit=False, dtype=None)
+    (vote,) = read_votes(votes)
+    out = capsys.readouterr().out
+    assert vote.vote == "left" and set(vote.models.values()) == {"tiny", "tiny (temperature 0.7)"}
+    assert out.count("left was") == 1 and len(vote.pictures) == 1, "a question that is skipped has no vote"

@@ -1,6 +1,6 @@
 """How much of a server's limit the data engine uses: calls per second against those that the server could answer.
 
-    python benchmarks/synthesis_throughput.py --out benchmarks/results/synthesis_throughput.json
+    python -m benchmarks.synthesis_throughput --out benchmarks/results/synthesis_throughput.json
 
 The server is a process of its own on this machine. It speaks the protocol, works on so many requests at a time, and
 takes the same time for each; so it can answer at most slots / seconds of them in a second. All calls are begun at once,
@@ -21,17 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import provenance
+import httpx
+
 from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import Prompts
 from qllava.synthesis.tasks import Asking, make_tasks
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ((16, 0.2), (50, 0.5), (100, 0.5), (100, 0.25))  # slots, seconds
 REPLY = "A quiet scene that takes up the whole picture. " * 20
 
@@ -77,11 +78,9 @@ def _length(head: bytes) -> int:
 
 def measure(slots: int, seconds: float, calls: int) -> dict[str, Any]:
     """One run of `calls` at once; raises SystemExit when one is lost or doubled."""
-    import httpx
-
     line = [sys.executable, "-m", "benchmarks.synthesis_throughput", "--serve", str(slots), str(seconds)]
     with (
-        subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server,
+        subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server,
         tempfile.TemporaryDirectory() as folder,
     ):
         assert server.stdout is not None
@@ -129,6 +128,10 @@ def main() -> None:
         results.append(result)
         print(json.dumps(result), flush=True)
     if arguments.out:
+        from importlib.metadata import version
+
+        from benchmarks.machine import provenance  # needs torch, which the server need not wait for
+
         about = {**provenance("cpu"), "versions": f"httpx {version('httpx')}", "calls": arguments.calls}
         about |= {"repeats": arguments.repeats, "settings": results}
         arguments.out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -95,13 +95,15 @@ _SPEAKS_OF_CAPTIONS = re.compile(
 )
 _BOXES = re.compile(r"\bbox(?:es)?\b", re.IGNORECASE)
 _BOUNDING = re.compile(r"\bbounding[ -]box(?:es)?\b|\bb-?box(?:es)?\b", re.IGNORECASE)
-_COORDINATES = re.compile(r"\bcoordinates?\b|\[\s*\d*\.?\d+\s*,\s*\d*\.?\d+|(?<!\d)[01]?\.\d{3}(?!\d)", re.IGNORECASE)
+_COORDINATES = re.compile(
+    r"\bcoordinates?\b|[\[(]\s*[01]?\.\d+\s*,|[\[(]\s*[01]\s*,\s*[01]?\.\d|(?<!\d)[01]?\.\d{3}(?!\d)", re.IGNORECASE
+)
 _MARKUP = re.compile(r"<image>|</?s>|<\|[\w ]+\|>|\[/?INST\]")
 _DECLINES = re.compile(
-    r"\W*(?:(?:i'm|i am|we're|we are) (?:very |so |really )?sorry|(?:sorry|unfortunately|i apologi[sz]e)\b.{0,40}"
-    r"\bi (?:can|am|'m)"
-    r"|(?:i|we) (?:can ?not|can't|won't|will not|must decline|am unable|am not able|refuse)"
-    r"|i'm (?:unable|not able)|as an? (?:ai|artificial|language)\b)",
+    r"\W*(?:(?:i['\u2019]m|i am) (?:very |so |really )?sorry|(?:sorry|unfortunately|i apologi[sz]e)\b.{0,40}"
+    r"\bi(?: can| am|['\u2019]m)"
+    r"|i (?:can ?not(?! only)|can['\u2019]t|won['\u2019]t|will not|must decline|am unable|am not able|refuse)"
+    r"|i['\u2019]m (?:unable|not able)|as an? (?:ai|artificial|language)\b)",
     re.IGNORECASE,
 )
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
@@ -157,7 +159,7 @@ def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verd
     if not said:
         return _refused("unparsed", "it was not in the form that was asked for")
     broken = [*_count(said, turns), *_source(said, context), *_questions(said)]
-    if _MARKUP.search(text):
+    if any(_MARKUP.search(part) for pair in said for part in pair):
         broken.append(Broken("markup", "it spells a control token such as <image>"))
     return Verdict(said, tuple(broken))
 

@@ -162,10 +162,12 @@ class View:
         if not self.complete:
             return out
         has_colour, others = "colour" not in without and thing.colour, [t for t in self.things if t is not thing]
-        if has_colour and "noun" not in without and all(t.phrase != thing.phrase for t in others):
+        # What has no colour in the annotation, or no kind in our table, might have this one.
+        tinted = [t for t in others if t.colour in (thing.colour, None)]
+        if has_colour and "noun" not in without and all(t.noun != thing.noun for t in tinted):
             out.append(f"the {thing.phrase}")
         alike = [t for t in others if t.kind in (thing.kind, None)]
-        if thing.kind and has_colour and all(t.colour != thing.colour for t in alike):
+        if thing.kind and has_colour and not any(t in alike for t in tinted):
             out.append(f"the {thing.colour} {thing.kind}")
         place = self.place(thing)
         if thing.kind and place and "place" not in without and all(self.place(t) not in (place, None) for t in alike):

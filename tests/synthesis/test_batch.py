@@ -130,3 +130,13 @@ def test_results_of_something_else_are_refused(tmp_path: Path, job: Job) -> None
     with pytest.raises(InputError, match=r"results\.jsonl, line 2: this is no result of a batch"):
         pipeline.import_batch(job, results)
     assert read_lines(job.store) == []
+
+
+def test_equal_calls_are_written_once_and_answer_every_picture_that_makes_them(tmp_path: Path, job: Job) -> None:
+    twin = replace(job.tasks[0], context=replace(job.tasks[0].context, id="twin"))
+    twins = replace(job, tasks=[job.tasks[0], twin])
+    requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    assert pipeline.export_batch(twins, requests) == len(read_lines(requests)) == 1
+    run_batch(requests, results)
+    assert pipeline.import_batch(twins, results).counts.to_json()["tasks"] == 2
+    assert len(read_lines(job.store)) == 1

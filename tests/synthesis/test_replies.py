@@ -78,7 +78,7 @@ def test_half_a_reply_is_none(text: str) -> None:
         (reply("", "stop", "I cannot."), "refused"),
         (reply("", "content_filter"), "refused"),
         (reply("I'm sorry, but I can't help with that."), "refused"),
-        (reply("I\u2019m sorry, but I can\u2019t help with that.".replace("\u2019", "'")), "refused"),
+        (reply("I\u2019m sorry, but I can\u2019t help with that."), "refused"),
         (reply("As an AI language model, I do not see pictures."), "refused"),
         (reply(as_json((("What is it?", "Sorry, I cannot see the picture."),))), "refused"),
         (reply("  "), "empty"),
@@ -111,6 +111,8 @@ def test_the_number_of_turns_is_that_of_the_prompt() -> None:
         ("Two cats sit on it.", "object"),
         ("It is red, see <image>.", "markup"),
         ("It is red.</s>", "markup"),
+        ("It lies at (0, 0.25), or near to it.", "coordinates"),
+        ("The man and the dog: [1, 1].", None),
         ("It is 3.5 metres long, in the context of a street.", None),
         ("It is near to the man, who has his dog with him.", None),
     ],
@@ -118,6 +120,16 @@ def test_the_number_of_turns_is_that_of_the_prompt() -> None:
 def test_what_an_answer_may_not_say(answer: str, expected: str | None) -> None:
     assert reason(("What about the car?", answer)) == expected
     assert judge(reply(answer), None, CONTEXT).reason == expected  # a description
+
+
+def test_markup_is_found_however_it_is_spelled() -> None:
+    text = as_json((("What is it?", "A car, see <image>."),)).replace("<", "\\u003c")
+    assert judge(reply(text), (1, 1), CONTEXT).reason == "markup"
+
+
+@pytest.mark.parametrize("answer", ["I can not only see a car.", "We can see a car.", "Sorry to say, the car is red."])
+def test_what_only_sounds_like_a_refusal(answer: str) -> None:
+    assert reason(("What is there?", answer)) is None
 
 
 def test_what_a_caption_names_may_be_named() -> None:

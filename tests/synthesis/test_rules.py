@@ -194,12 +194,31 @@ class TestWhatIsNotAsked:
         view = View(make(("cat", A), said="Several cats."))
         assert view.names(view.things[0]) == []
 
+    def test_a_name_by_place_or_colour_that_may_mean_another(self) -> None:
+        near_a_line = (0.2, 0.2, 0.4, 0.4)
+        for other, named in ((("blue ring", B), True), (("blue ring", near_a_line), False), (("thing", A), False)):
+            view = View(make(("red circle", A), other, complete=True))
+            assert ("the shape at the top left" in view.names(view.things[0])) == named
+        view = View(make(("red circle", A), ("red thing", B), complete=True))
+        assert view.names(view.things[0]) == ["the circle", "the red circle", "the shape at the top left"]
+
+    def test_a_name_by_a_colour_that_another_does_not_tell(self) -> None:
+        names = [
+            View(make(("red circle", A), (other, B), complete=True)) for other in ("circle", "ring", "blue circle")
+        ]
+        assert [view.names(view.things[0], frozenset({"place"})) for view in names] == [
+            [],
+            ["the circle", "the red circle"],
+            ["the red circle", "the red shape"],
+        ]
+
     def test_a_place_near_a_line_or_over_all(self) -> None:
         for bbox, place in {
             (0.0, 0.0, 0.2, 0.2): "top left",
             (0.4, 0.4, 0.6, 0.6): "centre",
             (0.25, 0.0, 0.43, 0.2): None,
-            (0.0, 0.4, 0.7, 0.6): None,
+            (0.1, 0.4, 0.9, 0.6): None,
+            (0.7, 0.1, 0.9, 0.9): None,
         }.items():
             view = View(make(("cat", bbox)))
             assert view.place(view.things[0]) == place

@@ -174,6 +174,14 @@ def test_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
         assert server.asked.total() < 60
 
 
+def test_failures_with_replies_between_them_do_not_end_the_run(tmp_path: Path) -> None:
+    def every_second(request: Request) -> Said:
+        return echo(request) if int(request.last) % 2 else Said("no", status=400)
+
+    with ChatServer(every_second) as server:
+        assert len(ask(tmp_path, server.url, [f"{n}" for n in range(60)], concurrency=1)) == 60
+
+
 def test_a_server_that_goes_away_ends_the_run_and_what_it_said_is_kept(tmp_path: Path) -> None:
     def leaves(request: Request) -> Said:
         if server.asked.total() == 10:

@@ -257,6 +257,30 @@ def line_chart(
     )
 
 
+def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], low: float, high: float) -> Html:
+    """Figures with their intervals below each other: (label, value, from, to), on an axis from `low` to `high`."""
+    left, line = 150, 30
+    axis, bottom = _Axis(low, high, left, _WIDTH - _RIGHT, False), _TOP + line * len(rows)
+    parts = []
+    for tick in axis.ticks(6):
+        at = axis.place(tick)
+        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text class="x" x="{at:.1f}" y="{bottom + 17}">{_number(tick)}</text>')
+    for number, (label, value, start, end) in enumerate(rows):
+        y = _TOP + line * (number + 0.5)
+        tip = escape(f"{label}: {_number(value)}, 95 % interval {_number(start)} to {_number(end)}")
+        parts.append(f'<text class="y" x="{left - 10}" y="{y + 4:.1f}">{escape(label)}</text>')
+        whisker = f"{axis.place(start):.1f},{y:.1f} {axis.place(end):.1f},{y:.1f}"
+        parts.append(f'<polyline class="s1" points="{whisker}"/>')
+        parts.append(
+            f'<circle class="s1" cx="{axis.place(value):.1f}" cy="{y:.1f}" r="4"><title>{tip}</title></circle>'
+        )
+    return Html(
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {bottom + 26}" '
+        f'role="img" aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg></figure>'
+    )
+
+
 def _drawable(point: tuple[float, float], log: bool, log_x: bool) -> bool:
     return all(
         math.isfinite(value) and (not logarithmic or value > _LOWEST_LOG)

@@ -10,13 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import filter_million, flops, gpu, merge_memory, rules_vs_naive, serving_loss, shapes, throughput
+from benchmarks import (
+    few_shot,
+    filter_million,
+    flops,
+    gpu,
+    merge_memory,
+    rules_vs_naive,
+    serving_loss,
+    shapes,
+    throughput,
+)
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
 from benchmarks.systems import Job, build, mean_loss
 from benchmarks.turns import Failed, Step, Worker
+from qllava.data.formats import read_examples
 from qllava.data.packing import lay_out
+from qllava.inference import load
+from tests.tiny_models import make_picture, make_tiny_llava
 from tests.tiny_runs import Tiny
 
 KEYS = {
@@ -261,6 +274,23 @@ def test_the_filters_benchmark_holds_what_was_kept_against_what_it_made(tmp_path
     assert len(set(names)) == len(names)
     monkeypatch.setattr(filter_million, "plainly", lambda *_: {0, 1})
     assert filter_million.main() == 1
+
+
+def test_few_shot_compares_the_ways_to_choose(tmp_path: Path) -> None:
+    chat = load(str(make_tiny_llava(tmp_path / "model")))
+    rows = []
+    for number in range(8):
+        make_picture((30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append({"question": f"How red is {number}?", "image": f"{number}.png", "answer": "?", "type": "colour"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    examples = read_examples(tmp_path / "rows.json")
+    lines = few_shot.measure(chat, examples[:2], examples[2:])
+    assert [(line["choose"], line["shots"]) for line in lines] == [
+        ("none", 0),
+        *((choose, count) for choose in ("random", "text", "picture") for count in (1, 2, 4)),
+    ]
+    assert all(line["accuracy"] * 2 == 2 * lines[0]["accuracy"] + line["gained"] - line["lost"] for line in lines)
+    assert few_shot.same_in_batches(chat, examples) == {"questions": 8, "same": 8}
 
 
 # Rules beside captions

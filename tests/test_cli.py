@@ -182,14 +182,32 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = {"accuracy": 0.75, "n": 8, "correct": 6, "ci95": [0.41, 0.93], "by_type": {"form": 0.5, "colour": 1.0}}
+    result["by_type_ci95"] = {"form": [0.15, 0.85], "colour": [0.51, 1.0]}
     calls = stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", lambda *a, **k: result)
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--image-folder", "pics", "--out", "a.jsonl"]) == 0
-    assert calls[0] == (("nano", Path("q.jsonl")), {"image_folder": Path("pics"), "out": Path("a.jsonl")})
+    given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None}
+    assert calls[0] == (
+        ("nano", Path("q.jsonl")),
+        {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0},
+    )
     said = capsys.readouterr().out
     assert "75.0 % right: 6 of 8" in said and "41.0 to 93.0 %" in said
-    assert said.index("colour") < said.index("form")
+    assert said.index("colour") < said.index("form") and "50.0 %  (15.0 to 85.0 %)" in said
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
+    line = "eval vqa nano q.jsonl --shots 2 --pool p.json --choose picture --seed 3 --html f.html"
+    assert cli.main(line.split()) == 0
+    assert calls[2][1] == {
+        "image_folder": None,
+        "out": None,
+        "html": Path("f.html"),
+        "shots": 2,
+        "pool": Path("p.json"),
+        "choose": "picture",
+        "seed": 3,
+    }
+    for half in ("--shots 2", "--pool p.json"):
+        assert cli.main(f"eval vqa nano q.jsonl {half}".split()) == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

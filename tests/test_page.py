@@ -251,3 +251,15 @@ def test_writing_replaces_the_page_as_a_whole(tmp_path: Path, monkeypatch: pytes
         page.write_page(path, "third")
     assert path.read_text(encoding="utf-8") == "second \u2713"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_an_interval_lies_on_its_axis() -> None:
+    chart = page.interval_chart(HOSTILE, [("kappa", 0.0, -0.5, 0.5), (HOSTILE, 1.0, 1.0, 1.0)], -1, 1)
+    drawing = svg(chart)
+    circles = [float(c.attrib["cx"]) for c in drawing.iter("circle")]
+    whiskers = [[float(p.split(",")[0]) for p in line.attrib["points"].split()] for line in drawing.iter("polyline")]
+    assert circles[0] == pytest.approx(sum(whiskers[0]) / 2, abs=0.1)
+    assert circles[1] - circles[0] == pytest.approx(2 * (whiskers[0][1] - circles[0]), abs=0.3)
+    assert whiskers[1] == [circles[1]] * 2
+    Reader(chart)
+    assert "<script" not in chart

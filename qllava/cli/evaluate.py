@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly
+from qllava.cli import judging
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly, rank
+from qllava.config import InputError
 
 
 def add(verbs: Verbs) -> None:
@@ -18,15 +21,54 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument("data", metavar="DATA", type=Path, help="LLaVA JSON, or rows of question, image, answer and type")
     vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
     vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
+    vqa.add_argument("--html", metavar="FILE", type=Path, help="write a page with the failures and their pictures")
+    vqa.add_argument("--shots", metavar="K", type=rank, default=0, help="examples before each question (default: 0)")
+    vqa.add_argument("--pool", metavar="DATA", type=Path, help="where the examples come from: rows as DATA's")
+    vqa.add_argument(
+        "--choose",
+        choices=("random", "text", "picture"),
+        default="random",
+        help="examples at random (default), with similar questions, or with similar pictures",
+    )
+    vqa.add_argument("--seed", metavar="N", type=int, default=0, help="of examples at random (default: 0)")
     json_flag(vqa)
+    _add_scienceqa(kinds)
+    judging.add(kinds)
+
+
+def _add_scienceqa(kinds: Verbs) -> None:
+    science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "ScienceQA, by subject, context and grade")
+    science.add_argument("--problems", metavar="P.json", type=Path, required=True, help="ScienceQA's problems.json")
+    science.add_argument("--split", default="test", help="which of the problems (default: test)")
+    whose = science.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--answers", metavar="A.jsonl", type=Path, help="answers that were given: question_id and text")
+    whose.add_argument("--model", metavar="MODEL", help=f"who answers: {MODEL_HELP}")
+    science.add_argument("--image-folder", metavar="DIR", type=Path, help="with the pictures, as DIR/ID/image.png")
+    science.add_argument(
+        "--out", metavar="A.jsonl", type=Path, help="where the model's answers go; given again, it goes on from there"
+    )
+    science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
+    json_flag(science)
 
 
 def run_eval_vqa(arguments: argparse.Namespace) -> int:
     """`qllava eval vqa`: accuracy with its interval, and by type of question."""
     from qllava.evaluation.vqa import evaluate_file
 
+    if bool(arguments.shots) != bool(arguments.pool):
+        raise InputError("--shots K and --pool DATA belong together; give both or neither.")
     result = quietly(
-        lambda: evaluate_file(arguments.model, arguments.data, image_folder=arguments.image_folder, out=arguments.out),
+        lambda: evaluate_file(
+            arguments.model,
+            arguments.data,
+            image_folder=arguments.image_folder,
+            out=arguments.out,
+            html=arguments.html,
+            shots=arguments.shots,
+            pool=arguments.pool,
+            choose=arguments.choose,
+            seed=arguments.seed,
+        ),
         arguments.json,
     )
     if arguments.json:
@@ -38,5 +80,32 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
     )
     for name, accuracy in sorted(result["by_type"].items()):
-        print(f"  {name:<16}{100 * accuracy:6.1f} %")
+        low, high = result["by_type_ci95"][name]
+        print(f"  {name:<16}{100 * accuracy:6.1f} %  ({100 * low:.1f} to {100 * high:.1f} %)")
+    return 0
+
+
+def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
+    """`qllava eval scienceqa`: accuracy in all, with a picture and by group, and what could not be read."""
+    from qllava.evaluation.scienceqa import answer_problems, score_file
+
+    if arguments.model and not arguments.out:
+        raise InputError("Name the file for the model's answers with --out.")
+    if arguments.answers and (arguments.out or arguments.image_folder):
+        raise InputError("--out and --image-folder belong to --model; with --answers nothing is asked.")
+
+    def run() -> Any:
+        if arguments.answers:
+            return score_file(arguments.problems, arguments.answers, split=arguments.split)
+        return answer_problems(
+            arguments.model,
+            arguments.problems,
+            arguments.image_folder,
+            arguments.out,
+            arguments.order,
+            split=arguments.split,
+        )
+
+    result = quietly(run, arguments.json)
+    print(json.dumps(result.to_json()) if arguments.json else result.text())
     return 0

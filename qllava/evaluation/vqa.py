@@ -10,7 +10,6 @@ punctuation and articles, number words as digits, contractions with their apostr
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,12 +19,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qllava import page
 from qllava.config import InputError
-from qllava.conversation import IMAGE_TOKEN, Conversation
+from qllava.conversation import Conversation
 from qllava.data.formats import Example, read_examples
+from qllava.data.images import open_image
+from qllava.evaluation.intervals import Share
+from qllava.evaluation.intervals import wilson as wilson  # the demo takes it from here
+from qllava.evaluation.pages import write
+from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
 from qllava.inference import Chat, load
 
 ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
+FAILURES_SHOWN = 200  # on a page; more would make it too heavy to open
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
@@ -57,8 +63,13 @@ class VqaResult:
     n: int
     correct: int
     ci95: tuple[float, float]  # Wilson's interval for the accuracy
-    by_type: dict[str, float]  # accuracy per question type, for the questions that have one
+    types: dict[str, Share]  # right answers per question type, for the questions that have one
     answers: tuple[str, ...]  # in the order of the examples, as the model wrote them
+
+    @property
+    def by_type(self) -> dict[str, float]:
+        """Accuracy per question type."""
+        return {name: share.count / share.n for name, share in self.types.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The figures, under the names that `qllava eval vqa --json` promises."""
@@ -68,6 +79,7 @@ class VqaResult:
             "correct": self.correct,
             "ci95": list(self.ci95),
             "by_type": self.by_type,
+            "by_type_ci95": {name: list(share.ci95) for name, share in self.types.items()},
         }
 
 
@@ -93,17 +105,6 @@ def is_correct(answer: str, truth: str) -> bool:
     return normalize(answer) == normalize(truth)
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) for a proportion; (0, 1) when nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
 def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
     """Compare answers that were given elsewhere (during training, say) with the truth of their examples."""
     right = [is_correct(answer, truth(example)) for example, answer in zip(examples, answers, strict=True)]
@@ -116,7 +117,7 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
         n=len(right),
         correct=sum(right),
         ci95=wilson(sum(right), len(right)),
-        by_type={name: sum(group) / len(group) for name, group in sorted(groups.items())},
+        types={name: Share(sum(group), len(group)) for name, group in sorted(groups.items())},
         answers=tuple(answers),
     )
 
@@ -156,43 +157,120 @@ def evaluate(chat: Chat | AnswerFn, examples: Sequence[Example], *, batch_size: 
 
 
 def evaluate_file(
-    model: str, data: Path, *, image_folder: Path | None = None, out: Path | None = None, batch_size: int = 8
+    model: str,
+    data: Path,
+    *,
+    image_folder: Path | None = None,
+    out: Path | None = None,
+    html: Path | None = None,
+    shots: int = 0,
+    pool: Path | None = None,
+    choose: Choose = "random",
+    seed: int = 0,
+    batch_size: int = 8,
 ) -> dict[str, Any]:
     """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
 
-    With `out`, one JSON line per question: id, question, images, answer, truth, correct, type. Raises InputError for
-    unreadable data, a row without an answer, a missing picture, or an `out` that cannot be written.
+    With `out`, one JSON line per question: id, question, images, answer, truth, correct, type. With `html`, a page with
+    the failures. With `shots`, so many examples of the `pool` stand before each question (see `shots`).
+
+    Raises InputError for unreadable data, a row without an answer, a missing picture, a question that does not fit
+    into the model, or a file that cannot be written.
     """
     examples = read_examples(data, image_folder)
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
-    result = evaluate(load(model), examples, batch_size=batch_size)
+    rows = read_examples(pool, image_folder) if pool is not None else []
+    for example in (*examples, *rows):
+        truth(example)
+    for path in (out, html):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path} cannot be written, because there is no folder {path.parent}; make it first.")
+    chat = load(model)
+    asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
+    result = evaluate(chat, asked, batch_size=batch_size)
     if out is not None:
         lines = [_line(example, answer) for example, answer in zip(examples, result.answers, strict=True)]
         try:
             out.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
+    if html is not None:
+        write(html, failures_page(examples, result, f"{chat.name} on {data.name}", _told(shots, choose)))
     return result.to_json()
 
 
+def _told(shots: int, choose: Choose) -> str:
+    how = {"random": "drawn at random", "text": "chosen by similar text", "picture": "chosen by similar picture"}
+    return f"{shots} examples before each question, {how[choose]}." if shots else "No examples before a question."
+
+
 def _asker(chat: Chat, batch_size: int) -> AnswerFn:
+    context = chat.model.config.get_text_config().max_position_embeddings
+
     def ask(examples: Sequence[Example]) -> list[str]:
         prompts = []
         for example in examples:
             try:
-                prompts.append(chat.prompt(question(example), example.images))
+                prompt = chat.prompt(question(example), example.images)
             except InputError as error:
                 raise InputError(f"{example.where}: {error}") from error
+            # Every answer gets the same room, whatever stands beside it in a batch.
+            if len(prompt.input_ids) + ANSWER_TOKENS > context:
+                long = f"the question has {len(prompt.input_ids)} tokens with all that stands before it"
+                room = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"
+                raise InputError(f"{example.where}: {long}, and {room}; give fewer --shots or a shorter row.")
+            prompts.append(prompt)
         return chat.complete(prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
 
     return ask
 
 
+def failures_page(examples: Sequence[Example], result: VqaResult, title: str, note: str) -> str:
+    """Accuracy by type with intervals, and the questions that were answered wrong, with their pictures."""
+    types = [(name, share.count / share.n, *share.ci95) for name, share in result.types.items()]
+    wrong = [
+        (example, answer)
+        for example, answer in zip(examples, result.answers, strict=True)
+        if not is_correct(answer, truth(example))
+    ]
+    step = max(1, -(-len(wrong) // FAILURES_SHOWN))
+    shown = wrong[::step]
+    cards = [
+        page.card(
+            page.join(page.picture(open_image(path), path.name, longest=320) for path in example.images),
+            page.paragraph(last_question(example)),
+            page.verdicts([("said", answer, False), ("right", truth(example), None)]),
+        )
+        for example, answer in shown
+    ]
+    low, high = result.ci95
+    figures = [
+        ("right", page.percent(result.accuracy)),
+        ("95 % interval", f"{100 * low:.1f} to {page.percent(high)}"),
+        ("questions", f"{result.n:,}"),
+        ("failures", f"{len(wrong):,}"),
+    ]
+    rows = [
+        [name, f"{share.count} of {share.n}", page.percent(share.count / share.n)]
+        for name, share in result.types.items()
+    ]
+    both = page.grid(
+        page.interval_chart("Right answers", types, 0.0, 1.0), page.table(["type", "right", "share"], rows)
+    )
+    chart = [page.section("By type", both)] if types else []
+    which = (
+        "No failures"
+        if not wrong
+        else "All failures"
+        if step == 1
+        else f"{len(shown)} of {len(wrong)} failures, evenly spaced"
+    )
+    return page.page(title, note, [page.tiles(figures), *chart, page.section(which, page.gallery(cards))])
+
+
 def _line(example: Example, answer: str) -> str:
     row = {
         "id": example.id,
-        "question": example.conversation.turns[-2].content.replace(IMAGE_TOKEN, "").strip(),
+        "question": last_question(example),
         "images": [str(image) for image in example.images],
         "answer": answer,
         "truth": truth(example),

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 from qllava.config import InputError
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Call:
     """What a language model is asked."""
 
     model: str
-    messages: tuple[Message, ...]  # {"role", "content"}, as the chat API has them
+    messages: tuple[Message, ...]  # {"role", "content"}, as the chat API has them: text, or parts
     parameters: Mapping[str, Any]  # further fields of the request: temperature, max_tokens, response_format, ...
     version: str  # of the prompt; a new one asks again
 

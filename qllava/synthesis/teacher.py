@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 OPENAI = "https://api.openai.com/v1"
 CHARACTERS_PER_TOKEN = 4  # English text in today's vocabularies, roughly; counts that the server sends take its place
+PICTURE_TOKENS = 1000  # that a picture costs at a server, at the most that is usual
 UNLIMITED_REPLY = 1024  # tokens that a reply without a limit is taken to need at most, for the budget
 
 _LONGEST_REST = 60.0  # seconds between two attempts, where the server names none
@@ -289,8 +290,12 @@ def most_tokens(call: Call) -> int:
 
 
 def prompt_tokens(call: Call) -> int:
-    """About how many tokens the text of a call has."""
-    return text_tokens("".join(message["content"] for message in call.messages))
+    """About how many tokens a call has."""
+    contents = [message["content"] for message in call.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    texts = [content for content in contents if isinstance(content, str)] + [part.get("text", "") for part in parts]
+    pictures = len([part for part in parts if part["type"] == "image_url"])
+    return text_tokens("".join(texts)) + PICTURE_TOKENS * pictures
 
 
 def text_tokens(text: str) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example
-from qllava.evaluation.vqa import evaluate, evaluate_file, is_correct, normalize, score, wilson
+from qllava.evaluation.vqa import evaluate, evaluate_file, failures_page, is_correct, normalize, score
 from qllava.inference import load
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -56,13 +56,6 @@ def test_normalizing_twice_changes_nothing(text: str) -> None:
     assert normalize(once) == once
 
 
-def test_wilson() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(8, 10)
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Wilson's interval for 8 of 10, as in the tables
-    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
-
-
 def test_score_by_type() -> None:
     examples = [example(1, "red", "colour"), example(2, "two", "count"), example(3, "blue", "colour"), example(4, "x")]
     result = score(examples, ["red", "2", "green", "x"])
@@ -97,15 +90,18 @@ def test_a_file_from_end_to_end(tmp_path: Path) -> None:
         {"question": "What colour?", "image": "red.png", "answer": truth, "type": "colour"},
         {"question": "How many?", "image": "red.png", "answer": "certainly not this", "type": "count"},
     ]
-    data, out = tmp_path / "data.json", tmp_path / "out.jsonl"
+    data, out, html = tmp_path / "data.json", tmp_path / "out.jsonl", tmp_path / "failures.html"
     data.write_text(json.dumps(rows))
-    result = evaluate_file(str(model), data, image_folder=tmp_path, out=out)
-    assert set(result) == {"accuracy", "n", "correct", "ci95", "by_type"}
+    result = evaluate_file(str(model), data, image_folder=tmp_path, out=out, html=html)
+    assert set(result) == {"accuracy", "n", "correct", "ci95", "by_type", "by_type_ci95"}
     assert (result["accuracy"], result["n"], result["by_type"]) == (0.5, 2, {"colour": 1.0, "count": 0.0})
     json.dumps(result)
     first, second = [json.loads(line) for line in out.read_text().splitlines()]
     assert (first["question"], first["answer"], first["correct"]) == ("What colour?", truth, True)
     assert (second["truth"], second["correct"], second["type"]) == ("certainly not this", False, "count")
+    page = html.read_text()
+    assert page.count("<article") == 1 and "certainly not this" in page and "data:image/png" in page  # the one failure
+    assert "All failures" in page and "<svg" in page
 
 
 def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
@@ -114,6 +110,24 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=r"data\.json, row 1, id q9: .*broken\.png"):
         evaluate_file(str(make_tiny_llava(tmp_path / "model")), tmp_path / "data.json")
+
+
+def test_a_question_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    model = make_tiny_llava(tmp_path / "model", context=128)
+    rows = [{"id": "ok", "question": "?", "answer": "x"}, {"id": "long", "question": "word " * 60, "answer": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        InputError, match=r"data\.json, .*id long: the question has \d+ tokens .* the 128 of this model"
+    ):
+        evaluate_file(str(model), tmp_path / "data.json")
+
+
+def test_a_page_of_many_failures_shows_some() -> None:
+    examples = [example(number, "yes") for number in range(500)]
+    page = failures_page(examples, score(examples, ["no"] * 500), "title", "note")
+    assert page.count("<article") == 167 and "167 of 500 failures, evenly spaced" in page
+    perfect = failures_page(examples, score(examples, ["yes"] * 500), "title", "note")
+    assert perfect.count("<article") == 0
 
 
 def test_an_out_that_cannot_be_written_is_noticed_first(tmp_path: Path) -> None:

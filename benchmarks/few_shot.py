@@ -1,0 +1,91 @@
+"""In-context learning, measured: right answers with 0, 1, 2 and 4 examples before each question, by way of choosing.
+
+    python benchmarks/few_shot.py runs/finetune_lora --out benchmarks/results/few_shot.json
+
+nano's test questions are asked; the examples are its validation questions, which no training saw. Every line has the
+interval of its accuracy and, paired with no examples, how many questions were gained and lost. It is measured too
+whether answers that were given in batches are the ones that are given one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from benchmarks.machine import provenance
+from benchmarks.tables import format_table
+from qllava.data.formats import Example, read_examples
+from qllava.evaluation.shots import Choose, Shots, with_shots
+from qllava.evaluation.vqa import VqaResult, evaluate, is_correct, truth
+from qllava.inference import Chat, load
+from qllava.nano import dataset
+
+COUNTS = (1, 2, 4)
+
+
+def measure(chat: Chat, examples: Sequence[Example], pool: Sequence[Example]) -> list[dict[str, Any]]:
+    """A line without examples, and one for each way and number of them."""
+    without = evaluate(chat, examples, batch_size=50)
+    lines = [_line("none", 0, without, examples, without)]
+    for choose in get_args(Choose):
+        for count in COUNTS:
+            asked = with_shots(examples, Shots(count, pool, choose), chat)
+            found = evaluate(chat, asked, batch_size=50)
+            lines.append(_line(choose, count, found, examples, without))
+            print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+    return lines
+
+
+def same_in_batches(chat: Chat, examples: Sequence[Example]) -> dict[str, Any]:
+    """How many answers are the same to the letter in batches of 50 and one by one."""
+    batched, single = (evaluate(chat, examples, batch_size=size).answers for size in (50, 1))
+    return {"questions": len(examples), "same": sum(a == b for a, b in zip(batched, single, strict=True))}
+
+
+def _line(choose: str, shots: int, found: VqaResult, examples: Sequence[Example], without: VqaResult) -> dict[str, Any]:
+    right, before = (
+        [is_correct(answer, truth(example)) for example, answer in zip(examples, one.answers, strict=True)]
+        for one in (found, without)
+    )
+    return {
+        "choose": choose,
+        "shots": shots,
+        "accuracy": found.accuracy,
+        "low": found.ci95[0],
+        "high": found.ci95[1],
+        "gained": sum(now and not then for now, then in zip(right, before, strict=True)),
+        "lost": sum(then and not now for now, then in zip(right, before, strict=True)),
+        "by_type": found.by_type,
+    }
+
+
+def main() -> int:
+    """Print a table; with --out write the figures too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a finished nano run, or a model merged from one")
+    parser.add_argument("--questions", type=int, help="ask the first N only (default: all)")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    data = dataset.prepare()
+    examples = read_examples(data.test, data.folder)[: arguments.questions]
+    pool = read_examples(data.validation, data.folder)
+    chat = load(arguments.run)
+    batched = same_in_batches(chat, [*examples, *read_examples(data.unseen, data.folder)[: arguments.questions]])
+    print(f"{batched['same']} of {batched['questions']} answers are the same in batches of 50 and one by one")
+    lines = measure(chat, examples, pool)
+    print(format_table([{key: value for key, value in line.items() if key != "by_type"} for line in lines]))
+    if arguments.out:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        figures = {**provenance(device), "questions": len(examples), "batched": batched, "lines": lines}
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

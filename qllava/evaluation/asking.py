@@ -1,0 +1,135 @@
+"""A judge: a language model behind an OpenAI-compatible address, asked many things once each.
+
+Replies are kept by content in the data engine's store, so that an evaluation that is given again, or was interrupted,
+asks only what has no reply yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qllava.config import InputError, cache_folder
+from qllava.synthesis.store import Call, Message, Reply, Store
+from qllava.synthesis.teacher import Teacher, Unanswered
+
+CONCURRENCY = 8
+PARAMETERS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who is asked, and where the replies are kept."""
+
+    name: str
+    base_url: str | None = None  # OPENAI_BASE_URL, else OpenAI's own
+    store: Path | None = None  # None: one file for all evaluations, in the cache folder
+    parameters: Mapping[str, Any] = field(default_factory=lambda: PARAMETERS)
+
+    def call(self, prompt: str, text: str, images: Sequence[str] = ()) -> Call:
+        """What is said to the judge: `prompt` as the system's message, whose hash is the version, and the case.
+
+        `images` are data URIs, for a judge that can see.
+        """
+        content: Any = text
+        if images:
+            content = [{"type": "text", "text": text}]
+            content += [{"type": "image_url", "image_url": {"url": image}} for image in images]
+        messages: tuple[Message, ...] = ({"role": "system", "content": prompt}, {"role": "user", "content": content})
+        version = f"judge-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
+        return Call(self.name, messages, self.parameters, version)
+
+    def ask(self, calls: Sequence[Call]) -> Answered:
+        """The replies in the order of the calls. Raises InputError where no call can succeed."""
+        if not calls:
+            return Answered(self, (), (), 0)
+        path = self.store or cache_folder() / "judge" / "calls.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be made ({error.strerror}); choose another --store.") from error
+        with Store(path) as store:
+            return asyncio.run(self._ask(calls, store))
+
+    async def _ask(self, calls: Sequence[Call], store: Store) -> Answered:
+        replies: list[Reply | None] = [None] * len(calls)
+        asked = 0
+        with tqdm(total=len(calls), desc="judge", unit="reply", disable=None) as bar:
+            async with Teacher(store, self.base_url, concurrency=CONCURRENCY) as teacher:
+                before = store.calls
+
+                async def work(index: int) -> None:
+                    try:
+                        replies[index] = await teacher.ask(calls[index])
+                    except Unanswered as error:
+                        bar.write(f"No reply from the judge: {error}")
+                    bar.update()
+
+                await teacher.each(range(len(calls)), work)
+                asked = store.calls - before
+        return Answered(self, tuple(calls), tuple(replies), asked)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A judge's replies and what they cost."""
+
+    judge: Judge
+    calls: tuple[Call, ...]
+    replies: tuple[Reply | None, ...]  # of each call; None: no reply after every attempt
+    asked: int  # replies that were not kept from before
+
+    def texts(self) -> list[str | None]:
+        """What can be read: None where there is no reply, a refusal, or something that the API does not promise."""
+        return [
+            None if reply is None or reply.refusal is not None or reply.finish_reason == "unreadable" else reply.text
+            for reply in self.replies
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, parameters and cost of the judge, for a result; a call that was needed twice was paid once."""
+        replies = {call.key: reply for call, reply in zip(self.calls, self.replies, strict=True)}
+        there = [reply for reply in replies.values() if reply is not None]
+        return {
+            "name": self.judge.name,
+            "base_url": self.judge.base_url,
+            "parameters": dict(self.judge.parameters),
+            "calls": len(replies),
+            "asked_now": self.asked,
+            "prompt_tokens": sum(reply.prompt_tokens for reply in there),
+            "completion_tokens": sum(reply.completion_tokens for reply in there),
+        }
+
+
+def json_object(text: str, keys: set[str]) -> dict[str, Any] | None:
+    """The one JSON object with these keys that a reply holds, whatever stands around it; None for none or several."""
+    decoder = json.JSONDecoder()
+    found, at = [], text.find("{")
+    while at >= 0:
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+        else:
+            if keys <= value.keys():
+                found.append(value)
+        at = text.find("{", at)
+    return found[0] if len(found) == 1 else None
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines whole or not at all. Raises InputError when that is not possible."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error

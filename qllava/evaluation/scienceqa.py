@@ -1,0 +1,297 @@
+r"""ScienceQA (Lu et al. 2022): questions of school with up to five choices, half of them with a picture.
+
+    qllava eval scienceqa --problems problems.json --answers answers.jsonl
+    qllava eval scienceqa --problems problems.json --model MODEL --image-folder pictures --order reason-first \
+        --out answers.jsonl
+
+The problems are in the original format, one JSON object from id to problem. A letter is read from an answer by the
+rules of the LLaVA papers and by nothing else; what they do not cover is not parsed, counted, and wrong:
+
+    C                                          a bare letter, A to E
+    C. Dover                                   a letter, a full stop and a space at the start
+    ... Dover. The answer is C.                "The answer is X." exactly once
+
+Besides the accuracy in all there is the one on questions with a picture (what the later papers call SQA-IMG), and one
+by subject, context and grade, as in the table of the first paper.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from qllava.config import InputError
+from qllava.conversation import Conversation, Turn, ask
+from qllava.data.rows import is_folder
+from qllava.evaluation.answers import answered_before, append_answers, read_answers
+from qllava.evaluation.intervals import Share
+
+if TYPE_CHECKING:
+    from qllava.inference import Chat
+
+Order = Literal["answer-first", "reason-first"]
+LETTERS = string.ascii_uppercase[:5]
+REASON_TOKENS = 512  # lecture and solution of the longest problem fit
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+GROUPS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
+
+_STATED = re.compile(r"The answer is ([A-Z])\.")
+_INSTRUCTION: dict[str, str] = {
+    "answer-first": "Begin with the words `The answer is X.`, X being the letter of the right option, then say why.",
+    "reason-first": "Reason first, then end with the words `The answer is X.`, X being the letter of the right option.",
+}
+
+
+@dataclass(frozen=True)
+class ScienceProblem:
+    """One problem."""
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int  # the place of the right choice
+    hint: str  # the context in words; empty for none
+    image: str | None  # the picture's file name inside the problem's folder
+    subject: str  # NAT, SOC or LAN
+    grade: int  # 1 to 12
+    split: str
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The columns of the paper's table that it counts in; TXT and IMG may both hold."""
+        context = [name for name, there in (("TXT", self.hint), ("IMG", self.image)) if there]
+        return (self.subject, *(context or ["NO"]), "G1-6" if self.grade <= 6 else "G7-12")
+
+    def words(self) -> str:
+        """The question, its context and its options, a line each."""
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        lines = [f"Question: {self.question}", f"Context: {self.hint or 'N/A'}", f"Options: {options}"]
+        return "\n".join(lines)
+
+    def prompt(self, order: Order) -> str:
+        """The words, and in which order to answer."""
+        return f"{self.words()}\n{_INSTRUCTION[order]}"
+
+
+@dataclass(frozen=True)
+class ScienceResult:
+    """A score over problems."""
+
+    total: Share
+    with_image: Share
+    groups: dict[str, Share]  # by the names in GROUPS; those that no problem is of are left out
+    unparsed: int  # answers from which no letter can be read, and problems without an answer
+    unanswered: int  # of these, the problems without an answer
+    not_a_choice: int  # answers with a letter that none of the problem's choices has; wrong as well
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, under the names that `qllava eval scienceqa --json` promises."""
+        return {
+            "accuracy": self.total.value,
+            "ci95": list(self.total.ci95),
+            "accuracy_image": self.with_image.value,
+            "ci95_image": list(self.with_image.ci95),
+            "n": self.total.n,
+            "n_image": self.with_image.n,
+            "correct": self.total.count,
+            "correct_image": self.with_image.count,
+            "unparsed": self.unparsed,
+            "unanswered": self.unanswered,
+            "not_a_choice": self.not_a_choice,
+            "groups": {
+                name: {"accuracy": share.value, "n": share.n, "correct": share.count, "ci95": list(share.ci95)}
+                for name, share in self.groups.items()
+            },
+        }
+
+    def text(self) -> str:
+        """The figures for the terminal, a line each."""
+        shares = {"all": self.total, "with a picture": self.with_image, **self.groups}
+        notes = [f"{self.unparsed} of {self.total.n} answers could not be read, and count as wrong."]
+        if self.unanswered:
+            notes.append(f"{self.unanswered} of these were not given at all.")
+        if self.not_a_choice:
+            notes.append(f"{self.not_a_choice} answers name a letter that the problem does not have.")
+        return "\n".join([f"{name:<16}{share}" for name, share in shares.items()] + notes)
+
+
+def read_letter(text: str) -> str | None:
+    """The letter that an answer gives by the papers' rules; None where they read none.
+
+    >>> [read_letter(text) for text in ("C", "C. Dover", "It is Dover. The answer is C.", "Dover (C)")]
+    ['C', 'C', 'C', None]
+    """
+    if len(text) == 1 and text in LETTERS:
+        return text
+    if text[1:3] == ". " and text[0] in LETTERS:
+        return text[0]
+    stated = _STATED.findall(text)
+    return stated[0] if len(stated) == 1 else None
+
+
+def is_right(problem: ScienceProblem, answer: str) -> bool:
+    """Whether the letter that can be read from an answer is the right choice's."""
+    return read_letter(answer) == LETTERS[problem.answer]
+
+
+def read_problems(path: Path, split: str = "test") -> list[ScienceProblem]:
+    """The problems of one split of an original `problems.json`.
+
+    Raises InputError for a file of another kind, a problem that cannot be asked, or a split without problems.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its name.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); give ScienceQA's own problems.json.") from error
+    if not isinstance(rows, dict):
+        raise InputError(f"{path} must be one JSON object from id to problem, as ScienceQA's problems.json is.")
+    problems = [_problem(id, row, path) for id, row in rows.items()]
+    wanted = [problem for problem in problems if problem.split == split]
+    if not wanted:
+        there = ", ".join(sorted({problem.split for problem in problems})) or "none"
+        raise InputError(f"{path} has no problems of the split {split!r} (it has: {there}); name one with --split.")
+    return wanted
+
+
+def score(problems: Sequence[ScienceProblem], answers: Mapping[str, str]) -> ScienceResult:
+    """Compare answers, by the problems' ids, with the truth. Answers to other problems are not looked at."""
+    letters = {problem.id: read_letter(answers.get(problem.id, "")) for problem in problems}
+    right = {problem.id: letters[problem.id] == LETTERS[problem.answer] for problem in problems}
+
+    def share(of: Callable[[ScienceProblem], bool]) -> Share:
+        counted = [right[problem.id] for problem in problems if of(problem)]
+        return Share(sum(counted), len(counted))
+
+    groups = {name: share(lambda problem, name=name: name in problem.groups) for name in GROUPS}  # type: ignore[misc]
+    read = [(problem, letter) for problem in problems if (letter := letters[problem.id]) is not None]
+    return ScienceResult(
+        total=share(lambda problem: True),
+        with_image=share(lambda problem: problem.image is not None),
+        groups={name: found for name, found in groups.items() if found.n},
+        unparsed=len(problems) - len(read),
+        unanswered=sum(problem.id not in answers for problem in problems),
+        not_a_choice=sum(letter not in LETTERS[: len(problem.choices)] for problem, letter in read),
+    )
+
+
+def score_file(problems: Path, answers: Path, *, split: str = "test") -> ScienceResult:
+    """`qllava eval scienceqa --answers`. Raises InputError when no answer is to a problem of the split."""
+    asked = read_problems(problems, split)
+    given = read_answers(answers)
+    if not any(problem.id in given for problem in asked):
+        raise InputError(f"{answers} answers none of the {len(asked)} problems in {problems}; check both names.")
+    return score(asked, given)
+
+
+def answer_problems(
+    model: str,
+    problems: Path,
+    image_folder: Path | None,
+    out: Path,
+    order: Order,
+    *,
+    split: str = "test",
+    batch_size: int = 8,
+) -> ScienceResult:
+    """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
+
+    Raises InputError for a model, problem or picture that cannot be used, or an `out` of another model or order.
+    """
+    from qllava.inference import load
+
+    asked = read_problems(problems, split)
+    if image_folder is None and any(problem.image for problem in asked):
+        raise InputError("Some problems have pictures; name their folder with --image-folder.")
+    images = find_images(asked, image_folder or problems.parent)
+    if not out.parent.is_dir():
+        raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
+    chat = load(model)
+    settings = {"model": chat.name, "order": order}
+    answers = answered_before(out, settings)
+    missing = [problem for problem in asked if problem.id not in answers]
+    window = batch_size * 4  # sorted by length inside, written when it is done
+    with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="problems", unit="q", disable=None) as bar:
+        for start in range(0, len(missing), window):
+            part = missing[start : start + window]
+            found = _ask(chat, part, images, order, batch_size)
+            append_answers(out, found, settings)
+            answers |= found
+            bar.update(len(part))
+    return score(asked, answers)
+
+
+def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, Path]:
+    """The pictures by id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as ScienceQA unpacks them.
+
+    Raises InputError for the first that is missing, so that nothing is asked in vain.
+    """
+    found = {}
+    for problem in problems:
+        if problem.image is None:
+            continue
+        path = (folder / problem.split if is_folder(folder / problem.split) else folder) / problem.id / problem.image
+        if not path.is_file():
+            raise InputError(f"Problem {problem.id}: there is no picture {path}; check --image-folder.")
+        found[problem.id] = path
+    return found
+
+
+def _ask(
+    chat: Chat, problems: Sequence[ScienceProblem], images: Mapping[str, Path], order: Order, batch_size: int
+) -> dict[str, str]:
+    prompts = []
+    for problem in problems:
+        shown = [images[problem.id]] if problem.id in images else []
+        turn = Turn("user", ask(problem.prompt(order), len(shown)))
+        try:
+            prompts.append(chat.prompt(Conversation((turn,)), shown))
+        except InputError as error:
+            raise InputError(f"Problem {problem.id}: {error}") from error
+    said = chat.complete(prompts, max_new_tokens=REASON_TOKENS, batch_size=batch_size)
+    return {problem.id: text for problem, text in zip(problems, said, strict=True)}
+
+
+def _problem(id: str, row: Any, path: Path) -> ScienceProblem:
+    """Check one problem; what is not used (lecture, solution, topic) may be missing."""
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, problem {id}: expected an object with question, choices and answer.")
+
+    def text(key: str) -> str:
+        if not isinstance(row.get(key), str):
+            raise InputError(f"{path}, problem {id}: expected a text under {key!r}; write it there.")
+        return str(row[key])
+
+    choices, answer, image = row.get("choices"), row.get("answer"), row.get("image")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"{path}, problem {id}: expected a list of texts under 'choices'; write it there.")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise InputError(f"{path}, problem {id}: {len(choices)} choices; expected 2 to {len(LETTERS)}.")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise InputError(f"{path}, problem {id}: 'answer' must be the place of the right choice, from 0 on.")
+    if image is not None and (not isinstance(image, str) or Path(id, image).parts != (id, image)):
+        raise InputError(f"{path}, problem {id}: 'image' must be null or the name of a file in the problem's folder.")
+    subject, grade = text("subject"), text("grade")
+    if subject not in SUBJECTS:
+        raise InputError(f"{path}, problem {id}: the subject {subject!r} is none of {', '.join(SUBJECTS)}.")
+    if not re.fullmatch(r"grade([1-9]|1[0-2])", grade):
+        raise InputError(f"{path}, problem {id}: the grade {grade!r} is none of grade1 to grade12.")
+    return ScienceProblem(
+        id,
+        text("question"),
+        tuple(choices),
+        answer,
+        text("hint"),
+        image,
+        SUBJECTS[subject],
+        int(grade[5:]),
+        text("split"),
+    )

@@ -1,0 +1,183 @@
+"""In-context learning: examples from a pool stand before a question, with their pictures and answers.
+
+    qllava eval vqa MODEL questions.json --shots 2 --pool train.json --choose picture
+
+Which examples: drawn `random`ly (by a seed and the question's place), or those most like the question, the nearest
+directly before it.
+
+    text      cosine of TF-IDF vectors of the last questions: words in lower case, weight (1 + log tf) * idf with
+              idf = log(N / df) + 1 over the N rows of the pool
+    picture   cosine of the tower's own features, as the projector gets them, averaged over the patches and the pictures
+
+A row of the pool that shows a picture of the question (or asks the same, where it has none) is never among its
+examples, so that a pool may overlap with the questions and still tell no answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from tqdm import tqdm
+
+from qllava.config import InputError
+from qllava.conversation import IMAGE_TOKEN, Conversation
+from qllava.data.formats import Example
+from qllava.data.images import open_image
+from qllava.inference import Chat
+
+Choose = Literal["random", "text", "picture"]
+_PICTURES = 32  # that go through the tower at once
+
+
+@dataclass(frozen=True)
+class Shots:
+    """How many examples stand before each question, and how they are chosen."""
+
+    count: int
+    pool: Sequence[Example]  # each ends with an answer
+    choose: Choose = "random"
+    seed: int = 0
+
+
+def with_shots(examples: Sequence[Example], shots: Shots, chat: Chat | None = None) -> list[Example]:
+    """The examples with their shots before them, as longer conversations; ids, places and types stay.
+
+    `chat` is the model whose tower is asked when the choice is by picture. Raises InputError when the pool is too small
+    for a question, or has no pictures to choose by.
+    """
+    pool = shots.pool
+    near = _nearness(examples, shots, chat)
+    pictures = [set(row.images) for row in pool]
+    asked = [last_question(row) for row in pool]
+    out = []
+    for index, example in enumerate(examples):
+        mine, question = set(example.images), last_question(example)
+        ranked = (int(row) for row in near(index))
+        allowed = (row for row in ranked if (not mine & pictures[row] if mine else question != asked[row]))
+        chosen = [row for row, _ in zip(allowed, range(shots.count), strict=False)]
+        if len(chosen) < shots.count:
+            problem = f"the pool has {len(chosen)} examples for this question that do not show its picture"
+            raise InputError(f"{example.where}: {problem}, expected {shots.count}; give a larger --pool.")
+        out.append(_joined([pool[row] for row in reversed(chosen)], example))
+    return out
+
+
+def last_question(example: Example) -> str:
+    """The words of the question that is answered last."""
+    return example.conversation.turns[-2].content.replace(IMAGE_TOKEN, " ").strip()
+
+
+def _nearness(examples: Sequence[Example], shots: Shots, chat: Chat | None) -> Callable[[int], Iterable[int]]:
+    """A function from the number of a question to the rows of the pool, the best example first."""
+    if shots.choose == "random":
+        return lambda index: _drawn(random.Random(f"{shots.seed}-{index}"), len(shots.pool))
+    if shots.choose == "text":
+        words = Words([last_question(row) for row in shots.pool])
+        return lambda index: _best_first(words.similarity(last_question(examples[index])))
+    if chat is None:
+        raise ValueError("to choose by picture a model is needed, whose tower looks at them")
+    without = next((row for row in (*shots.pool, *examples) if not row.images), None)
+    if without is not None:
+        raise InputError(f"{without.where}: the row has no picture to choose by; use --choose text or random.")
+    paths = list(dict.fromkeys(path for row in (*shots.pool, *examples) for path in row.images))
+    seen = dict(zip(paths, embed_pictures(chat, paths), strict=True))
+    pool = np.stack([_mean([seen[path] for path in row.images]) for row in shots.pool])
+    return lambda index: _best_first(pool @ _mean([seen[path] for path in examples[index].images]))
+
+
+def _drawn(rng: random.Random, n: int) -> Iterator[int]:
+    """All of 0 to n - 1 in random order, one after the other: few are needed of a pool of hundreds of thousands."""
+    moved: dict[int, int] = {}
+    for left in range(n, 0, -1):
+        place = rng.randrange(left)
+        yield moved.get(place, place)
+        moved[place] = moved.get(left - 1, left - 1)
+
+
+@dataclass(frozen=True)
+class Words:
+    """TF-IDF over the texts of a pool."""
+
+    texts: Sequence[str]
+
+    def similarity(self, text: str) -> NDArray[np.float64]:
+        """(N,) the cosine of a text with each text of the pool; words that the pool does not have count for nothing."""
+        found: NDArray[np.float64] = (self._matrix @ self._vector(text).T).toarray()[:, 0]
+        return found
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(dict.fromkeys(w for text in self.texts for w in _words(text)))}
+
+    @cached_property
+    def _idf(self) -> NDArray[np.float64]:
+        df = Counter(word for text in self.texts for word in set(_words(text)))
+        return np.log(len(self.texts) / np.array([df[word] for word in self._columns] or [1])) + 1
+
+    @cached_property
+    def _matrix(self) -> Any:
+        return sparse.vstack([self._vector(text) for text in self.texts], format="csr")
+
+    def _vector(self, text: str) -> Any:
+        counts = {word: n for word, n in Counter(_words(text)).items() if word in self._columns}
+        columns = [self._columns[word] for word in counts]
+        values = (1 + np.log(np.array(list(counts.values()), dtype=np.float64))) * self._idf[columns]
+        length = np.linalg.norm(values)
+        shape = (1, max(1, len(self._columns)))
+        return sparse.csr_matrix((values / (length or 1.0), ([0] * len(columns), columns)), shape=shape)
+
+
+def embed_pictures(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
+    """(N, D) what the tower sees: the features that the projector gets, averaged over the patches, of length 1.
+
+    Raises InputError for a picture that cannot be opened.
+    """
+    model = chat.model.base_model.model if hasattr(chat.model, "peft_config") else chat.model
+    tower, config = model.model.vision_tower, model.config
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    start = 1 if config.vision_feature_select_strategy == "default" else 0  # without the class token
+    out = []
+    with torch.no_grad(), tqdm(total=len(paths), desc="pictures", disable=None) as bar:
+        for first in range(0, len(paths), _PICTURES):
+            images = [open_image(path) for path in paths[first : first + _PICTURES]]
+            pixels = chat.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states
+            features = torch.cat([states[layer] for layer in layers], dim=-1)[:, start:]
+            out.append(torch.nn.functional.normalize(features.float().mean(1), dim=-1).cpu().numpy())
+            bar.update(len(images))
+    return np.concatenate(out)
+
+
+def _mean(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The direction of several vectors of length 1."""
+    total = np.sum(vectors, axis=0)
+    unit: NDArray[np.float32] = total / (np.linalg.norm(total) or 1.0)
+    return unit
+
+
+def _best_first(similarity: NDArray[Any]) -> NDArray[np.intp]:
+    """The rows by falling similarity, rounded so that the order holds anywhere; equal ones in the pool's order."""
+    return np.argsort(-np.round(similarity, 6), kind="stable")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _joined(before: Sequence[Example], example: Example) -> Example:
+    turns = tuple(turn for row in before for turn in row.conversation.turns)
+    images = tuple(image for row in before for image in row.images)
+    conversation = Conversation((*turns, *example.conversation.turns), example.conversation.system)
+    return replace(example, images=(*images, *example.images), conversation=conversation)

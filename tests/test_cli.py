@@ -162,22 +162,34 @@ def test_a_merge_onto_the_original_weights_is_not_called_verified(
     assert "original weights" in said
 
 
-def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "qllava.inference", "chat_loop", lambda *a, **k: 0)
+def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from qllava.inference import Settings
+
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    for loop in ("chat_loop", "compare_loop"):
+        monkeypatch.setattr(f"qllava.inference.{loop}", lambda *a, **k: calls.append((a, k)) or 0)
     assert cli.main(["chat", "nano"]) == 0
+    settings = Settings(None, 0.0, 256, None)
     assert calls[0] == (
         ("nano",),
-        {"images": [], "prompt": None, "load_in_4bit": False, "max_new_tokens": 256, "temperature": 0.0},
+        {"images": [], "prompt": None, "settings": settings, "load_in_4bit": False, "dtype": None},
     )
-    line = "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2"
+    line = (
+        "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2 "
+        "--seed 3 --system Brief --dtype bfloat16"
+    )
     assert cli.main(line.split()) == 0
     assert calls[1][1] == {
         "images": [Path("a.png"), Path("b.png"), Path("c.png")],
         "prompt": "Why?",
+        "settings": Settings("Brief", 0.2, 5, 3),
         "load_in_4bit": True,
-        "max_new_tokens": 5,
-        "temperature": 0.2,
+        "dtype": "bfloat16",
     }
+    assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
+    assert calls[2][0] == (("m", "n"),) and calls[2][1]["votes"] == Path("v.jsonl")
+    assert cli.main(["chat", "m", "--compare", "n", "--prompt", "Why?"]) == 1
+    assert "takes no --prompt" in capsys.readouterr().err
 
 
 def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +240,7 @@ def test_an_interruption_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch, caps
     def interrupt(*args: Any, **kwargs: Any) -> int:
         raise KeyboardInterrupt
 
-    stand_in(monkeypatch, "qllava.inference", "chat_loop", interrupt)
+    monkeypatch.setattr("qllava.inference.chat_loop", interrupt)
     assert cli.main(["chat", "nano"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qllava import page
-from qllava.page import Bar, Html, Series
+from qllava.page import Bar, Html, Series, charts
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
@@ -199,7 +199,7 @@ def test_every_curve_stays_inside_its_frame(values: list[float], log: bool) -> N
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
-    axis = page._Axis.over(low, low + length, 0, 100)
+    axis = charts._Axis.over(low, low + length, 0, 100)
     ticks = axis.ticks(5)
     assert 1 <= len(ticks) <= 7
     assert all(-1e-6 <= axis.place(tick) <= 100 + 1e-6 for tick in ticks)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app
 
 from demo.guard import EXAMPLES, MAX_UPLOAD, Guard
 from qllava.config import NANO, InputError
-from qllava.inference import Chat, VoteFile, load
+from qllava.data.votes import VoteFile
+from qllava.inference import Chat, load
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
 through a server of Gradio's. Pictures and questions of others reach this machine."""

@@ -14,10 +14,11 @@ import gradio as gr
 from demo.talk import ASKING, NOTHING, TROUBLE, WAITING, as_text, begin, in_words, visitor_of
 from demo.visitors import Visitor, Visitors
 from qllava.config import InputError
-from qllava.evaluation.vqa import wilson
-from qllava.inference import Chat, Choice, Duel, Session, VoteFile, contenders, tally
+from qllava.data.votes import Verdict, VoteFile, tally
+from qllava.evaluation.intervals import wilson
+from qllava.inference import Chat, Duel, Session, contenders
 
-BUTTONS: dict[Choice, str] = {"left": "Left is better", "tie": "Equally good", "both_bad": "Both are bad",
+BUTTONS: dict[Verdict, str] = {"left": "Left is better", "tie": "Equally good", "both_bad": "Both are bad",
                               "right": "Right is better"}  # fmt: skip
 View = tuple[Any, ...]  # left chatbot, right chatbot, text box, vote buttons (4), result
 
@@ -68,13 +69,13 @@ class Compare:
         if duel is not None:
             duel.stopped.set()
 
-    def vote(self, choice: Choice, request: gr.Request) -> View:
+    def vote(self, verdict: Verdict, request: gr.Request) -> View:
         """A vote; it is on the disk before the names are told."""
         visitor = visitor_of(self.visitors, request)
         if visitor.duel is None:
             raise gr.Error("Ask both a question first.")
         try:
-            vote = visitor.duel.vote(choice, visitor.rater)
+            vote = visitor.duel.vote(verdict, visitor.rater)
             try:
                 for picture in visitor.pictures if self.keep is not None else ():
                     self._keep(picture)

@@ -13,7 +13,8 @@ import gradio as gr
 from demo.compare import BUTTONS, Compare
 from demo.talk import Talk
 from demo.visitors import Visitors
-from qllava.inference import Chat, Choice, VoteFile, about, label
+from qllava.data.votes import Verdict, VoteFile
+from qllava.inference import Chat, about, label
 
 STYLE = Path(__file__).with_name("style.css")
 LINE = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -122,7 +123,7 @@ def _compare_tab(compare: Compare) -> None:
     _camera(textbox, compare.visitors)
 
 
-def _vote(compare: Compare, choice: Choice) -> Callable[..., Any]:
+def _vote(compare: Compare, choice: Verdict) -> Callable[..., Any]:
     def vote(request: gr.Request) -> Any:
         return compare.vote(choice, request)
 

@@ -114,6 +114,23 @@ def stop(problem: Problem) -> None:
         raise RowError(problem)
 
 
+def row_id(row: Any, place: Place, key: str) -> str:
+    """The id of a row, as text. Raises InputError where there is none."""
+    id = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(id, str | int) or isinstance(id, bool):
+        raise RowError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
+    return str(id)
+
+
+def row_text(row: dict[str, Any], key: str, place: Place, id: str) -> str:
+    """A text of a row. Raises InputError where it is none."""
+    text = row.get(key)
+    if not isinstance(text, str):
+        problem = f"there is no text under {key!r}"
+        raise RowError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
+    return text
+
+
 def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:
     """The rows of a file or folder with their places, unchecked.
 

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qllava.config import InputError
+from qllava.data.votes import VERDICTS, Verdict, Vote, read_votes
 from qllava.evaluation.intervals import RESAMPLES, Estimate, bootstrap
-from qllava.evaluation.votes import VERDICTS, Judgment, Verdict, Vote, read_judgments, read_votes
+from qllava.evaluation.judgments import Judgment, read_judgments
 
 Codes = NDArray[np.int64]  # (N,) places in VERDICTS
 _MIRRORED: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
@@ -125,7 +126,7 @@ class _Judged:
     @property
     def longer(self) -> Verdict | None:
         """The side of the longer answer, in characters; None where the judge or the person decided for no side."""
-        left, right = len(self.vote.left), len(self.vote.right)
+        left, right = len(self.vote.answers["left"]), len(self.vote.answers["right"])
         if left == right or not {self.verdict, self.vote.vote} <= {"left", "right"}:
             return None
         return "left" if left > right else "right"
@@ -251,8 +252,9 @@ def _ceiling(votes: Sequence[Vote], resamples: int) -> Agreement:
     pairs: dict[tuple[Hashable, str, str], dict[str, Verdict]] = {}
     for vote in votes:
         if vote.rater is not None:
-            swapped = vote.left > vote.right
-            answers = (vote.right, vote.left) if swapped else (vote.left, vote.right)
+            left, right = vote.answers["left"], vote.answers["right"]
+            swapped = left > right
+            answers = (right, left) if swapped else (left, right)
             pairs.setdefault((vote.asked, *answers), {})[vote.rater] = _MIRRORED[vote.vote] if swapped else vote.vote
     one: list[Verdict] = []
     other: list[Verdict] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError
-from qllava.data.rows import Place, Problem, RowError, read_rows
+from qllava.data.rows import Place, Problem, RowError, read_rows, row_id, row_text
 
 _HEAD = b'{"question_id": '  # every line that is written here begins so
 
@@ -30,25 +30,8 @@ def read_answers(path: Path) -> dict[str, str]:
     return answers
 
 
-def row_id(row: Any, place: Place, key: str = "question_id") -> str:
-    """The id of a row, as text. Raises InputError where there is none."""
-    id = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(id, str | int) or isinstance(id, bool):
-        raise RowError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
-    return str(id)
-
-
-def row_text(row: dict[str, Any], key: str, place: Place, id: str) -> str:
-    """A text of a row. Raises InputError where it is none."""
-    text = row.get(key)
-    if not isinstance(text, str):
-        problem = f"there is no text under {key!r}"
-        raise RowError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
-    return text
-
-
 def _answer(row: Any, place: Place) -> tuple[str, str]:
-    id = row_id(row, place)
+    id = row_id(row, place, "question_id")
     return id, row_text(row, "text", place, id)
 
 

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import numpy as np
 
 from qllava.config import InputError
-from qllava.data.rows import read_rows
-from qllava.evaluation.answers import read_answers, row_id, row_text
+from qllava.data.rows import read_rows, row_id, row_text
+from qllava.evaluation.answers import read_answers
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
 from qllava.evaluation.intervals import Estimate, bootstrap
 from qllava.synthesis.contexts import read_contexts
@@ -180,7 +180,7 @@ def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path |
     known = {context.image: shown(context, "detail") for context in read_contexts(contexts)} if contexts else {}
     cases: dict[str, Case] = {}
     for place, row in read_rows(questions):
-        id = row_id(row, place)
+        id = row_id(row, place, "question_id")
         for (what, texts), path in zip(given.items(), (reference, answers), strict=True):
             if id not in texts:
                 raise InputError(f"{path} has no {what} to question {id} of {questions}; add it.")

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qllava.config import InputError
+from qllava.data.votes import Verdict, Vote, read_votes
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
-from qllava.evaluation.votes import ORDERS, JudgeOrder, Judgment, Verdict, Vote, read_votes
+from qllava.evaluation.judgments import ORDERS, JudgeOrder, Judgment
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.prompting import shown
 
@@ -109,7 +110,8 @@ def read_verdict(text: str, order: JudgeOrder) -> Verdict | None:
 
 
 def _words(vote: Vote, order: JudgeOrder, told: Sequence[str]) -> str:
-    first, second = (vote.left, vote.right) if order == "left-first" else (vote.right, vote.left)
+    left, right = vote.answers["left"], vote.answers["right"]
+    first, second = (left, right) if order == "left-first" else (right, left)
     parts = [f"[Context]\n{context}" for context in told]
     if vote.context:
         parts.append(f"[Said before]\n{vote.context}")

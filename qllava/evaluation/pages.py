@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from qllava import page
 from qllava.config import InputError
+from qllava.data.votes import VERDICTS
 from qllava.evaluation.intervals import Estimate
-from qllava.evaluation.votes import VERDICTS
 from qllava.page import Html
 
 if TYPE_CHECKING:

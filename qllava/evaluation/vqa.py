@@ -24,8 +24,7 @@ from qllava.config import InputError
 from qllava.conversation import Conversation
 from qllava.data.formats import Example, read_examples
 from qllava.data.images import open_image
-from qllava.evaluation.intervals import Share
-from qllava.evaluation.intervals import wilson as wilson  # the demo takes it from here
+from qllava.evaluation.intervals import Share, wilson
 from qllava.evaluation.pages import write
 from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
 from qllava.inference import Chat, load

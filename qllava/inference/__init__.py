@@ -18,12 +18,9 @@ from qllava.inference.loading import load, newest_nano_run
 from qllava.inference.pictures import keep_picture
 from qllava.inference.session import Exchange, Session, Settings
 from qllava.inference.terminal import chat_loop, compare_loop
-from qllava.inference.votes import CHOICES, Choice, Tally, Vote, VoteFile, read_votes, tally
 
 __all__ = [
-    "CHOICES",
     "Chat",
-    "Choice",
     "Contender",
     "Duel",
     "Exchange",
@@ -31,9 +28,6 @@ __all__ = [
     "Prompt",
     "Session",
     "Settings",
-    "Tally",
-    "Vote",
-    "VoteFile",
     "about",
     "answer_prompts",
     "chat_loop",
@@ -43,7 +37,5 @@ __all__ = [
     "label",
     "load",
     "newest_nano_run",
-    "read_votes",
-    "tally",
     "user_turn",
 ]

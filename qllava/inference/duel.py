@@ -19,9 +19,9 @@ from pathlib import Path
 
 from qllava.config import InputError
 from qllava.conversation import Conversation
+from qllava.data.votes import Side, Verdict, Vote
 from qllava.inference.about import label
 from qllava.inference.chat import Chat, Picture, user_turn
-from qllava.inference.votes import Choice, Side, Vote
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Duel:
                 yield self.answers["left"], self.answers["right"]
         self.whole = not running and not self.stopped.is_set()
 
-    def vote(self, choice: Choice, rater: str) -> Vote:
+    def vote(self, verdict: Verdict, rater: str) -> Vote:
         """The judgement as a line of the file; once, and only when both answers are whole."""
         if not self.whole:
             raise InputError("Both answers have to be complete before a vote; ask again.")
@@ -124,7 +124,7 @@ class Duel:
             conversation=self._turns,
             answers=dict(self.answers),
             models={side: contender.name for side, contender in self.contenders.items()},
-            vote=choice,
+            vote=verdict,
             rater=rater,
             seed=self.seed,
         )

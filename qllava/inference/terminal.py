@@ -19,13 +19,13 @@ from pathlib import Path
 
 from qllava.config import InputError
 from qllava.data.images import open_image
+from qllava.data.votes import Verdict, VoteFile
 from qllava.inference.about import about
 from qllava.inference.chat import Chat
 from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.loading import load
 from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
-from qllava.inference.votes import Choice, VoteFile
 
 HELP = """/image FILE      shows a picture with your next question
 /again           asks the last question anew
@@ -36,7 +36,7 @@ HELP = """/image FILE      shows a picture with your next question
 /length N        the most tokens of an answer
 /model           what is loaded
 /quit            leaves, as Ctrl-D does; Ctrl-C stops an answer"""
-_VOTES: dict[str, Choice] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
+_VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
 
 
 def chat_loop(

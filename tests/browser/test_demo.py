@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from demo.talk import TROUBLE
-from qllava.inference import load, read_votes
+from qllava.data.votes import VoteFile
+from qllava.inference import load
 from tests.demo.server import ARTIFACTS, computes, endless_model, served, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -186,7 +187,7 @@ def test_a_question_is_edited_and_asked_again_and_the_chat_cleared(browser: Any,
 def test_two_models_are_compared_and_the_vote_is_in_the_file(
     browser: Any, demo: str, model: Path, photograph: Path, size: dict[str, int]
 ) -> None:
-    before = len(read_votes(model.parent / "votes.jsonl"))
+    before = len(VoteFile(model.parent / "votes.jsonl").votes)
     page = browser.new_page(viewport=size)
     page.goto(demo)
     page.get_by_role("tab", name="Compare").click()
@@ -200,7 +201,7 @@ def test_two_models_are_compared_and_the_vote_is_in_the_file(
     assert "1 vote" in page.locator("#result").inner_text() or before
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / f"compare-{'phone' if size is PHONE else 'wide'}.png")
-    (vote,) = read_votes(model.parent / "votes.jsonl")[before:]
+    (vote,) = VoteFile(model.parent / "votes.jsonl").votes[before:]
     assert (vote.question, vote.vote) == ("What colour is it?", "left")
     assert letters(vote.answers["left"]) == letters(left)
     assert set(vote.models.values()) == {"model", "other"} and len(vote.pictures) == 1

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from demo.guard import MAX_UPLOAD
-from qllava.inference import load, read_votes
+from qllava.data.votes import VoteFile
+from qllava.inference import load
 from tests.demo.server import Visitor, computes, endless_model, memory_of, served, texts, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -177,11 +178,11 @@ def test_twenty_at_once_are_all_answered(server: Server, red: Path) -> None:
 def test_a_vote_is_a_line_with_its_picture_beside_it(server: Server, model: Path, red: Path) -> None:
     visitor = Visitor(server[0])
     votes = model.parent / "votes.jsonl"
-    before = len(read_votes(votes))
+    before = len(VoteFile(votes).votes)
     left, right, *_ = visitor.ask("Which?", uploaded(visitor, red), box="pair")
     result = visitor.press("vote-left", "click")
     assert "Left was" in result[-1]
-    (vote,) = read_votes(votes)[before:]
+    (vote,) = VoteFile(votes).votes[before:]
     assert vote.vote == "left" and vote.question == "Which?" and set(vote.models.values()) == {
         "model", "model (temperature 0.8)"
     }  # fmt: skip

@@ -14,10 +14,9 @@ from sklearn.metrics import cohen_kappa_score
 
 from qllava import cli
 from qllava.config import InputError
+from qllava.data.votes import VERDICTS, Side, Verdict, Vote, read_votes
 from qllava.evaluation.agreement import Report, compare, kappa, measure
-from qllava.evaluation.votes import ORDERS, VERDICTS, Judgment, Verdict, Vote, read_judgments, read_votes
-from qllava.inference.votes import Side, VoteFile
-from qllava.inference.votes import Vote as DemoVote
+from qllava.evaluation.judgments import ORDERS, Judgment, read_judgments
 
 MIRROR: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 
@@ -29,8 +28,7 @@ def random_votes(n: int = 200, seed: int = 0, verdicts: tuple[Verdict, ...] = VE
             id=str(i),
             question=f"q{i % (n // 4)}",
             pictures=(),
-            left="l" * int(random.integers(1, 20)),
-            right="r" * int(random.integers(20, 40)),
+            answers={"left": "l" * int(random.integers(1, 20)), "right": "r" * int(random.integers(20, 40))},
             vote=verdicts[random.integers(len(verdicts))],
             rater=None,
         )
@@ -103,15 +101,18 @@ def test_a_judge_that_takes_what_it_sees_first() -> None:
     assert sum(row[VERDICTS.index("tie")] for row in found.table) == 200  # none of it passes for a verdict
 
 
+def left_is_longer(vote: Vote) -> bool:
+    return len(vote.answers["left"]) > len(vote.answers["right"])
+
+
 def test_a_judge_that_takes_the_longer_answer() -> None:
     votes = [
-        replace(vote, left=vote.right, right=vote.left) if i % 2 else vote for i, vote in enumerate(random_votes())
+        replace(vote, answers={"left": vote.answers["right"], "right": vote.answers["left"]}) if i % 2 else vote
+        for i, vote in enumerate(random_votes())
     ]
-    found = judged(votes, lambda vote, order: "left" if len(vote.left) > len(vote.right) else "right")
+    found = judged(votes, lambda vote, order: "left" if left_is_longer(vote) else "right")
     assert found.judge_longer.value == 1.0 and found.first.value == 0.5
-    by_hand = [
-        (vote.vote == "left") == (len(vote.left) > len(vote.right)) for vote in votes if vote.vote in ("left", "right")
-    ]
+    by_hand = [(vote.vote == "left") == left_is_longer(vote) for vote in votes if vote.vote in ("left", "right")]
     assert found.people_longer.value == pytest.approx(np.mean(by_hand))
     assert found.longer_difference.value == pytest.approx(1 - np.mean(by_hand))
     assert found.longer_difference.ci95 is not None and found.longer_difference.ci95[0] > 0
@@ -133,8 +134,8 @@ def test_what_could_not_be_read_is_left_out_and_counted() -> None:
 
 def test_people_are_the_ceiling_whichever_side_the_answers_stood_on() -> None:
     def vote(id: str, rater: str | None, says: Verdict, swapped: bool = False, question: str = "q") -> Vote:
-        left, right = ("b", "a") if swapped else ("a", "b")
-        return Vote(id, question, ("hash",), left, right, says, rater)
+        answers: dict[Side, str] = {"left": "b", "right": "a"} if swapped else {"left": "a", "right": "b"}
+        return Vote(id=id, question=question, pictures=("hash",), answers=answers, vote=says, rater=rater)
 
     votes = [
         vote("1", "ann", "left"),
@@ -180,24 +181,16 @@ ROW = {
 
 def test_votes_are_read_as_the_demo_writes_them(tmp_path: Path) -> None:
     (vote,) = read_votes(write(tmp_path / "v.jsonl", [ROW]))
-    assert (vote.id, vote.left, vote.vote, vote.rater, vote.pictures) == ("v1", "A dog.", "left", "ann", ("abc",))
+    assert (vote.id, vote.answers["left"], vote.vote, vote.rater, vote.pictures) == (
+        "v1",
+        "A dog.",
+        "left",
+        "ann",
+        ("abc",),
+    )
     later = {**ROW, "id": "v2", "conversation": None, "rater": None}
     (_, other) = read_votes(write(tmp_path / "v.jsonl", [ROW, later]))
     assert other.rater is None and other.asked != vote.asked
-
-
-def test_the_demos_own_file_is_read(tmp_path: Path) -> None:
-    asked = ({"role": "user", "content": "<image>\nWhat is it?"},)
-    answers: dict[Side, str] = {"left": "A dog.", "right": "A cat."}
-    models: dict[Side, str] = {"left": "m1", "right": "m2"}
-    VoteFile(tmp_path / "v.jsonl").append(
-        DemoVote(
-            "7", "2026-11-23T10:00:00+00:00", "What is it?", ("abc",), asked, answers, models, "both_bad", "ann", 3
-        )
-    )
-    assert read_votes(tmp_path / "v.jsonl") == [
-        Vote("7", "What is it?", ("abc",), "A dog.", "A cat.", "both_bad", "ann", context="")
-    ]
 
 
 @pytest.mark.parametrize(

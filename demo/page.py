@@ -17,8 +17,6 @@ from qllava.data.votes import Verdict, VoteFile
 from qllava.inference import Chat, about, label
 
 STYLE = Path(__file__).with_name("style.css")
-LINE = {"concurrency_id": "model", "concurrency_limit": 1}
-"""One computation at a time: the next question waits in line."""
 MAX_WAITING = 100
 """Questions in line; the next one is told that it is full."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -75,9 +73,11 @@ def _chat_tab(talk: Talk) -> None:
     drawer = _drawer(talk.chat, ("Temperature",), (0.0,))
     shown = [chatbot, textbox, pace]
     answer: dict[str, Any] = {
-        "fn": talk.answer, "inputs": [drawer.system, *drawer.temperatures, drawer.length], "outputs": shown, **HIDDEN,
-        **LINE,
-    }  # fmt: skip
+        "fn": talk.answer,
+        "inputs": [drawer.system, *drawer.temperatures, drawer.length],
+        "outputs": shown,
+        **_in_line(pace),
+    }
     textbox.submit(talk.ask, [textbox], shown, queue=False, **HIDDEN).then(**answer)
     chatbot.example_select(talk.example, None, shown, queue=False, **HIDDEN).then(**answer)
     chatbot.retry(talk.again, None, shown, queue=False, **HIDDEN).then(**answer)
@@ -115,12 +115,23 @@ def _compare_tab(compare: Compare) -> None:
     drawer = _drawer(compare.chats[0], names, (0.0, 0.8 if same else 0.0))
     shown = [left, right, textbox, *buttons.values(), result]
     textbox.submit(compare.ask, [textbox, *drawer.temperatures], shown, queue=False, **HIDDEN).then(
-        compare.answer, [drawer.system, drawer.length], shown, **HIDDEN, **LINE
+        compare.answer, [drawer.system, drawer.length], shown, **_in_line(result)
     )
     textbox.stop(compare.stop, None, None, queue=False, **HIDDEN)
     for choice, button in buttons.items():
         button.click(_vote(compare, choice), None, shown, queue=False, **HIDDEN)
     _camera(textbox, compare.visitors)
+
+
+def _in_line(place: gr.HTML) -> dict[str, Any]:
+    """One computation at a time: the next question waits in line, and its place in it is shown."""
+    return {
+        "concurrency_id": "model",
+        "concurrency_limit": 1,
+        "show_progress": "minimal",
+        "show_progress_on": place,
+        "api_visibility": "private",
+    }
 
 
 def _vote(compare: Compare, choice: Verdict) -> Callable[..., Any]:

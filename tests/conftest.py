@@ -62,7 +62,7 @@ def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: its event loop runs in the main thread, where others then cannot run
 def browser() -> Iterator[Any]:
     """The system's chromium, driven by playwright; skipped with the reason where one of them is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

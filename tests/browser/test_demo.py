@@ -58,6 +58,21 @@ def ask(page: Any, text: str, picture: Path | None = None, box: str = "#question
     page.locator(f"{box} textarea").press("Enter")
 
 
+def answered(page: Any) -> bool:
+    """Whether the last answer is whole: how fast it came stands below it, and no wheel turns there."""
+    return "token" in page.locator("#pace").inner_text()
+
+
+def settled(page: Any) -> str:
+    """The last answer, once it is drawn to its end."""
+    wait_until(lambda: answered(page), 60)
+    said = ""
+    while said != page.locator(ANSWER).last.inner_text():
+        said = page.locator(ANSWER).last.inner_text()
+        page.wait_for_timeout(500)
+    return said
+
+
 def letters(text: str) -> str:
     """What survives a browser unchanged: a random model also says control characters and half characters."""
     return "".join(character for character in text if character.isascii() and character.isalnum())
@@ -95,7 +110,7 @@ def test_what_is_no_picture_is_said_in_words_and_the_chat_goes_on(browser: Any, 
     ask(page, "What is it?", tmp_path / "letter.png")
     wait_until(lambda: "no picture" in page.locator("#chat").inner_text(), 60)
     ask(page, "What is it?")
-    wait_until(lambda: page.locator("#pace").inner_text().strip() != "", 60)
+    wait_until(lambda: answered(page), 60)
     assert page.locator("#chat").inner_text().count(TROUBLE) == 1
     page.close()
 
@@ -124,7 +139,7 @@ def test_a_picture_is_pasted(browser: Any, demo: str) -> None:
     )
     page.locator("#question .thumbnail-item").first.wait_for()
     ask(page, "What is it?")
-    wait_until(lambda: page.locator("#chat .user img").count() == 1 and page.locator("#pace").inner_text() != "", 60)
+    wait_until(lambda: page.locator("#chat .user img").count() == 1 and answered(page), 60)
     page.close()
 
 
@@ -166,18 +181,15 @@ def test_a_question_is_edited_and_asked_again_and_the_chat_cleared(browser: Any,
     page = browser.new_page()
     page.goto(demo)
     ask(page, "What is it?")
-    wait_until(lambda: page.locator("#pace").inner_text() != "", 60)
-    first = page.locator(ANSWER).last.inner_text()
+    first = settled(page)
     page.locator("#chat button[aria-label='Retry']").click()
-    wait_until(lambda: page.locator(ANSWER).count() == 0 or page.locator(ANSWER).last.inner_text() != first, 60)
-    wait_until(lambda: page.locator(ANSWER).count() == 1 and page.locator(ANSWER).inner_text() == first, 60)  # greedy
-    page.locator("#question .submit-button").wait_for()
+    wait_until(lambda: not answered(page), 60)
+    assert settled(page) == first  # greedy
     page.locator("#chat button[aria-label='Edit']").first.click()
     page.locator("#chat textarea").fill("How many <shapes> are there?")
     page.locator("#chat button[aria-label='Submit']").click()
     wait_until(lambda: "How many <shapes>" in page.locator("#chat .user.message").inner_text(), 60)
-    wait_until(lambda: page.locator(ANSWER).count() == 1 and page.locator("#pace").inner_text() != "", 60)
-    assert page.locator(ANSWER).last.inner_text() != first
+    assert settled(page) != first and page.locator(ANSWER).count() == 1
     page.locator("#chat button[aria-label='Clear']").click()
     wait_until(lambda: page.locator("#chat .user.message").count() == 0, 30)
     page.close()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app
 from demo.guard import EXAMPLES, MAX_UPLOAD, Guard
 from qllava.config import NANO, InputError
 from qllava.data.votes import VoteFile
-from qllava.inference import Chat, load
+from qllava.inference import Chat, load, same_model
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
 through a server of Gradio's. Pictures and questions of others reach this machine."""
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _make_folder(options.keep_pictures)
         votes = VoteFile(options.votes)
         chat = _load(options.model, options)
-        other = chat if options.compare in (None, options.model) else _load(options.compare, options)
+        other = (
+            chat
+            if options.compare is None or same_model(options.model, options.compare)
+            else _load(options.compare, options)
+        )
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
@@ -113,11 +117,13 @@ def read_passwords(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a text file of lines NAME:PASSWORD.") from error
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         name, colon, password = line.strip().partition(":")
         if line.strip() and not (name and colon and password):
             raise InputError(f"{path}, line {number}: expected NAME:PASSWORD.")  # the line itself may be a password
+        if line.strip() and name in dict(pairs):
+            raise InputError(f"{path}, line {number}: {name} has a password already.")
         if line.strip():
             pairs.append((name, password))
     if not pairs:

@@ -35,6 +35,8 @@ class Compare:
     def ask(self, message: dict[str, Any], first: float, second: float, request: gr.Request) -> View:
         """A question was sent, to be answered at these temperatures."""
         visitor = visitor_of(self.visitors, request)
+        if visitor.duel is not None:
+            visitor.duel.stopped.set()
         exchange = begin(Session(), self.visitors, visitor, message)
         visitor.question, visitor.pictures = exchange.question, exchange.pictures
         visitor.trouble, visitor.duel = exchange.trouble, None
@@ -49,7 +51,7 @@ class Compare:
         """Both answers, piece by piece."""
         visitor = visitor_of(self.visitors, request)
         duel = visitor.duel
-        if duel is not None:
+        if duel is not None and not duel.stopped.is_set():
             try:
                 hashes = [picture.stem for picture in visitor.pictures]
                 growing = duel.answer(
@@ -63,25 +65,27 @@ class Compare:
                 visitor.trouble = in_words(error)
         yield self._view(visitor, gr.update(**WAITING))
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop was pressed; both end at the next token, and there is nothing to vote on."""
-        duel = visitor_of(self.visitors, request).duel
-        if duel is not None:
-            duel.stopped.set()
+    def stop(self, request: gr.Request) -> View:
+        """Stop was pressed; both end at the next token, or do not begin, and there is nothing to vote on."""
+        visitor = visitor_of(self.visitors, request)
+        if visitor.duel is not None:
+            visitor.duel.stopped.set()
+        return self._view(visitor, gr.update(**WAITING))
 
     def vote(self, verdict: Verdict, request: gr.Request) -> View:
         """A vote; it is on the disk before the names are told."""
         visitor = visitor_of(self.visitors, request)
-        if visitor.duel is None:
+        duel, pictures = visitor.duel, visitor.pictures
+        if duel is None:
             raise gr.Error("Ask both a question first.")
         try:
-            vote = visitor.duel.vote(verdict, visitor.rater)
+            vote = duel.vote(verdict, visitor.rater)
             try:
-                for picture in visitor.pictures if self.keep is not None else ():
+                for picture in pictures if self.keep is not None else ():
                     self._keep(picture)
                 self.votes.append(vote)
             except InputError:
-                visitor.duel.voted = False
+                duel.voted = False
                 raise
         except InputError as error:
             raise gr.Error(str(error)) from error

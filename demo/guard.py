@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import shutil
 import time
@@ -26,6 +27,8 @@ from typing import Any
 
 MAX_UPLOAD = 20 * 2**20
 """Bytes of a file."""
+MAX_PICTURES = 8
+"""With one question."""
 MAX_MESSAGE = 2 * 2**20
 """Bytes of any other request."""
 MAX_AGE = 3600
@@ -65,14 +68,16 @@ class Guard:
         guarded = _Renamed(_with_headers(send, new), inside, alias).send
         path = scope["path"].replace(alias, inside)
         scope = {**scope, "path": path, "raw_path": scope["raw_path"].replace(alias.encode(), inside.encode())}
-        if headers.get("content-type", "").startswith("application/json"):
-            receive = _whole_body(receive, alias, inside)
         uploading = path.endswith("/upload")
-        limit = MAX_UPLOAD if uploading else MAX_MESSAGE
+        limit = MAX_PICTURES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # what a form adds to its files
         sent = headers.get("content-length", "0")
-        if sent.isdigit() and int(sent) > limit + 10_000:  # what a form adds to its files
-            what = "The file" if uploading else "The message"
-            return await _refuse(guarded, 413, f"{what} is too large: at most {limit // 2**20} MB.")
+        if "chunked" in headers.get("transfer-encoding", "") or not sent.isdigit():
+            return await _refuse(guarded, 411, "Say first how many bytes you send.")
+        if int(sent) > limit:
+            most = f"{MAX_PICTURES} pictures of {MAX_UPLOAD // 2**20} MB" if uploading else f"{MAX_MESSAGE // 2**20} MB"
+            return await _refuse(guarded, 413, f"This is too large: at most {most}.")
+        if "/deep_link" in path:  # Gradio would keep the conversation on disk, under an address for anybody
+            return await _refuse(guarded, 403, "Conversations are not kept here.")
         file = _file_of(path)
         if file is not None and not self._may_read(file, owner_of(cookie)):
             return await _refuse(guarded, 403, "There is no such file, or it is not yours.")
@@ -81,7 +86,20 @@ class Guard:
             if owner is None:
                 return await _refuse(guarded, 403, "Uploads need the cookie of this page; allow it, and load it again.")
             guarded = _Moved(guarded, self.folder / owner / "uploads").send
+        elif scope["method"] == "POST":
+            body = await _whole_body(receive)
+            if self._names_others(body, owner_of(cookie)):
+                return await _refuse(guarded, 403, "There is no such file, or it is not yours.")
+            receive = _again(body.replace(alias.encode(), inside.encode()), receive)
         return await self.app(scope, receive, guarded)
+
+    def _names_others(self, body: bytes, owner: str | None) -> bool:
+        """Whether a message names a file that is not its sender's: Gradio would open it for whoever asks."""
+        # A path as JSON spells it without escapes, from its own folder on, to the end of its string.
+        mine = rb"/(?:%s|%s)/[^\"\\]*\"" % (re.escape((owner or EXAMPLES).encode()), EXAMPLES.encode())
+        named = re.findall(re.escape(self.alias.encode()) + mine, body)
+        clean = [path for path in named if b"/.." not in path]
+        return len(clean) != body.count(self.alias.encode()) or str(self.folder).encode() in body
 
     def _may_read(self, file: str, owner: str | None) -> bool:
         try:
@@ -154,24 +172,24 @@ class _Renamed:
                 await _send_whole(self._send, self._start, self._body.replace(self._old, self._new))
 
 
-def _whole_body(receive: Receive, old: str, new: str) -> Receive:
-    """`receive` for a body that is taken whole, with one string in place of another."""
-    taken = False
+async def _whole_body(receive: Receive) -> bytes:
+    """All of a request's body; its length was checked before."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = bool(message.get("more_body"))
+    return body
 
-    async def renamed() -> Message:
-        nonlocal taken
-        if taken:
-            return await receive()
-        taken, body, more = True, b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return message
-            body += message.get("body", b"")
-            more = bool(message.get("more_body"))
-        return {"type": "http.request", "body": body.replace(old.encode(), new.encode()), "more_body": False}
 
-    return renamed
+def _again(body: bytes, receive: Receive) -> Receive:
+    """`receive` for a body that was taken already."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again
 
 
 async def _send_whole(send: Send, start: Message, body: bytes) -> None:
@@ -205,7 +223,9 @@ class _Moved:
             return
         body = self._body
         if self._start["status"] == 200:
-            body = json.dumps([str(self._move(Path(path))) for path in json.loads(body)]).encode()
+            found = list(dict.fromkeys(json.loads(body)))  # a picture that was sent twice is one file
+            moved = {path: str(self._move(Path(path))) for path in found}
+            body = json.dumps([moved[path] for path in json.loads(body)]).encode()
         await _send_whole(self._send, self._start, body)
 
     def _move(self, path: Path) -> Path:

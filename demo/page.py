@@ -17,7 +17,7 @@ from qllava.data.votes import Verdict, VoteFile
 from qllava.inference import Chat, about, label
 
 STYLE = Path(__file__).with_name("style.css")
-MAX_WAITING = 100
+MAX_WAITING = 1000
 """Questions in line; the next one is told that it is full."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -78,13 +78,13 @@ def _chat_tab(talk: Talk) -> None:
         "outputs": shown,
         **_in_line(pace),
     }
-    textbox.submit(talk.ask, [textbox], shown, queue=False, **HIDDEN).then(**answer)
-    chatbot.example_select(talk.example, None, shown, queue=False, **HIDDEN).then(**answer)
-    chatbot.retry(talk.again, None, shown, queue=False, **HIDDEN).then(**answer)
-    chatbot.edit(talk.edit, None, shown, queue=False, **HIDDEN).then(**answer)
-    textbox.stop(talk.stop, None, None, queue=False, **HIDDEN)
+    textbox.submit(talk.ask, [textbox], shown, queue=False, **HIDDEN).success(**answer)
+    chatbot.example_select(talk.example, None, shown, queue=False, **HIDDEN).success(**answer)
+    chatbot.retry(talk.again, None, shown, queue=False, **HIDDEN).success(**answer)
+    chatbot.edit(talk.edit, None, shown, queue=False, **HIDDEN).success(**answer)
+    textbox.stop(talk.stop, None, [chatbot, textbox], queue=False, **HIDDEN)
     chatbot.clear(talk.clear, None, [textbox, pace], queue=False, **HIDDEN)
-    _camera(textbox, talk.visitors)
+    _camera(textbox)
 
 
 def _compare_tab(compare: Compare) -> None:
@@ -114,13 +114,13 @@ def _compare_tab(compare: Compare) -> None:
     names = ("Temperature of one", "Temperature of the other")
     drawer = _drawer(compare.chats[0], names, (0.0, 0.8 if same else 0.0))
     shown = [left, right, textbox, *buttons.values(), result]
-    textbox.submit(compare.ask, [textbox, *drawer.temperatures], shown, queue=False, **HIDDEN).then(
+    textbox.submit(compare.ask, [textbox, *drawer.temperatures], shown, queue=False, **HIDDEN).success(
         compare.answer, [drawer.system, drawer.length], shown, **_in_line(result)
     )
-    textbox.stop(compare.stop, None, None, queue=False, **HIDDEN)
+    textbox.stop(compare.stop, None, shown, queue=False, **HIDDEN)
     for choice, button in buttons.items():
         button.click(_vote(compare, choice), None, shown, queue=False, **HIDDEN)
-    _camera(textbox, compare.visitors)
+    _camera(textbox)
 
 
 def _in_line(place: gr.HTML) -> dict[str, Any]:
@@ -148,6 +148,7 @@ def _textbox(name: str, placeholder: str) -> gr.MultimodalTextbox:
         file_count="multiple",
         sources=["upload"],
         placeholder=placeholder,
+        label="Your question",
         show_label=False,
         stop_btn=False,
         autofocus=name == "question",
@@ -178,20 +179,20 @@ def _drawer(chat: Chat, names: tuple[str, ...], values: tuple[float, ...]) -> Dr
     return Drawer(system, temperatures, length)
 
 
-def _camera(textbox: gr.MultimodalTextbox, visitors: Visitors) -> None:
+def _camera(textbox: gr.MultimodalTextbox) -> None:
     with gr.Accordion("Camera", open=False):
-        camera = gr.Image(sources=["webcam"], type="pil", show_label=False, height=280, buttons=[])
+        camera = gr.Image(
+            elem_id=f"{textbox.elem_id}-camera", sources=["webcam"], show_label=False, height=280, buttons=[]
+        )
 
-    def taken(picture: Any, message: dict[str, Any] | None, request: gr.Request) -> Any:
+    def taken(picture: dict[str, Any] | None, message: dict[str, Any] | None) -> Any:
         if picture is None:
             return gr.skip()
-        visitor = visitors.of(request)
-        path = visitors.place(visitor) / "camera.png"
-        picture.save(path)
         said = message or {}
-        return {"text": said.get("text") or "", "files": [*(said.get("files") or []), str(path)]}
+        return {"text": said.get("text") or "", "files": [*(said.get("files") or []), picture]}
 
-    camera.input(taken, [camera, textbox], textbox, queue=False, **HIDDEN)
+    # Gradio is not to open the picture: it is looked at when its question is asked, as any other.
+    camera.input(taken, [camera, textbox], textbox, queue=False, preprocess=False, postprocess=False, **HIDDEN)
 
 
 def _card(chat: Chat) -> str:

@@ -17,8 +17,6 @@ from qllava.config import InputError
 from qllava.inference import Chat, Exchange, Session, Settings
 
 TROUBLE = "Not answered"
-SHOWN = 5_000
-"""Characters of a question that are shown; a longer one is asked all the same."""
 MAX_QUESTION = 100_000
 NOTHING = "(The model answered nothing.)"
 ASKING: dict[str, Any] = {"value": None, "submit_btn": False, "stop_btn": True}
@@ -52,7 +50,12 @@ class Talk:
     def edit(self, event: gr.EditData, request: gr.Request) -> tuple[Any, Any, str]:
         """A question was put in other words. Chatbot, text box, pace."""
         visitor = visitor_of(self.visitors, request)
-        visitor.session.ask_again(_exchange_at(visitor.session, event.index), plain(str(event.value)))
+        place, text = _exchange_at(visitor.session, event.index), plain(str(event.value))
+        try:
+            _check_length(text)
+            visitor.session.ask_again(place, text)
+        except InputError as error:
+            raise gr.Error(str(error)) from error
         return messages(visitor.session), gr.update(submit_btn=False, stop_btn=True), ""
 
     def answer(
@@ -74,9 +77,11 @@ class Talk:
                 exchange.trouble = in_words(error)
         yield messages(session), gr.update(**WAITING), exchange.pace
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop was pressed; `answer` ends at the next token."""
-        visitor_of(self.visitors, request).session.stop()
+    def stop(self, request: gr.Request) -> tuple[Any, Any]:
+        """Stop was pressed; `answer` ends at the next token, or does not begin. Chatbot, text box."""
+        session = visitor_of(self.visitors, request).session
+        session.stop()
+        return messages(session), gr.update(**WAITING)
 
     def clear(self, request: gr.Request) -> tuple[Any, str]:
         """Begin anew. Text box, pace."""
@@ -98,8 +103,7 @@ def begin(session: Session, visitors: Visitors, visitor: Visitor, message: dict[
     exchange = session.ask(text[:MAX_QUESTION])
     try:
         exchange.pictures = visitors.take(visitor, files)
-        if len(text) > MAX_QUESTION:
-            raise InputError(f"The question has {len(text):,} characters, more than {MAX_QUESTION:,}; shorten it.")
+        _check_length(text)
     except InputError as error:
         exchange.trouble = str(error)
     return exchange
@@ -109,15 +113,13 @@ def messages(session: Session) -> list[Any]:
     """A conversation as Gradio's chatbot shows it: two messages an exchange, so that their places can be told."""
     shown: list[Any] = []
     for exchange in session.exchanges:
-        text = exchange.question
-        text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"
         pictures = [{"path": str(picture)} for picture in exchange.pictures if picture.is_file()]
-        shown.append({"role": "user", "content": [*pictures, as_text(text)]})
+        shown.append({"role": "user", "content": [*pictures, as_text(exchange.question)]})
         if exchange.trouble:
             shown.append(gr.ChatMessage(content=as_text(exchange.trouble), metadata={"title": TROUBLE}))
         elif exchange.answer:
             shown.append({"role": "assistant", "content": as_text(exchange.answer)})
-        elif exchange.over:
+        elif exchange.over or exchange is not session.exchanges[-1]:
             shown.append({"role": "assistant", "content": "(stopped)" if exchange.stop.is_set() else NOTHING})
     return shown
 
@@ -138,6 +140,11 @@ def as_text(text: str) -> str:
 def plain(text: str) -> str:
     """`as_text` undone."""
     return text.replace("&lt;", "<").replace("&amp;", "&")
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_QUESTION:
+        raise InputError(f"The question has {len(text):,} characters, more than {MAX_QUESTION:,}; shorten it.")
 
 
 def _exchange_at(session: Session, index: int | tuple[int, int]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 import shutil
 import threading
 import time
@@ -13,12 +12,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from demo.guard import COOKIE, EXAMPLES, owner_of
+from demo.guard import COOKIE, EXAMPLES, MAX_PICTURES, owner_of
 from qllava.config import InputError
 from qllava.inference import Duel, Session, keep_picture
 
-MAX_PICTURES = 8
-"""With one question."""
 IDLE = 3600
 """Seconds after which a visitor who is not heard of is forgotten, should the page's end go unnoticed."""
 
@@ -76,8 +73,11 @@ class Visitors:
         page = re.sub(r"\W", "", str(request.session_hash))[:64]
         with self._lock:
             gone = [self._visitors.pop(key) for key in list(self._visitors) if key[1] == page]
+            here = {visitor.owner for visitor in self._visitors.values()}
         for visitor in gone:
             visitor.leave()
+            if visitor.owner not in here:  # with the last page go uploads that were never asked about
+                shutil.rmtree(self.folder / visitor.owner, ignore_errors=True)
 
     def leave_all(self) -> None:
         """The process ends; a model that still computes would be torn out of its thread."""
@@ -85,12 +85,6 @@ class Visitors:
             gone, self._visitors = list(self._visitors.values()), {}
         for visitor in gone:
             visitor.leave()
-
-    def place(self, visitor: Visitor) -> Path:
-        """A new folder for one upload of a visitor."""
-        folder = self.folder / visitor.owner / "uploads" / secrets.token_hex(8)
-        folder.mkdir(parents=True)
-        return folder
 
     def take(self, visitor: Visitor, files: Sequence[str]) -> tuple[Path, ...]:
         """Pictures that were handed in, written anew into the visitor's folder; what was sent is deleted.

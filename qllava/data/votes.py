@@ -11,8 +11,11 @@ line leaves is cut off when the file is next opened for writing; the lines befor
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +63,9 @@ class VoteFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._appending = threading.Lock()
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file for the votes.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _end_last_line(path)
@@ -69,11 +75,18 @@ class VoteFile:
 
     def append(self, vote: Vote) -> None:
         """Add a vote; it is on the disk when this returns. Raises InputError when it is not."""
-        line = json.dumps(asdict(vote), ensure_ascii=False) + "\n"
+        content = json.dumps(asdict(vote), ensure_ascii=False).encode() + b"\n"
         try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
-                os.fsync(file.fileno())
+            with self._appending, self.path.open("ab", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another process may have the same file
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    if file.write(content) < len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
         except OSError as error:
             raise InputError(f"The vote could not be saved ({error.strerror}); it was not counted.") from error
         self.votes.append(vote)
@@ -132,7 +145,7 @@ def _vote(row: Any, place: Place) -> Vote:
         pictures=tuple(pictures),
         conversation=tuple(turn for turn in turns if isinstance(turn, dict)),
         answers={"left": row_text(answers, "left", place, id), "right": row_text(answers, "right", place, id)},
-        models=models if isinstance(models, dict) else {},
+        models=models if isinstance(models, dict) and set(models) == {"left", "right"} else {},
         vote=row["vote"],
         rater=None if rater in (None, "") else str(rater),
         seed=seed if isinstance(seed, int) else None,
@@ -151,6 +164,8 @@ def _end_last_line(path: Path) -> None:
         try:
             json.loads(begun)
         except ValueError:
+            if not content.startswith(b'{"id": '):  # as every vote that is written here begins
+                raise InputError(f"{path} is no file of votes; name another one.") from None
             file.truncate(len(content) - len(begun))
             return
         file.write(b"\n")

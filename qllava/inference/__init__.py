@@ -14,7 +14,7 @@ from qllava.inference.about import about, label
 from qllava.inference.chat import Chat, Picture, Prompt, user_turn
 from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
-from qllava.inference.loading import load, newest_nano_run
+from qllava.inference.loading import load, newest_nano_run, same_model
 from qllava.inference.pictures import keep_picture
 from qllava.inference.session import Exchange, Session, Settings
 from qllava.inference.terminal import chat_loop, compare_loop
@@ -37,5 +37,6 @@ __all__ = [
     "label",
     "load",
     "newest_nano_run",
+    "same_model",
     "user_turn",
 ]

@@ -130,8 +130,10 @@ class Chat:
         if conversation.turns[-1].role != "user":
             raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
         control = _control_tokens(self.processor.tokenizer)
-        for turn in conversation.turns:
-            spelled = [token for token in control if token in turn.content.replace(IMAGE_TOKEN, "")]
+        if IMAGE_TOKEN in (conversation.system or ""):
+            raise InputError(f"The instructions contain {IMAGE_TOKEN}, which stands for a picture; leave it out.")
+        for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
+            spelled = [token for token in control if token in text.replace(IMAGE_TOKEN, "")]
             if spelled:
                 raise InputError(
                     f"The text contains {spelled[0]!r}, a control token of this model; spell it differently."

@@ -42,8 +42,10 @@ def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> t
     if same and temperatures[0] == temperatures[1]:
         raise InputError(f"Both would be {label(chats[0])} at one temperature: choose two, or two models.")
     names = [label(chat) for chat in chats]
-    if names[0] == names[1] and not same:  # two folders `merged`: the folders that they lie in differ
-        names = ["/".join(Path(chat.name).resolve().parts[-2:]) for chat in chats]
+    pieces = 1
+    while names[0] == names[1] and not same and pieces < 9:  # two folders `merged`: what they lie in differs
+        pieces += 1
+        names = ["/".join(Path(chat.name).resolve().parts[-pieces:]) for chat in chats]
     pairs = zip(chats, temperatures, names, strict=True)
     first, second = (Contender(c, t, f"{name} (temperature {t:g})" if t > 0 else name) for c, t, name in pairs)
     return first, second
@@ -59,6 +61,8 @@ class Duel:
         self.answers: dict[Side, str] = {"left": "", "right": ""}
         self.whole = False  # both have answered to the end
         self.voted = False
+        self._claiming = threading.Lock()
+        self._begun = False
         self.stopped = threading.Event()
         self._question = ""
         self._turns: tuple[dict[str, str], ...] = ()
@@ -78,6 +82,10 @@ class Duel:
 
         They grow a piece each in turn, so that the faster one is not known by its pace.
         """
+        with self._claiming:
+            if self._begun:
+                raise InputError("This pair was asked already; ask the next question.")
+            self._begun = True
         turn = user_turn(question, len(images))
         said = [("system", system)] if system else []
         self._turns = tuple({"role": role, "content": text} for role, text in [*said, (turn.role, turn.content)])
@@ -113,9 +121,10 @@ class Duel:
         """The judgement as a line of the file; once, and only when both answers are whole."""
         if not self.whole:
             raise InputError("Both answers have to be complete before a vote; ask again.")
-        if self.voted:
-            raise InputError("This pair has its vote already; ask the next question.")
-        self.voted = True
+        with self._claiming:
+            if self.voted:
+                raise InputError("This pair has its vote already; ask the next question.")
+            self.voted = True
         return Vote(
             id=uuid.uuid4().hex,
             time=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,6 +7,7 @@ Shapes in this file:
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -131,8 +132,8 @@ def generation_settings(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """How to generate for these prompts. Raises InputError when the longest leaves no room for an answer."""
-    if max_new_tokens < 1 or temperature < 0:
-        raise InputError("max_new_tokens must be at least 1 and temperature at least 0; change them.")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise InputError("An answer needs at least 1 token, and a temperature of at least 0; change them.")
     context = model.config.get_text_config().max_position_embeddings
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest >= context:
@@ -142,7 +143,7 @@ def generation_settings(
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": float(temperature)} if temperature > 0 else {"do_sample": False}
     return GenerationConfig(
         max_new_tokens=min(max_new_tokens, context - longest),
         eos_token_id=sorted(ends - {None}) or None,

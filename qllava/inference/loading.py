@@ -45,6 +45,12 @@ def load(model: str, *, load_in_4bit: bool = False, dtype: str | None = None) ->
     return Chat(network.eval(), processor, model)
 
 
+def same_model(first: str, second: str) -> bool:
+    """Whether two names mean one model: `nano`, say, and the folder of its newest run."""
+    folders = [newest_nano_run() if name == "nano" else Path(name).expanduser() for name in (first, second)]
+    return first == second or (all(path.is_dir() for path in folders) and folders[0].samefile(folders[1]))
+
+
 def newest_nano_run(runs: Path = RUNS) -> Path:
     """The folder of the nano run that finished last. Raises InputError when there is none."""
     finished = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qllava.config import InputError
-from qllava.conversation import Conversation, Turn
+from qllava.conversation import IMAGE_TOKEN, Conversation, Turn
 from qllava.inference.chat import Chat, user_turn
 
 
@@ -36,6 +36,7 @@ class Exchange:
     pictures: tuple[Path, ...]
     answer: str = ""
     trouble: str = ""  # why there is no answer, for people
+    begun: bool = False  # somebody computes the answer, or has
     over: bool = False  # nothing more will come
     pace: str = ""  # how fast the answer came, for people
     stop: threading.Event = field(default_factory=threading.Event)  # set by whoever wants no more of the answer
@@ -51,9 +52,11 @@ class Session:
     """One person's conversation with one model. `stop` may be called from any thread."""
 
     exchanges: list[Exchange] = field(default_factory=list)
+    _claiming: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, question: str, pictures: Sequence[Path] = ()) -> Exchange:
-        """Add a question, which `answer` then answers."""
+        """Add a question, which `answer` then answers; an answer that is under way is stopped."""
+        self.stop()
         self.exchanges.append(Exchange(question, tuple(pictures)))
         return self.exchanges[-1]
 
@@ -61,6 +64,8 @@ class Session:
         """Forget an answer and all that came after it, and ask anew, in other words perhaps. Raises InputError."""
         if not self.exchanges:
             raise InputError("There is no question yet to ask again.")
+        if question is not None and not question.strip():
+            raise InputError("Write the question in other words; nothing was changed.")
         old = self.exchanges[index]
         self.stop()
         del self.exchanges[index:]
@@ -73,19 +78,32 @@ class Session:
 
     def stop(self) -> None:
         """End the answer that is under way at its next token, or one that waits in line before it begins."""
-        if self.exchanges:
-            self.exchanges[-1].stop.set()
+        with self._claiming:
+            for exchange in self.exchanges:
+                if not exchange.over:
+                    exchange.stop.set()
+                    exchange.over = not exchange.begun
 
     def answer(self, chat: Chat, settings: Settings) -> Iterator[str]:
-        """Answer the last question: the whole text so far, as it grows.
+        """Answer the last question: the whole text so far, as it grows; nothing, if that was begun or given up before.
 
         Closing the iterator ends the computation, too. Raises InputError for what the model cannot be asked.
         """
         exchange = self.exchanges[-1]
-        before = [done for done in self.exchanges[:-1] if done.answered]
+        with self._claiming:
+            if exchange.begun or exchange.over:
+                return
+            exchange.begun = True
+        try:
+            yield from self._grow(exchange, chat, settings)
+        finally:
+            exchange.over = True
+
+    def _grow(self, exchange: Exchange, chat: Chat, settings: Settings) -> Iterator[str]:
+        before = [done for done in self.exchanges if done.answered and done is not exchange]
         turns: list[Turn] = []
         for done in before:
-            turns += [user_turn(done.question, len(done.pictures)), Turn(role="assistant", content=done.answer)]
+            turns += [user_turn(done.question, len(done.pictures)), Turn(role="assistant", content=_plain(done.answer))]
         turns.append(user_turn(exchange.question, len(exchange.pictures)))
         pieces = chat.reply(
             Conversation(turns=tuple(turns), system=settings.system or None),
@@ -101,8 +119,12 @@ class Session:
                 first = first or time.perf_counter() - begun
                 exchange.answer += piece
                 yield exchange.answer
-        exchange.over = True
         exchange.pace = _pace(chat, exchange.answer, first, time.perf_counter() - begun)
+
+
+def _plain(answer: str) -> str:
+    """An answer as the model may read it again: the mark of a picture, spelled by a model, is none."""
+    return answer.replace(IMAGE_TOKEN, "(image)")
 
 
 def _pace(chat: Chat, answer: str, first: float, seconds: float) -> str:

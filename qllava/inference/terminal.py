@@ -11,6 +11,7 @@ second model every question is put to both, on sides that nobody knows, and asks
 from __future__ import annotations
 
 import getpass
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from qllava.data.votes import Verdict, VoteFile
 from qllava.inference.about import about
 from qllava.inference.chat import Chat
 from qllava.inference.duel import Contender, Duel, contenders
-from qllava.inference.loading import load
+from qllava.inference.loading import load, same_model
 from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
 
@@ -31,7 +32,7 @@ HELP = """/image FILE      shows a picture with your next question
 /again           asks the last question anew
 /edit TEXT       asks it in other words
 /clear           begins a new conversation
-/system TEXT     tells the model how to answer; nothing takes it back
+/system TEXT     tells the model how to answer; without TEXT no longer
 /temperature T   0 gives the likeliest answer, 1 draws freely
 /length N        the most tokens of an answer
 /model           what is loaded
@@ -67,7 +68,7 @@ def compare_loop(
     _look_at(images)
     file = VoteFile(votes)
     first = load(models[0], load_in_4bit=load_in_4bit, dtype=dtype)
-    second = first if models[1] == models[0] else load(models[1], load_in_4bit=load_in_4bit, dtype=dtype)
+    second = first if same_model(*models) else load(models[1], load_in_4bit=load_in_4bit, dtype=dtype)
     # One model twice is compared with itself where it draws.
     cold = 0.0 if second is first else settings.temperature
     pair = contenders((first, second), (cold, settings.temperature))
@@ -108,6 +109,8 @@ def _read_line(prompt: str) -> str | None:
 
 def _picture(argument: str) -> Path:
     path = Path(argument.strip().strip("'\"")).expanduser()  # terminals quote a file that is dropped on them
+    if not argument.strip() or path.is_dir():
+        raise InputError("/image takes the name of a picture's file.")
     open_image(path)
     return path
 
@@ -175,11 +178,18 @@ class _Terminal:
             if command == "/system":
                 self.settings = replace(self.settings, system=argument or None)
             elif command == "/length":
-                self.settings = replace(self.settings, max_new_tokens=int(argument))
+                length = int(argument)
+                if length < 1:
+                    raise ValueError
+                self.settings = replace(self.settings, max_new_tokens=length)
             else:
-                self.settings = replace(self.settings, temperature=float(argument))
+                temperature = float(argument)
+                if not 0 <= temperature < math.inf:
+                    raise ValueError
+                self.settings = replace(self.settings, temperature=temperature)
         except ValueError:
-            raise InputError(f"{command} takes a number, not {argument!r}.") from None
+            least = "a whole number of at least 1" if command == "/length" else "a number of at least 0"
+            raise InputError(f"{command} takes {least}, not {argument!r}.") from None
 
 
 class _Comparison:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from demo.guard import MAX_UPLOAD
+from demo.guard import MAX_PICTURES, MAX_UPLOAD
 from qllava.data.votes import VoteFile
 from qllava.inference import load
 from tests.demo.server import Visitor, computes, endless_model, memory_of, served, texts, wait_until
@@ -74,8 +74,10 @@ def test_what_is_no_picture_is_said_in_words(server: Server, tmp_path: Path) -> 
 
 def test_a_huge_file_is_refused_before_it_is_read(server: Server) -> None:
     before = memory_of(server[1])
-    reply = Visitor(server[0]).upload(name="large.png", content=bytes(50_000_000))
-    assert reply.status_code == 413 and f"at most {MAX_UPLOAD // 2**20} MB" in reply.json()["detail"]
+    visitor = Visitor(server[0])
+    assert visitor.upload(name="large.png", content=bytes(50_000_000)).status_code == 413
+    reply = visitor.upload(name="vast.png", content=bytes(MAX_PICTURES * MAX_UPLOAD + 2**20))
+    assert reply.status_code == 413 and f"of {MAX_UPLOAD // 2**20} MB" in reply.json()["detail"]
     assert memory_of(server[1]) < before + 60
 
 
@@ -108,6 +110,7 @@ def test_a_message_beyond_all_measure_is_refused(server: Server) -> None:
     visitor = Visitor(server[0])
     assert visitor.ask("x" * 3_000_000) == []
     assert "at most 2 MB" in visitor.refused
+    assert visitor.client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411, "of unknown length"
 
 
 def test_uploads_are_deleted_once_they_are_asked_about(server: Server, red: Path) -> None:
@@ -125,12 +128,49 @@ def test_nobody_reads_what_another_has_uploaded(server: Server, red: Path) -> No
     path = uploaded(mine, red)
     assert other.client.get(f"/gradio_api/file={path}").status_code == 403
     assert httpx.get(f"{server[0]}/gradio_api/file={path}").status_code == 403
-    assert "not yours" in last(other.ask("What is it?", path))
+    for spelled in (path, path.replace("/uploads", "/../" + path.split("/")[2] + "/uploads")):
+        assert other.ask("What is it?", spelled) == [] and "not yours" in other.refused
+        assert (
+            other.press("question-camera", "input", [other.file(spelled), None]) == [] and "not yours" in other.refused
+        )
     chatbot, *_ = mine.ask("What is it?", path)
     shown = chatbot[0]["content"][0]["file"]["url"]
     assert mine.client.get(shown).is_success and other.client.get(shown).status_code == 403
     other.session = mine.session  # not even with the name of the other's page
     assert texts(other.ask("And now?")[0], "user") == ["And now?"]
+
+
+def test_a_question_is_answered_once(server: Server) -> None:
+    visitor = Visitor(server[0])
+    chatbot, *_ = visitor.ask("Hello")
+    assert visitor.answer("question")[0] == chatbot
+    visitor.press("question", "submit", [{"text": "One", "files": []}])
+    chatbot, *_ = visitor.ask("Two")
+    assert texts(chatbot, "user") == ["Hello", "One", "Two"] and texts(chatbot)[1] == "(stopped)"
+    left, right, *_ = visitor.ask("Which?", box="pair")
+    again = visitor.answer("pair")
+    assert "asked already" in last(again)
+    assert visitor.press("vote-left", "click") == [] or "Left was" not in visitor.refused
+
+
+def test_a_picture_that_is_sent_twice_is_two_pictures(server: Server, red: Path) -> None:
+    visitor = Visitor(server[0])
+    files = [("files", (red.name, red.read_bytes()))] * 2
+    paths = visitor.client.post("/gradio_api/upload", files=files).json()
+    chatbot, *_ = visitor.ask("What?", *paths)
+    assert len([part for part in chatbot[0]["content"] if part["type"] == "file"]) == 2
+
+
+def test_a_new_question_stops_the_answer_to_the_last(tmp_path: Path) -> None:
+    with served(endless_model(tmp_path / "model"), watched=True) as (address, process):
+        visitor = Visitor(address)
+        visitor.press("question", "submit", [{"text": "One", "files": []}])
+        visitor.answer("question", wait=False)
+        wait_until(lambda: computes(process, tmp_path), 60)
+        other = Visitor(address)
+        other.client.cookies, other.session = visitor.client.cookies, visitor.session
+        other.press("question", "submit", [{"text": "Two", "files": []}], wait=False)
+        wait_until(lambda: not computes(process, tmp_path), 2)
 
 
 @pytest.mark.parametrize("spelled", ["{}", "/{}", "..{}", "{}/../{}", "%2e%2e{}", "//{}"])

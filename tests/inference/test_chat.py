@@ -154,7 +154,7 @@ def test_bad_pictures(chat: Chat, tmp_path: Path) -> None:
 
 
 def test_bad_settings_and_too_long_conversations(chat: Chat) -> None:
-    with pytest.raises(InputError, match="max_new_tokens"):
+    with pytest.raises(InputError, match="at least 1 token"):
         chat.answer(None, "Hello?", max_new_tokens=0)
     with pytest.raises(InputError, match="reads at most 512"):
         chat.answer(None, "word " * 600)

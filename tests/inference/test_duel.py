@@ -65,6 +65,34 @@ def test_a_line_in_the_middle_that_is_no_vote_is_named(tmp_path: Path) -> None:
         VoteFile(path)
 
 
+def test_another_file_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("one\ntwo")
+    with pytest.raises(InputError, match="no file of votes"):
+        VoteFile(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "one\ntwo"
+    with pytest.raises(InputError, match="is a folder"):
+        VoteFile(tmp_path)
+
+
+def test_a_vote_that_does_not_fit_on_the_disk_leaves_no_half_of_itself(tmp_path: Path) -> None:
+    import resource
+
+    file = VoteFile(tmp_path / "votes.jsonl")
+    file.append(VOTE)
+    before = file.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 50, hard))
+    try:
+        with pytest.raises(InputError, match="could not be saved"):
+            file.append(replace(VOTE, id="2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.path.stat().st_size == before and len(file.votes) == 1
+    file.append(replace(VOTE, id="3"))
+    assert [vote.id for vote in read_votes(file.path)] == ["1", "3"]
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

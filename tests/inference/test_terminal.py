@@ -107,7 +107,7 @@ def test_a_question_is_asked_again_in_other_words_and_with_other_settings(
     what, where = (chat.answer(None, question, max_new_tokens=8) for question in ("What?", "Where?"))
     assert captured.out.startswith(f"{what}\n{what}\n{where}\n{chat.answer(None, 'Where?', max_new_tokens=2)}\n")
     assert any(line.startswith("Computes in") for line in out)
-    assert "/temperature takes a number, not 'warm'" in captured.err
+    assert "/temperature takes a number of at least 0, not 'warm'" in captured.err
 
 
 def test_two_models_are_compared_and_the_vote_kept(

@@ -67,13 +67,24 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=HERE / "ablate.yaml", help="the grid (default: ablate.yaml)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
+    parser.add_argument(
+        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="what {NAME} in the grid stands for"
+    )
     return parser
+
+
+def _place(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name.isidentifier() and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, Path(path).absolute()
 
 
 def main() -> int:
     """Read the grid and run it; errors that a user can mend are one sentence."""
     arguments = command_line().parse_args()
     places = {"nano": lambda: dataset.prepare().folder, "orders": orders.prepare, "small_llama": small_llama}
+    places |= {name: path.absolute for name, path in arguments.place}
     try:
         grid = read_grid(arguments.config, places)
         ablate(replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid, arguments.out)

@@ -18,12 +18,16 @@ from qllava.evaluation.vqa import read_answer, reader
 from qllava.training.ablation import read_grid
 from qllava.training.run import NANO_FINETUNE, NANO_PRETRAIN
 from qllava.training.settings import Settings, parse
-from recipes import ablate, build_nano
+from recipes import ablate, build_nano, scienceqa
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 NANO = {"finetune_lora.py": NANO_FINETUNE, "pretrain_projector.py": NANO_PRETRAIN}
-OWN_FLAGS = {"build_nano.py": build_nano.command_line, "ablate.py": ablate.command_line}
+OWN_FLAGS = {
+    "build_nano.py": build_nano.command_line,
+    "ablate.py": ablate.command_line,
+    "scienceqa.py": scienceqa.command_line,
+}
 SHELLS = ("bash", "sh", "shell", "console")
 
 
@@ -127,6 +131,22 @@ def test_the_grid_that_is_shipped_is_understood_by_the_recipes(tmp_path: Path) -
         asked = _parser().parse_args(["eval", *shlex.split(variant.measure)])
         assert asked.read is None or read_answer(reader(asked.read), "So. The answer is top left.") == "top left"
         assert "{" not in variant.measure.replace("{model}", "")
+
+
+def test_the_grid_of_scienceqa_is_understood_too(tmp_path: Path) -> None:
+    grid = read_grid(ROOT / "recipes/scienceqa.yaml", {n: (lambda: tmp_path) for n in ("rows", "problems", "images")})
+    for variant, order in zip(grid.variants, ("reason-first", "answer-first"), strict=True):
+        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(variant.finetune))
+        settings = parse(["--config", str(tmp_path / "cell.yaml")], output_dir="x", nano={})
+        assert variant.pretrain is None and settings.data.train_file == f"{tmp_path}/{order}.json"
+        assert _parser().parse_args(["eval", *shlex.split(variant.measure)]).order == order
+
+
+def test_places_are_given_by_name() -> None:
+    given = ablate.command_line().parse_args(["--place", "a=b", "c=/d=e"])
+    assert given.place == [("a", Path("b").absolute()), ("c", Path("/d=e"))]
+    with pytest.raises(SystemExit):
+        ablate.command_line().parse_args(["--place", "a"])
 
 
 def test_a_command_that_fails_is_said_with_its_last_line(tmp_path: Path) -> None:

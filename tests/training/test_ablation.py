@@ -16,10 +16,13 @@ from scipy import stats
 
 from qllava.cli import main as qllava
 from qllava.config import InputError
+from qllava.evaluation import scienceqa
 from qllava.training import ablation_report
 from qllava.training.ablation import Grid, Measured, Variant, read_grid, read_measured, run_grid
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import parse
+from recipes.scienceqa import write_rows
+from tests.tiny_models import make_picture
 from tests.tiny_runs import Tiny, refusal
 
 GRID: dict[str, Any] = {
@@ -203,8 +206,20 @@ def test_a_page_of_an_unfinished_grid_says_so(tmp_path: Path) -> None:
     assert "2 cells are not finished" in ablation_report.write(tmp_path, grid, []).read_text()
 
 
+def in_process(words: Sequence[str], log: Path) -> str:
+    """The recipes' own functions, and the command."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        if words[0] == "eval":
+            assert qllava(list(words)) == 0
+        else:
+            recipe = {"pretrain_projector": pretrain, "finetune_lora": finetune}[words[0]]
+            recipe(parse(words[1:], output_dir="unused", nano={}))
+    return said.getvalue()
+
+
 def test_real_cells_from_end_to_end(tiny: Tiny, tmp_path: Path) -> None:
-    """The recipes' own functions and the command, in this process, on the tiny parts."""
+    """On the tiny parts, in this process."""
     common = {"train_file": str(tiny.rows), "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     parts = {"language_model": str(tiny.language_model), "vision_tower": str(tiny.tower)}
     path = grid_file(
@@ -219,18 +234,33 @@ def test_real_cells_from_end_to_end(tiny: Tiny, tmp_path: Path) -> None:
         },
     )
 
-    def run(words: Sequence[str], log: Path) -> str:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            if words[0] == "eval":
-                assert qllava(list(words)) == 0
-            else:
-                recipe = {"pretrain_projector": pretrain, "finetune_lora": finetune}[words[0]]
-                recipe(parse(words[1:], output_dir="unused", nano={}))
-        return said.getvalue()
-
     out = tmp_path / "out"
-    plain, kept = run_grid(read_grid(path), out, run)
+    plain, kept = run_grid(read_grid(path), out, in_process)
     assert [step for step, _ in plain.points] == [0] and [step for step, _ in kept.points] == [1, 2]
     assert (out / "with-checkpoints" / "seed-1.measured" / "checkpoint-2.jsonl").is_file()
     assert (out / "drawn-projector" / "seed-1" / "results.json").is_file()
+
+
+def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As recipes/scienceqa.yaml does it: rows in both orders, every checkpoint asked, accuracy over steps."""
+    monkeypatch.setattr(scienceqa, "REASON_TOKENS", 16)
+    problem = {"question": "A?", "choices": ["a", "b"], "answer": 1, "hint": "", "solution": "c", "image": None}
+    problem |= {"subject": "social science", "grade": "grade3"}
+    problems = {str(n): {**problem, "split": "test" if n < 2 else "train"} for n in range(6)}
+    for number in ("1", "3"):
+        problems[number]["image"] = "image.png"
+        (tmp_path / str(problems[number]["split"]) / number).mkdir(parents=True)
+        make_picture("red").save(tmp_path / str(problems[number]["split"]) / number / "image.png")
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    write_rows(tmp_path / "problems.json", tmp_path, "train", tmp_path / "rows")
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "scienceqa.yaml").read_text())
+    settings = {key: shipped["finetune"][key] for key in ("image_folder", "max_length", "too_long", "save_strategy")}
+    parts = {"language_model": str(tiny.language_model), "vision_tower": str(tiny.tower), "projector": str(tiny.stage1)}
+    sizes = {"lora_r": 4, "lora_alpha": 8, "template": "chatml", "max_steps": 2, "save_steps": 1}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**shipped, "finetune": {**settings, **parts, **sizes}}))
+    places = {"rows": tmp_path / "rows", "problems": tmp_path / "problems.json", "images": tmp_path}
+    grid = read_grid(tmp_path / "grid.yaml", {name: path.absolute for name, path in places.items()})
+    measured = run_grid(grid, tmp_path / "out", in_process)
+    assert [[step for step, _ in one.points] for one in measured] == [[1, 2], [1, 2]]
+    page = ablation_report.write(tmp_path / "out", grid, measured).read_text()
+    assert "over steps" in page and "reason first" in page and "answer first" in page

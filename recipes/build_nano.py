@@ -1,14 +1,19 @@
 """Make nano's weights again: a tower trained with open_clip on drawn pictures, and a LLaMA trained on text alone.
 
     python recipes/build_nano.py --out qllava/nano/weights
+    python recipes/build_nano.py --out small --small
 
 The two parts train side by side, a core each. On two cores with bf16 matrix units it takes about an hour and a half
 when nothing else runs; a C++ compiler (for `torch.compile`) halves the LLaMA's time, without one it trains uncompiled.
+
+`--small` makes a LLaMA with half of the layers instead, for ablations: nano's own, of which every second layer is left
+out, and a short round of texts. `recipes/ablate.py` makes it so when it first needs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,8 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import CLIPImageProcessor, PreTrainedModel
+from transformers import CLIPImageProcessor, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from qllava.config import NANO_WEIGHTS
 from qllava.models.vision import convert_open_clip
 from qllava.nano import llama, scenes, tower
 
@@ -54,16 +60,33 @@ def build_llama(out: Path) -> float:
     return time.monotonic() - started
 
 
+def build_small_llama(out: Path) -> None:
+    """Halve nano's LLaMA, train the rest on text for a short round, and write it, in bf16."""
+    source = NANO_WEIGHTS / "llama"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    llama.shorten(model)
+    model.train()
+    llama.train_round(model, tokenizer, llama.SMALL_ROUND, random.Random("text-small"), print)
+    _save(model, torch.bfloat16, out)
+    tokenizer.save_pretrained(out)
+
+
 def command_line() -> argparse.ArgumentParser:
     """What the recipe understands."""
     parser = argparse.ArgumentParser(description="Make nano's weights again.")
     parser.add_argument("--out", type=Path, required=True, help="a folder; `tower` and `llama` are written into it")
+    parser.add_argument("--small", action="store_true", help="a LLaMA of half the layers, from nano's; no tower")
     return parser
 
 
 def main() -> int:
-    """Train both parts side by side."""
-    out: Path = command_line().parse_args().out
+    """Train both parts side by side, or the small LLaMA."""
+    arguments = command_line().parse_args()
+    out: Path = arguments.out
+    if arguments.small:
+        build_small_llama(out)
+        return 0
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         parts = {"tower": pool.submit(build_tower, out / "tower"), "llama": pool.submit(build_llama, out / "llama")}
         for name, future in parts.items():

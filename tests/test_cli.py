@@ -200,14 +200,15 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None}
     assert calls[0] == (
         ("nano", Path("q.jsonl")),
-        {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0},
+        {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0, "read": None},
     )
     said = capsys.readouterr().out
     assert "75.0 % right: 6 of 8" in said and "41.0 to 93.0 %" in said
     assert said.index("colour") < said.index("form") and "50.0 %  (15.0 to 85.0 %)" in said
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
-    line = "eval vqa nano q.jsonl --shots 2 --pool p.json --choose picture --seed 3 --html f.html"
+    result["unread"] = 3
+    line = "eval vqa nano q.jsonl --shots 2 --pool p.json --choose picture --seed 3 --html f.html --read (x)"
     assert cli.main(line.split()) == 0
     assert calls[2][1] == {
         "image_folder": None,
@@ -217,7 +218,9 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         "pool": Path("p.json"),
         "choose": "picture",
         "seed": 3,
+        "read": "(x)",
     }
+    assert "3 answers could not be read" in capsys.readouterr().out
     for half in ("--shots 2", "--pool p.json"):
         assert cli.main(f"eval vqa nano q.jsonl {half}".split()) == 1
 

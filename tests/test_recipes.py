@@ -10,16 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qllava.cli import _parser
 from qllava.config import InputError
+from qllava.evaluation.vqa import read_answer, reader
+from qllava.training.ablation import read_grid
 from qllava.training.run import NANO_FINETUNE, NANO_PRETRAIN
 from qllava.training.settings import Settings, parse
-from recipes.build_nano import command_line
+from recipes import ablate, build_nano, scienceqa
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 NANO = {"finetune_lora.py": NANO_FINETUNE, "pretrain_projector.py": NANO_PRETRAIN}
+OWN_FLAGS = {
+    "build_nano.py": build_nano.command_line,
+    "ablate.py": ablate.command_line,
+    "scienceqa.py": scienceqa.command_line,
+}
 SHELLS = ("bash", "sh", "shell", "console")
 
 
@@ -52,8 +60,8 @@ def understand(command: str, tmp_path: Path) -> object:
     script, *words = words
     assert (ROOT / script).is_file(), f"{script} is not there"
     name = Path(script).name
-    if name == "build_nano.py":
-        return command_line().parse_args(words)
+    if name in OWN_FLAGS:
+        return OWN_FLAGS[name]().parse_args(words)
     for index, word in enumerate(words):
         if index and words[index - 1] == "--config" and not (ROOT / word).exists():
             (tmp_path / "own.yaml").write_text("{}")
@@ -104,5 +112,46 @@ def test_a_recipe_explains_itself(path: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {path.name}")
-    assert ("--out" if path.stem == "build_nano" else "--train_file") in done.stdout
+    assert ("--out" if path.name in OWN_FLAGS else "--train_file") in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_grid_that_is_shipped_is_understood_by_the_recipes(tmp_path: Path) -> None:
+    """Every cell's settings parse, and what it measures is a command; nothing is made or run for it."""
+    places = {name: (lambda name=name: tmp_path / name) for name in ("nano", "orders", "small_llama")}
+    grid = read_grid(ROOT / "recipes/ablate.yaml", places)
+    assert len(grid.variants) == 6 and len(grid.seeds) == 3
+    for variant in grid.variants:
+        for number, settings in enumerate((variant.pretrain, variant.finetune)):
+            (tmp_path / "cell.yaml").write_text(yaml.safe_dump(settings))
+            stage = ["--config", str(tmp_path / "cell.yaml")]
+            assert parse(stage, output_dir="x", nano={}).model.language_model == variant.finetune["language_model"], (
+                number
+            )
+        asked = _parser().parse_args(["eval", *shlex.split(variant.measure)])
+        assert asked.read is None or read_answer(reader(asked.read), "So. The answer is top left.") == "top left"
+        assert "{" not in variant.measure.replace("{model}", "")
+
+
+def test_the_grid_of_scienceqa_is_understood_too(tmp_path: Path) -> None:
+    grid = read_grid(ROOT / "recipes/scienceqa.yaml", {n: (lambda: tmp_path) for n in ("rows", "problems", "images")})
+    for variant, order in zip(grid.variants, ("reason-first", "answer-first"), strict=True):
+        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(variant.finetune))
+        settings = parse(["--config", str(tmp_path / "cell.yaml")], output_dir="x", nano={})
+        assert variant.pretrain is None and settings.data.train_file == f"{tmp_path}/{order}.json"
+        assert _parser().parse_args(["eval", *shlex.split(variant.measure)]).order == order
+
+
+def test_places_are_given_by_name() -> None:
+    given = ablate.command_line().parse_args(["--place", "a=b", "c=/d=e"])
+    assert given.place == [("a", Path("b").absolute()), ("c", Path("/d=e"))]
+    with pytest.raises(SystemExit):
+        ablate.command_line().parse_args(["--place", "a"])
+
+
+def test_a_command_that_fails_is_said_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"finetune_lora failed \(The configuration .*no\.yaml cannot be read.*\); all"
+    ):
+        ablate.run(["finetune_lora", "--config", str(tmp_path / "no.yaml")], tmp_path / "log")
+    assert "no.yaml" in (tmp_path / "log").read_text()

@@ -31,6 +31,9 @@ def add(verbs: Verbs) -> None:
         help="examples at random (default), with similar questions, or with similar pictures",
     )
     vqa.add_argument("--seed", metavar="N", type=int, default=0, help="of examples at random (default: 0)")
+    vqa.add_argument(
+        "--read", metavar="PATTERN", help="what of a long answer counts: a regular expression with one group"
+    )
     json_flag(vqa)
     _add_scienceqa(kinds)
     judging.add(kinds)
@@ -68,6 +71,7 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
             pool=arguments.pool,
             choose=arguments.choose,
             seed=arguments.seed,
+            read=arguments.read,
         ),
         arguments.json,
     )
@@ -79,6 +83,8 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
         f"{100 * result['accuracy']:.1f} % right: {result['correct']} of {result['n']} "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
     )
+    if arguments.read:
+        print(f"{result['unread']} answers could not be read, and count as wrong.")
     for name, accuracy in sorted(result["by_type"].items()):
         low, high = result["by_type_ci95"][name]
         print(f"  {name:<16}{100 * accuracy:6.1f} %  ({100 * low:.1f} to {100 * high:.1f} %)")

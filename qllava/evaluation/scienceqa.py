@@ -62,6 +62,7 @@ class ScienceProblem:
     subject: str  # NAT, SOC or LAN
     grade: int  # 1 to 12
     split: str
+    reason: str = ""  # lecture and solution, as far as it has them
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -78,6 +79,11 @@ class ScienceProblem:
     def prompt(self, order: Order) -> str:
         """The words, and in which order to answer."""
         return f"{self.words()}\n{_INSTRUCTION[order]}"
+
+    def response(self, order: Order) -> str:
+        """What is to be learned: the right letter and the reason, in either order; the letter alone without one."""
+        parts = [f"The answer is {LETTERS[self.answer]}.", *([self.reason] if self.reason else [])]
+        return " ".join(parts if order == "answer-first" else reversed(parts))
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,21 @@ def answer_problems(
     return score(asked, answers)
 
 
+def training_rows(problems: Sequence[ScienceProblem], image_folder: Path, order: Order) -> list[dict[str, Any]]:
+    """Problems as LLaVA's JSON: asked as `answer_problems` asks, answered in the same order.
+
+    Pictures are named relative to `image_folder`. Raises InputError for the first that is missing.
+    """
+    images, rows = find_images(problems, image_folder), []
+    for problem in problems:
+        shown = [images[problem.id]] if problem.id in images else []
+        turns = [("human", ask(problem.prompt(order), len(shown))), ("gpt", problem.response(order))]
+        said = [{"from": who, "value": value} for who, value in turns]
+        picture = {"image": str(shown[0].relative_to(image_folder))} if shown else {}
+        rows.append({"id": problem.id, **picture, "conversations": said})
+    return rows
+
+
 def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, Path]:
     """The pictures by id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as ScienceQA unpacks them.
 
@@ -294,4 +315,5 @@ def _problem(id: str, row: Any, path: Path) -> ScienceProblem:
         SUBJECTS[subject],
         int(grade[5:]),
         text("split"),
+        " ".join(part for key in ("lecture", "solution") if isinstance(part := row.get(key), str) and part),
     )

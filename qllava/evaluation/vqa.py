@@ -166,16 +166,19 @@ def evaluate_file(
     pool: Path | None = None,
     choose: Choose = "random",
     seed: int = 0,
+    read: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
 
     With `out`, one JSON line per question: id, question, images, answer, truth, correct, type. With `html`, a page with
-    the failures. With `shots`, so many examples of the `pool` stand before each question (see `shots`).
+    the failures. With `shots`, so many examples of the `pool` stand before each question (see `shots`). With `read`,
+    the answer is what this pattern finds in what is said (see `reader`), and `unread` counts where it finds none.
 
     Raises InputError for unreadable data, a row without an answer, a missing picture, a question that does not fit
     into the model, or a file that cannot be written.
     """
+    pattern = reader(read) if read is not None else None
     examples = read_examples(data, image_folder)
     rows = read_examples(pool, image_folder) if pool is not None else []
     for example in (*examples, *rows):
@@ -186,15 +189,36 @@ def evaluate_file(
     chat = load(model)
     asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
     result = evaluate(chat, asked, batch_size=batch_size)
+    said, unread = result.answers, {}
+    if pattern is not None:
+        found = [read_answer(pattern, answer) for answer in said]
+        result, unread = score(asked, [answer or "" for answer in found]), {"unread": found.count(None)}
     if out is not None:
-        lines = [_line(example, answer) for example, answer in zip(examples, result.answers, strict=True)]
+        lines = [_line(*line) for line in zip(examples, result.answers, said, strict=True)]
         try:
             out.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
     if html is not None:
         write(html, failures_page(examples, result, f"{chat.name} on {data.name}", _told(shots, choose)))
-    return result.to_json()
+    return {**result.to_json(), **unread}
+
+
+def reader(pattern: str) -> re.Pattern[str]:
+    """The pattern that finds an answer among its reasons. Raises InputError where it has not exactly one group."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--read {pattern!r} is no regular expression ({error}); mend it.") from error
+    if compiled.groups != 1:
+        raise InputError(f"--read {pattern!r} has {compiled.groups} groups; put one around what the answer is.")
+    return compiled
+
+
+def read_answer(pattern: re.Pattern[str], said: str) -> str | None:
+    """The answer in what is said; None where the pattern finds none, or more than one, as ScienceQA's rule has it."""
+    found: list[str] = pattern.findall(said)
+    return found[0] if len(found) == 1 else None
 
 
 def _told(shots: int, choose: Choose) -> str:
@@ -266,12 +290,13 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
     return page.page(title, note, [page.tiles(figures), *chart, page.section(which, page.gallery(cards))])
 
 
-def _line(example: Example, answer: str) -> str:
+def _line(example: Example, answer: str, said: str) -> str:
     row = {
         "id": example.id,
         "question": last_question(example),
         "images": [str(image) for image in example.images],
         "answer": answer,
+        **({"said": said} if said != answer else {}),
         "truth": truth(example),
         "correct": is_correct(answer, truth(example)),
         "type": example.type,

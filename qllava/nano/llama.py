@@ -178,6 +178,12 @@ ROUNDS = (
 )  # fmt: skip
 
 
+# A smaller LLaMA for ablations: every second layer of nano's is left out, and the rest learns to do without.
+SMALL_ROUND = Round(
+    1_000, 16, 1e-3, 1e-3, 0.1, 0.75, language.TYPES, shared=(*_WORD, "row", "column"), copies=0.1
+)  # fmt: skip
+
+
 def text(rng: random.Random, tokenizer: Tokenizer, round_: Round = ROUNDS[0]) -> tuple[list[int], list[int]]:
     """One text to learn from: ids and, where something is answered, the same ids as labels; -100 elsewhere.
 
@@ -308,6 +314,18 @@ def train(
         train_round(model, tokenizer, round_, random.Random(f"text-{seed + number}"), log)
     model.eval()
     return model
+
+
+def shorten(model: LlamaForCausalLM) -> None:
+    """Leave out every second decoder layer, in place, keeping the first of each pair."""
+    kept = torch.nn.ModuleList(list(model.model.layers)[::2])
+    for place, layer in enumerate(kept):
+        attention: Any = layer.self_attn
+        attention.layer_idx = place  # its place in the cache of keys and values
+    model.model.layers = kept
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[::2]
 
 
 def train_round(

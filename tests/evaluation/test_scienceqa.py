@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 
 from qllava import cli
 from qllava.config import InputError
+from qllava.data.formats import read_examples
 from qllava.evaluation import scienceqa
-from qllava.evaluation.scienceqa import answer_problems, read_letter, read_problems, score, score_file
+from qllava.evaluation.scienceqa import (
+    Order,
+    answer_problems,
+    read_letter,
+    read_problems,
+    score,
+    score_file,
+    training_rows,
+)
+from recipes.scienceqa import write_rows
 from tests.tiny_models import make_picture, make_tiny_llava
 
 ROW = {
@@ -235,3 +245,31 @@ def test_the_command(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         cli.main(["eval", "scienceqa", "--problems", str(problems)])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize("order", ["answer-first", "reason-first"])
+def test_what_is_learned_is_read_as_right_and_asked_as_in_the_evaluation(order: Order, problems: Path) -> None:
+    rows = json.loads(problems.read_text())
+    rows["1"] |= {"lecture": "States have capitals.", "solution": "Dover is the one of Delaware."}
+    problems.write_text(json.dumps(rows))
+    asked = read_problems(problems)
+    found = training_rows(asked, problems.parent / "pictures", order)
+    answers = {row["id"]: row["conversations"][1]["value"] for row in found}
+    assert score(asked, answers).total.value == 1 and score(asked, answers).unparsed == 0
+    reason, answer = "States have capitals. Dover is the one of Delaware.", "The answer is C."
+    assert answers["1"] == (f"{answer} {reason}" if order == "answer-first" else f"{reason} {answer}")
+    assert answers["4"] == answer
+    for problem, row in zip(asked, found, strict=True):
+        mark = "<image>\n" if problem.image else ""
+        assert row["conversations"][0]["value"] == mark + problem.prompt(order)
+        assert ("image" in row) == (problem.image is not None)
+
+
+def test_the_recipe_writes_both_orders_as_rows_that_can_be_read(problems: Path, tmp_path: Path) -> None:
+    write_rows(problems, tmp_path / "pictures", "test", tmp_path / "rows")
+    assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["answer-first.json", "reason-first.json"]
+    examples = read_examples(tmp_path / "rows" / "reason-first.json", tmp_path / "pictures")
+    assert len(examples) == 4 and sum(len(one.images) for one in examples) == 2
+    with pytest.raises(InputError, match="no problems of the split"):
+        write_rows(problems, tmp_path / "pictures", "validation", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

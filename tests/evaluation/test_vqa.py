@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example
-from qllava.evaluation.vqa import evaluate, evaluate_file, failures_page, is_correct, normalize, score
+from qllava.evaluation.vqa import (
+    evaluate,
+    evaluate_file,
+    failures_page,
+    is_correct,
+    normalize,
+    read_answer,
+    reader,
+    score,
+)
 from qllava.inference import load
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -135,3 +144,32 @@ def test_an_out_that_cannot_be_written_is_noticed_first(tmp_path: Path) -> None:
     data.write_text(json.dumps([{"question": "?", "answer": "x"}]))
     with pytest.raises(InputError, match=r"missing/out\.jsonl cannot be written"):
         evaluate_file("no/such/model", data, out=tmp_path / "missing" / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("The answer is red. There is a red circle.", "red"),
+        ("There is a red circle. The answer is red.", "red"),
+        ("There is a red circle.", None),
+        ("The answer is red. The answer is blue.", None),
+        ("", None),
+    ],
+)
+def test_an_answer_is_read_from_its_reasons_once_or_not_at_all(said: str, read: str | None) -> None:
+    assert read_answer(reader(r"The answer is ([^.]+)\."), said) == read
+
+
+def test_what_cannot_be_read_is_counted_and_wrong(tmp_path: Path) -> None:
+    model, data, out = make_tiny_llava(tmp_path / "model"), tmp_path / "data.json", tmp_path / "out.jsonl"
+    data.write_text(json.dumps([{"question": "?", "answer": "x"}, {"question": "How?", "answer": "y"}]))
+    result = evaluate_file(str(model), data, out=out, read="(no model says this)")
+    assert (result["unread"], result["correct"], result["n"]) == (2, 0, 2)
+    assert all(json.loads(line)["answer"] == "" for line in out.read_text().splitlines())
+    assert "unread" not in evaluate_file(str(model), data)
+
+
+@pytest.mark.parametrize("pattern", ["(", "no group", "(two)(groups)"])
+def test_a_pattern_that_reads_nothing_is_refused_first(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(InputError, match="--read"):
+        evaluate_file("no/such/model", tmp_path / "missing.json", read=pattern)

@@ -208,3 +208,15 @@ def test_making_words_of_parts_changes_no_word_that_is_their_sum_already(tokeniz
     again = llama.Words(table, tokenizer, llama.ROUNDS[2].shared)
     assert again.vectors.shape == (3 + 6 + 6 + 9 + 3 + 3, 192)
     torch.testing.assert_close(again.weight(), first.weight(), rtol=0, atol=1e-5)
+
+
+def test_a_shortened_model_keeps_every_second_layer_and_answers_alike_with_and_without_a_cache() -> None:
+    model = llama.build(300).eval()
+    kept = [layer.self_attn.q_proj.weight.clone() for layer in list(model.model.layers)[::2]]
+    llama.shorten(model)
+    assert model.config.num_hidden_layers == len(model.model.layers) == len(kept) == 3
+    assert all(torch.equal(a, b.self_attn.q_proj.weight) for a, b in zip(kept, model.model.layers, strict=True))
+    given = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        said = [model.generate(given, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*said)

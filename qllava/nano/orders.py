@@ -1,0 +1,75 @@
+"""What ablations on nano need beside nano's own files: fewer rows, and answers with their reasons in both orders.
+
+They are made once into the cache folder, beside nano's pictures, which they name:
+
+    short.json            every fifth row of nano's training rows
+    answer-first.json     "The answer is red. There is a large red circle at the top."
+    reason-first.json     "There is a large red circle at the top. The answer is red."
+    test.json             nano's test questions, asked in the words of these two
+
+Both orders are about the same pictures, ask the same questions and say the same words. The LLaMA has read reasons
+before answers in its texts, though in other words than these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qllava.config import cache_folder
+from qllava.nano import dataset, language
+
+VERSION = 1
+"""Raised whenever the files would come out different."""
+EVERY = 5
+"""One row of so many is kept."""
+PICTURES = 1_400
+"""How many pictures are asked about with reasons."""
+QUESTIONS_PER_PICTURE = 5
+ANSWER = "The answer is {}."
+
+
+def prepare() -> Path:
+    """Make the files, unless they are there. Returns their folder; pictures lie in the one of `dataset.prepare`."""
+    nano = dataset.prepare()
+    folder = cache_folder() / f"nano-{dataset.VERSION}-orders-{VERSION}"
+    if folder.is_dir():
+        return folder
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        rows = json.loads(nano.train.read_text(encoding="utf-8"))
+        files = {"short": rows[::EVERY]}
+        for name, reason_first in (("answer-first", False), ("reason-first", True)):
+            files[name] = [reasoned_row(f"train-{i:06d}", reason_first=reason_first) for i in range(PICTURES)]
+        test = json.loads(nano.test.read_text(encoding="utf-8"))
+        files["test"] = [{**row, "question": ask(row["question"])} for row in test]
+        for name, wanted in files.items():
+            (aside / f"{name}.json").write_text(json.dumps(wanted), encoding="utf-8")
+        if not folder.is_dir():
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def ask(question: str) -> str:
+    """A question that wants its reason."""
+    return f"{question} Say why."
+
+
+def reasoned_row(id_: str, *, reason_first: bool) -> dict[str, Any]:
+    """A conversation about a training picture in which every answer comes with its reason; equal questions for both."""
+    turns: list[dict[str, str]] = []
+    asked = language.questions(dataset.scene_of(id_), random.Random(f"orders-{id_}"), QUESTIONS_PER_PICTURE)
+    for question in asked:
+        mark = "" if turns else "<image>\n"
+        parts = [ANSWER.format(question.answer), question.reason]
+        turns.append({"from": "human", "value": f"{mark}{ask(question.text)}"})
+        turns.append({"from": "gpt", "value": " ".join(reversed(parts) if reason_first else parts)})
+    return {"id": id_, "image": f"images/{id_}.png", "conversations": turns}

@@ -1,0 +1,98 @@
+"""Change one thing at a time, repeat by seed, measure all alike: a table and a page with intervals.
+
+    python recipes/ablate.py                                   # the first paper's ablations, on nano: three seeds
+    python recipes/ablate.py --config mine.yaml --out runs/mine
+    python recipes/ablate.py --seeds 1                         # the first seed only; more seeds go on from there
+
+A grid names keys of pretrain_projector.py and finetune_lora.py, and what `qllava eval` shall measure;
+`recipes/ablate.yaml` is the default and shows all of it. The same command again does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qllava.config import InputError, cache_folder
+from qllava.nano import dataset, orders
+from qllava.training import ablation_report
+from qllava.training.ablation import Grid, read_grid, run_grid
+
+HERE = Path(__file__).resolve().parent
+
+
+def run(words: Sequence[str], log: Path) -> str:
+    """Run a recipe, or `qllava eval`, as a user would; what it says goes into `log`."""
+    program = ["-m", "qllava", *words] if words[0] == "eval" else [str(HERE / f"{words[0]}.py"), *words[1:]]
+    with log.open("a", encoding="utf-8") as said:
+        done = subprocess.run([sys.executable, *program], stdout=subprocess.PIPE, stderr=said, text=True, check=False)
+        said.write(done.stdout)
+    if done.returncode != 0:
+        lines = log.read_text(encoding="utf-8").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        raise InputError(f"{words[0]} failed ({last.removeprefix('qllava: ').rstrip('.')}); all it said is in {log}.")
+    return done.stdout
+
+
+def small_llama() -> Path:
+    """The LLaMA with half of nano's layers; made when it is first needed."""
+    folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
+    if not folder.is_dir():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        print("Making nano's smaller LLaMA, once: this takes minutes.", file=sys.stderr)
+        build = [sys.executable, str(HERE / "build_nano.py"), "--small", "--out", str(aside)]
+        if subprocess.run(build, stdout=sys.stderr, check=False).returncode != 0:
+            raise InputError("nano's smaller LLaMA could not be made; see above.")
+        aside.rename(folder)
+    return folder
+
+
+def ablate(grid: Grid, out: Path) -> None:
+    """Run what is missing of a grid and write what was found."""
+    page = ablation_report.write(out, grid, run_grid(grid, out, run))
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"The page: {page}")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the recipe understands."""
+    parser = argparse.ArgumentParser(description="Change one thing at a time, repeat by seed, measure all alike.")
+    parser.add_argument("--config", type=Path, default=HERE / "ablate.yaml", help="the grid (default: ablate.yaml)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
+    parser.add_argument(
+        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="what {NAME} in the grid stands for"
+    )
+    return parser
+
+
+def _place(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name.isidentifier() and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, Path(path).absolute()
+
+
+def main() -> int:
+    """Read the grid and run it; errors that a user can mend are one sentence."""
+    arguments = command_line().parse_args()
+    places = {"nano": lambda: dataset.prepare().folder, "orders": orders.prepare, "small_llama": small_llama}
+    places |= {name: path.absolute for name, path in arguments.place}
+    try:
+        grid = read_grid(arguments.config, places)
+        ablate(replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid, arguments.out)
+    except InputError as error:
+        print(f"qllava: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

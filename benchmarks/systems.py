@@ -144,7 +144,7 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
     if job.whole_head:
         compute_whole_head(assembled.model)
     # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
-    stage, _ = fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config), model, assembled)
+    stage, _ = fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config, {}), model, assembled)
     begin = Begin(rows.lengths)
     begin.trainer = InOrder(
         model,

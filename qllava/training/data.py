@@ -12,6 +12,7 @@ gone through once, and the others are repeated until the shares hold, so that no
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from datasets import Dataset, concatenate_datasets
 from qllava.config import InputError
 from qllava.data.check import Checked, check, lengths, numbers
 from qllava.data.encode import Encoder
+from qllava.data.rows import row_files
 from qllava.data.verdict import Verdict
 
 
@@ -97,6 +99,15 @@ def _part(entry: Any, number: int, image_folder: Path | None, field: str) -> Par
         raise InputError(f"{where}: image_folder is {folder!r}; give a folder.")
     own = Path(folder) if folder else image_folder
     return Part(Path(entry["path"]), own, float(entry.get("repeat", 1)), entry.get("weight"))
+
+
+def hashes_of(parts: list[Part]) -> list[dict[str, str]]:
+    """Name and SHA-256 of each file of rows; of a folder, of the files that hold rows."""
+    hashes = []
+    for file in (file for part in parts for file in row_files(part.path)):
+        with file.open("rb") as opened:
+            hashes.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+    return hashes
 
 
 def prepare(

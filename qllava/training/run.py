@@ -8,7 +8,6 @@ The same command again continues an unfinished run at its newest checkpoint; a f
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 import sys
@@ -26,7 +25,6 @@ from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_some
-from qllava.data.rows import row_files
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     DATA_FILE,
@@ -44,9 +42,11 @@ from qllava.models.outline import Recipe
 from qllava.nano import dataset as nano
 from qllava.training import scores
 from qllava.training.allocator import keep_freed_memory
-from qllava.training.data import Part, Prepared, parts_of, prepare
+from qllava.training.checkpoints import begun_with, refuse_changes
+from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.report import write_report
 from qllava.training.settings import Settings, TrainConfig
+from qllava.training.signals import Stopped, handled
 from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import METRICS_FILE
 
@@ -66,11 +66,15 @@ def pretrain(settings: Settings) -> Path:
     folder = _open_folder(settings)
     started = time.monotonic()
     files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
+    begun = begun_with(settings, hashes_of(files))
+    refuse_changes(folder, begun)
+    _write_settings(settings, folder)
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
     held_out = parts_of(settings.data.eval_file, _images(settings), "eval_file") if settings.data.eval_file else []
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
-    stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, _with_rate(settings.train, 1e-3))
+    config = _with_rate(settings.train, 1e-3)
+    stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
     _finish(folder, {"seconds": round(time.monotonic() - started, 1), **trained})
     _say_next(
@@ -104,7 +108,7 @@ def finetune(settings: Settings) -> Path:
     # Before the model, which may be a download of 14 GB.
     files = _files(data.train_file, settings, "train_file", nano_file="train")
     held_out = _held_out(settings)
-    _write_hashes([*files, *held_out], folder / DATA_FILE)
+    begun = _begin(settings, folder, files, held_out)
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
@@ -114,7 +118,7 @@ def finetune(settings: Settings) -> Path:
     before = scores.answers(assembled.model, assembled, shown) if shown else []
     if table:
         table.measure("untrained", assembled.model)
-    _align(settings, assembled, folder, captions)
+    _align(settings, assembled, folder, captions, begun)
     if table:
         table.measure("stage1", assembled.model)
     model = add_lora(
@@ -125,7 +129,7 @@ def finetune(settings: Settings) -> Path:
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
     questions = _some(held_out, evaluation, config.eval_questions)
-    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config)
+    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
     trained = train_stage(stage, model, assembled)
     after = scores.answers(model, assembled, shown) if shown else []
     scores.write_samples(folder / "samples.json", shown, before, after)
@@ -154,7 +158,9 @@ def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepare
     return _prepare(settings, assembled, PLAIN, files, [])[0]
 
 
-def _align(settings: Settings, assembled: Assembled, folder: Path, captions: Prepared | None) -> None:
+def _align(
+    settings: Settings, assembled: Assembled, folder: Path, captions: Prepared | None, begun: dict[str, Any]
+) -> None:
     """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one."""
     stage1 = folder / "stage1"
     if captions is None:
@@ -171,7 +177,7 @@ def _align(settings: Settings, assembled: Assembled, folder: Path, captions: Pre
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
-    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config)
+    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun)
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     _finish(stage1, {"seconds": round(time.monotonic() - started, 1)})
@@ -251,7 +257,7 @@ def _same_base(settings: Settings, start: Path) -> Recipe:
 
 
 def _open_folder(settings: Settings) -> Path:
-    """Make or reopen the run's folder and write `run.yaml`. Raises InputError for a finished run."""
+    """Make or reopen the run's folder. Raises InputError for a finished run."""
     folder = Path(str(settings.train.output_dir))
     for given in (settings.model.model_name_or_path, settings.model.projector):
         if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
@@ -264,20 +270,34 @@ def _open_folder(settings: Settings) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if settings.model.is_nano:
             settings.model.model_name_or_path = NANO
-        resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
-        (folder / "run.yaml").write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
     except OSError as error:
         raise InputError(f"The run cannot be written to {folder}: {error.strerror or error}.") from error
     return folder
 
 
-def _write_hashes(parts: list[Part], path: Path) -> None:
-    """The rows by their bytes: model cards name them. Of a folder, the files that hold rows."""
-    hashes = []
-    for file in (file for part in parts for file in row_files(part.path)):
-        with file.open("rb") as opened:
-            hashes.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
-    path.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+def _begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
+    """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
+
+    Writes `data.json` (the rows by their bytes: model cards name them) and `run.yaml`.
+    """
+    hashes = hashes_of(files)
+    captions = (
+        parts_of(settings.data.pretrain_file, _images(settings), "pretrain_file") if settings.data.pretrain_file else []
+    )
+    begun = begun_with(settings, [*hashes, *hashes_of(captions)])
+    for place in (folder / "stage1", folder):
+        refuse_changes(place, begun)
+    (folder / DATA_FILE).write_text(json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n", encoding="utf-8")
+    _write_settings(settings, folder)
+    return begun
+
+
+def _write_settings(settings: Settings, folder: Path) -> None:
+    """Write `run.yaml`."""
+    resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
+    (folder / "run.yaml").write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -358,9 +378,13 @@ def _say_next(done: str, commands: list[str]) -> None:
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:
-    """Run a recipe: errors that a user can mend are one sentence on stderr and status 1."""
+    """Run a recipe: errors that a user can mend are one sentence on stderr and status 1, signals have their own."""
     try:
-        run(settings())
+        with handled():
+            run(settings())
+    except Stopped as stopped:
+        print(f"qllava: {stopped}", file=sys.stderr)
+        return stopped.status
     except InputError as error:
         # One that was raised in a worker of the data loader comes with its stack trace as text, the message last.
         sentence = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")

@@ -29,11 +29,13 @@ from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.training import scores
 from qllava.training.attention import Kernel
+from qllava.training.checkpoints import newest, saving
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
 from qllava.training.settings import TrainConfig
-from qllava.training.trainer import LEDGER_FILE, METRICS_FILE, LlavaTrainer, Metrics, checkpoints, computing_in, saving
+from qllava.training.signals import SaveAndStop, Stopped, handled
+from qllava.training.trainer import LEDGER_FILE, METRICS_FILE, LlavaTrainer, Metrics, computing_in
 
 PROBES = 32
 
@@ -58,6 +60,8 @@ class Stage:
     """Where it is written."""
     config: TrainConfig
     """The loop's settings."""
+    begun_with: dict[str, Any]
+    """What decides the run (`checkpoints.begun_with`): kept with every checkpoint."""
 
 
 class Begin(TrainerCallback):
@@ -115,7 +119,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     _settle_evaluation(stage.config, held_out is not None)
     _check_lengths(stage, assembled)
     stage, memory = fitted(stage, model, assembled)
-    progress, begin = Progress(stage.title), Begin(stage.train.lengths)
+    progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths), SaveAndStop()
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -124,7 +128,8 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         evaluation=held_out,
         pictures=stage.train.pictures,
         exact_match=partial(scores.exact_match, model, assembled, stage.questions) if stage.questions else None,
-        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress],
+        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop],
+        begun_with=stage.begun_with,
     )
     begin.trainer = trainer
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
@@ -133,18 +138,19 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     text = "\n".join([*_ledger_lines(model, stage, trainer.kernel, trainer.layers), *memory])
     print(f"\n{text}\n")
     (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
-    newest = _newest(stage.folder, assembled)
-    if newest:
-        print(f"Continuing from {newest}.")
+    start = _start(stage.folder, assembled)
     with saving(f"{stage.folder / PROBES_FILE}"):
         # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
         save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
     if stage.config.gradient_checkpointing:
         model.train()
     try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        with handled(stop.ask):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         progress.close()
+    if stop.name is not None:
+        raise Stopped(stop.name, trainer.state.global_step)
     model.eval()
     last = trainer.evaluate() if held_out else {}
     with saving(f"The result {stage.folder}"):
@@ -218,19 +224,24 @@ def _settle_evaluation(config: TrainConfig, held_out: bool) -> None:
         config.eval_strategy, config.do_eval = "no", False
 
 
-def _newest(folder: Path, assembled: Assembled) -> Path | None:
-    """The newest checkpoint of a run. Raises InputError when it is one of another base."""
-    found = checkpoints(folder)
-    if not found:
+def _start(folder: Path, assembled: Assembled) -> Path | None:
+    """The checkpoint to continue from; says which, and which it passes over. Raises InputError for another base."""
+    found, skipped = newest(folder)
+    for line in skipped:
+        print(line)
+    if found is None:
+        if skipped:
+            print("No checkpoint is whole: the stage begins anew.")
         return None
-    before, now = read_record(found[-1]), assembled.recipe
+    before, now = read_record(found), assembled.recipe
     other = [name for name in ("fingerprint", *BELONGS_TO_BASE) if getattr(before, name) != getattr(now, name)]
     if other:
         raise InputError(
-            f"{found[-1]} was trained on another base than {now.model or now.language_model} (another {other[0]}); "
+            f"{found} was trained on another base than {now.model or now.language_model} (another {other[0]}); "
             "give the base and settings that the run began with, or choose another output_dir."
         )
-    return found[-1]
+    print(f"Continuing from {found}.")
+    return found
 
 
 def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:

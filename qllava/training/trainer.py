@@ -5,7 +5,7 @@ What is added to TRL's trainer, and why:
 - The projector has a learning rate of its own.
 - A loss or gradient that is not finite ends the run before the weights are touched, and says which samples it met.
   (transformers would log a loss of 0 and go on to the end with NaN in every weight.)
-- A checkpoint is written aside and renamed, so a folder `checkpoint-N` is always whole; it holds what `load_run` needs.
+- A checkpoint is written aside, sealed and renamed (`checkpoints.py`); it holds what `load_run` needs.
 - Held-out questions are answered and compared, beside the held-out loss.
 - A batch is rows (`data.packing`): samples about one picture come together and share its tokens. However many rows a
   batch becomes, its samples are one step's, and its loss is that of all their learned tokens.
@@ -17,8 +17,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -41,8 +40,8 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import steps_of
 from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
 from qllava.models.assemble import Assembled
-from qllava.models.errors import one_line
 from qllava.training.attention import looking_at
+from qllava.training.checkpoints import PARTIAL, publish, rotate, saving, seal
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
 from qllava.training.settings import TrainConfig
@@ -53,21 +52,6 @@ LEDGER_FILE = "ledger.txt"
 
 class NotFinite(InputError):
     """The loss or a gradient is NaN or infinite: the run has ended, and no weight was changed by it."""
-
-
-@contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Turn a failure to write into one sentence.
-
-    A full disk is an OSError to Python alone: safetensors and torch have errors of their own.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(
-            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room and give "
-            "the command again."
-        ) from error
 
 
 class Metrics(TrainerCallback):
@@ -120,6 +104,7 @@ class LlavaTrainer(SFTTrainer):
         pictures: np.ndarray,
         exact_match: Callable[[], float] | None,
         callbacks: list[TrainerCallback],
+        begun_with: Mapping[str, Any] | None = None,
     ) -> None:
         """Args:
         model: what `add_lora` or `train_projector_only` returned.
@@ -127,7 +112,9 @@ class LlavaTrainer(SFTTrainer):
         train, evaluation: rows as `RowCollator` takes them.
         pictures: a hash of the pictures of each row of train, 0 for none.
         exact_match: answers held-out questions and returns the share that is right.
+        begun_with: what decides the run; every checkpoint's manifest keeps it.
         """
+        self.begun_with = dict(begun_with or {})
         self.assembled = assembled
         self.exact_match = exact_match
         self._order = PictureOrder(
@@ -316,9 +303,9 @@ class LlavaTrainer(SFTTrainer):
         """None: TRL's card speaks of another way of training; `qllava merge` writes one that is true."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers does, but written aside and renamed when it is whole."""
+        """As transformers does, but written aside, and given its name when it is whole."""
         folder = Path(str(self.args.output_dir))
-        aside = folder / ".partial"
+        aside = folder / PARTIAL
         name = f"checkpoint-{self.state.global_step}"
         shutil.rmtree(aside, ignore_errors=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -326,14 +313,12 @@ class LlavaTrainer(SFTTrainer):
         try:
             with saving(f"The checkpoint {folder / name}"):
                 super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-                shutil.rmtree(folder / name, ignore_errors=True)
-                (aside / name).rename(folder / name)
+                seal(aside / name, self.begun_with)
+                publish(aside / name, folder / name)
         finally:
             self._aside, self.args.save_total_limit = None, limit
             shutil.rmtree(aside, ignore_errors=True)
-        if limit:
-            for old in checkpoints(folder)[:-limit]:
-                shutil.rmtree(old)
+        rotate(folder, limit)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))
@@ -350,9 +335,3 @@ class LlavaTrainer(SFTTrainer):
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
     """What the model computes in: autocast's type, or its own."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; a folder that is not whole never bears such a name."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))

@@ -19,7 +19,8 @@ from qllava.config import InputError
 from qllava.data.collate import Collator
 from qllava.models import outline as parts
 from qllava.models.adapter import load_run, projector_state
-from qllava.training.trainer import LlavaTrainer, Metrics, NotFinite, checkpoints, saving
+from qllava.training.checkpoints import checkpoints, saving
+from qllava.training.trainer import LlavaTrainer, Metrics, NotFinite
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 
 

@@ -1,0 +1,190 @@
+"""Whole checkpoints: sealed with a manifest, found again, cleared away.
+
+A checkpoint is written under `.partial`, sealed and renamed. The seal is `manifest.json`, written last, when all else
+is on the disk: size and hash of every file, and what the run was begun with. A folder without it, or that it does not
+fit, is never continued from; the one before is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qllava.config import InputError
+from qllava.models.errors import one_line
+from qllava.training.settings import Settings
+
+MANIFEST_FILE = "manifest.json"
+PARTIAL = ".partial"
+
+# Settings, or beginnings that end in _, that do not decide what is learned: where things lie, what is shown, measured
+# and kept, how the same is computed. Paths are not compared, because a run may be carried to another machine: rows are
+# known by their bytes, the base by its fingerprint.
+_FREE = (
+    *("model_name_or_path", "language_model", "vision_tower", "projector", "output_dir", "overwrite_output_dir"),
+    *("train_file", "eval_file", "pretrain_file", "image_folder", "skip_check"),
+    *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub", "disable_tqdm"),
+    *("eval_", "do_", "save_", "per_device_eval_batch_size", "dataloader_", "resume_from_checkpoint", "debug"),
+    *("bf16", "fp16", "tf32", "use_cpu", "local_rank", "ddp_", "fsdp", "fsdp_config", "deepspeed"),
+    *("accelerator_config", "parallelism_config", "torch_", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_", "auto_find_batch_size", "use_cache"),
+    *("tokens_per_row", "fit_memory", "recompute_layers", "stop_tower", "prune_last_layer", "lora_first"),
+    *("compile_layers", "share_image_prefix", "include_", "skip_memory_metrics", "enable_jit_checkpoint"),
+    *("batch_eval_metrics", "prediction_loss_only", "full_determinism", "dataset_kwargs", "remove_unused_columns"),
+)
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turn a failure to write into one sentence.
+
+    A full disk is an OSError to Python alone: safetensors and torch have errors of their own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room and give "
+            "the command again."
+        ) from error
+
+
+def begun_with(settings: Settings, hashes: list[dict[str, str]]) -> dict[str, Any]:
+    """What decides a run: its settings but for the free ones, and the hashes of its rows by the name of their file."""
+    every = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
+    chosen = {name: value for name, value in every.items() if not _is_free(name)}
+    rows = {f"rows of {entry['file']}": entry["sha256"] for entry in hashes}
+    mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
+    return json.loads(json.dumps({**chosen, **mixture, **rows}, default=str))  # type: ignore[no-any-return]
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE or name.startswith(tuple(word for word in _FREE if word.endswith("_")))
+
+
+def _mixture(given: Any) -> Any:
+    """How often each file of a list is gone through; where they lie is left out."""
+    if not isinstance(given, list):
+        return None
+    return [{k: v for k, v in e.items() if k in ("repeat", "weight")} if isinstance(e, dict) else {} for e in given]
+
+
+def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
+    """Compare with what a folder's newest checkpoint was begun with. Raises InputError that shows the difference."""
+    for place in reversed(checkpoints(folder)):
+        try:
+            before = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))["begun_with"]
+            differing = sorted(name for name in before.keys() | begun.keys() if before.get(name) != begun.get(name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not whole: `newest` says so
+        if differing:
+            shown = [
+                f"{name} was {_short(before.get(name))} and is {_short(begun.get(name))}" for name in differing[:5]
+            ]
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise InputError(
+                f"{place} was begun with other data or settings: {', '.join(shown)}{more}; give what it began with to "
+                "continue it, or choose another output_dir."
+            )
+        return
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of a run that bear a checkpoint's name, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def seal(folder: Path, begun: Mapping[str, Any]) -> None:
+    """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _flush(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / MANIFEST_FILE
+    manifest.write_text(json.dumps({"files": files, "begun_with": begun}, indent=1) + "\n", encoding="utf-8")
+    _flush(manifest)
+    _flush(folder)
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Give a sealed folder its name; one that has the name already (it was not whole) makes way first."""
+    if folder.exists():
+        folder.rename(aside.with_name(f"old-{aside.name}"))
+    aside.rename(folder)
+    _flush(folder.parent)
+
+
+def rotate(folder: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints that are whole by their sizes; what is older than these goes.
+
+    The last whole one stays whatever the limit, and a folder is renamed before it is removed: killed in between, none
+    is left half under its name.
+    """
+    if not limit:
+        return
+    every = checkpoints(folder)
+    whole = [place for place in every if fault(place, read=False) is None]
+    for old in every[: every.index(whole[-limit:][0])] if whole else []:
+        going = folder / PARTIAL / old.name
+        going.parent.mkdir(exist_ok=True)
+        old.rename(going)
+        shutil.rmtree(going.parent)
+
+
+def fault(folder: Path, *, read: bool = True) -> str | None:
+    """Why a checkpoint is not whole; None when it is. `read`: compare every byte, and not sizes alone."""
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+            if read and _sha256(path) != expected["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({one_line(error)})"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence for each newer one that was skipped."""
+    skipped: list[str] = []
+    for place in reversed(checkpoints(folder)):
+        reason = fault(place)
+        if reason is None:
+            return place, skipped
+        skipped.append(f"{place} is skipped, it is not whole: {reason}.")
+    return None, skipped
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

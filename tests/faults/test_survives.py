@@ -1,0 +1,256 @@
+"""Runs that are killed, stopped, or whose checkpoints were damaged: the same command goes on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qllava.config import InputError
+from qllava.training.checkpoints import MANIFEST_FILE, checkpoints, fault, newest, publish, rotate, seal
+from qllava.training.run import pretrain
+from tests.tiny_runs import Tiny, flags, refusal, stage1_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOWLY: dict[str, Any] = {"max_steps": 60, "save_steps": 3, "save_total_limit": 2}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "projector.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def unfinished(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the finished stage 1 that has lost its end; its checkpoints are those of steps 2 and 4."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny.stage1, folder)
+    for name in ("results.json", "projector.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class TestDamagedCheckpoints:
+    @pytest.mark.parametrize("name", ["projector.safetensors", "optimizer.pt", "trainer_state.json", MANIFEST_FILE])
+    @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "removed"])
+    def test_is_noticed(self, unfinished: Path, damage: Callable[[Path], None], name: str) -> None:
+        place = unfinished / "checkpoint-4"
+        assert fault(place) is None
+        damage(place / name)
+        found, (said,) = newest(unfinished)
+        assert found == unfinished / "checkpoint-2"
+        assert said.startswith(f"{place} is skipped, it is not whole: ")
+        assert name == MANIFEST_FILE or name in said
+
+    @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "removed"])
+    def test_the_run_goes_on_from_the_one_before(
+        self,
+        tiny: Tiny,
+        unfinished: Path,
+        capsys: pytest.CaptureFixture[str],
+        damage: Callable[[Path], None],
+    ) -> None:
+        damage(unfinished / "checkpoint-4" / "optimizer.pt")
+        pretrain(stage1_settings(tiny, unfinished))
+        said = capsys.readouterr().out
+        assert "checkpoint-4 is skipped, it is not whole: optimizer.pt" in said
+        assert f"Continuing from {unfinished / 'checkpoint-2'}." in said
+        assert same(unfinished, tiny.stage1)
+        assert fault(unfinished / "checkpoint-4") is None and not (unfinished / ".partial").exists()
+
+    def test_none_is_whole(self, tiny: Tiny, unfinished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for place in checkpoints(unfinished):
+            flip(place / "projector.safetensors")
+        pretrain(stage1_settings(tiny, unfinished))
+        said = capsys.readouterr().out
+        assert said.count("is skipped") == 2 and "No checkpoint is whole: the stage begins anew." in said
+        assert same(unfinished, tiny.stage1)
+
+
+class TestRotation:
+    def make(self, folder: Path, step: int) -> Path:
+        place = folder / ".partial" / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / "weights").write_bytes(bytes(100))
+        seal(place, {})
+        publish(place, folder / place.name)
+        shutil.rmtree(place.parent)
+        return folder / place.name
+
+    def test_never_takes_the_last_whole_one(self, tmp_path: Path) -> None:
+        first, second, third = (self.make(tmp_path, step) for step in (1, 2, 3))
+        for broken in (second, third):
+            cut(broken / "weights")
+        rotate(tmp_path, 1)
+        assert checkpoints(tmp_path) == [first, second, third]
+        fourth = self.make(tmp_path, 4)
+        rotate(tmp_path, 1)
+        assert checkpoints(tmp_path) == [fourth] and not (tmp_path / ".partial").exists()
+
+    def test_keeps_all_without_a_limit(self, tmp_path: Path) -> None:
+        made = [self.make(tmp_path, step) for step in (1, 2)]
+        rotate(tmp_path, None)
+        assert checkpoints(tmp_path) == made
+
+    def test_one_of_the_same_name_makes_way(self, tmp_path: Path) -> None:
+        cut(self.make(tmp_path, 1) / "weights")
+        assert fault(self.make(tmp_path, 1)) is None
+
+
+class TestWhatHasChanged:
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("seed", 7, "seed was 42 and is 7"),
+            ("learning_rate", 0.5, "learning_rate was nothing and is 0.5"),
+            ("max_steps", 5, "max_steps was 4 and is 5"),
+        ],
+    )
+    def test_a_setting(self, tiny: Tiny, unfinished: Path, name: str, value: Any, said: str) -> None:
+        before = (unfinished / "run.yaml").read_bytes()
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, unfinished, **{name: value}))
+        assert "checkpoint-4 was begun with other data or settings" in str(caught.value)
+        assert said in refusal(caught.value)
+        assert (unfinished / "run.yaml").read_bytes() == before
+
+    def test_the_data(self, tiny: Tiny, unfinished: Path) -> None:
+        rows = tiny.rows.with_name("changed") / tiny.rows.name
+        rows.parent.mkdir()
+        rows.write_text(tiny.rows.read_text(encoding="utf-8").replace("red", "grey"), encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, unfinished, train_file=rows, image_folder=tiny.rows.parent))
+        assert f"rows of {rows.name} was " in refusal(caught.value)
+
+    def test_what_changes_nothing_may_change(self, tiny: Tiny, unfinished: Path) -> None:
+        pretrain(stage1_settings(tiny, unfinished, save_steps=1, logging_steps=2, tokens_per_row=200))
+
+    def test_another_machine(self, tiny: Tiny, unfinished: Path, tmp_path: Path) -> None:
+        """Model, data and the run lie in other places there."""
+        there = tmp_path / "there"
+        for given in (tiny.language_model, tiny.tower):
+            shutil.copytree(given, there / given.name)
+        for file in [tiny.rows, *tiny.rows.parent.glob("*.png")]:
+            shutil.copy(file, there)
+        shutil.rmtree(unfinished / "checkpoint-4")
+        run = there / "another_name"
+        unfinished.rename(run)
+        parts = {"language_model": there / tiny.language_model.name, "vision_tower": there / tiny.tower.name}
+        pretrain(stage1_settings(tiny, run, train_file=there / tiny.rows.name, **parts))
+        assert same(run, tiny.stage1)
+
+
+def start(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
+    """The recipe as users start it, in a process of its own."""
+    line = flags(tiny, output_dir=folder, **SLOWLY)
+    return subprocess.Popen(
+        [sys.executable, "recipes/pretrain_projector.py", *line],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def last_step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until a step was logged, or the run has ended."""
+    while process.poll() is None and last_step(folder) < step:
+        time.sleep(0.02)
+
+
+def killed_and_continued(tiny: Tiny, folder: Path, kills: int) -> None:
+    """Kill it now and then; saves come every third step, so that many kills hit one. Then let it end."""
+    dice = random.Random(0)
+    for number in range(kills):
+        process = start(tiny, folder)
+        wait_for(process, folder, 1 + (number + 1) * (SLOWLY["max_steps"] - 8) // (kills + 1))
+        time.sleep(dice.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = start(tiny, folder)
+    said, _ = process.communicate()
+    assert process.returncode == 0 or "holds a finished run" in said, said
+
+
+class TestKilled:
+    @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+    def test_ends_with_the_same_bits(self, tiny: Tiny, tmp_path: Path, kills: int) -> None:
+        whole = pretrain(stage1_settings(tiny, tmp_path / "whole", **SLOWLY))
+        killed_and_continued(tiny, tmp_path / "run", kills)
+        assert same(whole, tmp_path / "run")
+        assert all(fault(place) is None for place in checkpoints(tmp_path / "run"))
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        ("number", "status"),
+        [
+            (signal.SIGTERM, 143),
+            pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+            pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        ],
+        ids=["SIGTERM", "SIGINT", "SIGUSR1"],
+    )
+    def test_saves_and_ends_within_two_steps(
+        self, tiny: Tiny, tmp_path: Path, number: signal.Signals, status: int
+    ) -> None:
+        folder = tmp_path / "run"
+        process = start(tiny, folder)
+        wait_for(process, folder, 4)
+        before = last_step(folder)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == status, said
+        saved, skipped = newest(folder)
+        assert saved is not None and not skipped
+        step = int(saved.name.removeprefix("checkpoint-"))
+        assert before <= step <= before + 2
+        assert f"saved at step {step} and ended by {number.name}" in said and "Traceback" not in said
+        assert not (folder / "results.json").exists()
+        if number == signal.SIGTERM:
+            whole = pretrain(stage1_settings(tiny, tmp_path / "whole", **SLOWLY))
+            process = start(tiny, folder)
+            said, _ = process.communicate()
+            assert process.returncode == 0 and f"Continuing from {saved}." in said
+            assert same(whole, folder)
+
+    def test_before_the_first_step_ends_at_once(self, tiny: Tiny, tmp_path: Path) -> None:
+        process = start(tiny, tmp_path / "run")
+        while process.poll() is None and not (tmp_path / "run" / "run.yaml").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 143 and "Traceback" not in said, said

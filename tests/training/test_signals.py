@@ -1,0 +1,54 @@
+"""Signals within one process: what asks for a save, what ends at once, and that the former handlers come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+from transformers import TrainerControl
+
+from qllava.training.run import main
+from qllava.training.signals import SaveAndStop, Stopped, handled
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
+def test_ends_at_once_where_nothing_is_trained(name: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    assert main(lambda settings: os.kill(os.getpid(), number), lambda: None) == status  # type: ignore[arg-type, return-value]
+    assert f"ended by {name}; the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_asks_for_a_save_and_a_second_interrupt_is_the_kernels() -> None:
+    stop, control = SaveAndStop(), TrainerControl(should_evaluate=True)
+    stop.on_step_end(None, None, control)
+    assert not control.should_save and not control.should_training_stop and control.should_evaluate
+    with handled(stop.ask):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
+    stop.on_step_end(None, None, control)
+    assert control.should_save and control.should_training_stop and not control.should_evaluate
+
+
+def test_another_thread_is_let_alone() -> None:
+    kept = signal.getsignal(signal.SIGTERM)
+
+    def run() -> None:
+        with handled():
+            assert signal.getsignal(signal.SIGTERM) is kept
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def test_says_where_it_stopped() -> None:
+    assert str(Stopped("SIGUSR1", 7)) == "saved at step 7 and ended by SIGUSR1; the same command continues the run."

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.models.card import RESULTS_FILE
-from qllava.training.trainer import checkpoints
+from qllava.training.checkpoints import checkpoints
 
 IN_BOTH_STAGES = (
     "model_name_or_path",

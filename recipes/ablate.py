@@ -5,7 +5,7 @@
     python recipes/ablate.py --seeds 1                         # the first seed only; more seeds go on from there
 
 A grid names keys of pretrain_projector.py and finetune_lora.py, and what `qllava eval` shall measure;
-`recipes/ablate.yaml` is the default and shows all of it. The same command again does what is missing.
+`recipes/grids/ablate.yaml` is the default and shows all of it. The same command again does what is missing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def ablate(grid: Grid, out: Path) -> None:
 def command_line() -> argparse.ArgumentParser:
     """What the recipe understands."""
     parser = argparse.ArgumentParser(description="Change one thing at a time, repeat by seed, measure all alike.")
-    parser.add_argument("--config", type=Path, default=HERE / "ablate.yaml", help="the grid (default: ablate.yaml)")
+    parser.add_argument(
+        "--config", type=Path, default=HERE / "grids" / "ablate.yaml", help="the grid (default: grids/ablate.yaml)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
     parser.add_argument(

@@ -1,7 +1,7 @@
 r"""Write ScienceQA as LLaVA's JSON in both orders, answer first and reason first, to be tuned on and compared.
 
     python recipes/scienceqa.py --problems problems.json --image_folder images --out rows
-    python recipes/ablate.py --config recipes/scienceqa.yaml --out runs/scienceqa \
+    python recipes/ablate.py --config recipes/grids/scienceqa.yaml --out runs/scienceqa \
         --place rows=rows problems=problems.json images=images
 
 The first writes the problems of `--split` (train). The second tunes on each order, asks every checkpoint the test

@@ -119,7 +119,7 @@ def test_a_recipe_explains_itself(path: Path, tmp_path: Path) -> None:
 def test_the_grid_that_is_shipped_is_understood_by_the_recipes(tmp_path: Path) -> None:
     """Every cell's settings parse, and what it measures is a command; nothing is made or run for it."""
     places = {name: (lambda name=name: tmp_path / name) for name in ("nano", "orders", "small_llama")}
-    grid = read_grid(ROOT / "recipes/ablate.yaml", places)
+    grid = read_grid(ROOT / "recipes/grids/ablate.yaml", places)
     assert len(grid.variants) == 6 and len(grid.seeds) == 3
     for variant in grid.variants:
         for number, settings in enumerate((variant.pretrain, variant.finetune)):
@@ -134,7 +134,9 @@ def test_the_grid_that_is_shipped_is_understood_by_the_recipes(tmp_path: Path) -
 
 
 def test_the_grid_of_scienceqa_is_understood_too(tmp_path: Path) -> None:
-    grid = read_grid(ROOT / "recipes/scienceqa.yaml", {n: (lambda: tmp_path) for n in ("rows", "problems", "images")})
+    grid = read_grid(
+        ROOT / "recipes/grids/scienceqa.yaml", {n: (lambda: tmp_path) for n in ("rows", "problems", "images")}
+    )
     for variant, order in zip(grid.variants, ("reason-first", "answer-first"), strict=True):
         (tmp_path / "cell.yaml").write_text(yaml.safe_dump(variant.finetune))
         settings = parse(["--config", str(tmp_path / "cell.yaml")], output_dir="x", nano={})

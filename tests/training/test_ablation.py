@@ -242,7 +242,7 @@ def test_real_cells_from_end_to_end(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As recipes/scienceqa.yaml does it: rows in both orders, every checkpoint asked, accuracy over steps."""
+    """As recipes/grids/scienceqa.yaml does it: rows in both orders, every checkpoint asked, accuracy over steps."""
     monkeypatch.setattr(scienceqa, "REASON_TOKENS", 16)
     problem = {"question": "A?", "choices": ["a", "b"], "answer": 1, "hint": "", "solution": "c", "image": None}
     problem |= {"subject": "social science", "grade": "grade3"}
@@ -253,7 +253,7 @@ def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, mo
         make_picture("red").save(tmp_path / str(problems[number]["split"]) / number / "image.png")
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     write_rows(tmp_path / "problems.json", tmp_path, "train", tmp_path / "rows")
-    shipped = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "scienceqa.yaml").read_text())
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "grids" / "scienceqa.yaml").read_text())
     settings = {key: shipped["finetune"][key] for key in ("image_folder", "max_length", "too_long", "save_strategy")}
     parts = {"language_model": str(tiny.language_model), "vision_tower": str(tiny.tower), "projector": str(tiny.stage1)}
     sizes = {"lora_r": 4, "lora_alpha": 8, "template": "chatml", "max_steps": 2, "save_steps": 1}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -135,11 +134,17 @@ def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
     out = language_model.parent / f"merged-{os.getpid()}"
     command = [sys.executable, "-m", "qllava", "merge", str(run), str(out), "--max-shard-size", shard, "--json"]
     began = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds = time.monotonic() - began
-    said = json.loads(done.stdout)
-    # Of the only child that this process had; kilobytes on Linux.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    answer = child.stdout.read()
+    child.stdout.close()
+    # Of this child alone, whatever others the process had; kilobytes on Linux.
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    seconds, peak = time.monotonic() - began, used.ru_maxrss * 1024 / 1e9
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command, answer)
+    said = json.loads(answer)
     return Measured(
         shape, parameters, shard_gb, round(peak, 2), round(2 * shard_gb + 1.5, 2), round(seconds, 1),
         said["kl_per_token"], said["verified"],

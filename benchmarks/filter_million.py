@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.command import measured
 from benchmarks.machine import provenance
 
 SECONDS, BYTES = 300, 1.5e9
@@ -29,17 +28,6 @@ SECONDS, BYTES = 300, 1.5e9
 STARTS = ("b", "br", "d", "dr", "f", "g", "gl", "k", "kr", "m", "n", "p", "pl", "r", "v", "z")
 ENDS = ("ako", "elu", "imo", "ora", "uska", "eno", "atu", "ibo")
 BETWEEN = (" next to the ", " is riding a ", " with two ", ", and an ", " of the ", " quickly walked toward 3 ")
-
-# The high-water mark of a process counts from its own start, unlike that of getrusage.
-MEASURED = """
-import sys, pathlib
-from qllava.cli import main
-status = main(sys.argv[1:])
-lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-print(peak, [name for name in ("torch", "transformers") if name in sys.modules], file=sys.stderr)
-sys.exit(status)
-"""
 
 
 def concept(number: int) -> str:
@@ -105,16 +93,12 @@ def row(number: int, caption: str) -> dict[str, Any]:
 
 def measure(data: Path, out: Path) -> dict[str, Any]:
     """Run the command on a file; seconds, bytes, and what it said."""
-    began = time.monotonic()
-    line = [sys.executable, "-c", MEASURED, "filter", str(data), str(out), "--concepts", "simple", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - began
-    peak, imported = done.stderr.splitlines()[-1].split(" ", 1)
-    said = json.loads(done.stdout)
+    took = measured(["filter", str(data), str(out), "--concepts", "simple", "--json"])
+    said = json.loads(took.stdout)
     return {
-        "seconds": round(seconds, 1),
-        "peak_bytes": int(peak),
-        "heavy_imports": imported,
+        "seconds": round(took.seconds, 1),
+        "peak_bytes": took.peak_bytes,
+        "heavy_imports": took.loaded,
         "captions_after": said["captions_after"],
         "concepts_before": said["concepts_before"],
         "concepts_counted": said["concepts_counted"],

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from benchmarks.command import measured
 from benchmarks.machine import provenance
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import ADAPTER_FILE, LORA_TARGETS, PROBES_FILE, save_record
@@ -132,22 +131,11 @@ def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
     language_model, tower, parameters = make_base(folder / f"{shape}-{shard}", shape, shard)
     run = make_run(language_model.parent, language_model, tower)
     out = language_model.parent / f"merged-{os.getpid()}"
-    command = [sys.executable, "-m", "qllava", "merge", str(run), str(out), "--max-shard-size", shard, "--json"]
-    began = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    answer = child.stdout.read()
-    child.stdout.close()
-    # Of this child alone, whatever others the process had; kilobytes on Linux.
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    seconds, peak = time.monotonic() - began, used.ru_maxrss * 1024 / 1e9
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command, answer)
-    said = json.loads(answer)
+    took = measured(["merge", str(run), str(out), "--max-shard-size", shard, "--json"])
+    said = json.loads(took.stdout)
     return Measured(
-        shape, parameters, shard_gb, round(peak, 2), round(2 * shard_gb + 1.5, 2), round(seconds, 1),
-        said["kl_per_token"], said["verified"],
+        shape, parameters, shard_gb, round(took.peak_bytes / 1e9, 2), round(2 * shard_gb + 1.5, 2),
+        round(took.seconds, 1), said["kl_per_token"], said["verified"],
     )  # fmt: skip
 
 

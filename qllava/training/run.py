@@ -8,17 +8,14 @@ The same command again continues an unfinished run at its newest checkpoint; a f
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import set_seed
 
 from qllava.config import NANO, InputError
@@ -27,7 +24,6 @@ from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_some
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
-    DATA_FILE,
     adapter_at,
     add_lora,
     continue_adapter,
@@ -36,24 +32,17 @@ from qllava.models.adapter import (
     train_projector_only,
 )
 from qllava.models.assemble import Assembled, assemble
-from qllava.models.card import RESULTS_FILE, write_card
+from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
-from qllava.nano import dataset as nano
-from qllava.training import scores
+from qllava.training import folders, scores
 from qllava.training.allocator import keep_freed_memory
 from qllava.training.checkpoints import begun_with, refuse_changes
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
-from qllava.training.report import write_report
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled
 from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import METRICS_FILE
-
-ABOUT_ADAPTER = (
-    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
-    "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
-)
 
 
 def pretrain(settings: Settings) -> Path:
@@ -63,21 +52,23 @@ def pretrain(settings: Settings) -> Path:
             raise InputError(f"The setting {name} is one of finetune_lora; stage 1 learns from train_file, remove it.")
     if start := adapter_at(settings.model.model_name_or_path):
         raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
-    folder = _open_folder(settings)
+    folder = folders.open_folder(settings)
     started = time.monotonic()
-    files = _files(settings.data.train_file, settings, "train_file", nano_file="pretrain")
+    files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     begun = begun_with(settings, hashes_of(files))
     refuse_changes(folder, begun)
-    _write_settings(settings, folder)
+    folders.write_settings(settings, folder)
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
-    held_out = parts_of(settings.data.eval_file, _images(settings), "eval_file") if settings.data.eval_file else []
+    held_out = (
+        parts_of(settings.data.eval_file, folders.images(settings), "eval_file") if settings.data.eval_file else []
+    )
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
     config = _with_rate(settings.train, 1e-3)
     stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
-    _finish(folder, {"seconds": round(time.monotonic() - started, 1), **trained})
-    _say_next(
+    folders.finish(folder, {"seconds": round(time.monotonic() - started, 1), **trained})
+    folders.say_next(
         f"Stage 1 is done: {folder}",
         [
             f"python recipes/finetune_lora.py --projector {folder} ...   tune on your conversations",
@@ -103,12 +94,12 @@ def finetune(settings: Settings) -> Path:
         )
     if model_.projector and data.pretrain_file:
         raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
-    folder = _open_folder(settings)
+    folder = folders.open_folder(settings)
     started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
-    files = _files(data.train_file, settings, "train_file", nano_file="train")
-    held_out = _held_out(settings)
-    begun = _begin(settings, folder, files, held_out)
+    files = folders.files_of(data.train_file, settings, "train_file", nano_file="train")
+    held_out = folders.held_out(settings)
+    begun = folders.begin(settings, folder, files, held_out)
     assembled = _assemble(settings)
     table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
@@ -134,11 +125,11 @@ def finetune(settings: Settings) -> Path:
     after = scores.answers(model, assembled, shown) if shown else []
     scores.write_samples(folder / "samples.json", shown, before, after)
     measured = table.finish(model) if table else {}
-    _finish(folder, {**measured, "seconds": round(time.monotonic() - started, 1), **trained})
+    folders.finish(folder, {**measured, "seconds": round(time.monotonic() - started, 1), **trained})
     if table:
         print("\n" + scores.format_table(measured))
     picture = shown[0].images[0] if shown and shown[0].images else "photo.jpg"
-    _say_next(
+    folders.say_next(
         f"The run is done: {folder} (open {folder / 'report.html'} in a browser)",
         [
             f'qllava chat {folder} --image {picture} --prompt "{scores.asked(shown[0]) if shown else "What is this?"}"',
@@ -154,7 +145,7 @@ def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepare
     exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
     if settings.model.projector or exists or (folder / "stage1" / RESULTS_FILE).is_file():
         return None
-    files = _files(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
+    files = folders.files_of(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
     return _prepare(settings, assembled, PLAIN, files, [])[0]
 
 
@@ -180,7 +171,7 @@ def _align(
     stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun)
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
-    _finish(stage1, {"seconds": round(time.monotonic() - started, 1)})
+    folders.finish(stage1, {"seconds": round(time.monotonic() - started, 1)})
     with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write((stage1 / METRICS_FILE).read_text(encoding="utf-8"))
 
@@ -256,84 +247,11 @@ def _same_base(settings: Settings, start: Path) -> Recipe:
     return replace(record, dtype="")
 
 
-def _open_folder(settings: Settings) -> Path:
-    """Make or reopen the run's folder. Raises InputError for a finished run."""
-    folder = Path(str(settings.train.output_dir))
-    for given in (settings.model.model_name_or_path, settings.model.projector):
-        if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{given} lies in output_dir, which is {folder}; choose another output_dir.")
-    if (folder / RESULTS_FILE).is_file() and not settings.train.overwrite_output_dir:
-        raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
-    try:
-        if settings.train.overwrite_output_dir and (folder / "run.yaml").is_file():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if settings.model.is_nano:
-            settings.model.model_name_or_path = NANO
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"The run cannot be written to {folder}: {error.strerror or error}.") from error
-    return folder
-
-
-def _begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
-    """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
-
-    Writes `data.json` (the rows by their bytes: model cards name them) and `run.yaml`.
-    """
-    hashes = hashes_of(files)
-    captions = (
-        parts_of(settings.data.pretrain_file, _images(settings), "pretrain_file") if settings.data.pretrain_file else []
-    )
-    begun = begun_with(settings, [*hashes, *hashes_of(captions)])
-    for place in (folder / "stage1", folder):
-        refuse_changes(place, begun)
-    (folder / DATA_FILE).write_text(json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n", encoding="utf-8")
-    _write_settings(settings, folder)
-    return begun
-
-
-def _write_settings(settings: Settings, folder: Path) -> None:
-    """Write `run.yaml`."""
-    resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
-    (folder / "run.yaml").write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """The same value in types that every YAML reader knows."""
-    return json.loads(json.dumps(value, default=str))
-
-
 def _with_rate(config: TrainConfig, rate: float) -> TrainConfig:
     """The settings with the stage's own learning rate where none was given."""
     config = copy.copy(config)
     config.learning_rate = rate if config.learning_rate is None else config.learning_rate
     return config
-
-
-def _images(settings: Settings) -> Path | None:
-    return Path(settings.data.image_folder) if settings.data.image_folder else None
-
-
-def _files(given: Any, settings: Settings, field: str, *, nano_file: str) -> list[Part]:
-    """The files of a setting, or nano's own where none is given and the parts are nano's."""
-    if given is not None:
-        return parts_of(given, _images(settings), field)
-    if not settings.model.is_nano:
-        raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
-    data = nano.prepare()
-    return [Part(getattr(data, nano_file), data.folder)]
-
-
-def _held_out(settings: Settings) -> list[Part]:
-    """The held-out rows of stage 2; nano has its own, for its own training rows."""
-    if settings.data.eval_file:
-        return parts_of(settings.data.eval_file, _images(settings), "eval_file")
-    if settings.model.is_nano and not settings.data.train_file:
-        data = nano.prepare()
-        return [Part(data.validation, data.folder)]
-    return []
 
 
 def _prepare(
@@ -359,22 +277,6 @@ def _some(held_out: list[Part], prepared: Prepared | None, count: int) -> list[E
     each = -(-count // len(held_out))
     read = zip(held_out, prepared.parts, strict=True)
     return [e for part, found in read for e in read_some(part.path, part.image_folder, each, found.summary.rows)]
-
-
-def _finish(folder: Path, results: dict[str, Any]) -> None:
-    """Write results and report; `results.json` comes last, because it marks the run as finished."""
-    aside = folder / f".{RESULTS_FILE}"
-    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    aside.rename(folder / RESULTS_FILE)
-    write_report(folder)
-    if adapter_at(str(folder)):
-        write_card(folder, folder, read_record(folder), "peft", [ABOUT_ADAPTER.format(folder=folder.name)])
-
-
-def _say_next(done: str, commands: list[str]) -> None:
-    print(f"\n{done}\nNext:")
-    for command in commands:
-        print(f"  {command}")
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:

@@ -1,0 +1,120 @@
+"""The folder of a run: opened, begun and finished. What is in it decides whether a command goes on or is refused.
+
+run.yaml, data.json           what the run began with: settings, and the rows by their bytes
+results.json                  written last: a folder that has it holds a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qllava.config import NANO, InputError
+from qllava.models.adapter import DATA_FILE, adapter_at, read_record
+from qllava.models.card import RESULTS_FILE, write_card
+from qllava.nano import dataset as nano
+from qllava.training.checkpoints import begun_with, refuse_changes
+from qllava.training.data import Part, hashes_of, parts_of
+from qllava.training.report import write_report
+from qllava.training.settings import Settings
+
+ABOUT_ADAPTER = (
+    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
+    "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
+)
+
+
+def open_folder(settings: Settings) -> Path:
+    """Make or reopen the run's folder. Raises InputError for a finished run."""
+    folder = Path(str(settings.train.output_dir))
+    for given in (settings.model.model_name_or_path, settings.model.projector):
+        if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{given} lies in output_dir, which is {folder}; choose another output_dir.")
+    if (folder / RESULTS_FILE).is_file() and not settings.train.overwrite_output_dir:
+        raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
+    try:
+        if settings.train.overwrite_output_dir and (folder / "run.yaml").is_file():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.model.is_nano:
+            settings.model.model_name_or_path = NANO
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"The run cannot be written to {folder}: {error.strerror or error}.") from error
+    return folder
+
+
+def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
+    """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
+
+    Writes `data.json` (the rows by their bytes: model cards name them) and `run.yaml`.
+    """
+    hashes = hashes_of(files)
+    captions = (
+        parts_of(settings.data.pretrain_file, images(settings), "pretrain_file") if settings.data.pretrain_file else []
+    )
+    begun = begun_with(settings, [*hashes, *hashes_of(captions)])
+    for place in (folder / "stage1", folder):
+        refuse_changes(place, begun)
+    (folder / DATA_FILE).write_text(json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n", encoding="utf-8")
+    write_settings(settings, folder)
+    return begun
+
+
+def write_settings(settings: Settings, folder: Path) -> None:
+    """Write `run.yaml`."""
+    resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
+    (folder / "run.yaml").write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """The same value in types that every YAML reader knows."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def images(settings: Settings) -> Path | None:
+    """The setting `image_folder` as a path."""
+    return Path(settings.data.image_folder) if settings.data.image_folder else None
+
+
+def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> list[Part]:
+    """The files of a setting, or nano's own where none is given and the parts are nano's."""
+    if given is not None:
+        return parts_of(given, images(settings), field)
+    if not settings.model.is_nano:
+        raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
+    data = nano.prepare()
+    return [Part(getattr(data, nano_file), data.folder)]
+
+
+def held_out(settings: Settings) -> list[Part]:
+    """The held-out rows of stage 2; nano has its own, for its own training rows."""
+    if settings.data.eval_file:
+        return parts_of(settings.data.eval_file, images(settings), "eval_file")
+    if settings.model.is_nano and not settings.data.train_file:
+        data = nano.prepare()
+        return [Part(data.validation, data.folder)]
+    return []
+
+
+def finish(folder: Path, results: dict[str, Any]) -> None:
+    """Write results and report; `results.json` comes last, because it marks the run as finished."""
+    aside = folder / f".{RESULTS_FILE}"
+    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    aside.rename(folder / RESULTS_FILE)
+    write_report(folder)
+    if adapter_at(str(folder)):
+        write_card(folder, folder, read_record(folder), "peft", [ABOUT_ADAPTER.format(folder=folder.name)])
+
+
+def say_next(done: str, commands: list[str]) -> None:
+    """Print what was done and what may be typed next."""
+    print(f"\n{done}\nNext:")
+    for command in commands:
+        print(f"  {command}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.filter_million import MEASURED, make, plainly, row
+from benchmarks.command import measured
+from benchmarks.filter_million import make, plainly, row
 from qllava import cli
 from qllava.config import InputError
 from qllava.data.rows import Place
@@ -245,31 +244,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
-def test_neither_torch_nor_the_order_of_hashes_gets_in(tmp_path: Path) -> None:
+def test_neither_torch_nor_the_order_of_hashes_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, _ = make(3000, 500, 1.0)
     data = write(tmp_path / "captions.json", [row(number, text) for number, text in enumerate(texts)])
     told = []
     for seed in ("1", "2"):
-        line = [
-            sys.executable,
-            "-c",
-            MEASURED,
-            "filter",
-            str(data),
-            str(tmp_path / seed),
-            "--concepts",
-            "simple",
-            "--json",
-        ]
-        done = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
-        )
-        assert done.stderr.splitlines()[-1].endswith(" []")
-        told.append(done.stdout)
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        took = measured(["filter", str(data), str(tmp_path / seed), "--concepts", "simple", "--json"])
+        assert took.loaded == []
+        told.append(took.stdout)
     assert told[0] == told[1]
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()

@@ -8,9 +8,10 @@ falls out; with one seed it has no interval.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scipy import stats
@@ -94,8 +95,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
-    """Write `OUT/table.md` and `OUT/report.html`; returns the page's path."""
+    """Write `OUT/cells.json` (each cell as it was measured), `table.md` and `report.html`; returns the page's path."""
     found = rows(grid, measured)
+    cells = [asdict(one) for one in measured]
+    (out / "cells.json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(found), encoding="utf-8")
     missing = len(grid.variants) * len(grid.seeds) - len(measured)
     parts = [page.callout(f"{missing} cells are not finished.", "warning")] if missing else []

@@ -203,6 +203,8 @@ def test_a_page_of_an_unfinished_grid_says_so(tmp_path: Path) -> None:
     grid = Grid((Variant("a", None, {}, "", "a"),), (1, 2))
     page = ablation_report.write(tmp_path, grid, [Measured("a", 1, ((0, 0.5),), (0.4, 0.6))]).read_text()
     assert "1 cells are not finished" in page and "<svg" in page
+    (cell,) = json.loads((tmp_path / "cells.json").read_text())
+    assert cell == {"variant": "a", "seed": 1, "points": [[0, 0.5]], "ci95": [0.4, 0.6]}
     assert "2 cells are not finished" in ablation_report.write(tmp_path, grid, []).read_text()
 
 

@@ -1,4 +1,4 @@
-# make env | finetune | test | test-all | interop | lint | system-deps
+# make env | finetune | test | test-all | interop | lint | advisories | system-deps
 #
 # Only git, make and Python >= 3.11 are taken for granted. Another interpreter: make env PYTHON=python3.12
 PYTHON ?= python3
@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.qllava-installed
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test test-all interop lint system-deps
+.PHONY: help env finetune test test-all interop lint advisories system-deps
 
 help:
 	@echo "make env          install qllava and its tools into $(VENV) (the first time about 6 GB, most of it torch)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all     every test, the slow ones and those for a GPU included"
 	@echo "make interop      build llama.cpp from source (a C++ compiler; 10 minutes), and ask it what transformers is asked"
 	@echo "make lint         ruff and mypy"
+	@echo "make advisories   ask osv.dev for known weaknesses of what is installed (needs the network)"
 	@echo "make system-deps  chromium for the browser tests (Debian, Ubuntu; needs root)"
 
 env: $(STAMP)
@@ -38,7 +39,7 @@ finetune: env
 	@$(BIN)/python recipes/finetune_lora.py $(ARGS)
 
 test: env
-	$(BIN)/python -m pytest -rs -m "not slow and not gpu and not distributed and not interop" $(ARGS)
+	$(BIN)/python -m pytest -rs -m "not slow and not gpu and not interop" $(ARGS)
 
 test-all: env
 	$(BIN)/python -m pytest -rs $(ARGS)
@@ -62,6 +63,29 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# pip-audit has an environment of its own, so that what it needs is not taken for what qllava needs. It ends with 1 for
+# a weakness and for a service that it could not ask; only a weakness is written to its report.
+AUDIT  = $(VENV)/audit
+REPORT = build/advisories.txt
+
+advisories: env $(VENV)/.qllava-audit
+	@mkdir -p build && rm -f $(REPORT)
+	@installed=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || exit 2; \
+	$(AUDIT)/bin/pip-audit --vulnerability-service osv --path "$$installed" --skip-editable --progress-spinner off \
+	  --output $(REPORT) $(ARGS) 2> $(REPORT:.txt=.log); status=$$?; \
+	if [ $$status -eq 0 ]; then \
+	  echo "osv.dev knows of no weakness in what is installed in $(VENV)."; \
+	elif [ -s $(REPORT) ]; then \
+	  cat $(REPORT); echo "osv.dev knows of the weaknesses above; install a version that mends them." >&2; exit 1; \
+	else \
+	  echo "osv.dev could not be asked, so nothing is known about what is installed; $(REPORT:.txt=.log) says why." >&2; exit 2; \
+	fi
+
+$(VENV)/.qllava-audit: $(STAMP)
+	@$(BIN)/python -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --disable-pip-version-check install -q 'pip-audit>=2.10,<3'
+	@touch $@
 
 system-deps:
 	@if command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1; then \

@@ -34,12 +34,14 @@ _TO_UPRIGHT = {
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a picture of any kind that Pillow knows, as upright RGB, completely decoded.
+    """Read a picture of any kind that Pillow itself decodes, as upright RGB, completely decoded.
 
     Raises RowError, which names the file, when it is missing, broken, cut off or no picture.
     """
     try:
         with Image.open(path) as image:
+            if image.format == "EPS":  # a program, which Pillow has Ghostscript run
+                raise _broken(path, "EPS is no picture but a program, and is not run", "convert it to PNG")
             _check_sides(path, *image.size)
             image.load()
             turn = _TO_UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))

@@ -122,10 +122,10 @@ def _read(model: str) -> _Source:
                 f"There is no folder {model}, and the hub has no such model to give ({one_line(error)})."
             ) from error
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "llava":
             raise InputError(f"{model} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
-        processor: Any = LlavaProcessor.from_pretrained(folder)
+        processor: Any = LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(f"{model} cannot be read as a LLaVA: {one_line(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,21 @@ def _freeze_identity(model: nn.Module, recipe: Recipe) -> None:
                 parameter.requires_grad_(False)
 
 
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The projector that is in use (under peft: the trained copy), under its own names, on the CPU."""
+def projector_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The projector that is in use (under peft: the trained copy), under its own names, on the CPU.
+
+    state: the model's, where it has been gathered from several processes.
+    """
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if state is None else state).items():
         if "multi_modal_projector" in name and "original_module" not in name:
             found[".".join(name.split(".")[-2:])] = tensor.detach().float().cpu()
     return found
 
 
-def save_projector(model: nn.Module, folder: Path) -> None:
-    """Write `projector.safetensors` into a folder."""
-    save_file(projector_state(model), folder / PROJECTOR_FILE)
+def save_projector(model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write `projector.safetensors` into a folder; `state` as in `projector_state`."""
+    save_file(projector_state(model, state), folder / PROJECTOR_FILE)
 
 
 def load_projector(model: Any, folder: Path) -> None:
@@ -109,6 +113,7 @@ def load_projector(model: Any, folder: Path) -> None:
         raise InputError(
             f"{path} cannot be read ({one_line(error)}); give the folder that pretrain_projector wrote."
         ) from error
+    refuse_not_finite(state, path, "give another run of pretrain_projector")
     projector = model.model.multi_modal_projector
     own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -119,6 +124,13 @@ def load_projector(model: Any, folder: Path) -> None:
             f"{own.get(differing)} here; it was trained for another tower, language model or projector_type."
         )
     projector.load_state_dict(state)
+
+
+def refuse_not_finite(state: Mapping[str, torch.Tensor], path: Path, hint: str) -> None:
+    """Raises InputError, with the file and the tensor, when weights that were read are NaN or infinite."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path} cannot be trained on: values of {name} are not finite; {hint}.")
 
 
 def save_record(recipe: Recipe, folder: Path) -> None:
@@ -170,6 +182,7 @@ def continue_adapter(model: PeftModel, folder: Path) -> None:
         other = sorted(state.keys() ^ get_peft_model_state_dict(model).keys())
         if other:
             raise InputError(f"The adapter in {folder} does not fit this base: {other[0]} is in one of them alone.")
+        refuse_not_finite(state, folder / ADAPTER_FILE, "give an earlier checkpoint, or another run")
         set_peft_model_state_dict(model, state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
@@ -180,6 +193,8 @@ def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
 
     Raises InputError when it cannot be read or does not fit.
     """
+    if not (folder / ADAPTER_FILE).is_file():  # peft would unpickle adapter_model.bin, or ask the hub
+        raise InputError(f"The adapter in {folder} has no {ADAPTER_FILE}; copy it again (safetensors only).")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -11,6 +11,7 @@ stay as it is.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,8 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
     """
     plan = outline(recipe)
     dtype: torch.dtype = getattr(torch, plan.recipe.dtype)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    # Of several processes each has a card of its own.
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     quantization = nf4(dtype) if recipe.load_in_4bit else None
     if recipe.model is not None:
         on_device = {"": device} if quantization else None
@@ -72,12 +74,18 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization for the language model only; `dtype` is what its layers compute in."""
+    """NF4 with double quantization for the language model only; `dtype` is what its layers compute in.
+
+    Where accelerate was told of FSDP, the packed weights are held as numbers of that type: FSDP leaves bytes whole in
+    every process.
+    """
+    shared_out = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if shared_out else torch.uint8,
         llm_int8_skip_modules=_KEPT_IN_FULL,
     )
 
@@ -114,6 +122,7 @@ def load_language_model(name: str, dtype: torch.dtype, device: str, *, four_bit:
             name,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **({"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}),
         )

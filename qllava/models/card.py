@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,18 @@ def results_of(run: Path) -> dict[str, Any]:
     return found
 
 
-def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequence[str]) -> None:
+def write_card(
+    folder: Path,
+    run: Path,
+    record: Recipe,
+    library: str,
+    told: Sequence[str],
+    results: Mapping[str, Any] | None = None,
+) -> None:
     """Write `README.md`: what it is, then base, data by hash, settings, evaluation and a note on licences.
 
     run: the run's folder or one of its checkpoints. library: as the hub calls it. told: paragraphs of its own.
+    results: what was measured, where the run's folder does not say it yet.
     """
     base = record.model or ""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
@@ -59,7 +67,7 @@ def write_card(folder: Path, run: Path, record: Recipe, library: str, told: Sequ
         lines += [paragraph, ""]
     lines += [f"Base: {base_of(record)} (identity {record.fingerprint}); template {record.template}.", ""]
     lines += _facts(run_folder)
-    if results := results_of(run):
+    if results := results or results_of(run):
         lines += ["Results:", "", "```json", json.dumps(results, indent=2), "```", ""]
     lines += ["The licences of the base model and of the data apply.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -165,7 +165,7 @@ def load_llava(
             **loading,
         )
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
-        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded ({one_line(error)}).") from error
     model, report = loaded
     check_loading(report, f"The LLaVA {folder_or_name}")
     return model.eval(), processor
@@ -180,15 +180,15 @@ def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_name) or folder_or_name.startswith("."):
         raise InputError(f"There is no folder {folder_or_name}; give a LLaVA's folder or its name on the hub.")
     try:
-        config: Any = AutoConfig.from_pretrained(folder_or_name)
+        config: Any = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise InputError(f"{folder_or_name} has no readable config.json: {one_line(error)}") from error
+        raise InputError(f"{folder_or_name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type != "llava":
         raise InputError(f"{folder_or_name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
     try:
-        processor: Any = LlavaProcessor.from_pretrained(folder_or_name)
+        processor: Any = LlavaProcessor.from_pretrained(folder_or_name, trust_remote_code=False)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
-        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded ({one_line(error)}).") from error
     _settle_image_tokens(processor, config, folder_or_name)
     return config, processor
 

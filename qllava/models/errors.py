@@ -10,8 +10,10 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 
+# What torch raises when it reads a file of weights only and meets anything else.
+UNPICKLING_REFUSED = pickle.UnpicklingError
 # What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, UNPICKLING_REFUSED, SafetensorError)
 
 
 def check_loading(report: Mapping[str, Any], what: str) -> None:
@@ -33,6 +35,10 @@ def check_loading(report: Mapping[str, Any], what: str) -> None:
 def one_line(error: BaseException) -> str:
     """Return a library's message, which may run over pages, as at most 300 characters on one line."""
     text = " ".join(str(error).split())
+    if "custom code" in text and "trust_remote_code" in text:  # transformers says how to run it, which is not for here
+        return "it brings code of its own, which qllava never runs; take a model that transformers itself knows"
+    if "weights_only" in text:  # torch says how to unpickle all the same
+        return "it holds more than tensors, and qllava unpickles nothing; get the weights as safetensors"
     if not text or isinstance(error, KeyError):  # the key alone says nothing
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 300 else text[:297] + "..."

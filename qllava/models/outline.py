@@ -206,7 +206,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, legacy=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, legacy=True, trust_remote_code=False)
     except (*LOAD_ERRORS, TypeError) as error:
         raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -219,7 +219,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _language_model_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Config and tokenizer of a LLaMA-family model. Raises InputError when it is no such model."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type not in LANGUAGE_MODELS:

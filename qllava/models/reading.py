@@ -56,7 +56,7 @@ def read_model(model: str) -> Reader:
         return read_parts(NANO, NANO)
     folder = Path(model).expanduser()
     try:
-        processor = AutoProcessor.from_pretrained(str(folder) if folder.is_dir() else model)
+        processor = AutoProcessor.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
         return _of_processor(processor, _template_of_folder(folder, processor))
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(

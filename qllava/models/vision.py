@@ -211,7 +211,7 @@ def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Towe
     except LOAD_ERRORS as error:
         raise InputError(f"The weights of the vision tower {folder} cannot be read: {one_line(error)}") from error
     try:
-        saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         mean, std, resample = list(saved.image_mean), list(saved.image_std), int(saved.resample)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(
@@ -228,6 +228,7 @@ def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(folder))
     how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how["use_safetensors"] = True  # where there are none transformers would unpickle pytorch_model.bin
     model, report = kind.from_pretrained(folder, dtype=torch.float32, **how)
     check_loading(report, f"The vision tower {folder}")
     return model

@@ -165,9 +165,13 @@ def read_index(path: Path) -> dict[str, str]:
     """Which shard holds which tensor. Raises InputError when the file does not say."""
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in found.items()}
+        shards = {str(name): str(shard) for name, shard in found.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} cannot be read; copy or download the model again.") from error
+    for shard in shards.values():
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise InputError(f"{path} names {shard}, which lies outside its folder; get the model from elsewhere.")
+    return shards
 
 
 def _opened(path: Path) -> Any:

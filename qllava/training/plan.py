@@ -148,7 +148,7 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
 
 def _read(name: str, what: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise InputError(f"The {what} {name} has no readable config.json ({one_line(error)}).") from error
 

@@ -1,0 +1,25 @@
+"""A picture from outside starts no other program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from qllava.data.images import open_image
+from qllava.data.rows import RowError
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_ghostscript_is_not_called(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the file holds, whatever it is called."""
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
+    called: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: called.append(given))
+    with pytest.raises(RowError, match="EPS is no picture but a program"):
+        open_image(tmp_path / name)
+    assert not called
+    with Image.open(tmp_path / name) as image, pytest.raises(Exception):  # noqa: B017  # the check can fail
+        image.load()
+    assert called

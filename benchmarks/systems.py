@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, Image, List
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -42,6 +42,7 @@ from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
+from qllava.training.order import loader
 from qllava.training.settings import TrainConfig
 from qllava.training.stage import Begin, Stage, fitted
 from qllava.training.trainer import LlavaTrainer
@@ -102,8 +103,11 @@ class System:
 class InOrder(LlavaTrainer):
     """Takes the samples as they come; their order is that of `steps_of` already."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+    def get_train_dataloader(self) -> Any:
+        """Its batches are the steps."""
+        samples: Any = self.train_dataset
+        steps = BatchSampler(SequentialSampler(samples), self.args.per_device_train_batch_size, drop_last=False)
+        return loader(samples, steps, self.data_collator, self.args, self.accelerator.device)
 
 
 def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:

@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from qllava.config import InputError
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.images import open_image
-from qllava.data.packing import Row, rows_of
+from qllava.data.packing import Row, lay_out, rows_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class RowCollator:
         ids      of the samples, for messages
         kept     the samples, should they have to be laid out anew
 
+    Of no samples (a process without a share of the step) it makes one row that weighs nothing.
     Raises InputError, with file and id, when a picture cannot be read.
     """
 
@@ -95,6 +96,10 @@ class RowCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch."""
+        if not samples:
+            labels = torch.empty((1, 0), dtype=torch.long)
+            lengths = torch.empty(0, dtype=torch.long)
+            return {"lengths": lengths, "labels": labels, "rows": [weightless_row()], "ids": [], "kept": Kept([])}
         rows = rows_of(samples, self.image_token_id, tokens_per_row=self.tokens_per_row, share=self.share)
         pixels = self._pixels(samples)
         batch: dict[str, Any] = {
@@ -141,6 +146,15 @@ def row_tensors(row: Row) -> dict[str, Any]:
         "learned_counts": tuple(counts.tolist()),
         "row_groups": row.groups,
     }
+
+
+def weightless_row() -> dict[str, Any]:
+    """A row of two tokens that teaches nothing: what a process computes while others still have rows.
+
+    All go through the model equally often, because they wait for each other inside.
+    """
+    sample = {"id": "", "input_ids": [0, 0], "labels": [IGNORE_INDEX, 0], "pictures": []}
+    return {**row_tensors(lay_out([sample], IGNORE_INDEX)), "weightless": True}
 
 
 def _open(id: str, path: str) -> Image.Image:

@@ -263,6 +263,28 @@ def steps_of(
         yield np.concatenate(step)
 
 
+def shares_of(step: np.ndarray, pictures: np.ndarray, count: int) -> list[np.ndarray]:
+    """A step's samples in `count` shares of the same size, or one more in the first ones; indices as in `steps_of`.
+
+    pictures: (N,) a hash of each sample's pictures, 0 for none; samples about the same ones stay together as far
+    as they fit. Where there are fewer samples than shares, the last shares are empty.
+    """
+    room = [len(step) // count + (number < len(step) % count) for number in range(count)]
+    groups: dict[Any, list[int]] = {}
+    for place, index in enumerate(step.tolist()):
+        groups.setdefault(int(pictures[index]) or ("alone", index), []).append(place)
+    shares: list[list[int]] = [[] for _ in room]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        while group:
+            fitting = [number for number in range(count) if room[number] >= len(group)]
+            # The fullest that has room; where none has, the emptiest takes what it can.
+            best = min(fitting, key=room.__getitem__) if fitting else max(range(count), key=room.__getitem__)
+            taken, group = group[: room[best]], group[room[best] :]
+            shares[best] += taken
+            room[best] -= len(taken)
+    return [step[sorted(places)] for places in shares]
+
+
 def _groups(pictures: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group by itself."""
     order = rng.permutation(len(pictures))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from qllava.page.markup import Html, number
@@ -22,12 +22,14 @@ class Series:
     """One line of a chart.
 
     `label` names it in the legend; `points` are (x, y) pairs in the order of x, of which the ones that are not finite
-    are left out; `faint` draws it thin and pale, for raw values behind a smoothed line.
+    are left out; `faint` draws it thin and pale, for raw values behind a smoothed line; `marks` draws points alone, for
+    what stands out of another line.
     """
 
     label: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
+    marks: bool = False
 
 
 def line_chart(
@@ -45,7 +47,7 @@ def line_chart(
     values that are not above 0 are left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw
     gives a sentence, not an empty frame.
     """
-    drawn = [Series(s.label, [p for p in s.points if _drawable(p, log, log_x)], s.faint) for s in series]
+    drawn = [replace(s, points=[p for p in s.points if _drawable(p, log, log_x)]) for s in series]
     drawn = [s for s in drawn if s.points]
     head = f"<figcaption>{escape(title)}</figcaption>"
     if not drawn:
@@ -187,10 +189,10 @@ def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool
     places = [(x_axis.place(px), y_axis.place(py)) for px, py in series.points]
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     kind = f"s{colour}{' faint' if series.faint else ''}"
-    drawn = f'<polyline class="{kind}" points="{path}"/>' if len(places) > 1 else ""
+    drawn = f'<polyline class="{kind}" points="{path}"/>' if len(places) > 1 and not series.marks else ""
     if series.faint and len(places) > 1:
         return drawn
-    radius = 2.6 if len(places) <= 20 else 0 if len(places) > 80 else 1.2
+    radius = 4 if series.marks else 2.6 if len(places) <= 20 else 0 if len(places) > 80 else 1.2
     if radius == 0:
         return drawn
     for (px, py), (at_x, at_y) in zip(series.points, places, strict=True):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
+from qllava.training.order import samples_per_step
 from qllava.training.settings import Settings
 
 MANIFEST_FILE = "manifest.json"
@@ -34,6 +35,7 @@ _FREE = (
     *("train_file", "eval_file", "pretrain_file", "image_folder", "skip_check"),
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub", "disable_tqdm"),
     *("eval_", "do_", "save_", "per_device_eval_batch_size", "dataloader_", "resume_from_checkpoint", "debug"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes decides
     *("bf16", "fp16", "tf32", "use_cpu", "local_rank", "ddp_", "fsdp", "fsdp_config", "deepspeed"),
     *("accelerator_config", "parallelism_config", "torch_", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_", "auto_find_batch_size", "use_cache"),
@@ -64,7 +66,8 @@ def begun_with(settings: Settings, hashes: list[dict[str, str]]) -> dict[str, An
     chosen = {name: value for name, value in every.items() if not _is_free(name)}
     rows = {f"rows of {entry['file']}": entry["sha256"] for entry in hashes}
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
-    return json.loads(json.dumps({**chosen, **mixture, **rows}, default=str))  # type: ignore[no-any-return]
+    batch = {"samples_per_step": samples_per_step(settings.train)}
+    return json.loads(json.dumps({**chosen, **batch, **mixture, **rows}, default=str))  # type: ignore[no-any-return]
 
 
 def _is_free(name: str) -> bool:

@@ -52,7 +52,7 @@ class RowOutput(ModelOutput):
     log_probs: Tensor | None = None
     """Of the token that was to come; these have gradients."""
     label_mask: Tensor | None = None
-    """True everywhere: only learned tokens are here."""
+    """True everywhere but in a weightless row: only learned tokens are here."""
     entropy: Tensor | None = None
     """Of what was predicted, in nats."""
     is_top1: Tensor | None = None
@@ -114,6 +114,7 @@ def row_forward(
     row_groups: Sequence[Group],
     kernel: Kernel = "groups",
     pixel_values: Tensor | None = None,
+    weightless: bool = False,
     **_: Any,
 ) -> RowOutput:
     """What the model says to the learned tokens of a row (`data.collate.row_tensors`).
@@ -121,6 +122,7 @@ def row_forward(
     model: a LlavaForConditionalGeneration whose language model is `looking_at` rows.
     features: (P,) indices into the features of all pictures, (I * tokens_per_image, D).
     pixel_values: (I, 3, H, W); None for a row without pictures.
+    weightless: gradients are zero, and nothing is counted.
     """
     embeddings = model.model.language_model.get_input_embeddings()(input_ids[0])
     if pixel_values is not None:
@@ -141,6 +143,8 @@ def row_forward(
     # A last layer that was pruned has given the learned places alone.
     predicting = hidden if len(hidden) == len(learned) else hidden[learned]
     log_probs, entropy, is_top1 = _scores(model.lm_head, predicting, targets)
+    if weightless:
+        return RowOutput(0 * log_probs, torch.zeros_like(is_top1), 0 * entropy, torch.zeros_like(is_top1))
     return RowOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
 
 
@@ -274,7 +278,8 @@ def _is_large(layer: Any) -> bool:
 @torch.no_grad()
 def _weight(base: Any) -> Tensor:
     """(out, in) of a frozen linear layer, in fp32."""
-    state = getattr(base.weight, "quant_state", None)
+    # FSDP puts a plain tensor in the weight's place; bitsandbytes keeps what belongs to it on the layer too.
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     return base.weight.float() if state is None else dequantize_4bit(base.weight.data, state).float()
 
 

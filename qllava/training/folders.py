@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qllava.config import NANO, InputError
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import RESULTS_FILE, write_card
 from qllava.nano import dataset as nano
+from qllava.training import processes
 from qllava.training.checkpoints import begun_with, refuse_changes
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.report import write_report
@@ -31,6 +33,13 @@ ABOUT_ADAPTER = (
 
 def open_folder(settings: Settings) -> Path:
     """Make or reopen the run's folder. Raises InputError for a finished run."""
+    folder = processes.by_main(partial(_opened, settings))
+    if settings.model.is_nano:
+        settings.model.model_name_or_path = NANO
+    return folder
+
+
+def _opened(settings: Settings) -> Path:
     folder = Path(str(settings.train.output_dir))
     for given in (settings.model.model_name_or_path, settings.model.projector):
         if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
@@ -41,8 +50,6 @@ def open_folder(settings: Settings) -> Path:
         if settings.train.overwrite_output_dir and (folder / "run.yaml").is_file():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if settings.model.is_nano:
-            settings.model.model_name_or_path = NANO
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
@@ -89,7 +96,7 @@ def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> l
         return parts_of(given, images(settings), field)
     if not settings.model.is_nano:
         raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
-    data = nano.prepare()
+    data = processes.main_first(nano.prepare)
     return [Part(getattr(data, nano_file), data.folder)]
 
 
@@ -104,13 +111,17 @@ def held_out(settings: Settings) -> list[Part]:
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:
-    """Write results and report; `results.json` comes last, because it marks the run as finished."""
+    """Write report, card and results; `results.json` comes last, because it marks the run as finished.
+
+    Killed before it, the same command goes on; killed after it, nothing is missing.
+    """
+    write_report(folder, results)
+    if adapter_at(str(folder)):
+        about = [ABOUT_ADAPTER.format(folder=folder.name)]
+        write_card(folder, folder, read_record(folder), "peft", about, results)
     aside = folder / f".{RESULTS_FILE}"
     aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     aside.rename(folder / RESULTS_FILE)
-    write_report(folder)
-    if adapter_at(str(folder)):
-        write_card(folder, folder, read_record(folder), "peft", [ABOUT_ADAPTER.format(folder=folder.name)])
 
 
 def say_next(done: str, commands: list[str]) -> None:

@@ -9,6 +9,7 @@ of a run:
 |---|---|---|
 | `results.json` | headline figures, the ladder from guessing to stage 2, accuracy by question type | own data |
 | `metrics.jsonl` | loss, exact match, gradient norm and learning rate of each stage | nothing was logged yet |
+| `spikes.jsonl` | marks on the loss, and a list of the samples of these steps | no loss jumped |
 | `samples.json` | pictures with question, truth, and the answers before and after | no samples |
 | `ledger.txt`, `run.yaml` | as they stand | absent |
 
@@ -29,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from qllava import page
 from qllava.evaluation.vqa import is_correct
 from qllava.page import Bar, Html, Series
+from qllava.training.numbers import SPIKES_FILE, shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
 LADDER = (
@@ -45,16 +47,19 @@ STAGES = {"pretrain": "Stage 1: the projector learns", "finetune": "Stage 2: pro
 SHORT_ANSWER_WORDS = 4
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run's folder and return its path.
+
+    results: what is about to be written to `results.json`; by default, what stands there.
 
     Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
     """
-    results = _read_json(folder / "results.json")
+    results = _read_json(folder / "results.json") if results is None else results
     stages, damaged = read_metrics(folder / "metrics.jsonl")
+    spikes, _ = read_metrics(folder / SPIKES_FILE)
     sections = [
         *_results_section(results if isinstance(results, dict) else None),
-        *(_stage_section(name, records) for name, records in stages.items()),
+        *(_stage_section(name, records, spikes.get(name, [])) for name, records in stages.items()),
         *_samples_section(folder, _read_json(folder / "samples.json")),
         *_files_section(folder),
     ]
@@ -159,14 +164,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _stage_section(name: str, records: Sequence[Mapping[str, Any]]) -> Html:
-    """The curves of one stage."""
+def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> Html:
+    """The curves of one stage, and the steps whose loss jumped."""
     loss = _points(records, "loss")
     lines = [Series("training, each record", loss, faint=True), Series("training, smoothed", smooth(loss))]
     if len(loss) <= 20:
         lines = [Series("training", loss)]
     held_out = _points(records, "eval_loss")
     lines += [Series("held-out", held_out)] if held_out else []
+    jumps = _points(spikes, "loss")
+    lines += [Series("jumps", jumps, marks=True)] if jumps else []
     charts = [page.line_chart("Loss", lines)]
     exact = _points(records, "eval_exact_match")
     if exact:
@@ -182,9 +189,21 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]]) -> Html:
     parts = [page.grid(*charts)]
     if isinstance(total, int) and isinstance(last, int) and last < total:
         parts.insert(0, page.callout(f"Not finished: the last record is of step {last} of {total}.", "warning"))
+    if jumps:
+        parts.append(page.details(f"Steps whose loss jumped: {len(jumps):,}", _spikes_table(spikes)))
     if further:
         parts.append(page.details("Gradient norm and learning rate", page.grid(*further)))
     return page.section(STAGES.get(name, f"Stage {name}"), *parts)
+
+
+def _spikes_table(spikes: Sequence[Mapping[str, Any]], most: int = 50) -> Html:
+    """The steps whose loss lay far above the usual one, and what they learned from."""
+    rows = []
+    for spike in spikes[:most]:
+        loss, usual, ids = spike.get("loss"), spike.get("usual"), spike.get("ids")
+        names = shown([str(name) for name in ids]) if isinstance(ids, list) else ""
+        rows.append([f"{spike['step']:,}", *(f"{v:.3g}" if _finite(v) else "" for v in (loss, usual)), names])
+    return page.table(["Step", "Loss", "Usual loss", "Samples"], rows)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
-from qllava.training import folders, scores
+from qllava.training import disk, folders, processes, scores
 from qllava.training.allocator import keep_freed_memory
 from qllava.training.checkpoints import begun_with, refuse_changes
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
+from qllava.training.numbers import SPIKES_FILE
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled
 from qllava.training.stage import Stage, train_stage
@@ -55,9 +57,7 @@ def pretrain(settings: Settings) -> Path:
     folder = folders.open_folder(settings)
     started = time.monotonic()
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
-    begun = begun_with(settings, hashes_of(files))
-    refuse_changes(folder, begun)
-    folders.write_settings(settings, folder)
+    begun = processes.by_main(partial(_begin, settings, folder, files))
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
     held_out = (
@@ -67,7 +67,8 @@ def pretrain(settings: Settings) -> Path:
     config = _with_rate(settings.train, 1e-3)
     stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
-    folders.finish(folder, {"seconds": round(time.monotonic() - started, 1), **trained})
+    results = {"seconds": round(time.monotonic() - started, 1), **trained}
+    processes.by_main(partial(folders.finish, folder, results))
     folders.say_next(
         f"Stage 1 is done: {folder}",
         [
@@ -76,6 +77,13 @@ def pretrain(settings: Settings) -> Path:
         ],
     )
     return folder
+
+
+def _begin(settings: Settings, folder: Path, files: list[Part]) -> dict[str, Any]:
+    begun = begun_with(settings, hashes_of(files))
+    refuse_changes(folder, begun)
+    folders.write_settings(settings, folder)
+    return begun
 
 
 def finetune(settings: Settings) -> Path:
@@ -99,9 +107,9 @@ def finetune(settings: Settings) -> Path:
     # Before the model, which may be a download of 14 GB.
     files = folders.files_of(data.train_file, settings, "train_file", nano_file="train")
     held_out = folders.held_out(settings)
-    begun = folders.begin(settings, folder, files, held_out)
+    begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     assembled = _assemble(settings)
-    table = scores.Table.open(folder, assembled) if settings.model.is_nano and not settings.data.train_file else None
+    table = scores.Table.open(folder, assembled) if settings.model.is_nano and not data.train_file else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
     captions = _captions(settings, assembled, folder)
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
@@ -109,12 +117,10 @@ def finetune(settings: Settings) -> Path:
     before = scores.answers(assembled.model, assembled, shown) if shown else []
     if table:
         table.measure("untrained", assembled.model)
-    _align(settings, assembled, folder, captions, begun)
+    _align(settings, assembled, folder, captions, begun, len(train.lengths))
     if table:
         table.measure("stage1", assembled.model)
-    model = add_lora(
-        assembled, r=settings.model.lora_r, alpha=settings.model.lora_alpha, dropout=settings.model.lora_dropout
-    )
+    model = add_lora(assembled, r=model_.lora_r, alpha=model_.lora_alpha, dropout=model_.lora_dropout)
     if start:
         continue_adapter(model, start)
     config = _with_rate(settings.train, 2e-4)
@@ -123,9 +129,11 @@ def finetune(settings: Settings) -> Path:
     stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
     trained = train_stage(stage, model, assembled)
     after = scores.answers(model, assembled, shown) if shown else []
-    scores.write_samples(folder / "samples.json", shown, before, after)
     measured = table.finish(model) if table else {}
-    folders.finish(folder, {**measured, "seconds": round(time.monotonic() - started, 1), **trained})
+    results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
+    if processes.is_main():
+        scores.write_samples(folder / "samples.json", shown, before, after)
+        folders.finish(folder, results)
     if table:
         print("\n" + scores.format_table(measured))
     picture = shown[0].images[0] if shown and shown[0].images else "photo.jpg"
@@ -143,16 +151,24 @@ def finetune(settings: Settings) -> Path:
 def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
     """What a stage 1 of finetune's own would learn from; None where the projector has its start already."""
     exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
-    if settings.model.projector or exists or (folder / "stage1" / RESULTS_FILE).is_file():
+    if settings.model.projector or exists or processes.by_main((folder / "stage1" / RESULTS_FILE).is_file):
         return None
     files = folders.files_of(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
     return _prepare(settings, assembled, PLAIN, files, [])[0]
 
 
 def _align(
-    settings: Settings, assembled: Assembled, folder: Path, captions: Prepared | None, begun: dict[str, Any]
+    settings: Settings,
+    assembled: Assembled,
+    folder: Path,
+    captions: Prepared | None,
+    begun: dict[str, Any],
+    samples: int,
 ) -> None:
-    """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one."""
+    """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
+
+    samples: of stage 2, whose files have to fit on the disk before stage 1 begins.
+    """
     stage1 = folder / "stage1"
     if captions is None:
         if settings.model.projector:
@@ -161,7 +177,7 @@ def _align(
             load_projector(assembled.model, stage1)
         return
     started = time.monotonic()
-    stage1.mkdir(exist_ok=True)
+    processes.by_main(partial(stage1.mkdir, exist_ok=True))
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = 1e-3
@@ -169,11 +185,26 @@ def _align(
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
     stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun)
+    model, tokenizer = assembled.model, assembled.processor.tokenizer
+    disk.check(
+        folder,
+        disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
+        disk.needed(model, settings.train, tokenizer, samples, lora=disk.lora_of(model, settings.model.lora_r)),
+    )
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
-    folders.finish(stage1, {"seconds": round(time.monotonic() - started, 1)})
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-        file.write((stage1 / METRICS_FILE).read_text(encoding="utf-8"))
+    seconds = round(time.monotonic() - started, 1)
+    processes.by_main(partial(_keep, stage1, folder, seconds))
+
+
+def _keep(stage1: Path, folder: Path, seconds: float) -> None:
+    """End the folder of a stage 1, and tell what it logged in that of the run too."""
+    # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
+    for name in (METRICS_FILE, SPIKES_FILE):
+        if (stage1 / name).is_file():
+            with (folder / name).open("a", encoding="utf-8") as file:
+                file.write((stage1 / name).read_text(encoding="utf-8"))
+    folders.finish(stage1, {"seconds": seconds})
 
 
 # What nano needs, found by trying: it is a thousandth of a 7B and learns at higher rates, without recomputation.
@@ -267,7 +298,7 @@ def _prepare(
         settings.data.too_long,  # type: ignore[arg-type]
     )
     seed, skip = settings.train.seed, settings.data.skip_check
-    return prepare(files, encoder, seed=seed, evaluation=held_out, skip_check=skip)
+    return processes.main_first(partial(prepare, files, encoder, seed=seed, evaluation=held_out, skip_check=skip))
 
 
 def _some(held_out: list[Part], prepared: Prepared | None, count: int) -> list[Example]:
@@ -283,10 +314,15 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
     """Run a recipe: errors that a user can mend are one sentence on stderr and status 1, signals have their own."""
     try:
         with handled():
-            run(settings())
+            chosen = settings()
+            with processes.one_voice():
+                run(chosen)
     except Stopped as stopped:
-        print(f"qllava: {stopped}", file=sys.stderr)
+        if processes.is_main():
+            print(f"qllava: {stopped}", file=sys.stderr)
         return stopped.status
+    except processes.Elsewhere:
+        return 1
     except InputError as error:
         # One that was raised in a worker of the data loader comes with its stack trace as text, the message last.
         sentence = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")

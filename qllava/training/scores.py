@@ -29,6 +29,7 @@ from qllava.inference import answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
+from qllava.training import processes
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
@@ -61,7 +62,8 @@ def answers(model: nn.Module, assembled: Assembled, examples: Sequence[Example],
     )
     prompts = [encoder.encode_prompt(vqa.question(e), images=len(e.images)) for e in examples]
     pixels = _Pixels(examples, assembled.processor)
-    with tqdm(total=len(examples), desc=title, unit=" questions", disable=not title, leave=False) as bar:
+    hidden = not title or not processes.is_main()
+    with tqdm(total=len(examples), desc=title, unit=" questions", disable=hidden, leave=False) as bar:
         return answer_prompts(
             model, assembled.processor.tokenizer, prompts, pixels, max_new_tokens=MAX_ANSWER_TOKENS, done=bar.update
         )
@@ -117,7 +119,7 @@ class Table:
         """Begin a table, or go on with the one that the folder holds."""
         data = nano.prepare()
         path = folder / SCORES_FILE
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = processes.by_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
         return cls(
             folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found
         )
@@ -152,7 +154,8 @@ class Table:
 
     def _keep(self, name: str, value: float) -> None:
         self.found[name] = value
-        (self.folder / SCORES_FILE).write_text(json.dumps(self.found), encoding="utf-8")
+        if processes.is_main():
+            (self.folder / SCORES_FILE).write_text(json.dumps(self.found), encoding="utf-8")
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:

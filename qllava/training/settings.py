@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -110,12 +111,18 @@ class TrainConfig(SFTConfig):
             cuda = torch.cuda.is_available()
             self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = cuda and not self.bf16
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Untold, accelerate would take each of several processes for one that is alone.
+            self.use_cpu = True
         if self.activation_checkpointing is None:
             # The old name is TRL's; transformers would warn of it in every run.
             self.activation_checkpointing = self.gradient_checkpointing
         # A page that cannot be swapped helps a copy to a GPU; without one torch only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.n_gpu > 1:
+            # One process takes one card: several are for several processes, not for torch's DataParallel.
+            self._n_gpu = 1
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,11 @@ def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) 
     """
     line = list(sys.argv[1:] if args is None else args)
     given = _read_yaml(line)
-    model, *_ = _parse(line, given, {"output_dir": output_dir})
+    model, _, asked = _parse(line, given, {"output_dir": output_dir})
+    # Before the settings of the run: each of these sets accelerate's state anew, and the last one counts.
+    untouched = TrainConfig(output_dir=output_dir, use_cpu=asked.use_cpu)
     defaults = {"output_dir": output_dir, **(nano if model.is_nano else {}), **_of_adapter(model.model_name_or_path)}
     model, data, train = _parse(line, given, defaults)
-    untouched = TrainConfig(output_dir=output_dir)
     for name, reason in NO_EFFECT.items():
         if getattr(train, name) != getattr(untouched, name):
             raise InputError(f"The setting {name} has no effect in qllava: {reason}; remove it.")

@@ -18,6 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qllava.training import processes
+
 STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}
 
 
@@ -63,9 +65,18 @@ class SaveAndStop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, if a signal came."""
-        if self.name is not None:
+        if self.agree() is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def agree(self) -> str | None:
+        """The signal that came, to whichever process: all of them stop at the same step."""
+        names = list(STATUS)
+        number = processes.highest(0 if self.name is None else 1 + names.index(self.name))
+        if not number:
+            return None  # what came since then is for the next step
+        self.name = names[number - 1]
+        return self.name
 
 
 def _end(name: str) -> None:

@@ -27,15 +27,18 @@ from qllava.data.formats import Example
 from qllava.models import ledger
 from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
-from qllava.training import scores
+from qllava.models.errors import UNPICKLING_REFUSED
+from qllava.training import disk, processes, scores
 from qllava.training.attention import Kernel
 from qllava.training.checkpoints import newest, saving
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
+from qllava.training.numbers import check_weights
+from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
 from qllava.training.signals import SaveAndStop, Stopped, handled
-from qllava.training.trainer import LEDGER_FILE, METRICS_FILE, LlavaTrainer, Metrics, computing_in
+from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, computing_in
 
 PROBES = 32
 
@@ -90,7 +93,10 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw the bar."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit=" steps")
+        hidden = not processes.is_main()
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit=" steps", disable=hidden
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One step further."""
@@ -132,30 +138,46 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         begun_with=stage.begun_with,
     )
     begin.trainer = trainer
+    if processes.fsdp_asked() and not trainer.is_fsdp_enabled:
+        raise InputError("accelerate was told of FSDP and has none here, where no GPU is; take another configuration.")
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
     text = "\n".join([*_ledger_lines(model, stage, trainer.kernel, trainer.layers), *memory])
     print(f"\n{text}\n")
-    (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
-    start = _start(stage.folder, assembled)
-    with saving(f"{stage.folder / PROBES_FILE}"):
-        # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
-        save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
+    need = disk.needed(model, stage.config, assembled.processor.tokenizer, len(stage.train.lengths))
+    processes.by_main(partial(disk.check, stage.folder, need))
+    start = processes.by_main(partial(_open, stage, held_out, assembled, text))
     if stage.config.gradient_checkpointing:
         model.train()
     try:
         with handled(stop.ask):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except UNPICKLING_REFUSED as error:
+        raise InputError(
+            f"{start} holds more than tensors, and qllava unpickles nothing; remove it, and the same command continues "
+            "from the one before."
+        ) from error
     finally:
         progress.close()
-    if stop.name is not None:
-        raise Stopped(stop.name, trainer.state.global_step)
+    if (signal := stop.agree()) is not None:
+        raise Stopped(signal, trainer.state.global_step)
     model.eval()
     last = trainer.evaluate() if held_out else {}
-    with saving(f"The result {stage.folder}"):
+    check_weights(model, trainer.state.global_step)
+    with processes.together(), saving(f"The result {stage.folder}"):
         trainer.save_model(str(stage.folder))
     return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
+
+
+def _open(stage: Stage, held_out: Dataset | None, assembled: Assembled, text: str) -> Path | None:
+    """Write what is known before the first step; returns the checkpoint to continue from."""
+    (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
+    start = _start(stage.folder, assembled)
+    with saving(f"{stage.folder / PROBES_FILE}"):
+        # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
+        save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
+    return start
 
 
 def _check_lengths(stage: Stage, assembled: Assembled) -> None:

@@ -3,25 +3,25 @@
 What is added to TRL's trainer, and why:
 
 - The projector has a learning rate of its own.
-- A loss or gradient that is not finite ends the run before the weights are touched, and says which samples it met.
-  (transformers would log a loss of 0 and go on to the end with NaN in every weight.)
+- A loss or gradient that is not finite ends the run before the weights are touched, and names the samples that do it
+  (`numbers.py`; transformers would log a loss of 0 and go on to the end with NaN in every weight). Spikes are told of.
 - A checkpoint is written aside, sealed and renamed (`checkpoints.py`); it holds what `load_run` needs.
 - Held-out questions are answered and compared, beside the held-out loss.
-- A batch is rows (`data.packing`): samples about one picture come together and share its tokens. However many rows a
-  batch becomes, its samples are one step's, and its loss is that of all their learned tokens.
+- A batch is rows (`rows.py`): samples about one picture come together and share its tokens. However many rows a batch
+  becomes, its samples are one step's, and its loss is that of all their learned tokens.
+- Several processes share out the samples of a step (`order.py`), and stop together (`processes.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,29 +29,23 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import TrainerCallback
-from trl import SFTTrainer
 
 from qllava.config import InputError
 from qllava.data.collate import RowCollator
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import steps_of
-from qllava.models.adapter import PROJECTOR_FILE, save_projector, save_record
+from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
-from qllava.training.attention import looking_at
+from qllava.training import processes
 from qllava.training.checkpoints import PARTIAL, publish, rotate, saving, seal
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
+from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
+from qllava.training.order import PictureOrder, loader
+from qllava.training.rows import RowTrainer
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
-LEDGER_FILE = "ledger.txt"
-
-
-class NotFinite(InputError):
-    """The loss or a gradient is NaN or infinite: the run has ended, and no weight was changed by it."""
 
 
 class Metrics(TrainerCallback):
@@ -62,32 +56,15 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append one line; flushed, so that a killed run keeps it."""
+        if not processes.is_main():
+            return
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
         line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
-        with self.path.open("a", encoding="utf-8") as file:
+        with saving(f"{self.path}"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-class PictureOrder(Sampler[int]):
-    """The rows of an epoch in the order of `packing.steps_of`; the same seed and epoch give the same one."""
-
-    def __init__(self, pictures: np.ndarray, batch: int, seed: int, *, share: bool) -> None:
-        self.pictures, self.batch, self.seed, self.share = pictures, batch, seed, share
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the beginning of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __iter__(self) -> Iterator[int]:
-        for step in steps_of(self.pictures, self.batch, seed=self.seed, epoch=self.epoch, share=self.share):
-            yield from step.tolist()
-
-
-class LlavaTrainer(SFTTrainer):
+class LlavaTrainer(RowTrainer):
     """See the head of this file."""
 
     args: TrainConfig
@@ -117,18 +94,20 @@ class LlavaTrainer(SFTTrainer):
         self.begun_with = dict(begun_with or {})
         self.assembled = assembled
         self.exact_match = exact_match
-        self._order = PictureOrder(
-            pictures, config.per_device_train_batch_size, config.seed, share=config.share_image_prefix
-        )
+        self._order = PictureOrder(pictures, config)
         self._aside: str | None = None
         # Of the optimizer step that is being computed.
         self._step: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
+        kind_of_stage = "finetune" if isinstance(model, PeftModel) else "pretrain"
+        self._spikes = Spikes(Path(str(config.output_dir)) / SPIKES_FILE, kind_of_stage)
         tokenizer = assembled.processor.tokenizer
         config.dataset_kwargs = {"skip_prepare_dataset": True}
         config.remove_unused_columns = False
         config.logging_nan_inf_filter = False
         config.use_cache = False
+        # Every row uses all that learns: DDP need not look for what is left out.
+        config.ddp_find_unused_parameters = False
         llava: Any = assembled.model
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
@@ -166,118 +145,60 @@ class LlavaTrainer(SFTTrainer):
             self.optimizer = kind([group for group in groups if group["params"]], **arguments)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass of a batch; when memory runs out, of the whole step again in shorter rows."""
-        self._step.append(self._cut(inputs))
-        batches = self._step[-1:]
-        while True:
-            try:
-                losses = [self._rows(model, batch, num_items_in_batch) for batch in batches]
-                break
-            except torch.OutOfMemoryError:
-                if self.accelerator.num_processes > 1:  # the others would wait for ever
-                    raise
-            # Not inside the except block: there the error still holds what the rows held.
-            self._halve_rows()
-            model.zero_grad(set_to_none=True)
-            self._losses.clear()
-            batches = self._step = [self._cut(batch) for batch in self._step]
-        self._losses += [loss.detach() for loss in losses]
-        return losses[-1]
+    def get_train_dataloader(self) -> Any:
+        """This process's share of every step; samples about one picture come together, so that they can share it."""
+        return loader(self.train_dataset, self._order, self.data_collator, self.args, self.accelerator.device)
 
-    def _rows(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
-        """Row after row; gradients add up to those of all samples of the batch."""
-        losses = []
-        with looking_at(self.assembled.model.model.language_model):
-            for number, row in enumerate(batch["rows"], start=1):
-                last = number == len(batch["rows"])
-                # Several processes share their gradients once a batch: each may have another number of rows.
-                with nullcontext() if last else self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, row, num_items))  # type: ignore[no-untyped-call]
-        return torch.stack(losses).sum()
-
-    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch in rows of the present length: workers that began before it was halved still make longer ones."""
-        limit = getattr(self.data_collator, "tokens_per_row", None)
-        most = max(row["input_ids"].shape[1] for row in batch["rows"])
-        if limit is None or most <= max(limit, int(batch["lengths"].max())):
-            return batch
-        collator: Any = self.data_collator
-        return collator(batch["kept"].samples)  # type: ignore[no-any-return]
-
-    def _halve_rows(self) -> None:
-        """Rows of half the length from here on. Raises InputError when a single sample is too long."""
-        longest = max(row["input_ids"].shape[1] for batch in self._step for row in batch["rows"])
-        sample = max(int(batch["lengths"].max()) for batch in self._step)
-        if longest <= sample:
-            raise InputError(
-                f"Memory does not suffice for one sample of {sample} tokens, at step {self.state.global_step + 1}; "
-                "lower max_length or lora_r, or see what `qllava plan` proposes. Checkpoints are untouched."
-            )
-        limit = max(longest // 2, sample)
-        collator: Any = self.data_collator
-        self.data_collator = replace(collator, tokens_per_row=limit)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        line = f"Out of memory at step {self.state.global_step + 1}: rows have at most {limit:,} tokens from here on."
-        tqdm.write(line)
-        with (Path(str(self.args.output_dir)) / LEDGER_FILE).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def rehearse(self, lengths: np.ndarray) -> None:
-        """Try the longest samples of the data before the first step, so that memory ends now and not at step 4,000.
-
-        lengths: tokens of each row of the training data. Rows are halved if need be; nothing is learned, and the random
-        state is as before.
-        """
-        longest = np.argsort(lengths, kind="stable")[-self.args.per_device_train_batch_size :]
-        batch = self.data_collator([self.train_dataset[int(index)] for index in longest])  # type: ignore[index]
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        each = 2 if "8bit" in str(self.args.optim) else 8
-        # The optimizer's moments come with the first step.
-        moments = torch.empty(each * sum(p.numel() for p in learned), dtype=torch.uint8, device=self.args.device)
-        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
-        with torch.random.fork_rng():
-            self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
-        del moments
-        self.model.zero_grad(set_to_none=True)
-        self._metrics, self._total_train_tokens = metrics, tokens
-        self._losses, self._step = [], []
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """The held-out loss of a batch, per learned token."""
-        language_model = self.assembled.model.model.language_model
-        total = torch.zeros((), device=self.args.device)
-        with looking_at(language_model), torch.no_grad(), self.compute_loss_context_manager():
-            for row in inputs["rows"]:
-                loss = self.compute_loss(model, self._prepare_inputs(row))  # type: ignore[no-untyped-call]
-                total += loss * len(row["targets"])
-        return total / sum(len(row["targets"]) for row in inputs["rows"]), None, None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Samples about one picture come in one batch, so that they can share it."""
-        return self._order
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, and its learned tokens in all processes; one that cannot be read ends all."""
+        with processes.together():
+            batches = list(islice(epoch_iterator, num_batches))
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         # Looked at once per step, before any weight is touched: each look makes a GPU wait.
         losses, self._losses = torch.stack(self._losses), []
-        ids, self._step = [id for batch in self._step for id in batch["ids"]], []
-        if not torch.isfinite(losses).all():
-            raise self._not_finite(f"The loss is {losses.sum().item()}", ids)
+        samples, self._step = [sample for batch in self._step for sample in batch["kept"].samples], []
+        step, mine = self.state.global_step + 1, losses.sum().item()
+        loss = processes.mean(mine)
         # With fp16 an infinite gradient now and then is how the scaler finds its scale; it skips that step itself.
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise self._not_finite("A gradient is not finite", ids)
+        searching = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
+        if not (math.isfinite(loss) and (searching or math.isfinite(norm))):
+            self._end(step, loss, mine, samples)
+        if (usual := self._spikes.usual(loss)) is not None:
+            ids = processes.every([str(sample["id"]) for sample in samples])
+            processes.by_main(partial(self._spikes.tell, step, loss, usual, ids))
         return norm
 
-    def _not_finite(self, what: str, ids: Sequence[str]) -> NotFinite:
-        return NotFinite(
-            f"{what} at step {self.state.global_step + 1}, with the samples {', '.join(ids)}; no weight was changed. "
-            "Look at these samples, or lower the learning rate, and give the command again."
-        )
+    def _end(self, step: int, loss: float, mine: float, samples: list[dict[str, Any]]) -> NoReturn:
+        """End the run, in all processes, at a step whose loss or gradient is not finite. Raises NotFinite.
+
+        loss, mine: of all processes and of this one. samples: this one's.
+        """
+        lost = not math.isfinite(loss)
+        # A gradient is the sum over all processes, so nobody knows whose it was.
+        suspects = processes.every(samples if not (lost and math.isfinite(mine)) else [])
+        what = f"The loss is {loss}" if lost else "A gradient is not finite"
+        # In several processes each would have to look at as many samples as the others.
+        look = None if processes.several() else partial(self._alone, gradient=not lost)
+        error = traced(what, step, self.model, suspects, look)
+        with processes.together():
+            raise error
+
+    def _alone(self, sample: dict[str, Any], *, gradient: bool) -> Alone:
+        """A sample by itself: its loss, or its gradient, which is thrown away."""
+        batch = self.data_collator([sample])
+        pixels = all(bool(torch.isfinite(row["pixel_values"]).all()) for row in batch["rows"] if "pixel_values" in row)
+        if not gradient:
+            return Alone(pixels, bool(torch.isfinite(self.prediction_step(self.model, batch)[0])))
+        self.model.zero_grad(set_to_none=True)
+        self._rows(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = all(bool(torch.isfinite(g).all()) for g in found)
+        self.model.zero_grad(set_to_none=True)
+        return Alone(pixels, finite)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, and the share of held-out questions that are answered right."""
@@ -288,47 +209,75 @@ class LlavaTrainer(SFTTrainer):
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Adapter or projector, tokenizer and record: what `load_run` needs."""
+        """Adapter or projector, tokenizer and record: what `load_run` needs; state_dict: of a sharded model."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=state_dict)
             (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody filled in
-        save_projector(self.model, folder)
+        save_projector(self.model, folder, state_dict)
         self.assembled.processor.save_pretrained(str(folder))
         save_record(self.assembled.recipe, folder)
-        torch.save(self.args, folder / "training_args.bin")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: TRL's card speaks of another way of training; `qllava merge` writes one that is true."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers does, but written aside, and given its name when it is whole."""
+        """As transformers does, but written aside, and given its name when it is whole.
+
+        Raises NotFinite when there is nothing good to save.
+        """
+        check_weights(self.model, self.state.global_step)
         folder = Path(str(self.args.output_dir))
         aside = folder / PARTIAL
         name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(aside, ignore_errors=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._aside = str(aside)
-        try:
+
+        def whole() -> None:
             with saving(f"The checkpoint {folder / name}"):
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
                 seal(aside / name, self.begun_with)
                 publish(aside / name, folder / name)
+
+        try:
+            processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
+            # Each process has a random state of its own to save; the seal is for all that they wrote.
+            with processes.together(), saving(f"The checkpoint {folder / name}"):
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+            processes.by_main(whole)
         finally:
             self._aside, self.args.save_total_limit = None, limit
-            shutil.rmtree(aside, ignore_errors=True)
-        rotate(folder, limit)
+            if processes.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+        processes.by_main(partial(rotate, folder, limit))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """An adapter is loaded by transformers; the projector of a stage 1 from its own file."""
-        if isinstance(self.model, PeftModel):
+        """An adapter is loaded by transformers; the projector of a stage 1 from its own file.
+
+        Raises InputError where FSDP has saved and something else goes on, or the other way round, and where a
+        weight is not finite.
+        """
+        checkpoint = Path(resume_from_checkpoint)
+        if (checkpoint / "pytorch_model_fsdp.bin").is_file() != self.is_fsdp_enabled:
+            raise InputError(
+                f"{checkpoint} was saved {'without' if self.is_fsdp_enabled else 'with'} FSDP, whose "
+                "optimizer state is another; continue as the run began."
+            )
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        lora = isinstance(self.model, PeftModel)
+        path = checkpoint / (ADAPTER_FILE if lora else PROJECTOR_FILE)
+        state = load_file(path)
+        refuse_not_finite(state, path, f"remove {checkpoint}, and the same command continues from the one before")
+        if lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            state = load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE)
             self.model.model.multi_modal_projector.load_state_dict(state)
 
 

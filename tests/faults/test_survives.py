@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training.checkpoints import MANIFEST_FILE, checkpoints, fault, newest, publish, rotate, seal
+from qllava.training.checkpoints import MANIFEST_FILE, PARTIAL, checkpoints, fault, newest, publish, rotate, seal
 from qllava.training.run import pretrain
 from tests.tiny_runs import Tiny, flags, refusal, stage1_settings
 
@@ -192,12 +192,16 @@ def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
 
 
 def killed_and_continued(tiny: Tiny, folder: Path, kills: int) -> None:
-    """Kill it now and then; saves come every third step, so that many kills hit one. Then let it end."""
+    """Kill it now and then, every other time as soon as a checkpoint is being written; then let it end."""
     dice = random.Random(0)
     for number in range(kills):
+        began = time.time()
         process = start(tiny, folder)
         wait_for(process, folder, 1 + (number + 1) * (SLOWLY["max_steps"] - 8) // (kills + 1))
-        time.sleep(dice.uniform(0, 0.05))
+        saves = folder / PARTIAL
+        while number % 2 and process.poll() is None and not (saves.exists() and saves.stat().st_mtime > began):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.01 if number % 2 else 0.05))
         process.kill()
         process.communicate()
     process = start(tiny, folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl import SFTConfig
 
 from qllava.config import InputError
@@ -135,3 +136,10 @@ def test_every_field_of_ours_has_a_help() -> None:
 def test_nobody_is_warned_of_an_old_name(recwarn: pytest.WarningsRecorder) -> None:
     read()
     assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
+
+
+def test_several_cards_are_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise transformers puts torch's DataParallel around the model."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    train = read().train
+    assert train.n_gpu == 1 and train.train_batch_size == train.per_device_train_batch_size

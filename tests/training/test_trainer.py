@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qllava.config import InputError
@@ -20,7 +19,7 @@ from qllava.data.collate import Collator
 from qllava.models import outline as parts
 from qllava.models.adapter import load_run, projector_state
 from qllava.training.checkpoints import checkpoints, saving
-from qllava.training.trainer import LlavaTrainer, Metrics, NotFinite
+from qllava.training.trainer import LlavaTrainer, Metrics
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 
 
@@ -199,75 +198,6 @@ class TestTheSameNumbers:
         assert_close(results[0][1], results[1][1], 1e-5)
         sizes = [next(iter(trainer.get_train_dataloader()))["rows"][0]["input_ids"].shape[1] for *_, trainer in results]
         assert sizes[0] < sizes[1]
-
-
-class _Poisoned:
-    """A collator whose pictures turn into NaN when a row comes by."""
-
-    def __init__(self, collator: Any, id: str) -> None:
-        self.collator, self.id = collator, id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collator(rows)
-        if self.id in batch["ids"]:
-            for row in batch["rows"]:
-                row["pixel_values"] = row["pixel_values"] * float("nan")
-        return batch
-
-
-class TestNotFinite:
-    def _third_step(self, trainer: LlavaTrainer) -> list[str]:
-        """The ids of the third batch in the order in which the loop takes them."""
-        return list(list(trainer.get_train_dataloader())[2]["ids"])
-
-    def _assert_stopped(self, trainer: LlavaTrainer, folder: Path, ids: list[str], what: str) -> None:
-        learned = {}
-
-        class Keep(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                learned[state.global_step] = bits(kwargs["model"])
-
-        trainer.add_callback(Keep())
-        with pytest.raises(NotFinite) as caught:
-            trainer.train()
-        message = refusal(caught.value)
-        assert what in message and "step 3" in message and all(id in message for id in ids)
-        assert sorted(learned) == [1, 2]
-        assert not changed(learned[2], trainer.model)
-        assert [p.name for p in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
-        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-        saved = load_file(folder / "checkpoint-2" / "projector.safetensors")
-        assert all(torch.isfinite(tensor).all() for tensor in saved.values())
-
-    @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
-    def test_a_loss(self, tiny: Tiny, tmp_path: Path, lora: bool) -> None:
-        trainer = make_trainer(tiny, tmp_path, lora=lora, save_strategy="steps", save_steps=1)
-        ids = self._third_step(trainer)
-        trainer.data_collator = _Poisoned(trainer.data_collator, ids[0])  # type: ignore[assignment]
-        self._assert_stopped(trainer, tmp_path, ids, "The loss is nan")
-
-    @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "not clipped"])
-    def test_a_gradient(self, tiny: Tiny, tmp_path: Path, max_grad_norm: float) -> None:
-        trainer = make_trainer(tiny, tmp_path, max_grad_norm=max_grad_norm, save_strategy="steps", save_steps=1)
-        ids = self._third_step(trainer)
-        weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
-        weight.register_hook(lambda g: g * float("inf") if trainer.state.global_step == 2 else g)
-        self._assert_stopped(trainer, tmp_path, ids, "A gradient is not finite")
-
-    def test_a_gradient_names_the_samples_of_the_whole_step(self, tiny: Tiny, tmp_path: Path) -> None:
-        trainer = make_trainer(tiny, tmp_path, gradient_accumulation_steps=4, max_steps=1)
-        weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
-        weight.register_hook(lambda g: g * float("nan"))
-        with pytest.raises(NotFinite) as caught:
-            trainer.train()
-        assert all(f"row-{index}" in str(caught.value) for index in range(8))
-
-    def test_weights_that_are_not_finite(self, tiny: Tiny, tmp_path: Path) -> None:
-        trainer = make_trainer(tiny, tmp_path)
-        with torch.no_grad():
-            next(p for name, p in trainer.model.named_parameters() if "modules_to_save" in name)[0] = float("nan")
-        with pytest.raises(NotFinite, match="step 1, with the samples row-"):
-            trainer.train()
 
 
 class TestSixteenBit:

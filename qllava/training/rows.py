@@ -1,0 +1,150 @@
+"""How a batch goes through the model: row after row, in one process or in several that wait for each other.
+
+A batch is rows (`data.packing`), and its gradients are the sum over them. When memory runs out, the step is computed
+again in rows of half the length; its samples, and so what is learned, stay the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from trl import SFTTrainer
+
+from qllava.config import InputError
+from qllava.data.collate import weightless_row
+from qllava.data.encode import IGNORE_INDEX
+from qllava.models.assemble import Assembled
+from qllava.training import processes
+from qllava.training.attention import looking_at
+from qllava.training.settings import TrainConfig
+
+LEDGER_FILE = "ledger.txt"
+
+
+class RowTrainer(SFTTrainer):
+    """SFTTrainer whose batches are rows (`RowCollator`'s); see the head of this file."""
+
+    args: TrainConfig
+    model: Any
+    assembled: Assembled
+    # Of the optimizer step that is being computed: its batches, and the losses of those that are done.
+    _step: list[dict[str, Any]]
+    _losses: list[Tensor]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a batch; when memory runs out, of the whole step again in shorter rows."""
+        self._step.append(self._cut(inputs))
+        batches = self._step[-1:]
+        while True:
+            try:
+                losses = [self._rows(model, batch, num_items_in_batch) for batch in batches]
+                break
+            except torch.OutOfMemoryError:
+                if processes.several():  # the others are in the midst of their rows
+                    longest = max(row["input_ids"].shape[1] for row in self._step[-1]["rows"])
+                    raise InputError(
+                        f"Memory does not suffice for a row of {longest} tokens, at step {self.state.global_step + 1}; "
+                        "several processes do not halve their rows on the way: set tokens_per_row to less."
+                    ) from None
+            # Not inside the except block: there the error still holds what the rows held.
+            self._halve_rows()
+            model.zero_grad(set_to_none=True)
+            self._losses.clear()
+            batches = self._step = [self._cut(batch) for batch in self._step]
+        self._losses += [loss.detach() for loss in losses]
+        return losses[-1]
+
+    def _rows(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
+        """Row after row; gradients add up to those of all samples of the batch."""
+        losses = []
+        state, sync = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        try:
+            with looking_at(self.assembled.model.model.language_model):
+                rows = _evened(batch["rows"])
+                for number, row in enumerate(rows, start=1):
+                    last = number == len(rows)
+                    # Gradients of several processes are added up once a batch; DeepSpeed looks at the state alone.
+                    state._set_sync_gradients(sync and last)
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        losses.append(super().training_step(model, row, num_items))  # type: ignore[no-untyped-call]
+        finally:
+            state._set_sync_gradients(sync)  # also when memory ran out in between
+        return torch.stack(losses).sum()
+
+    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch in rows of the present length: workers that began before it was halved still make longer ones."""
+        limit = getattr(self.data_collator, "tokens_per_row", None)
+        most = max(row["input_ids"].shape[1] for row in batch["rows"])
+        if limit is None or most <= max(limit, _longest(batch)):
+            return batch
+        collator: Any = self.data_collator
+        return collator(batch["kept"].samples)  # type: ignore[no-any-return]
+
+    def _halve_rows(self) -> None:
+        """Rows of half the length from here on. Raises InputError when a single sample is too long."""
+        longest = max(row["input_ids"].shape[1] for batch in self._step for row in batch["rows"])
+        sample = max(_longest(batch) for batch in self._step)
+        if longest <= sample:
+            raise InputError(
+                f"Memory does not suffice for one sample of {sample} tokens, at step {self.state.global_step + 1}; "
+                "lower max_length or lora_r, or see what `qllava plan` proposes. Checkpoints are untouched."
+            )
+        limit = max(longest // 2, sample)
+        collator: Any = self.data_collator
+        self.data_collator = replace(collator, tokens_per_row=limit)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        line = f"Out of memory at step {self.state.global_step + 1}: rows have at most {limit:,} tokens from here on."
+        tqdm.write(line)
+        with (Path(str(self.args.output_dir)) / LEDGER_FILE).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rehearse(self, lengths: np.ndarray) -> None:
+        """Try the longest samples of the data before the first step, so that memory ends now and not at step 4,000.
+
+        lengths: tokens of each row of the training data. Rows are halved if need be; nothing is learned, and the random
+        state is as before.
+        """
+        longest = np.argsort(lengths, kind="stable")[-self.args.per_device_train_batch_size :]
+        batch = self.data_collator([self.train_dataset[int(index)] for index in longest])  # type: ignore[index]
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        each = 2 if "8bit" in str(self.args.optim) else 8
+        # The optimizer's moments come with the first step.
+        moments = torch.empty(each * sum(p.numel() for p in learned), dtype=torch.uint8, device=self.args.device)
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        with torch.random.fork_rng():
+            self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+        del moments
+        self.model.zero_grad(set_to_none=True)
+        self._metrics, self._total_train_tokens = metrics, tokens
+        self._losses, self._step = [], []
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The held-out loss of a batch, per learned token."""
+        language_model = self.assembled.model.model.language_model
+        total = torch.zeros((), device=self.args.device)
+        with looking_at(language_model), torch.no_grad(), self.compute_loss_context_manager():
+            for row in _evened(inputs["rows"]):
+                loss = self.compute_loss(model, self._prepare_inputs(row))  # type: ignore[no-untyped-call]
+                total += loss * len(row["targets"])
+        return total / sum(len(row["targets"]) for row in inputs["rows"]), None, None
+
+
+def _evened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many rows as the process has that has most: in each of them all wait for each other."""
+    return rows + [weightless_row() for _ in range(processes.highest(len(rows)) - len(rows))]
+
+
+def _longest(batch: dict[str, Any]) -> int:
+    """Tokens of the longest sample of a batch."""
+    return max((int(length) for length in batch["lengths"]), default=0)

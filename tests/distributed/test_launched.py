@@ -1,0 +1,79 @@
+"""What `accelerate launch` starts with recipes/accelerate: the engine that is named there, or a sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from qllava.training.checkpoints import checkpoints
+from tests.distributed.test_several import FULL, LOSS, ROOT, Runs, assert_same, losses, start, unfinished
+from tests.tiny_runs import Tiny, flags
+
+CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny, tmp_path_factory.mktemp("launched"))
+
+
+def launch(runs: Runs, config: str, script: list[str], name: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+    """A run of stage 2 in two processes."""
+    chosen = runs.fields("finetune", per_device_train_batch_size=2, **fields)
+    line = flags(runs.tiny, **chosen, output_dir=runs.folder / name)
+    given = ["--config_file", f"recipes/accelerate/{config}.yaml", "--main_process_port", "0"]
+    return start(["accelerate.commands.launch", *given, *script, *line])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_configuration(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert str(config.distributed_type.value) == yaml.safe_load(path.read_text(encoding="utf-8"))["distributed_type"]
+    assert config.num_processes == 2
+
+
+@pytest.mark.distributed
+def test_ddp_equals_one_process(runs: Runs) -> None:
+    done = launch(runs, "ddp_2gpu", ["recipes/finetune_lora.py"], "ddp", **FULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("The run is done") == 1
+    runs.one("one", "finetune", per_device_train_batch_size=4, **FULL)
+    assert_same(runs.folder / "one", runs.folder / "ddp")
+
+
+@pytest.mark.distributed
+def test_fsdp2_with_4bit_weights_equals_one_process_and_goes_on(runs: Runs) -> None:
+    done = launch(runs, "fsdp2_qlora", ["tests/distributed/sharded.py", "finetune"], "fsdp")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs.one("one_4bit", "finetune", per_device_train_batch_size=4)
+    assert_same(runs.folder / "one_4bit", runs.folder / "fsdp")
+    stopped = unfinished(runs.folder / "fsdp", runs.folder / "fsdp_again")
+    done = launch(runs, "fsdp2_qlora", ["tests/distributed/sharded.py", "finetune"], stopped.name)
+    assert done.returncode == 0 and "Continuing from" in done.stdout, done.stdout + done.stderr
+    assert_same(runs.folder / "one_4bit", stopped)
+
+
+@pytest.mark.distributed
+def test_fsdp_is_not_quietly_something_else(runs: Runs) -> None:
+    """Without GPUs accelerate makes it DDP."""
+    done = launch(runs, "fsdp2_qlora", ["recipes/finetune_lora.py"], "no_fsdp")
+    assert done.returncode != 0
+    assert done.stderr.count("qllava: accelerate was told of FSDP and has none here") >= 1
+    assert not checkpoints(runs.folder / "no_fsdp")
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.gpu
+def test_zero2_has_the_losses_of_one_process(runs: Runs) -> None:
+    done = launch(runs, "deepspeed_zero2", ["recipes/finetune_lora.py"], "zero2", **FULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs.one("one_zero2", "finetune", per_device_train_batch_size=4, **FULL)
+    here, there = losses(runs.folder / "one_zero2"), losses(runs.folder / "zero2")
+    assert max(abs(here[step] - there[step]) for step in here) <= LOSS

@@ -1,0 +1,288 @@
+"""Disks that are too small, full in the middle of a save, or read-only; runs cut between two of their last files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qllava.config import InputError
+from qllava.training import disk, folders
+from qllava.training.checkpoints import checkpoints, fault, newest
+from qllava.training.disk import Need
+from qllava.training.run import finetune, pretrain
+from qllava.training.settings import TrainConfig
+from tests.faults.test_survives import ROOT, cut, flip, last_step, same, wait_for
+from tests.tiny_runs import Tiny, flags, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
+
+# Without a limit every save adds to what lies there.
+LONG: dict[str, Any] = {"max_steps": 40, "save_steps": 2, "save_total_limit": 30}
+
+
+def equal(a: Path, b: Path) -> bool:
+    """Adapter and projector of two runs, bit for bit."""
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        first, second = load_file(a / name), load_file(b / name)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
+            return False
+    return True
+
+
+class TestWhatWillBeWritten:
+    @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
+    def test_is_what_was_written(self, tiny: Tiny, tmp_path: Path, lora: bool) -> None:
+        trainer = make_trainer(tiny, tmp_path, lora=lora, max_steps=1, save_strategy="steps", save_steps=1)
+        need = disk.needed(trainer.model, trainer.args, trainer.assembled.processor.tokenizer, 8)
+
+        trainer.train()
+        sizes = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").iterdir()}
+        moments, weights = need.each - need.result, sum(s for n, s in sizes.items() if n.endswith(".safetensors"))
+        assert moments <= sizes["optimizer.pt"] <= 1.35 * moments
+        assert weights <= need.result
+        assert sum(sizes.values()) <= need.each
+
+    def test_lora_that_is_to_come(self, tiny: Tiny, tmp_path: Path) -> None:
+        trainer = make_trainer(tiny, tmp_path / "a")
+        base = make_trainer(tiny, tmp_path / "b", lora=False)
+        tokenizer = base.assembled.processor.tokenizer
+        to_come = disk.lora_of(base.assembled.model, 4)
+        expected = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
+        assert to_come == expected
+        ahead = disk.needed(base.assembled.model, base.args, tokenizer, 8, lora=to_come)
+        assert ahead == disk.needed(trainer.model, trainer.args, tokenizer, 8)
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"max_steps": 100, "save_steps": 10}, 10),
+            ({"max_steps": 100, "save_steps": 10, "save_total_limit": 2}, 3),
+            ({"max_steps": 100, "save_steps": 60, "save_total_limit": 5}, 2),
+            ({"max_steps": 100, "save_steps": 0.25}, 4),
+            ({"max_steps": 100, "save_strategy": "no"}, 1),
+            ({"num_train_epochs": 3, "save_strategy": "epoch"}, 3),
+            ({"num_train_epochs": 2, "save_steps": 5, "per_device_train_batch_size": 4}, 4),
+        ],
+        ids=str,
+    )
+    def test_checkpoints_at_one_time(self, tmp_path: Path, changes: dict[str, Any], expected: int) -> None:
+        values: dict[str, Any] = {"per_device_train_batch_size": 8, "save_total_limit": None, **changes}
+        config = TrainConfig(output_dir=str(tmp_path), **values)
+        assert disk.at_one_time(config, disk.steps_of(config, 40)) == expected
+
+    def test_checkpoints_that_make_way_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(600))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_600, 400))
+        disk.check(tmp_path, Need(1, 900, 100))
+        with pytest.raises(InputError, match="choose another output_dir"):
+            disk.check(tmp_path, Need(1, 900, 101))
+
+
+class TestTooSmallADisk:
+    def test_is_refused_before_the_first_step(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, tmp_path / "run"))
+        said = refusal(caught.value)
+        assert f" to {tmp_path / 'run'} (2 checkpoints of " in said and "are free there" in said
+        assert "save_total_limit" in said and not checkpoints(tmp_path / "run")
+
+    def test_for_stage_2_is_refused_before_stage_1(
+        self, tiny: Tiny, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first alone would fit."""
+        chosen = settings(tiny, tmp_path / "run", pretrain_file=captions, lora_r=64)
+        seen: list[tuple[Need, ...]] = []
+        monkeypatch.setattr(disk, "check", lambda folder, *needs: seen.append(needs))
+        finetune(chosen)
+        together, first, second = seen
+        assert together == (*first, *second)
+        assert second[0].total > first[0].total
+
+
+@pytest.fixture(scope="module")
+def captions(tiny: Tiny) -> Path:
+    """What a stage 1 of finetune's own learns from."""
+    rows = [
+        {"id": f"caption-{number}", "image": f"{number}.png", "conversations": [
+            {"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"{colour} square"}]}
+        for number, colour in enumerate(("red", "green", "blue", "yellow"))
+    ]  # fmt: skip
+    return write_rows(tiny.rows.with_name("disk_captions.json"), rows)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(line, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def started(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
+    """Stage 1 as users start it."""
+    return subprocess.Popen(
+        [sys.executable, "recipes/pretrain_projector.py", *flags(tiny, output_dir=folder, **LONG)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """The one sentence on stderr, behind the bars, of a command that ends with status 1."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    (said,) = [line for line in errors.splitlines() if line.startswith("qllava: ")]
+    return said
+
+
+def fill(place: Path, left: int) -> Path:
+    """Take all room on a disk but so many bytes."""
+    ballast = place / "ballast"
+    with ballast.open("wb") as file:  # the run takes some of it meanwhile
+        while (free := shutil.disk_usage(place).free - left) > 0:
+            file.write(bytes(min(free, 1 << 20)))
+            file.flush()
+    return ballast
+
+
+def remount(place: Path, how: str) -> None:
+    """Make a disk read-only, or writable again; it may be busy for as long as a file is being written."""
+    for _ in range(1000):
+        if not subprocess.run(
+            ["mount", "-o", f"remount,{how}", str(place)], capture_output=True, check=False
+        ).returncode:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"{place} could not be remounted")
+
+
+class TestARealDisk:
+    """A file system that fills, or becomes read-only, under a run: what was saved is whole, and the run goes on."""
+
+    def unharmed(self, folder: Path) -> Path:
+        assert all(fault(place) is None for place in checkpoints(folder))
+        found, skipped = newest(folder)
+        assert found is not None and not skipped and not (folder / "results.json").exists()
+        return found
+
+    def test_fills_in_the_middle_of_a_save(self, tiny: Tiny, tmp_path: Path, small_disk: Path) -> None:
+        folder = small_disk / "run"
+        process = started(tiny, folder)
+        wait_for(process, folder, 5)
+        ballast = fill(small_disk, left=80_000)  # for a line of figures, but not for a checkpoint
+        said = ended(process)
+        found = self.unharmed(folder)
+        failed = folder / f"checkpoint-{int(found.name.removeprefix('checkpoint-')) + 2}"
+        assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
+        assert said.endswith("what was saved before is untouched. Make room and give the command again.")
+        with pytest.raises(InputError, match="are free there; make room"):
+            pretrain(stage1_settings(tiny, folder, **LONG))
+        assert self.unharmed(folder) == found
+        ballast.unlink()
+        pretrain(stage1_settings(tiny, folder, **LONG))
+        assert same(folder, pretrain(stage1_settings(tiny, tmp_path / "whole", **LONG)))
+
+    def test_becomes_read_only(self, tiny: Tiny, tmp_path: Path, small_disk: Path) -> None:
+        folder = small_disk / "run"
+        process = started(tiny, folder)
+        wait_for(process, folder, 5)
+        remount(small_disk, "ro")
+        said = ended(process)
+        assert "could not be saved (" in said and "Read-only file system" in said
+        found = self.unharmed(folder)
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, folder, **LONG))
+        assert refusal(caught.value) == f"The run cannot be written to {folder}: Read-only file system."
+        assert self.unharmed(folder) == found and last_step(folder) >= 5
+        remount(small_disk, "rw")
+        pretrain(stage1_settings(tiny, folder, **LONG))
+        assert same(folder, pretrain(stage1_settings(tiny, tmp_path / "whole", **LONG)))
+
+
+class TestTheEndOfARun:
+    @pytest.mark.parametrize("last", ["write_report", "write_card"])
+    def test_is_not_finished_before_its_report(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+    ) -> None:
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        folder = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(folders, last, killed)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(stage2_settings(tiny, folder))
+        assert not (folder / "results.json").exists()
+        finetune(stage2_settings(tiny, folder))
+        assert all((folder / name).is_file() for name in ("results.json", "report.html", "README.md"))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "Results:" in card and '"eval_loss"' in card and equal(folder, tiny.stage2)
+
+
+class TestDamageAcrossStages:
+    @pytest.fixture(scope="class")
+    def whole(self, tiny: Tiny, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Both stages by one command, a checkpoint after each second step of each."""
+        return finetune(settings(tiny, tmp_path_factory.mktemp("both") / "run", pretrain_file=captions))
+
+    @pytest.fixture
+    def unfinished(self, whole: Path, tmp_path: Path) -> Path:
+        """A copy that has lost the end of stage 2."""
+        folder = tmp_path / "run"
+        shutil.copytree(whole, folder)
+        for name in ("results.json", "adapter_model.safetensors", "projector.safetensors"):
+            (folder / name).unlink()
+        return folder
+
+    @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "removed"])
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_state.pth"])
+    def test_in_stage_2(
+        self,
+        tiny: Tiny,
+        captions: Path,
+        whole: Path,
+        unfinished: Path,
+        damage: Callable[[Path], None],
+        name: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        damage(unfinished / "checkpoint-4" / name)
+        finetune(settings(tiny, unfinished, pretrain_file=captions))
+        said = capsys.readouterr().out
+        assert f"checkpoint-4 is skipped, it is not whole: {name}" in said
+        assert f"Continuing from {unfinished / 'checkpoint-2'}." in said and "Stage 1" not in said
+        assert equal(unfinished, whole)
+
+    def test_in_stage_1(
+        self, tiny: Tiny, captions: Path, whole: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for place in checkpoints(unfinished):
+            shutil.rmtree(place)
+        (unfinished / "stage1" / "results.json").unlink()
+        flip(unfinished / "stage1" / "checkpoint-4" / "optimizer.pt")
+        finetune(settings(tiny, unfinished, pretrain_file=captions))
+        said = capsys.readouterr().out
+        assert f"Continuing from {unfinished / 'stage1' / 'checkpoint-2'}." in said
+        assert equal(unfinished, whole)

@@ -1,0 +1,63 @@
+"""A recipe on a Ray cluster: each worker of Ray Train runs it, with the flags that are not this file's own.
+
+    ray job submit --working-dir . -- python recipes/cluster/ray_train.py --workers 4 --shared /shared/ray \
+        --config recipes/llava15_7b_8gb.yaml --train_file mine.json --output_dir /shared/runs/mine
+
+`pip install 'ray[train]'` on every node; output_dir and data lie on a disk that all of them see. When a worker or its
+machine is lost, Ray starts all workers again, and the same command continues from the newest whole checkpoint. Ray runs
+the function in a thread, where Python lets nobody handle signals: what was computed since the last checkpoint is
+computed again, so choose `save_steps` by that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def work(config: dict[str, Any]) -> None:
+    """What each worker does: `recipes/finetune_lora.py` with these words. Raises RuntimeError when it fails.
+
+    Ray has set RANK, WORLD_SIZE and what else torch.distributed reads.
+    """
+    from qllava.training.run import NANO_FINETUNE, finetune, main
+    from qllava.training.settings import parse
+
+    status = main(finetune, lambda: parse(config["words"], output_dir="runs/finetune_lora", nano=NANO_FINETUNE))
+    if status:
+        raise RuntimeError(f"The recipe ended with status {status}; its own words stand above.")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this file; all others are the recipe's."""
+    parser = argparse.ArgumentParser(description="Run finetune_lora on a Ray cluster.", allow_abbrev=False)
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes, one GPU each (default: 1)")
+    parser.add_argument("--cpu", action="store_true", help="without GPUs")
+    parser.add_argument("--failures", metavar="N", type=int, default=3, help="starts after a loss (default: 3)")
+    parser.add_argument("--shared", metavar="DIR", type=Path, help="where Ray writes its own files; all nodes see it")
+    return parser
+
+
+def launch(arguments: Sequence[str] | None = None) -> None:
+    """Start the workers and wait for them. Raises Ray's TrainingFailedError when they fail too often."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    own, words = command_line().parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    TorchTrainer(
+        work,
+        train_loop_config={"words": words},
+        scaling_config=ScalingConfig(num_workers=own.workers, use_gpu=not own.cpu),
+        run_config=RunConfig(
+            name="qllava",
+            storage_path=str(own.shared.absolute()) if own.shared else None,
+            failure_config=FailureConfig(max_failures=own.failures),
+        ),
+    ).fit()
+
+
+if __name__ == "__main__":
+    launch()

@@ -1,0 +1,208 @@
+"""Thirty `kill -9` in nano runs, each followed by the same command: do they end with the weights of an undisturbed one?
+
+    python benchmarks/kills.py --out benchmarks/results/kills.json      (about seven minutes on one core)
+
+Both stages, the second from the projector of the first, over a few hundred of nano's own rows, with a checkpoint after
+every step. Two of three kills wait for `.partial`, the folder of a checkpoint that is being written, and come within
+20 ms; the others come at a drawn moment, its start too, or after two more steps. Half of the first kind let one save
+pass, or no run would ever get further. A kill counts as one in a save when it leaves that folder behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from benchmarks.machine import provenance
+from qllava.nano.dataset import prepare
+from qllava.training.checkpoints import PARTIAL, checkpoints, fault
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS, JITTER = 320, 0.02
+WEIGHTS = ("adapter_model.safetensors", "projector.safetensors")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command: its recipe, how many steps it has, how many kills it gets, and what it is given besides."""
+
+    recipe: str
+    steps: int
+    kills: int
+    given: tuple[str, ...]
+
+    def start(self, folder: Path, log: Path) -> subprocess.Popen[str]:
+        """The command as users type it, in a process of its own; what it says is added to a file."""
+        words = ["--output_dir", folder, "--max_steps", self.steps, "--save_strategy", "steps"]
+        words += [
+            "--save_steps",
+            1,
+            "--save_total_limit",
+            2,
+            "--per_device_train_batch_size",
+            8,
+            "--eval_strategy",
+            "no",
+            *self.given,
+        ]
+        line = [sys.executable, str(ROOT / "recipes" / self.recipe), *map(str, words)]
+        with log.open("a", encoding="utf-8") as file:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            return subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One of them: seconds after the command began, whether a save was under way, and the whole checkpoints left."""
+
+    recipe: str
+    seconds: float
+    in_save: bool
+    newest: str | None
+
+
+def write_rows(folder: Path) -> tuple[Path, Path, Path]:
+    """Some of nano's captions and conversations; returns both files and the folder of their pictures."""
+    data = prepare()
+    files = []
+    for path in (data.pretrain, data.train):
+        files.append(folder / path.name)
+        files[-1].write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))[:ROWS]), encoding="utf-8")
+    return files[0], files[1], data.folder
+
+
+def wait_for_save(process: subprocess.Popen[str], folder: Path, pass_by: int, dice: random.Random) -> None:
+    """Until a checkpoint is being written, after `pass_by` others."""
+    aside, saves, was = folder / PARTIAL, 0, (folder / PARTIAL).exists()
+    while process.poll() is None:
+        now = aside.exists()
+        saves += now and not was
+        if saves > pass_by:
+            time.sleep(dice.uniform(0, JITTER))
+            return
+        was = now
+        time.sleep(0.001)
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, seconds: float) -> None:
+    """So many seconds, but no longer than two more checkpoints: the run has to last for all kills."""
+    until, first = time.monotonic() + seconds, newest_step(folder)
+    while process.poll() is None and time.monotonic() < until and newest_step(folder) < first + 2:
+        time.sleep(0.002)
+
+
+def newest_step(folder: Path) -> int:
+    """Of the checkpoint with the highest number, 0 without one."""
+    return max((int(place.name.removeprefix("checkpoint-")) for place in checkpoints(folder)), default=0)
+
+
+def kill_once(stage: Stage, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
+    """Start the command and kill it. Raises RuntimeError when it ends before, well or not."""
+    began, clock = time.monotonic(), time.time()
+    process = stage.start(folder, log)
+    if number % 3:
+        wait_for_save(process, folder, number % 2, dice)
+    else:
+        wait_for(process, folder, dice.uniform(0, longest))
+    seconds = time.monotonic() - began
+    process.kill()
+    if process.wait() != -9:
+        raise RuntimeError(f"{stage.recipe} ended by itself with {process.returncode} at kill {number}; see {log}.")
+    whole = [place.name for place in checkpoints(folder) if fault(place) is None]
+    aside = folder / PARTIAL  # one that an earlier kill left is older than this command
+    in_save = aside.exists() and aside.stat().st_mtime > clock
+    return Kill(stage.recipe, round(seconds, 2), in_save, whole[-1] if whole else None)
+
+
+def differing(a: Path, b: Path) -> tuple[int, list[str]]:
+    """How many tensors two runs have, and the names of those that are not equal bit for bit."""
+    count, names = 0, []
+    for file in WEIGHTS:
+        if not (a / file).exists() and not (b / file).exists():
+            continue
+        first, second = load_file(a / file), load_file(b / file)
+        count += len(first)
+        names += sorted(first.keys() ^ second.keys())
+        names += [f"{file}: {n}" for n in first.keys() & second.keys() if not _bits_equal(first[n], second[n])]
+    return count, names
+
+
+def _bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
+    """Both stages, undisturbed and killed."""
+    captions, conversations, pictures = write_rows(work)
+    log, dice, told, compared, wrong = work / "said.txt", random.Random(seed), [], 0, []
+    first = kills // 3
+    rows = ("--image_folder", str(pictures), "--train_file")
+    stages = (
+        Stage("pretrain_projector.py", 2 * first + 4, first, (*rows, str(captions))),
+        Stage("finetune_lora.py", 2 * (kills - first) + 4, kills - first, (*rows, str(conversations))),
+    )
+    bar = tqdm(total=kills, desc="Kills", unit=" kills", disable=None)
+    for number, stage in enumerate(stages):
+        whole, killed = work / f"whole-{number}", work / f"killed-{number}"
+        if number:  # each from its own stage 1: what differed there would differ here
+            given = [Stage(stage.recipe, stage.steps, stage.kills, (*stage.given, "--projector", str(p)))
+                     for p in (work / "whole-0", work / "killed-0")]  # fmt: skip
+        else:
+            given = [stage, stage]
+        began = time.monotonic()
+        if status := given[0].start(whole, log).wait():
+            raise RuntimeError(f"{stage.recipe} ended with {status}; see {log}.")
+        undisturbed = time.monotonic() - began
+        for kill in range(stage.kills):
+            told.append(kill_once(given[1], killed, log, kill, undisturbed * 0.6, dice))
+            bar.update()
+        if status := given[1].start(killed, log).wait():
+            raise RuntimeError(f"{stage.recipe} ended with {status} after its kills; see {log}.")
+        count, names = differing(whole, killed)
+        compared, wrong = compared + count, wrong + names
+    bar.close()
+    return {
+        "kills": len(told),
+        "in_saves": sum(kill.in_save for kill in told),
+        "tensors_compared": compared,
+        "tensors_that_differ": wrong,
+        "each": [asdict(kill) for kill in told],
+    }
+
+
+def main() -> int:
+    """Measure, print and write; status 1 when a tensor differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the result here, as JSON")
+    parser.add_argument("--folder", type=Path, help="work here, and keep it")
+    arguments = parser.parse_args()
+    work = arguments.folder or Path(tempfile.mkdtemp(prefix="qllava-kills-"))
+    work.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    found = {**provenance("cpu"), "seed": arguments.seed, **measure(work, arguments.kills, arguments.seed)}
+    found["seconds"] = round(time.monotonic() - began)
+    print(json.dumps({key: value for key, value in found.items() if key != "each"}, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if not arguments.folder:
+        shutil.rmtree(work)
+    return 1 if found["tensors_that_differ"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -134,7 +134,9 @@ def test_proposed_flags_can_be_given(path: Path) -> None:
 def test_without_bf16_it_is_fp16(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(TrainConfig.__mro__[1], "__post_init__", lambda self: None)  # it would look for the card
+    base = TrainConfig.__mro__[1]
+    monkeypatch.setattr(base, "__post_init__", lambda self: None)  # it would look for the card, and so would this:
+    monkeypatch.setattr(base, "n_gpu", 1)
     train = load(path).train
     assert train.fp16 and not train.bf16
 

@@ -141,7 +141,7 @@ def started(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "recipes/pretrain_projector.py", *flags(tiny, output_dir=folder, **LONG)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

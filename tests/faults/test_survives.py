@@ -172,7 +172,7 @@ def start(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "recipes/pretrain_projector.py", *line],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -135,7 +135,7 @@ def test_logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     pieces = exact._scores(head, hidden, targets)
     (found,) = torch.autograd.grad(pieces[0].sum(), hidden)
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    torch.testing.assert_close(pieces, whole)  # how a product rounds may depend on its rows: it does on an AMD EPYC
     torch.testing.assert_close(found, wanted)
     assert max(sizes) == 7
 

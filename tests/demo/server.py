@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ class Visitor:
         weakref.finalize(self, self.client.close)
         self.client.get("/")
         self.session = secrets.token_hex(5)
+        self.hears = threading.Event()  # the first words of an answer
         config = self.client.get("/config").json()
         self.handlers = {dep["id"]: dep for dep in config["dependencies"]}
         self.components = {c["id"]: c for c in config["components"]}
@@ -158,6 +160,7 @@ class Visitor:
                     self.refused = "" if event["success"] else str(output.get("error"))
                     return output.get("data") or found if event["success"] else []
                 if event.get("msg") == "process_generating" and not found:
+                    self.hears.set()
                     found = event["output"].get("data") or []  # later ones hold what has changed
         return found
 

@@ -238,7 +238,7 @@ def test_stop_ends_the_models_thread_and_keeps_what_was_said(tmp_path: Path) -> 
         visitor, answers = Visitor(address), list[list[Any]]()
         thread = threading.Thread(target=lambda: answers.append(visitor.ask("Talk")))
         thread.start()
-        wait_until(lambda: computes(process, tmp_path), 60)
+        assert visitor.hears.wait(60) and computes(process, tmp_path)
         presser = Visitor(address)
         presser.client.cookies, presser.session = visitor.client.cookies, visitor.session
         presser.press("question", "stop", wait=False)

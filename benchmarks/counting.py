@@ -12,15 +12,32 @@ from typing import Any
 
 import bitsandbytes  # noqa: F401  # defines the operation that is counted
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def counter() -> FlopCounterMode:
     """A context in which FLOPs are counted; `get_total_flops()` says how many."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.bitsandbytes.gemm_4bit: _packed_product})
+    aten: Any = torch.ops.aten
+    told = {
+        torch.ops.bitsandbytes.gemm_4bit: _packed_product,
+        # torch before 2.15 counts attention on a GPU alone.
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=told)
 
 
 def _packed_product(a: Any, b: Any, shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """(..., K) times a packed (N, K)."""
     n, k = shape
     return 2 * prod(a[:-1]) * int(n) * int(k)
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))

@@ -25,9 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from qllava import page
+from qllava.data.images import open_image
+from qllava.data.rows import RowError
 from qllava.evaluation.vqa import is_correct
 from qllava.page import Bar, Html, Series
 from qllava.training.numbers import SPIKES_FILE, shown
@@ -251,9 +251,8 @@ def _picture(folder: Path, name: str) -> Html:
         return page.paragraph("No picture: a question of text alone.", muted=True)
     inside = folder / name
     try:
-        with Image.open(inside if inside.exists() else Path(name)) as image:
-            return page.picture(image, Path(name).name)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return page.picture(open_image(inside if inside.exists() else Path(name)), Path(name).name)
+    except RowError:
         return page.paragraph(f"{name} cannot be opened any more.", muted=True)
 
 

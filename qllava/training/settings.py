@@ -43,6 +43,10 @@ NO_EFFECT = {
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "resume_from_checkpoint": "the newest checkpoint in output_dir is taken",
     "save_only_model": "a checkpoint holds all that it takes to continue",
+    "push_to_hub": "nothing is published while it is being trained; upload the finished run's folder, or what "
+    "`qllava merge` wrote",
+    "data_seed": "the field `seed` draws the order too",
+    "train_sampling_strategy": "samples about one picture come together, in an order that the seed draws",
     "load_best_model_at_end": "the last weights are the result; every checkpoint can be merged instead",
 }
 
@@ -101,7 +105,9 @@ class TrainConfig(SFTConfig):
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin anew where a finished run lies."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Begin anew where a finished run lies; an unfinished one goes on."}
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

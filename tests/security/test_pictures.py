@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import EpsImagePlugin, Image
 
 from qllava.data.images import open_image
 from qllava.data.rows import RowError
+from qllava.training.report import write_report
 
 
 @pytest.mark.parametrize("name", ["a.eps", "a.png"])
@@ -23,3 +25,12 @@ def test_ghostscript_is_not_called(tmp_path: Path, name: str, monkeypatch: pytes
     with Image.open(tmp_path / name) as image, pytest.raises(Exception):  # noqa: B017  # the check can fail
         image.load()
     assert called
+
+
+def test_a_report_calls_it_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", format="EPS")
+    (tmp_path / "samples.json").write_text(json.dumps([{"image": "a.png", "question": "?", "truth": "!"}]))
+    called: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: called.append(given))
+    write_report(tmp_path)
+    assert not called and "a.png cannot be opened any more." in (tmp_path / "report.html").read_text(encoding="utf-8")

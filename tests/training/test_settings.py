@@ -88,6 +88,9 @@ def test_config_with_an_equals_sign(config: Any) -> None:
         ("eval_strategy: sometimes", "do not fit together"),
         ("packing: true", "packing has no effect in qllava: rows are laid out by qllava"),
         ("resume_from_checkpoint: there", "resume_from_checkpoint has no effect"),
+        ("push_to_hub: true", "push_to_hub has no effect in qllava: nothing is published while"),
+        ("data_seed: 3", "data_seed has no effect"),
+        ("train_sampling_strategy: sequential", "train_sampling_strategy has no effect"),
     ],
 )
 def test_a_yaml_that_cannot_be_used(config: Any, text: str, expected: str) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import seed_worker
 
 from qllava.data.packing import shares_of, steps_of
 from qllava.training.settings import TrainConfig
+from qllava.training.signals import leave_to_main
 
 
 def samples_per_step(config: TrainConfig) -> int:
@@ -77,6 +78,11 @@ def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: Train
         prefetch_factor=config.dataloader_prefetch_factor,
         multiprocessing_context=config.dataloader_multiprocessing_context,
         in_order=config.dataloader_in_order,
-        worker_init_fn=partial(seed_worker, num_workers=workers, rank=config.process_index),
+        worker_init_fn=partial(_begin_worker, workers=workers, rank=config.process_index),
     )
     return prepare_data_loader(batches, device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def _begin_worker(number: int, *, workers: int, rank: int) -> None:
+    leave_to_main()
+    seed_worker(number, num_workers=workers, rank=rank)

@@ -52,6 +52,7 @@ class SaveAndStop(TrainerCallback):
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._stopping = False
 
     def ask(self, name: str) -> None:
         """Called by the signal's handler."""
@@ -66,8 +67,14 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, if a signal came."""
         if self.agree() is not None:
+            self._stopping = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An epoch that ends by a signal is measured no more than a step, and its step is saved already."""
+        if self._stopping:  # not `name`: in that all processes have not agreed
+            control.should_save = control.should_evaluate = False
 
     def agree(self) -> str | None:
         """The signal that came, to whichever process: all of them stop at the same step."""
@@ -77,6 +84,17 @@ class SaveAndStop(TrainerCallback):
             return None  # what came since then is for the next step
         self.name = names[number - 1]
         return self.name
+
+
+def leave_to_main() -> None:
+    """In a worker of the data loader: what is sent to all processes of a run at once is for the main one to answer.
+
+    torch ends a run whose worker has died of a signal, before anything could be saved. Workers end with their loader,
+    and when the main process is gone.
+    """
+    for name in STATUS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _end(name: str) -> None:

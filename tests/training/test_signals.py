@@ -38,6 +38,18 @@ def test_asks_for_a_save_and_a_second_interrupt_is_the_kernels() -> None:
     assert control.should_save and control.should_training_stop and not control.should_evaluate
 
 
+def test_the_end_of_its_epoch_is_not_measured() -> None:
+    """Transformers asks for that once more when it has left the epoch."""
+    stop, control = SaveAndStop(), TrainerControl(should_evaluate=True, should_save=True, should_training_stop=True)
+    stop.name = "SIGTERM"  # came after the last step: the other processes do not know of it
+    stop.on_epoch_end(None, None, control)
+    assert control.should_evaluate and control.should_save
+    stop.on_step_end(None, None, control)
+    control.should_evaluate = control.should_save = True
+    stop.on_epoch_end(None, None, control)
+    assert not control.should_evaluate and not control.should_save
+
+
 def test_another_thread_is_let_alone() -> None:
     kept = signal.getsignal(signal.SIGTERM)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/kills.py --out benchmarks/results/kills.json      (about seven minutes on one core)
 
-Both stages, the second from the projector of the first, over a few hundred of nano's own rows, with a checkpoint after
-every step. Two of three kills wait for `.partial`, the folder of a checkpoint that is being written, and come within
-20 ms; the others come at a drawn moment, its start too, or after two more steps. Half of the first kind let one save
-pass, or no run would ever get further. A kill counts as one in a save when it leaves that folder behind.
+Two runs over a few hundred of nano's own rows, with a checkpoint after every step: stage 1 alone, and both stages by
+one command. (There nano's stage 1 saves nothing: the first kill waits for its end, and comes before stage 2 has saved.)
+Of the others two of three wait for `.partial`, the folder of a checkpoint that is being written, and come within 20 ms;
+the rest come at a drawn moment, its start too, or after two more steps. Half of the first kind let one save pass, or no
+run would ever get further. A kill counts as one in a save when it leaves that folder behind.
 """
 
 from __future__ import annotations
@@ -32,32 +33,24 @@ from qllava.training.checkpoints import PARTIAL, checkpoints, fault
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, JITTER = 320, 0.02
-WEIGHTS = ("adapter_model.safetensors", "projector.safetensors")
+WEIGHTS = ("adapter_model.safetensors", "projector.safetensors", "stage1/projector.safetensors")
+STAGE1_DONE = Path("stage1") / "results.json"
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One command: its recipe, how many steps it has, how many kills it gets, and what it is given besides."""
+class Run:
+    """One command: its recipe, steps of a stage, kills, whether it does both stages, and what it is given besides."""
 
     recipe: str
     steps: int
     kills: int
+    both: bool
     given: tuple[str, ...]
 
     def start(self, folder: Path, log: Path) -> subprocess.Popen[str]:
         """The command as users type it, in a process of its own; what it says is added to a file."""
-        words = ["--output_dir", folder, "--max_steps", self.steps, "--save_strategy", "steps"]
-        words += [
-            "--save_steps",
-            1,
-            "--save_total_limit",
-            2,
-            "--per_device_train_batch_size",
-            8,
-            "--eval_strategy",
-            "no",
-            *self.given,
-        ]
+        words = ["--output_dir", folder, "--max_steps", self.steps, "--save_strategy", "steps", "--save_steps", 1]
+        words += ["--save_total_limit", 2, "--per_device_train_batch_size", 8, "--eval_strategy", "no", *self.given]
         line = [sys.executable, str(ROOT / "recipes" / self.recipe), *map(str, words)]
         with log.open("a", encoding="utf-8") as file:
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -66,11 +59,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Kill:
-    """One of them: seconds after the command began, whether a save was under way, and the whole checkpoints left."""
+    """One of them: seconds after the command began, what was under way, the newest whole checkpoint that is left."""
 
     recipe: str
     seconds: float
     in_save: bool
+    between_stages: bool
     newest: str | None
 
 
@@ -104,27 +98,39 @@ def wait_for(process: subprocess.Popen[str], folder: Path, seconds: float) -> No
         time.sleep(0.002)
 
 
+def wait_for_stage2(process: subprocess.Popen[str], folder: Path, seconds: float) -> None:
+    """Until stage 1 has ended, and so many seconds more, but not until stage 2 begins to save."""
+    while process.poll() is None and not (folder / STAGE1_DONE).exists():
+        time.sleep(0.002)
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until and not (folder / PARTIAL).exists():
+        time.sleep(0.001)
+
+
 def newest_step(folder: Path) -> int:
     """Of the checkpoint with the highest number, 0 without one."""
     return max((int(place.name.removeprefix("checkpoint-")) for place in checkpoints(folder)), default=0)
 
 
-def kill_once(stage: Stage, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
+def kill_once(run: Run, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
     """Start the command and kill it. Raises RuntimeError when it ends before, well or not."""
     began, clock = time.monotonic(), time.time()
-    process = stage.start(folder, log)
-    if number % 3:
+    process = run.start(folder, log)
+    if number == 0 and run.both:
+        wait_for_stage2(process, folder, dice.uniform(0, 2))
+    elif number % 3:
         wait_for_save(process, folder, number % 2, dice)
     else:
         wait_for(process, folder, dice.uniform(0, longest))
     seconds = time.monotonic() - began
     process.kill()
     if process.wait() != -9:
-        raise RuntimeError(f"{stage.recipe} ended by itself with {process.returncode} at kill {number}; see {log}.")
+        raise RuntimeError(f"{run.recipe} ended by itself with {process.returncode} at kill {number}; see {log}.")
     whole = [place.name for place in checkpoints(folder) if fault(place) is None]
     aside = folder / PARTIAL  # one that an earlier kill left is older than this command
     in_save = aside.exists() and aside.stat().st_mtime > clock
-    return Kill(stage.recipe, round(seconds, 2), in_save, whole[-1] if whole else None)
+    between = (folder / STAGE1_DONE).exists() and not whole
+    return Kill(run.recipe, round(seconds, 2), in_save, between, whole[-1] if whole else None)
 
 
 def differing(a: Path, b: Path) -> tuple[int, list[str]]:
@@ -145,38 +151,35 @@ def _bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
-    """Both stages, undisturbed and killed."""
+    """Both runs, undisturbed and killed."""
     captions, conversations, pictures = write_rows(work)
     log, dice, told, compared, wrong = work / "said.txt", random.Random(seed), [], 0, []
     first = kills // 3
     rows = ("--image_folder", str(pictures), "--train_file")
-    stages = (
-        Stage("pretrain_projector.py", 2 * first + 4, first, (*rows, str(captions))),
-        Stage("finetune_lora.py", 2 * (kills - first) + 4, kills - first, (*rows, str(conversations))),
+    both = (*rows, str(conversations), "--pretrain_file", str(captions))
+    runs = (
+        Run("pretrain_projector.py", 2 * first + 4, first, False, (*rows, str(captions))),
+        Run("finetune_lora.py", 2 * (kills - first) + 4, kills - first, True, both),
     )
     bar = tqdm(total=kills, desc="Kills", unit=" kills", disable=None)
-    for number, stage in enumerate(stages):
+    for number, run in enumerate(runs):
         whole, killed = work / f"whole-{number}", work / f"killed-{number}"
-        if number:  # each from its own stage 1: what differed there would differ here
-            given = [Stage(stage.recipe, stage.steps, stage.kills, (*stage.given, "--projector", str(p)))
-                     for p in (work / "whole-0", work / "killed-0")]  # fmt: skip
-        else:
-            given = [stage, stage]
         began = time.monotonic()
-        if status := given[0].start(whole, log).wait():
-            raise RuntimeError(f"{stage.recipe} ended with {status}; see {log}.")
+        if status := run.start(whole, log).wait():
+            raise RuntimeError(f"{run.recipe} ended with {status}; see {log}.")
         undisturbed = time.monotonic() - began
-        for kill in range(stage.kills):
-            told.append(kill_once(given[1], killed, log, kill, undisturbed * 0.6, dice))
+        for kill in range(run.kills):
+            told.append(kill_once(run, killed, log, kill, undisturbed * 0.6, dice))
             bar.update()
-        if status := given[1].start(killed, log).wait():
-            raise RuntimeError(f"{stage.recipe} ended with {status} after its kills; see {log}.")
+        if status := run.start(killed, log).wait():
+            raise RuntimeError(f"{run.recipe} ended with {status} after its kills; see {log}.")
         count, names = differing(whole, killed)
         compared, wrong = compared + count, wrong + names
     bar.close()
     return {
         "kills": len(told),
         "in_saves": sum(kill.in_save for kill in told),
+        "between_stages": sum(kill.between_stages for kill in told),
         "tensors_compared": compared,
         "tensors_that_differ": wrong,
         "each": [asdict(kill) for kill in told],

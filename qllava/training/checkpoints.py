@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from qllava.config import InputError
@@ -25,6 +26,8 @@ from qllava.training.order import samples_per_step
 from qllava.training.settings import Settings
 
 MANIFEST_FILE = "manifest.json"
+BEGUN_FILE = "begun.json"
+"""In a finished stage 1, whose checkpoints may be gone: what the run was begun with."""
 PARTIAL = ".partial"
 
 # Settings, or beginnings that end in _, that do not decide what is learned: where things lie, what is shown, measured
@@ -36,11 +39,12 @@ _FREE = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub", "disable_tqdm"),
     *("eval_", "do_", "save_", "per_device_eval_batch_size", "dataloader_", "resume_from_checkpoint", "debug"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes decides
-    *("bf16", "fp16", "tf32", "use_cpu", "local_rank", "ddp_", "fsdp", "fsdp_config", "deepspeed"),
+    *("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "tf32", "use_cpu"),
+    *("local_rank", "ddp_", "fsdp", "fsdp_config", "deepspeed"),
     *("accelerator_config", "parallelism_config", "torch_", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_", "auto_find_batch_size", "use_cache"),
     *("tokens_per_row", "fit_memory", "recompute_layers", "stop_tower", "prune_last_layer", "lora_first"),
-    *("compile_layers", "share_image_prefix", "include_", "skip_memory_metrics", "enable_jit_checkpoint"),
+    *("compile_layers", "include_", "skip_memory_metrics", "enable_jit_checkpoint"),
     *("batch_eval_metrics", "prediction_loss_only", "full_determinism", "dataset_kwargs", "remove_unused_columns"),
 )
 
@@ -49,25 +53,45 @@ _FREE = (
 def saving(what: str) -> Iterator[None]:
     """Turn a failure to write into one sentence.
 
-    A full disk is an OSError to Python alone: safetensors and torch have errors of their own.
+    A full disk is an OSError to Python alone: safetensors and torch have errors of their own. What a GPU or another
+    process raises while it hands over its weights is no matter of the disk.
     """
     try:
         yield
+    except (torch.AcceleratorError, torch.distributed.DistError):
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
-            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room and give "
-            "the command again."
+            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room, or make it "
+            "writable, and give the command again."
         ) from error
 
 
-def begun_with(settings: Settings, hashes: list[dict[str, str]]) -> dict[str, Any]:
-    """What decides a run: its settings but for the free ones, and the hashes of its rows by the name of their file."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all, whenever the process is killed."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    flush(aside)
+    aside.rename(path)
+    flush(path.parent)
+
+
+def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What decides a run: its settings but for the free ones, and the hashes of its rows.
+
+    rows: of each field, the files in their order (`data.hashes_of`): it decides the place of every sample. Their names
+    decide nothing.
+    """
     every = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
     chosen = {name: value for name, value in every.items() if not _is_free(name)}
-    rows = {f"rows of {entry['file']}": entry["sha256"] for entry in hashes}
+    hashes = {
+        f"file {number} of {field}": entry["sha256"]
+        for field, files in rows.items()
+        for number, entry in enumerate(files, start=1)
+    }
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
     batch = {"samples_per_step": samples_per_step(settings.train)}
-    return json.loads(json.dumps({**chosen, **batch, **mixture, **rows}, default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({**chosen, **batch, **mixture, **hashes}, default=str))  # type: ignore[no-any-return]
 
 
 def _is_free(name: str) -> bool:
@@ -82,13 +106,17 @@ def _mixture(given: Any) -> Any:
 
 
 def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Compare with what a folder's newest checkpoint was begun with. Raises InputError that shows the difference."""
-    for place in reversed(checkpoints(folder)):
+    """Compare with what a folder's stage, or its newest checkpoint, was begun with.
+
+    Raises InputError that shows the difference.
+    """
+    for place in (folder, *reversed(checkpoints(folder))):
         try:
-            before = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))["begun_with"]
+            record = place / (BEGUN_FILE if place == folder else MANIFEST_FILE)
+            before = json.loads(record.read_text(encoding="utf-8"))["begun_with"]
             differing = sorted(name for name in before.keys() | begun.keys() if before.get(name) != begun.get(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not whole: `newest` says so
+            continue  # not there, or not whole: `newest` says so
         if differing:
             shown = [
                 f"{name} was {_short(before.get(name))} and is {_short(begun.get(name))}" for name in differing[:5]
@@ -112,16 +140,33 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def seal(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails."""
+def seal(folder: Path, begun: Mapping[str, Any], optim: str = "") -> None:
+    """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails.
+
+    optim: which optimizer's state is saved; one that memory has chosen does not stand in `begun`.
+    """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _flush(path)
+        flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST_FILE
-    manifest.write_text(json.dumps({"files": files, "begun_with": begun}, indent=1) + "\n", encoding="utf-8")
-    _flush(manifest)
-    _flush(folder)
+    content = {"files": files, "begun_with": begun, "optim": optim}
+    manifest.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(manifest)
+    flush(folder)
+
+
+def optim_of(folder: Path) -> str | None:
+    """The optimizer whose state a whole checkpoint holds; None where it does not say."""
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("optim") or None
+
+
+def engine_of(folder: Path) -> tuple[str, int]:
+    """What besides transformers saved the optimizer's state of a checkpoint, and in how many parts; "" for nothing."""
+    if (folder / "pytorch_model_fsdp.bin").is_file():
+        return "FSDP", 1
+    parts = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    return ("DeepSpeed", parts) if parts else ("", 1)
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -129,24 +174,26 @@ def publish(aside: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(aside.with_name(f"old-{aside.name}"))
     aside.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
-def rotate(folder: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints that are whole by their sizes; what is older than these goes.
+def rotate(saved: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints up to the one that has just been saved; without a limit, all of them.
 
-    The last whole one stays whatever the limit, and a folder is renamed before it is removed: killed in between, none
-    is left half under its name.
+    Those of later steps go: the run was not continued from them, because they were not whole, and would be counted and
+    looked at again. Older ones count when they are whole by their sizes. A folder is renamed before it is removed:
+    killed in between, none is left half under its name.
     """
-    if not limit:
-        return
-    every = checkpoints(folder)
-    whole = [place for place in every if fault(place, read=False) is None]
-    for old in every[: every.index(whole[-limit:][0])] if whole else []:
-        going = folder / PARTIAL / old.name
-        going.parent.mkdir(exist_ok=True)
-        old.rename(going)
-        shutil.rmtree(going.parent)
+    every = checkpoints(saved.parent)
+    so_far = every[: every.index(saved) + 1]
+    whole = [place for place in so_far if place == saved or fault(place, read=False) is None]
+    kept = so_far[so_far.index(whole[-limit:][0]) :] if limit else so_far
+    for place in every:
+        if place not in kept:
+            going = saved.parent / PARTIAL / place.name
+            going.parent.mkdir(exist_ok=True)
+            place.rename(going)
+            shutil.rmtree(going.parent)
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:
@@ -184,7 +231,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

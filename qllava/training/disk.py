@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,22 @@ def at_one_time(config: TrainConfig, steps: int) -> int:
     return min(saves, config.save_total_limit + 1) if config.save_total_limit else saves
 
 
-def check(folder: Path, *needs: Need) -> None:
-    """Whether what stages will write fits beside a folder's run. Raises InputError when it does not.
+def check(needs: Mapping[Path, Need]) -> None:
+    """Whether what stages will write, each into its folder, fits. Raises InputError when it does not.
 
-    Checkpoints that are there already are part of it: they make way for new ones.
+    Checkpoints that a stage has already are part of it: they make way for new ones. All folders lie on one disk.
     """
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    places = [p for p in files if any(n.startswith((PARTIAL, "checkpoint-")) for n in p.relative_to(folder).parts)]
-    there = sum(p.stat().st_size for p in places)
-    total, free = sum(need.total for need in needs) - there, shutil.disk_usage(folder).free
+    there = 0
+    for folder in needs:
+        places = [p for p in folder.glob("*") if p.name == PARTIAL or p.name.startswith("checkpoint-")]
+        there += sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
+    run = min(needs, key=lambda folder: len(folder.parts))
+    total, free = sum(need.total for need in needs.values()) - there, shutil.disk_usage(run).free
     if total <= free:
         return
-    largest = max(needs, key=lambda need: need.total)
+    largest = max(needs.values(), key=lambda need: need.total)
     raise InputError(
-        f"The run will write {format_bytes(total)} to {folder} ({largest.checkpoints} checkpoints of "
+        f"The run will write {format_bytes(total)} to {run} ({largest.checkpoints} checkpoints of "
         f"{format_bytes(largest.each)} at one time, and the result), and {format_bytes(free)} are free there; make "
         "room, choose another output_dir, or keep fewer checkpoints (save_total_limit, a larger save_steps)."
     )

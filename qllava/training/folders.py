@@ -20,11 +20,12 @@ from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import RESULTS_FILE, write_card
 from qllava.nano import dataset as nano
 from qllava.training import processes
-from qllava.training.checkpoints import begun_with, refuse_changes
+from qllava.training.checkpoints import begun_with, flush, refuse_changes, write_whole
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.report import write_report
 from qllava.training.settings import Settings
 
+RUN_FILE = "run.yaml"
 ABOUT_ADAPTER = (
     "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
     "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
@@ -44,11 +45,12 @@ def _opened(settings: Settings) -> Path:
     for given in (settings.model.model_name_or_path, settings.model.projector):
         if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{given} lies in output_dir, which is {folder}; choose another output_dir.")
-    if (folder / RESULTS_FILE).is_file() and not settings.train.overwrite_output_dir:
+    finished = (folder / RESULTS_FILE).is_file()
+    if finished and not settings.train.overwrite_output_dir:
         raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
     try:
-        if settings.train.overwrite_output_dir and (folder / "run.yaml").is_file():
-            shutil.rmtree(folder)
+        if finished:  # an unfinished one is continued: schedulers give the same command again
+            _clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -57,16 +59,32 @@ def _opened(settings: Settings) -> Path:
     return folder
 
 
+def _clear(folder: Path) -> None:
+    """Remove a finished run. What marks it as one goes last: killed in between, it is none that could be continued.
+
+    Raises InputError for a folder that holds something else.
+    """
+    results, settings = folder / RESULTS_FILE, folder / RUN_FILE
+    if not settings.is_file():
+        raise InputError(f"{folder} has a {RESULTS_FILE} and no {RUN_FILE}, so it is no run; choose another one.")
+    for path in folder.iterdir():
+        if path in (results, settings):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    results.unlink()
+
+
 def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
     """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
 
     Writes `data.json` (the rows by their bytes: model cards name them) and `run.yaml`.
     """
-    hashes = hashes_of(files)
-    captions = (
-        parts_of(settings.data.pretrain_file, images(settings), "pretrain_file") if settings.data.pretrain_file else []
-    )
-    begun = begun_with(settings, [*hashes, *hashes_of(captions)])
+    hashes, pretrain_file = hashes_of(files), settings.data.pretrain_file
+    captions = hashes_of(parts_of(pretrain_file, images(settings), "pretrain_file")) if pretrain_file else []
+    begun = begun_with(settings, train_file=hashes, pretrain_file=captions)
     for place in (folder / "stage1", folder):
         refuse_changes(place, begun)
     (folder / DATA_FILE).write_text(json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n", encoding="utf-8")
@@ -77,7 +95,7 @@ def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Pa
 def write_settings(settings: Settings, folder: Path) -> None:
     """Write `run.yaml`."""
     resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
-    (folder / "run.yaml").write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
+    (folder / RUN_FILE).write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -113,15 +131,17 @@ def held_out(settings: Settings) -> list[Part]:
 def finish(folder: Path, results: dict[str, Any]) -> None:
     """Write report, card and results; `results.json` comes last, because it marks the run as finished.
 
-    Killed before it, the same command goes on; killed after it, nothing is missing.
+    Killed before it, the same command goes on; killed after it, nothing is missing, nor after a power cut: what it
+    stands for is on the disk by then.
     """
     write_report(folder, results)
     if adapter_at(str(folder)):
         about = [ABOUT_ADAPTER.format(folder=folder.name)]
         write_card(folder, folder, read_record(folder), "peft", about, results)
-    aside = folder / f".{RESULTS_FILE}"
-    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    aside.rename(folder / RESULTS_FILE)
+    for path in folder.iterdir():
+        if path.is_file():
+            flush(path)
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 def say_next(done: str, commands: list[str]) -> None:

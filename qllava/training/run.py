@@ -8,6 +8,7 @@ The same command again continues an unfinished run at its newest checkpoint; a f
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.training import disk, folders, processes, scores
 from qllava.training.allocator import keep_freed_memory
-from qllava.training.checkpoints import begun_with, refuse_changes
+from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.numbers import SPIKES_FILE
 from qllava.training.settings import Settings, TrainConfig
@@ -80,7 +81,7 @@ def pretrain(settings: Settings) -> Path:
 
 
 def _begin(settings: Settings, folder: Path, files: list[Part]) -> dict[str, Any]:
-    begun = begun_with(settings, hashes_of(files))
+    begun = begun_with(settings, train_file=hashes_of(files))
     refuse_changes(folder, begun)
     folders.write_settings(settings, folder)
     return begun
@@ -120,6 +121,7 @@ def finetune(settings: Settings) -> Path:
     _align(settings, assembled, folder, captions, begun, len(train.lengths))
     if table:
         table.measure("stage1", assembled.model)
+    set_seed(settings.train.seed)  # LoRA begins alike whether stage 1 was trained in this process or in one before
     model = add_lora(assembled, r=model_.lora_r, alpha=model_.lora_alpha, dropout=model_.lora_dropout)
     if start:
         continue_adapter(model, start)
@@ -131,9 +133,8 @@ def finetune(settings: Settings) -> Path:
     after = scores.answers(model, assembled, shown) if shown else []
     measured = table.finish(model) if table else {}
     results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
-    if processes.is_main():
-        scores.write_samples(folder / "samples.json", shown, before, after)
-        folders.finish(folder, results)
+    processes.by_main(partial(scores.write_samples, folder / "samples.json", shown, before, after))
+    processes.by_main(partial(folders.finish, folder, results))
     if table:
         print("\n" + scores.format_table(measured))
     picture = shown[0].images[0] if shown and shown[0].images else "photo.jpg"
@@ -184,21 +185,23 @@ def _align(
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
+        config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // config.world_size)
     stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun)
     model, tokenizer = assembled.model, assembled.processor.tokenizer
-    disk.check(
-        folder,
-        disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
-        disk.needed(model, settings.train, tokenizer, samples, lora=disk.lora_of(model, settings.model.lora_r)),
-    )
+    needs = {
+        stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
+        folder: disk.needed(model, settings.train, tokenizer, samples, lora=disk.lora_of(model, settings.model.lora_r)),
+    }
+    processes.by_main(partial(disk.check, needs))
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     seconds = round(time.monotonic() - started, 1)
-    processes.by_main(partial(_keep, stage1, folder, seconds))
+    processes.by_main(partial(_keep, stage1, folder, seconds, begun))
 
 
-def _keep(stage1: Path, folder: Path, seconds: float) -> None:
+def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> None:
     """End the folder of a stage 1, and tell what it logged in that of the run too."""
+    write_whole(stage1 / BEGUN_FILE, json.dumps({"begun_with": begun}, indent=1) + "\n")
     # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
     for name in (METRICS_FILE, SPIKES_FILE):
         if (stage1 / name).is_file():
@@ -211,6 +214,7 @@ def _keep(stage1: Path, folder: Path, seconds: float) -> None:
 NANO_PRETRAIN: dict[str, Any] = {
     "learning_rate": 3e-3,
     "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
     "num_train_epochs": 1.0,
     "gradient_checkpointing": False,
     "logging_steps": 10,

@@ -14,6 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import processes
+from qllava.training.checkpoints import write_whole
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
@@ -118,8 +120,7 @@ class Table:
     def open(cls, folder: Path, assembled: Assembled) -> Table:
         """Begin a table, or go on with the one that the folder holds."""
         data = nano.prepare()
-        path = folder / SCORES_FILE
-        found = processes.by_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        found = processes.by_main(partial(_kept, folder / SCORES_FILE))
         return cls(
             folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found
         )
@@ -154,8 +155,16 @@ class Table:
 
     def _keep(self, name: str, value: float) -> None:
         self.found[name] = value
-        if processes.is_main():
-            (self.folder / SCORES_FILE).write_text(json.dumps(self.found), encoding="utf-8")
+        processes.by_main(partial(write_whole, self.folder / SCORES_FILE, json.dumps(self.found)))
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What was measured before; what is damaged is measured again."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:

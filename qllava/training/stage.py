@@ -6,6 +6,7 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
 from qllava.training import disk, processes, scores
 from qllava.training.attention import Kernel
-from qllava.training.checkpoints import newest, saving
+from qllava.training.checkpoints import newest, optim_of, saving
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
@@ -39,6 +40,7 @@ from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
 from qllava.training.signals import SaveAndStop, Stopped, handled
 from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, computing_in
+from qllava.training.zero import tensors_only
 
 PROBES = 32
 
@@ -124,7 +126,8 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     held_out = stage.evaluation.dataset if stage.evaluation else None
     _settle_evaluation(stage.config, held_out is not None)
     _check_lengths(stage, assembled)
-    stage, memory = fitted(stage, model, assembled)
+    start = processes.by_main(partial(_start, stage.folder, assembled))
+    stage, memory = fitted(stage, model, assembled, start)
     progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths), SaveAndStop()
     trainer = LlavaTrainer(
         model,
@@ -146,12 +149,14 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     text = "\n".join([*_ledger_lines(model, stage, trainer.kernel, trainer.layers), *memory])
     print(f"\n{text}\n")
     need = disk.needed(model, stage.config, assembled.processor.tokenizer, len(stage.train.lengths))
-    processes.by_main(partial(disk.check, stage.folder, need))
-    start = processes.by_main(partial(_open, stage, held_out, assembled, text))
+    processes.by_main(partial(disk.check, {stage.folder: need}))
+    processes.by_main(partial(_open, stage, held_out, assembled, text))
+    if start is not None:
+        processes.by_main(partial(trainer.check_start, start))
     if stage.config.gradient_checkpointing:
         model.train()
     try:
-        with handled(stop.ask):
+        with handled(stop.ask), tensors_only() if trainer.is_deepspeed_enabled else nullcontext():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except UNPICKLING_REFUSED as error:
         raise InputError(
@@ -161,6 +166,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     finally:
         progress.close()
     if (signal := stop.agree()) is not None:
+        trainer.save_now()  # one that came after the last step
         raise Stopped(signal, trainer.state.global_step)
     model.eval()
     last = trainer.evaluate() if held_out else {}
@@ -170,14 +176,12 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
 
 
-def _open(stage: Stage, held_out: Dataset | None, assembled: Assembled, text: str) -> Path | None:
-    """Write what is known before the first step; returns the checkpoint to continue from."""
+def _open(stage: Stage, held_out: Dataset | None, assembled: Assembled, text: str) -> None:
+    """Write what is known before the first step."""
     (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
-    start = _start(stage.folder, assembled)
     with saving(f"{stage.folder / PROBES_FILE}"):
         # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
         save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
-    return start
 
 
 def _check_lengths(stage: Stage, assembled: Assembled) -> None:
@@ -196,12 +200,18 @@ def _check_lengths(stage: Stage, assembled: Assembled) -> None:
         )
 
 
-def fitted(stage: Stage, model: Any, assembled: Assembled) -> tuple[Stage, list[str]]:
+def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = None) -> tuple[Stage, list[str]]:
     """Row size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
 
+    start: the checkpoint that is continued from, whose optimizer stays too: the state of another is of no use to it.
     Raises InputError when nothing fits.
     """
-    given, on_card = stage.config, torch.cuda.is_available()
+    given, on_card = copy.copy(stage.config), torch.cuda.is_available()
+    fixed = settled(given)
+    if start is not None and (optim := optim_of(start)):
+        given.optim = optim
+        fixed.add("optim")
+        stage = replace(stage, config=given)
     if not (on_card or given.fit_memory):
         return stage, []
     limits = [parse_bytes(given.fit_memory)] if given.fit_memory else []
@@ -222,7 +232,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled) -> tuple[Stage, list[
         limit,
         least_tokens=int(lengths[-1]),
         most_tokens=max(int(lengths[-given.per_device_train_batch_size :].sum()), int(lengths[-1])),
-        fixed=settled(given),
+        fixed=fixed,
     )
     config = copy.copy(given)
     config.tokens_per_row, config.recompute_layers, config.optim = (

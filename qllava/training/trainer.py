@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.training import processes
-from qllava.training.checkpoints import PARTIAL, publish, rotate, saving, seal
+from qllava.training.checkpoints import PARTIAL, engine_of, publish, rotate, saving, seal
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
 from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
@@ -56,12 +57,13 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append one line; flushed, so that a killed run keeps it."""
-        if not processes.is_main():
-            return
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
         line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
+        processes.by_main(partial(self._append, json.dumps(line) + "\n"))
+
+    def _append(self, line: str) -> None:
         with saving(f"{self.path}"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(line)
 
 
 class LlavaTrainer(RowTrainer):
@@ -163,14 +165,29 @@ class LlavaTrainer(RowTrainer):
         samples, self._step = [sample for batch in self._step for sample in batch["kept"].samples], []
         step, mine = self.state.global_step + 1, losses.sum().item()
         loss = processes.mean(mine)
-        # With fp16 an infinite gradient now and then is how the scaler finds its scale; it skips that step itself.
-        searching = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
-        if not (math.isfinite(loss) and (searching or math.isfinite(norm))):
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self._searching())):
             self._end(step, loss, mine, samples)
         if (usual := self._spikes.usual(loss)) is not None:
             ids = processes.every([str(sample["id"]) for sample in samples])
             processes.by_main(partial(self._spikes.tell, step, loss, usual, ids))
         return norm
+
+    def _searching(self) -> bool:
+        """Whether an infinite gradient may be how fp16 finds its scale: it skips that step itself and lowers it."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.deepspeed
+            return bool(self.args.fp16 and engine.optimizer.loss_scale > 1)
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """As transformers does; where a run goes on, with what is told now and not what the checkpoint was told.
+
+        Returns the epochs that are done, and the batches of the one in progress. When the last step was saved already,
+        no other comes: transformers would take one more where `max_steps` ends inside an epoch.
+        """
+        epochs, batches = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)
+        return (self.state.num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _end(self, step: int, loss: float, mine: float, samples: list[dict[str, Any]]) -> NoReturn:
         """End the run, in all processes, at a step whose loss or gradient is not finite. Raises NotFinite.
@@ -238,47 +255,65 @@ class LlavaTrainer(RowTrainer):
 
         def whole() -> None:
             with saving(f"The checkpoint {folder / name}"):
-                seal(aside / name, self.begun_with)
+                seal(aside / name, self.begun_with, str(getattr(self.args.optim, "value", self.args.optim)))
                 publish(aside / name, folder / name)
 
         try:
             processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
-            # Each process has a random state of its own to save; the seal is for all that they wrote.
-            with processes.together(), saving(f"The checkpoint {folder / name}"):
+            # Each process has a random state of its own to save; the seal is for all that they wrote. Where weights or
+            # state are shared out the processes wait for each other in there, so one that fails ends by itself.
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            with nullcontext() if sharded else processes.together(), saving(f"The checkpoint {folder / name}"):
                 super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
             processes.by_main(whole)
         finally:
             self._aside, self.args.save_total_limit = None, limit
             if processes.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
-        processes.by_main(partial(rotate, folder, limit))
+        processes.by_main(partial(rotate, folder / name, limit))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """An adapter is loaded by transformers; the projector of a stage 1 from its own file.
+    def save_now(self) -> None:
+        """Save the step that was computed last, unless it has been."""
+        if not (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}").is_dir():
+            self._save_checkpoint(self.model_wrapped, None)
 
-        Raises InputError where FSDP has saved and something else goes on, or the other way round, and where a
-        weight is not finite.
+    def check_start(self, checkpoint: Path) -> None:
+        """Whether a whole checkpoint can be continued from here, before anything of it is loaded.
+
+        Raises InputError where another engine has saved the optimizer's state (each has a form of its own, and
+        transformers would begin with an empty one), and where a weight is not finite.
         """
-        checkpoint = Path(resume_from_checkpoint)
-        if (checkpoint / "pytorch_model_fsdp.bin").is_file() != self.is_fsdp_enabled:
+        own = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
+        engine, count = engine_of(checkpoint)
+        if engine != own:
             raise InputError(
-                f"{checkpoint} was saved {'without' if self.is_fsdp_enabled else 'with'} FSDP, whose "
-                "optimizer state is another; continue as the run began."
+                f"{checkpoint} was saved {f'under {engine}' if engine else 'without FSDP and DeepSpeed'}, where the "
+                f"optimizer's state has another form than {f'under {own}' if own else 'here'}; continue as the run "
+                "began."
             )
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        lora = isinstance(self.model, PeftModel)
-        path = checkpoint / (ADAPTER_FILE if lora else PROJECTOR_FILE)
-        state = load_file(path)
-        refuse_not_finite(state, path, f"remove {checkpoint}, and the same command continues from the one before")
-        if lora:
+        if engine == "DeepSpeed" and count != processes.share()[1]:
+            raise InputError(
+                f"{checkpoint} was saved by {count} processes under DeepSpeed, which continues with as many only."
+            )
+        path = checkpoint / (ADAPTER_FILE if isinstance(self.model, PeftModel) else PROJECTOR_FILE)
+        hint = f"remove {checkpoint}, and the same command continues from the one before"
+        refuse_not_finite(load_file(path), path, hint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Transformers loads an adapter, and what FSDP shares out; of a stage 1's projector it does not know."""
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
+            state = load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE)
             self.model.model.multi_modal_projector.load_state_dict(state)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
 
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training import disk, folders
-from qllava.training.checkpoints import checkpoints, fault, newest
+from qllava.training import disk, folders, scores
+from qllava.training.checkpoints import checkpoints, fault, newest, saving, write_whole
 from qllava.training.disk import Need
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import TrainConfig
@@ -82,9 +82,18 @@ class TestWhatWillBeWritten:
         (tmp_path / "checkpoint-1").mkdir()
         (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(600))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_600, 400))
-        disk.check(tmp_path, Need(1, 900, 100))
+        disk.check({tmp_path: Need(1, 900, 100)})
         with pytest.raises(InputError, match="choose another output_dir"):
-            disk.check(tmp_path, Need(1, 900, 101))
+            disk.check({tmp_path: Need(1, 900, 101)})
+
+    def test_those_of_the_other_stage_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = tmp_path / "stage1"
+        (first / "checkpoint-1").mkdir(parents=True)
+        (first / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(600))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_600, 400))
+        disk.check({first: Need(1, 300, 100), tmp_path: Need(1, 500, 100)})
+        with pytest.raises(InputError, match=f"to {tmp_path} "):
+            disk.check({tmp_path: Need(1, 400, 100)})
 
 
 class TestTooSmallADisk:
@@ -103,12 +112,12 @@ class TestTooSmallADisk:
     ) -> None:
         """The first alone would fit."""
         chosen = settings(tiny, tmp_path / "run", pretrain_file=captions, lora_r=64)
-        seen: list[tuple[Need, ...]] = []
-        monkeypatch.setattr(disk, "check", lambda folder, *needs: seen.append(needs))
+        seen: list[dict[Path, Need]] = []
+        monkeypatch.setattr(disk, "check", seen.append)
         finetune(chosen)
         together, first, second = seen
-        assert together == (*first, *second)
-        assert second[0].total > first[0].total
+        assert together == first | second and [*together] == [tmp_path / "run" / "stage1", tmp_path / "run"]
+        assert second[tmp_path / "run"].total > first[tmp_path / "run" / "stage1"].total
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +205,7 @@ class TestARealDisk:
         found = self.unharmed(folder)
         failed = folder / f"checkpoint-{int(found.name.removeprefix('checkpoint-')) + 2}"
         assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
-        assert said.endswith("what was saved before is untouched. Make room and give the command again.")
+        assert said.endswith("is untouched. Make room, or make it writable, and give the command again.")
         with pytest.raises(InputError, match="are free there; make room"):
             pretrain(stage1_settings(tiny, folder, **LONG))
         assert self.unharmed(folder) == found
@@ -286,3 +295,42 @@ class TestDamageAcrossStages:
         said = capsys.readouterr().out
         assert f"Continuing from {unfinished / 'stage1' / 'checkpoint-2'}." in said
         assert equal(unfinished, whole)
+
+    def between(self, unfinished: Path) -> Path:
+        """The run ended after stage 1, and before the first checkpoint of stage 2."""
+        for place in checkpoints(unfinished):
+            shutil.rmtree(place)
+        return unfinished
+
+    def test_between_the_stages(self, tiny: Tiny, captions: Path, whole: Path, unfinished: Path) -> None:
+        """LoRA begins with what it began with where one process did both."""
+        finetune(settings(tiny, self.between(unfinished), pretrain_file=captions))
+        assert equal(unfinished, whole)
+
+    def test_a_change_between_the_stages(self, tiny: Tiny, captions: Path, unfinished: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            finetune(settings(tiny, self.between(unfinished), pretrain_file=captions, seed=7))
+        assert f"{unfinished / 'stage1'} was begun with other data or settings: seed was" in refusal(caught.value)
+
+
+class TestWhatCannotBeSaved:
+    def test_an_error_of_a_gpu_is_none_of_the_disk(self) -> None:
+        with pytest.raises(torch.AcceleratorError), saving("x"):
+            raise torch.AcceleratorError("an illegal memory access")
+
+    def test_a_small_file_is_there_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "scores.json"
+        write_whole(path, "{}")
+
+        def full(self: Path, text: str, **_: Any) -> int:
+            self.write_bytes(text[:2].encode())
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path, "[1, 2]")
+        assert path.read_text() == "{}"
+
+    def test_damaged_scores_are_measured_again(self, tmp_path: Path) -> None:
+        (tmp_path / "scores.json").write_text('{"untrai')
+        assert scores._kept(tmp_path / "scores.json") == {} == scores._kept(tmp_path / "none.json")

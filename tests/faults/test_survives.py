@@ -19,9 +19,22 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training.checkpoints import MANIFEST_FILE, PARTIAL, checkpoints, fault, newest, publish, rotate, seal
+from qllava.conversation import CHATML
+from qllava.training.checkpoints import (
+    MANIFEST_FILE,
+    PARTIAL,
+    begun_with,
+    checkpoints,
+    fault,
+    newest,
+    publish,
+    rotate,
+    seal,
+)
 from qllava.training.run import pretrain
-from tests.tiny_runs import Tiny, flags, refusal, stage1_settings
+from qllava.training.signals import SaveAndStop, Stopped
+from qllava.training.stage import Stage, fitted
+from tests.tiny_runs import Tiny, flags, make_trainer, refusal, stage1_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOWLY: dict[str, Any] = {"max_steps": 60, "save_steps": 3, "save_total_limit": 2}
@@ -105,17 +118,26 @@ class TestRotation:
 
     def test_never_takes_the_last_whole_one(self, tmp_path: Path) -> None:
         first, second, third = (self.make(tmp_path, step) for step in (1, 2, 3))
-        for broken in (second, third):
+        for broken in (first, third):
             cut(broken / "weights")
-        rotate(tmp_path, 1)
-        assert checkpoints(tmp_path) == [first, second, third]
+        rotate(second, 2)
+        assert checkpoints(tmp_path) == [second]
         fourth = self.make(tmp_path, 4)
-        rotate(tmp_path, 1)
+        rotate(fourth, 1)
         assert checkpoints(tmp_path) == [fourth] and not (tmp_path / ".partial").exists()
+
+    @pytest.mark.parametrize("limit", [1, None])
+    def test_a_damaged_one_of_a_later_step_counts_for_nothing(self, tmp_path: Path, limit: int | None) -> None:
+        """Its sizes are right: only who reads it finds the fault, and goes on from one before."""
+        before, damaged = self.make(tmp_path, 550), self.make(tmp_path, 600)
+        flip(damaged / "weights")
+        saved = self.make(tmp_path, 573)
+        rotate(saved, limit)
+        assert checkpoints(tmp_path) == ([saved] if limit else [before, saved])
 
     def test_keeps_all_without_a_limit(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (1, 2)]
-        rotate(tmp_path, None)
+        rotate(made[-1], None)
         assert checkpoints(tmp_path) == made
 
     def test_one_of_the_same_name_makes_way(self, tmp_path: Path) -> None:
@@ -146,10 +168,46 @@ class TestWhatHasChanged:
         rows.write_text(tiny.rows.read_text(encoding="utf-8").replace("red", "grey"), encoding="utf-8")
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, unfinished, train_file=rows, image_folder=tiny.rows.parent))
-        assert f"rows of {rows.name} was " in refusal(caught.value)
+        assert "file 1 of train_file was " in refusal(caught.value)
 
     def test_what_changes_nothing_may_change(self, tiny: Tiny, unfinished: Path) -> None:
+        """And it counts from here on: the steps between checkpoints are not what the checkpoint was told."""
+        shutil.rmtree(unfinished / "checkpoint-4")
         pretrain(stage1_settings(tiny, unfinished, save_steps=1, logging_steps=2, tokens_per_row=200))
+        assert [place.name for place in checkpoints(unfinished)] == [f"checkpoint-{step}" for step in (2, 3, 4)]
+        assert same(unfinished, tiny.stage1)
+
+    def test_how_samples_are_drawn(self, tiny: Tiny, unfinished: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            pretrain(stage1_settings(tiny, unfinished, share_image_prefix=False))
+        assert "share_image_prefix was True and is False" in refusal(caught.value)
+
+    def test_files_are_known_by_their_bytes_and_their_order(self, tiny: Tiny, tmp_path: Path) -> None:
+        def begun(*files: tuple[str, str], **others: Any) -> dict[str, Any]:
+            hashes = [{"file": name, "sha256": sha} for name, sha in files]
+            return begun_with(stage1_settings(tiny, tmp_path), train_file=hashes, **others)
+
+        once = begun(("a", "1"), ("b", "2"))
+        assert begun(("renamed", "1"), ("b", "2")) == once
+        assert begun(("b", "2"), ("a", "1")) != once
+        assert begun(("same", "1"), ("same", "2")) != begun(("same", "3"), ("same", "2"))
+        assert begun(("same", "1"), pretrain_file=[{"file": "same", "sha256": "2"}]) != begun(("same", "1"))
+
+    def test_the_optimizer_that_memory_chose_stays(self, tiny: Tiny, unfinished: Path) -> None:
+        """The state of another would end the run at its first step."""
+        place = unfinished / "checkpoint-4"
+        content = json.loads((place / MANIFEST_FILE).read_text())
+        assert content["optim"] == "adamw_torch_fused"
+        (place / MANIFEST_FILE).write_text(json.dumps({**content, "optim": "paged_adamw_8bit"}))
+        trainer = make_trainer(tiny, unfinished)
+        stage = Stage("", "", CHATML, Any, None, [], unfinished, trainer.args, {})  # type: ignore[arg-type]
+        chosen, _ = fitted(stage, trainer.model, trainer.assembled, place)
+        assert chosen.config.optim == "paged_adamw_8bit"
+        assert fitted(stage, trainer.model, trainer.assembled)[0].config.optim == "adamw_torch_fused"
+
+    def test_a_scale_of_fp16_is_of_no_use_elsewhere(self, tiny: Tiny, unfinished: Path) -> None:
+        torch.save({"scale": 65536.0}, unfinished / "checkpoint-4" / "scaler.pt")
+        make_trainer(tiny, unfinished)._load_scaler(str(unfinished / "checkpoint-4"))
 
     def test_another_machine(self, tiny: Tiny, unfinished: Path, tmp_path: Path) -> None:
         """Model, data and the run lie in other places there."""
@@ -166,9 +224,23 @@ class TestWhatHasChanged:
         assert same(run, tiny.stage1)
 
 
-def start(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
-    """The recipe as users start it, in a process of its own."""
-    line = flags(tiny, output_dir=folder, **SLOWLY)
+class TestTheLastStep:
+    @pytest.mark.parametrize("steps", [3, 4], ids=["within an epoch", "at its end"])
+    def test_is_not_followed_by_another(self, tiny: Tiny, tmp_path: Path, steps: int) -> None:
+        """A run that ended between its last checkpoint and its result."""
+        fields = {"max_steps": steps, "save_steps": 1, "lr_scheduler_type": "constant"}
+        run = pretrain(stage1_settings(tiny, tmp_path / "run", **fields))
+        before = weights(run)
+        for name in ("results.json", "projector.safetensors"):
+            (run / name).unlink()
+        pretrain(stage1_settings(tiny, run, **fields))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
+        assert checkpoints(run)[-1].name == f"checkpoint-{steps}" and last_step(run) == steps
+
+
+def start(tiny: Tiny, folder: Path, **fields: Any) -> subprocess.Popen[str]:
+    """The recipe as users start it, in processes of its own."""
+    line = flags(tiny, output_dir=folder, **SLOWLY, **fields)
     return subprocess.Popen(
         [sys.executable, "recipes/pretrain_projector.py", *line],
         cwd=ROOT,
@@ -176,6 +248,7 @@ def start(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -231,11 +304,12 @@ class TestSignals:
     def test_saves_and_ends_within_two_steps(
         self, tiny: Tiny, tmp_path: Path, number: signal.Signals, status: int
     ) -> None:
+        """Sent to all its processes, the loader's workers too, as terminals, launchers and schedulers do it."""
         folder = tmp_path / "run"
-        process = start(tiny, folder)
+        process = start(tiny, folder, dataloader_num_workers=2)
         wait_for(process, folder, 4)
         before = last_step(folder)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == status, said
         saved, skipped = newest(folder)
@@ -250,6 +324,21 @@ class TestSignals:
             said, _ = process.communicate()
             assert process.returncode == 0 and f"Continuing from {saved}." in said
             assert same(whole, folder)
+
+    def test_after_the_last_step_is_saved_too(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where nothing else is: it came when the step's end was over."""
+        folder = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(SaveAndStop, "on_step_end", lambda *_, **__: None)
+            patch.setattr(SaveAndStop, "agree", lambda self: "SIGTERM")
+            with pytest.raises(Stopped, match="saved at step 4 and ended by SIGTERM"):
+                pretrain(stage1_settings(tiny, folder, save_strategy="no"))
+        (saved,) = checkpoints(folder)
+        assert saved.name == "checkpoint-4" and fault(saved) is None
+        pretrain(stage1_settings(tiny, folder, save_strategy="no"))
+        assert same(folder, tiny.stage1)
 
     def test_before_the_first_step_ends_at_once(self, tiny: Tiny, tmp_path: Path) -> None:
         process = start(tiny, tmp_path / "run")

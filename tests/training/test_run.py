@@ -146,6 +146,36 @@ class TestContinuing:
         pretrain(stage1_settings(tiny, folder, overwrite_output_dir="true", max_steps=1, save_strategy="no"))
         assert not (folder / "old.txt").exists() and not list(folder.glob("checkpoint-*"))
 
+    def test_an_unfinished_run_goes_on_though_it_may_overwrite(
+        self, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A scheduler gives the same command again."""
+        folder = tmp_path / "run"
+        shutil.copytree(tiny.stage1, folder)
+        (folder / "results.json").unlink()
+        pretrain(stage1_settings(tiny, folder, overwrite_output_dir="true"))
+        assert f"Continuing from {folder / 'checkpoint-4'}." in capsys.readouterr().out
+
+    def test_a_folder_that_is_no_run_is_not_emptied(self, tiny: Tiny, tmp_path: Path) -> None:
+        for name in ("results.json", "thesis.tex"):
+            (tmp_path / name).touch()
+        with pytest.raises(InputError, match="so it is no run"):
+            pretrain(stage1_settings(tiny, tmp_path, overwrite_output_dir="true"))
+        assert (tmp_path / "thesis.tex").exists()
+
+    def test_killed_while_it_is_overwritten(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(tiny.stage1, folder)
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(stage1_settings(tiny, folder, overwrite_output_dir="true"))
+        with pytest.raises(InputError, match="holds a finished run"):
+            pretrain(stage1_settings(tiny, folder))
+
 
 class TestFolder:
     def test_holds_what_is_promised(self, tiny: Tiny) -> None:

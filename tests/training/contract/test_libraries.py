@@ -72,6 +72,8 @@ class TestTransformersTrainer:
         assert parameters(Trainer._get_output_dir) == ["self", "trial"]
         assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
         assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"]
+        assert parameters(Trainer._load_scaler) == ["self", "checkpoint"]
+        assert parameters(Trainer._init_training_state)[:2] == ["self", "max_steps"]
         assert parameters(Trainer.create_optimizer) == ["self", "model"]
         assert parameters(Trainer.get_optimizer_cls_and_kwargs)[0] == "args"
 

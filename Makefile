@@ -38,8 +38,11 @@ $(STAMP): pyproject.toml
 finetune: env
 	@$(BIN)/python recipes/finetune_lora.py $(ARGS)
 
+# One test process for each core, of one thread: torch's threads would wait for each other in turn.
+SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile
+
 test: env
-	$(BIN)/python -m pytest -rs -m "not slow and not gpu and not interop" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(SIDE_BY_SIDE) -m "not slow and not gpu and not interop" $(ARGS)
 
 test-all: env
 	$(BIN)/python -m pytest -rs $(ARGS)

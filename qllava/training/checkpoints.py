@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +58,7 @@ def saving(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.AcceleratorError, torch.distributed.DistError):
+    except (torch.AcceleratorError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
@@ -134,10 +134,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders of a run that bear a checkpoint's name, oldest first."""
+def checkpoints(folder: Path, after: Path | None = None) -> list[Path]:
+    """The folders of a run that bear a checkpoint's name, oldest first; `after` one of them, those of later steps."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    ordered = sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return ordered[ordered.index(after) + 1 :] if after else ordered
 
 
 def seal(folder: Path, begun: Mapping[str, Any], optim: str = "") -> None:
@@ -177,17 +178,16 @@ def publish(aside: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
-def rotate(saved: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints up to the one that has just been saved; without a limit, all of them.
+def rotate(saved: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
+    """Keep the newest `limit` checkpoints, the one that has just been saved among them; without a limit, all.
 
-    Those of later steps go: the run was not continued from them, because they were not whole, and would be counted and
-    looked at again. Older ones count when they are whole by their sizes. A folder is renamed before it is removed:
-    killed in between, none is left half under its name.
+    passed_over: those that the run was not continued from, because they were not whole. They go, and so do others that
+    are not whole by their sizes. A folder is renamed before it is removed: killed in between, none is left half under
+    its name.
     """
     every = checkpoints(saved.parent)
-    so_far = every[: every.index(saved) + 1]
-    whole = [place for place in so_far if place == saved or fault(place, read=False) is None]
-    kept = so_far[so_far.index(whole[-limit:][0]) :] if limit else so_far
+    whole = [p for p in every if p == saved or (p not in passed_over and fault(p, read=False) is None)]
+    kept = whole[-limit:] if limit else whole
     for place in every:
         if place not in kept:
             going = saved.parent / PARTIAL / place.name

@@ -86,15 +86,24 @@ class SaveAndStop(TrainerCallback):
         return self.name
 
 
-def leave_to_main() -> None:
-    """In a worker of the data loader: what is sent to all processes of a run at once is for the main one to answer.
+def leave_to_main(_: int = 0) -> None:
+    """In a worker of a data loader: what is sent to all processes of a run at once is for the main one to answer.
 
-    torch ends a run whose worker has died of a signal, before anything could be saved. Workers end with their loader,
-    and when the main process is gone.
+    torch ends a run whose worker has died of a signal, before anything could be saved. The main process itself ends
+    its workers by SIGTERM, and waits for them; so that one is looked at, where the system says who sent it.
     """
-    for name in STATUS:
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _end(name: str) -> None:
@@ -115,7 +124,7 @@ def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
     def handler(number: int, frame: Any) -> None:
         if os.getpid() == process:
             by(signal.Signals(number).name)
-        elif number == signal.SIGTERM:  # a worker of the data loader inherits the handler; Ctrl-C reaches it too
+        elif number == signal.SIGTERM:  # a process that was forked from this one inherits the handler
             os._exit(STATUS["SIGTERM"])
 
     before = {name: signal.signal(getattr(signal, name), handler) for name in STATUS if hasattr(signal, name)}

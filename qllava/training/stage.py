@@ -31,7 +31,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
 from qllava.training import disk, processes, scores
 from qllava.training.attention import Kernel
-from qllava.training.checkpoints import newest, optim_of, saving
+from qllava.training.checkpoints import checkpoints, newest, optim_of, saving
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
@@ -153,11 +153,15 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     processes.by_main(partial(_open, stage, held_out, assembled, text))
     if start is not None:
         processes.by_main(partial(trainer.check_start, start))
+    trainer.passed_over = checkpoints(stage.folder, after=start)
     if stage.config.gradient_checkpointing:
         model.train()
     try:
         with handled(stop.ask), tensors_only() if trainer.is_deepspeed_enabled else nullcontext():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+            if (signal := stop.agree()) is not None:
+                trainer.save_now()  # one that came after the last step
+                raise Stopped(signal, trainer.state.global_step)
     except UNPICKLING_REFUSED as error:
         raise InputError(
             f"{start} holds more than tensors, and qllava unpickles nothing; remove it, and the same command continues "
@@ -165,9 +169,6 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         ) from error
     finally:
         progress.close()
-    if (signal := stop.agree()) is not None:
-        trainer.save_now()  # one that came after the last step
-        raise Stopped(signal, trainer.state.global_step)
     model.eval()
     last = trainer.evaluate() if held_out else {}
     check_weights(model, trainer.state.global_step)

@@ -45,6 +45,7 @@ from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, t
 from qllava.training.order import PictureOrder, loader
 from qllava.training.rows import RowTrainer
 from qllava.training.settings import TrainConfig
+from qllava.training.signals import leave_to_main
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -98,6 +99,9 @@ class LlavaTrainer(RowTrainer):
         self.exact_match = exact_match
         self._order = PictureOrder(pictures, config)
         self._aside: str | None = None
+        self._saved = 0
+        self.passed_over: list[Path] = []
+        """Checkpoints that are not whole: the run goes on from one before them, and they go when the next is saved."""
         # Of the optimizer step that is being computed.
         self._step: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
@@ -151,6 +155,12 @@ class LlavaTrainer(RowTrainer):
         """This process's share of every step; samples about one picture come together, so that they can share it."""
         return loader(self.train_dataset, self._order, self.data_collator, self.args, self.accelerator.device)
 
+    def get_eval_dataloader(self, *arguments: Any) -> Any:
+        """As transformers' own; its workers leave signals to the main process, as those of training do."""
+        batches: Any = super().get_eval_dataloader(*arguments)
+        getattr(batches, "base_dataloader", batches).worker_init_fn = leave_to_main
+        return batches
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and its learned tokens in all processes; one that cannot be read ends all."""
         with processes.together():
@@ -186,6 +196,7 @@ class LlavaTrainer(RowTrainer):
         no other comes: transformers would take one more where `max_steps` ends inside an epoch.
         """
         epochs, batches = super()._init_training_state(max_steps, *arguments)
+        self._saved = self.state.global_step
         self.state.compute_steps(self.args, max_steps)
         return (self.state.num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
@@ -261,23 +272,25 @@ class LlavaTrainer(RowTrainer):
         try:
             processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
             # Each process has a random state of its own to save; the seal is for all that they wrote. Where weights or
-            # state are shared out the processes wait for each other in there, so one that fails ends by itself.
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            with nullcontext() if sharded else processes.together(), saving(f"The checkpoint {folder / name}"):
+            # state are shared out, or the best is sought, the processes wait for each other in there: one that fails
+            # ends by itself.
+            waiting = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.metric_for_best_model
+            with nullcontext() if waiting else processes.together(), saving(f"The checkpoint {folder / name}"):
                 super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
             processes.by_main(whole)
         finally:
             self._aside, self.args.save_total_limit = None, limit
             if processes.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
-        processes.by_main(partial(rotate, folder / name, limit))
+        processes.by_main(partial(rotate, folder / name, limit, self.passed_over))
+        self._saved, self.passed_over = self.state.global_step, []
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))
 
     def save_now(self) -> None:
         """Save the step that was computed last, unless it has been."""
-        if not (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}").is_dir():
+        if self.state.global_step != self._saved:
             self._save_checkpoint(self.model_wrapped, None)
 
     def check_start(self, checkpoint: Path) -> None:

@@ -126,14 +126,17 @@ class TestRotation:
         rotate(fourth, 1)
         assert checkpoints(tmp_path) == [fourth] and not (tmp_path / ".partial").exists()
 
-    @pytest.mark.parametrize("limit", [1, None])
-    def test_a_damaged_one_of_a_later_step_counts_for_nothing(self, tmp_path: Path, limit: int | None) -> None:
+    @pytest.mark.parametrize("limit", [2, None])
+    @pytest.mark.parametrize("step", [573, 600])
+    def test_one_that_was_passed_over_counts_for_nothing(self, tmp_path: Path, step: int, limit: int | None) -> None:
         """Its sizes are right: only who reads it finds the fault, and goes on from one before."""
-        before, damaged = self.make(tmp_path, 550), self.make(tmp_path, 600)
+        before, damaged = self.make(tmp_path, 550), self.make(tmp_path, step)
         flip(damaged / "weights")
-        saved = self.make(tmp_path, 573)
-        rotate(saved, limit)
-        assert checkpoints(tmp_path) == ([saved] if limit else [before, saved])
+        found, _ = newest(tmp_path)
+        assert found == before and checkpoints(tmp_path, after=before) == [damaged]
+        saved = self.make(tmp_path, 580)
+        rotate(saved, limit, [damaged])
+        assert checkpoints(tmp_path) == [before, saved]
 
     def test_keeps_all_without_a_limit(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (1, 2)]

@@ -167,14 +167,24 @@ class TestContinuing:
         folder = tmp_path / "run"
         shutil.copytree(tiny.stage1, folder)
 
-        def killed(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
+        remove, removed = shutil.rmtree, list[Path]()
 
-        monkeypatch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(stage1_settings(tiny, folder, overwrite_output_dir="true"))
+        def killed(path: Path) -> None:
+            if removed:
+                raise KeyboardInterrupt
+            removed.append(path)
+            remove(path)
+
+        chosen = stage1_settings(tiny, folder, overwrite_output_dir="true", max_steps=1, save_strategy="no")
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(chosen)
+        assert removed[0].name.startswith("checkpoint-") and not removed[0].exists()
         with pytest.raises(InputError, match="holds a finished run"):
             pretrain(stage1_settings(tiny, folder))
+        pretrain(chosen)
+        assert not list(folder.glob("checkpoint-*")) and (folder / "results.json").is_file()
 
 
 class TestFolder:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl
 
 from qllava.training.run import main
 from qllava.training.signals import SaveAndStop, Stopped, handled
+from tests.tiny_runs import Tiny, make_trainer
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
@@ -64,3 +68,32 @@ def test_another_thread_is_let_alone() -> None:
 
 def test_says_where_it_stopped() -> None:
     assert str(Stopped("SIGUSR1", 7)) == "saved at step 7 and ended by SIGUSR1; the same command continues the run."
+
+
+WORKERS = """
+import subprocess
+from torch.utils.data import DataLoader
+from qllava.training.signals import leave_to_main
+batches = iter(DataLoader(range(40), num_workers=2, worker_init_fn=leave_to_main, persistent_workers=True))
+seen = [next(batches), next(batches)]
+subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in batches._workers)], check=True)
+subprocess.run(["kill", "-INT", *(str(worker.pid) for worker in batches._workers)], check=True)
+print(len(seen + list(batches)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says here who sent a signal")
+def test_workers_leave_signals_to_the_main_process_and_end_with_it() -> None:
+    """The loader is alive at the end, as after an error: the main process then ends its workers, and waits for them."""
+    done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "40\n"), done.stderr
+
+
+def test_both_loaders_have_such_workers(tiny: Tiny, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, tmp_path, dataloader_num_workers=2, per_device_eval_batch_size=2)
+    trainer.eval_dataset = trainer.train_dataset
+    for batches in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        started = iter(getattr(batches, "base_dataloader", batches))
+        first = [next(started), next(started)]  # one of each worker: both have begun
+        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in started._workers)], check=True)
+        assert len(first + list(started)) == len(batches) > 2

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -72,6 +72,9 @@ class LlavaTrainer(RowTrainer):
 
     args: TrainConfig
     model: Any
+    passed_over: Sequence[Path] = ()
+    """Checkpoints that are not whole: the run goes on from one before them, and they go when the next is saved."""
+    _saved = 0
 
     def __init__(
         self,
@@ -99,9 +102,6 @@ class LlavaTrainer(RowTrainer):
         self.exact_match = exact_match
         self._order = PictureOrder(pictures, config)
         self._aside: str | None = None
-        self._saved = 0
-        self.passed_over: list[Path] = []
-        """Checkpoints that are not whole: the run goes on from one before them, and they go when the next is saved."""
         # Of the optimizer step that is being computed.
         self._step: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
@@ -283,7 +283,7 @@ class LlavaTrainer(RowTrainer):
             if processes.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
         processes.by_main(partial(rotate, folder / name, limit, self.passed_over))
-        self._saved, self.passed_over = self.state.global_step, []
+        self._saved, self.passed_over = self.state.global_step, ()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or str(super()._get_output_dir(trial))

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.models.card import RESULTS_FILE
-from qllava.training.checkpoints import checkpoints
+from qllava.training.checkpoints import checkpoints, write_whole
 
 IN_BOTH_STAGES = (
     "model_name_or_path",
@@ -283,9 +283,7 @@ def _measure(out: Path, variant: Variant, seed: int, run: Run) -> None:
             float(figures["accuracy"]), *figures["ci95"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"`qllava eval {shlex.join(words)}` gives no accuracy; measure something else.") from error
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
 def _put(word: str, places: Mapping[str, str]) -> str:

@@ -68,12 +68,22 @@ def saving(what: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, whenever the process is killed."""
+    """Write a small file so that it is there whole or not at all, whenever the process is killed or the disk full."""
     aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    flush(aside)
-    aside.rename(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        flush(aside)
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     flush(path.parent)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file of the run. Raises InputError when it cannot be written."""
+    with saving(f"{path}"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, Any]:
@@ -178,22 +188,21 @@ def publish(aside: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
-def rotate(saved: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
-    """Keep the newest `limit` checkpoints, the one that has just been saved among them; without a limit, all.
+def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
+    """Keep the newest `limit` checkpoints that are whole by their sizes; what is older than these goes.
 
-    passed_over: those that the run was not continued from, because they were not whole. They go, and so do others that
-    are not whole by their sizes. A folder is renamed before it is removed: killed in between, none is left half under
-    its name.
+    passed_over: those that the run was not continued from, because they were not whole: they do not count, and go. The
+    last whole one stays whatever the limit, and a folder is renamed before it is removed: killed in between, none is
+    left half under its name.
     """
-    every = checkpoints(saved.parent)
-    whole = [p for p in every if p == saved or (p not in passed_over and fault(p, read=False) is None)]
-    kept = whole[-limit:] if limit else whole
-    for place in every:
-        if place not in kept:
-            going = saved.parent / PARTIAL / place.name
-            going.parent.mkdir(exist_ok=True)
-            place.rename(going)
-            shutil.rmtree(going.parent)
+    every = [place for place in checkpoints(folder) if place not in passed_over]
+    whole = [place for place in every if fault(place, read=False) is None] if limit else []
+    older = every[: every.index(whole[-limit:][0])] if limit and whole else []
+    for place in (*older, *passed_over):
+        going = folder / PARTIAL / place.name
+        going.parent.mkdir(exist_ok=True)
+        place.rename(going)
+        shutil.rmtree(going.parent)
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:

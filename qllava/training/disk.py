@@ -58,7 +58,7 @@ def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, 
     projector = sum(tensor.numel() for tensor in projector_state(model).values())
     # peft keeps the projector in its own file too.
     weights = 4 * (lora + (2 if lora else 1) * projector)
-    moments = (2 if "8bit" in str(config.optim) else 8) * (lora + projector)
+    moments = (2 if "8bit" in config.optimizer else 8) * (lora + projector)
     steps = steps_of(config, samples)
     around = len(tokenizer) * _A_TOKEN + _REST + steps * _A_STEP
     return Need(at_one_time(config, steps), weights + moments + around, weights + around)

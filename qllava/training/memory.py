@@ -178,7 +178,7 @@ def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lor
         device="cpu" if on_cpu else "cuda",
         load_in_4bit=model.load_in_4bit,
         lora_dropout=model.lora_dropout,
-        optim=str(getattr(train.optim, "value", train.optim)),
+        optim=train.optimizer,
         tokens_per_row=train.tokens_per_row or train.max_length or ROWS[0],
         recompute_layers=every if train.recompute_layers is None else train.recompute_layers,
         samples_per_picture=2 if train.share_image_prefix else 1,
@@ -193,7 +193,7 @@ def settled(train: TrainConfig) -> set[str]:
     chosen = {
         "tokens_per_row": train.tokens_per_row is not None,
         "recompute_layers": train.recompute_layers is not None or not train.gradient_checkpointing,
-        "optim": str(getattr(train.optim, "value", train.optim)) != OPTIMS[0],
+        "optim": train.optimizer != OPTIMS[0],
     }
     return {name for name, is_set in chosen.items() if is_set}
 

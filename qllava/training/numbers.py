@@ -7,7 +7,6 @@ the one sentence can name the tensor, or the sample and its picture.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.training.checkpoints import saving
+from qllava.training.checkpoints import append_line
 
 SPIKES_FILE = "spikes.jsonl"
 _WINDOW, _FEWEST = 64, 16
@@ -117,9 +116,7 @@ class Spikes:
     def tell(self, step: int, loss: float, usual: float, ids: Sequence[str]) -> None:
         """Say a spike on the screen and write it down. Raises InputError when it cannot be written."""
         tqdm.write(f"The loss jumped to {loss:.3g} at step {step} (usually {usual:.3g}), with {shown(ids)}.")
-        line = {"stage": self.stage, "step": step, "loss": loss, "usual": usual, "ids": list(ids)}
-        with saving(f"{self.path}"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, {"stage": self.stage, "step": step, "loss": loss, "usual": usual, "ids": list(ids)})
 
 
 def shown(names: Sequence[str], most: int = 8) -> str:

@@ -116,7 +116,7 @@ class RowTrainer(SFTTrainer):
         longest = np.argsort(lengths, kind="stable")[-self.args.per_device_train_batch_size :]
         batch = self.data_collator([self.train_dataset[int(index)] for index in longest])  # type: ignore[index]
         learned = [p for p in self.model.parameters() if p.requires_grad]
-        each = 2 if "8bit" in str(self.args.optim) else 8
+        each = 2 if "8bit" in self.args.optimizer else 8
         # The optimizer's moments come with the first step.
         moments = torch.empty(each * sum(p.numel() for p in learned), dtype=torch.uint8, device=self.args.device)
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens

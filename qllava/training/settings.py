@@ -130,6 +130,11 @@ class TrainConfig(SFTConfig):
             # One process takes one card: several are for several processes, not for torch's DataParallel.
             self._n_gpu = 1
 
+    @property
+    def optimizer(self) -> str:
+        """The name of `optim`, which transformers makes a member of an enumeration."""
+        return str(getattr(self.optim, "value", self.optim))
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -6,7 +6,6 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
 from qllava.training.signals import SaveAndStop, Stopped, handled
 from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, computing_in
-from qllava.training.zero import tensors_only
+from qllava.training.zero import read_tensors_only
 
 PROBES = 32
 
@@ -156,8 +155,10 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     trainer.passed_over = checkpoints(stage.folder, after=start)
     if stage.config.gradient_checkpointing:
         model.train()
+    if trainer.is_deepspeed_enabled:
+        read_tensors_only()
     try:
-        with handled(stop.ask), tensors_only() if trainer.is_deepspeed_enabled else nullcontext():
+        with handled(stop.ask):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             if (signal := stop.agree()) is not None:
                 trainer.save_now()  # one that came after the last step
@@ -207,15 +208,15 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     start: the checkpoint that is continued from, whose optimizer stays too: the state of another is of no use to it.
     Raises InputError when nothing fits.
     """
-    given, on_card = copy.copy(stage.config), torch.cuda.is_available()
-    fixed = settled(given)
+    config, on_card = copy.copy(stage.config), torch.cuda.is_available()
+    fixed = settled(config)
     if start is not None and (optim := optim_of(start)):
-        given.optim = optim
+        config.optim = optim
         fixed.add("optim")
-        stage = replace(stage, config=given)
-    if not (on_card or given.fit_memory):
+    stage = replace(stage, config=config)
+    if not (on_card or config.fit_memory):
         return stage, []
-    limits = [parse_bytes(given.fit_memory)] if given.fit_memory else []
+    limits = [parse_bytes(config.fit_memory)] if config.fit_memory else []
     if on_card:  # a card sold with 8 GB has a little less
         limits.append(torch.cuda.mem_get_info()[1])
     limit = min(limits)
@@ -225,17 +226,16 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         lora_dropout=float(lora.lora_dropout) if lora else 0.0,
     )
     llava: Any = assembled.model
-    setup = setup_of(parts, given, llava.config, lora_r=lora.r if lora else 0)
-    setup = replace(setup, device="cuda" if on_card else "cpu", dtype=computing_in(given, llava.dtype))
+    setup = setup_of(parts, config, llava.config, lora_r=lora.r if lora else 0)
+    setup = replace(setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype))
     lengths = np.sort(stage.train.lengths)
     plan = fit(
         setup,
         limit,
         least_tokens=int(lengths[-1]),
-        most_tokens=max(int(lengths[-given.per_device_train_batch_size :].sum()), int(lengths[-1])),
+        most_tokens=max(int(lengths[-config.per_device_train_batch_size :].sum()), int(lengths[-1])),
         fixed=fixed,
     )
-    config = copy.copy(given)
     config.tokens_per_row, config.recompute_layers, config.optim = (
         plan.tokens_per_row,
         plan.recompute_layers,
@@ -247,7 +247,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         f"memory: {format_bytes(plan.estimate.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
         f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
     )
-    return replace(stage, config=config), [line]
+    return stage, [line]
 
 
 def _settle_evaluation(config: TrainConfig, held_out: bool) -> None:

@@ -14,7 +14,6 @@ What is added to TRL's trainer, and why:
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.training import processes
-from qllava.training.checkpoints import PARTIAL, engine_of, publish, rotate, saving, seal
+from qllava.training.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
 from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
@@ -60,11 +59,7 @@ class Metrics(TrainerCallback):
         """Append one line; flushed, so that a killed run keeps it."""
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
         line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
-        processes.by_main(partial(self._append, json.dumps(line) + "\n"))
-
-    def _append(self, line: str) -> None:
-        with saving(f"{self.path}"), self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        processes.by_main(partial(append_line, self.path, line))
 
 
 class LlavaTrainer(RowTrainer):
@@ -266,7 +261,7 @@ class LlavaTrainer(RowTrainer):
 
         def whole() -> None:
             with saving(f"The checkpoint {folder / name}"):
-                seal(aside / name, self.begun_with, str(getattr(self.args.optim, "value", self.args.optim)))
+                seal(aside / name, self.begun_with, self.args.optimizer)
                 publish(aside / name, folder / name)
 
         try:
@@ -282,7 +277,8 @@ class LlavaTrainer(RowTrainer):
             self._aside, self.args.save_total_limit = None, limit
             if processes.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
-        processes.by_main(partial(rotate, folder / name, limit, self.passed_over))
+        gone = [place for place in self.passed_over if place != folder / name]
+        processes.by_main(partial(rotate, folder, limit, gone))
         self._saved, self.passed_over = self.state.global_step, ()
 
     def _get_output_dir(self, trial: Any) -> str:

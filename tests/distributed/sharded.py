@@ -18,12 +18,12 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qllava.training.run import finetune, main, pretrain
+from qllava.training.run import main
 from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
+from tests.distributed.several import RECIPES
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-RECIPES = {"pretrain": pretrain, "finetune": finetune}
 training_step = LlavaTrainer.training_step
 
 

@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from qllava.config import InputError
 from qllava.training.checkpoints import MANIFEST_FILE, checkpoints, seal
 from tests.distributed.test_several import FULL, ROOT, Runs, assert_same, start, unfinished
+from tests.security.test_models import Bomb
 from tests.tiny_runs import Tiny, flags
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -93,7 +94,7 @@ class TestZero2:
 
     def test_a_loss_that_is_not_finite_stops_it(self, runs: Runs, zero2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """DeepSpeed looks at the gradient before it steps, and the run at the loss after it: no weight was changed."""
-        monkeypatch.setenv("NAN_AT", "4")
+        monkeypatch.setenv("FAULT", "nan")
         done = launch(runs, *self.ZERO2, "zero2_nan", **FULL)
         assert done.returncode != 0 and "qllava: The loss is nan at step 4, with the samples row-" in done.stderr
         assert [place.name for place in checkpoints(runs.folder / "zero2_nan")] == ["checkpoint-2"]
@@ -106,7 +107,7 @@ class TestZero2:
         marks = list(place.glob("global_step*/*_optim_states.pt"))
         assert len(marks) == 2
         for number, path in enumerate(marks):
-            torch.save({"x": _Runs(runs.folder / f"ran-{number}")}, path)
+            torch.save({"x": Bomb(runs.folder / f"ran-{number}")}, path)
         seal(place, begun["begun_with"], begun["optim"])
         done = launch(runs, *self.ZERO2, stopped.name, **FULL)
         assert done.returncode != 0 and "holds more than tensors, and qllava unpickles nothing" in done.stderr
@@ -116,13 +117,3 @@ class TestZero2:
         stopped = unfinished(zero2, runs.folder / "zero2_alone")
         with pytest.raises(InputError, match="was saved under DeepSpeed, where the optimizer's state has another form"):
             runs.one(stopped.name, "finetune", per_device_train_batch_size=4, **FULL)
-
-
-class _Runs:
-    """What a pickle can do: make a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.touch, (self.path,)

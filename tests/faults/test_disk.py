@@ -205,7 +205,8 @@ class TestARealDisk:
         found = self.unharmed(folder)
         failed = folder / f"checkpoint-{int(found.name.removeprefix('checkpoint-')) + 2}"
         assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
-        assert said.endswith("is untouched. Make room, or make it writable, and give the command again.")
+        hint = "Make room, or make it writable, and give the command again."
+        assert said.endswith(f"what was saved before is untouched. {hint}")
         with pytest.raises(InputError, match="are free there; make room"):
             pretrain(stage1_settings(tiny, folder, **LONG))
         assert self.unharmed(folder) == found
@@ -329,7 +330,7 @@ class TestWhatCannotBeSaved:
         monkeypatch.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
             write_whole(path, "[1, 2]")
-        assert path.read_text() == "{}"
+        assert path.read_text() == "{}" and [*tmp_path.iterdir()] == [path]
 
     def test_damaged_scores_are_measured_again(self, tmp_path: Path) -> None:
         (tmp_path / "scores.json").write_text('{"untrai')

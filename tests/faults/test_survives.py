@@ -118,12 +118,12 @@ class TestRotation:
 
     def test_never_takes_the_last_whole_one(self, tmp_path: Path) -> None:
         first, second, third = (self.make(tmp_path, step) for step in (1, 2, 3))
-        for broken in (first, third):
+        for broken in (second, third):
             cut(broken / "weights")
-        rotate(second, 2)
-        assert checkpoints(tmp_path) == [second]
+        rotate(tmp_path, 1)
+        assert checkpoints(tmp_path) == [first, second, third]
         fourth = self.make(tmp_path, 4)
-        rotate(fourth, 1)
+        rotate(tmp_path, 1)
         assert checkpoints(tmp_path) == [fourth] and not (tmp_path / ".partial").exists()
 
     @pytest.mark.parametrize("limit", [2, None])
@@ -135,12 +135,12 @@ class TestRotation:
         found, _ = newest(tmp_path)
         assert found == before and checkpoints(tmp_path, after=before) == [damaged]
         saved = self.make(tmp_path, 580)
-        rotate(saved, limit, [damaged])
+        rotate(tmp_path, limit, [damaged])
         assert checkpoints(tmp_path) == [before, saved]
 
     def test_keeps_all_without_a_limit(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (1, 2)]
-        rotate(made[-1], None)
+        rotate(tmp_path, None)
         assert checkpoints(tmp_path) == made
 
     def test_one_of_the_same_name_makes_way(self, tmp_path: Path) -> None:

@@ -67,47 +67,75 @@ class Kept:
     """Samples as the collator got them; of a type of its own, so that nothing looks for tensors inside."""
 
     samples: list[dict[str, Any]]
+    pictures: list[tuple[str, ...]]
+    """Of each row, the paths of its images in the order of its pixel_values."""
 
 
-@dataclass(frozen=True)
 class RowCollator:
     """Lays the samples of a batch out as rows (`packing`), for the forward pass of `training.exact`.
-
-    image_token_id: the id of `<image>`.
-    image_processor: turns RGB pictures into pixel_values, all of one size.
-    share: whether samples about the same pictures share their tokens.
-    tokens_per_row: most tokens of a row; None: all in one.
 
         lengths  (N,)  tokens of each sample; the first entry, because the trainer counts samples by it
         labels   (1, S of all rows)  the tokens that are to come, for what only counts them
         rows     a list; each as `row_tensors` has it, and `pixel_values` (I, 3, H, W) of its distinct pictures, absent
                  when it has none
         ids      of the samples, for messages
-        kept     the samples, should they have to be laid out anew
+        kept     the samples and the paths of their images, for `again`
 
     Of no samples (a process without a share of the step) it makes one row that weighs nothing.
     Raises InputError, with file and id, when a picture cannot be read.
     """
 
-    image_token_id: int
-    image_processor: BaseImageProcessor
-    share: bool = True
-    tokens_per_row: int | None = None
+    def __init__(
+        self,
+        image_token_id: int,
+        image_processor: BaseImageProcessor,
+        share: bool = True,
+        tokens_per_row: int | None = None,
+    ) -> None:
+        """Args:
+        image_token_id: the id of `<image>`.
+        image_processor: turns RGB pictures into pixel_values, all of one size.
+        share: whether samples about the same pictures share their tokens.
+        tokens_per_row: most tokens of a row; None: all in one.
+        """
+        self.image_token_id, self.image_processor, self.share = image_token_id, image_processor, share
+        # In shared memory: the workers of a loader have copies of this object, made when they were started, and read
+        # the present value; 0 for None.
+        self._limit = torch.tensor([tokens_per_row or 0]).share_memory_()
+
+    @property
+    def tokens_per_row(self) -> int | None:
+        """Most tokens of a row, now."""
+        return int(self._limit[0]) or None
+
+    def shorten(self, tokens_per_row: int) -> None:
+        """Make shorter rows from here on, in every process that holds a copy of this collator."""
+        self._limit[0] = tokens_per_row
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch."""
+        return self._laid_out(samples, self._pixels(samples))
+
+    def again(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same samples in rows of the present length; their images are not decoded again."""
+        rows = zip(batch["kept"].pictures, batch["rows"], strict=True)
+        pixels = {path: x for paths, row in rows if paths for path, x in zip(paths, row["pixel_values"], strict=True)}
+        return self._laid_out(batch["kept"].samples, pixels)
+
+    def _laid_out(self, samples: list[dict[str, Any]], pixels: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """pixels: (3, H, W) of each distinct image of the samples, by its path."""
         if not samples:
             labels = torch.empty((1, 0), dtype=torch.long)
             lengths = torch.empty(0, dtype=torch.long)
-            return {"lengths": lengths, "labels": labels, "rows": [weightless_row()], "ids": [], "kept": Kept([])}
+            kept = Kept([], [()])
+            return {"lengths": lengths, "labels": labels, "rows": [weightless_row()], "ids": [], "kept": kept}
         rows = rows_of(samples, self.image_token_id, tokens_per_row=self.tokens_per_row, share=self.share)
-        pixels = self._pixels(samples)
         batch: dict[str, Any] = {
             "lengths": torch.tensor([len(sample["input_ids"]) for sample in samples]),
             "labels": torch.from_numpy(np.concatenate([row.shift_labels for row in rows]))[None],
             "rows": [row_tensors(row) for row in rows],
             "ids": [str(sample["id"]) for sample in samples],
-            "kept": Kept(samples),
+            "kept": Kept(samples, [tuple(row.pictures) for row in rows]),
         }
         for row, tensors in zip(rows, batch["rows"], strict=True):
             if row.pictures:

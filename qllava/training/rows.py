@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,13 @@ class RowTrainer(SFTTrainer):
         return torch.stack(losses).sum()
 
     def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch in rows of the present length: workers that began before it was halved still make longer ones."""
-        limit = getattr(self.data_collator, "tokens_per_row", None)
+        """The batch in rows of the present length: one that was made before it was halved has longer ones."""
+        collator: Any = self.data_collator
+        limit = collator.tokens_per_row
         most = max(row["input_ids"].shape[1] for row in batch["rows"])
         if limit is None or most <= max(limit, _longest(batch)):
             return batch
-        collator: Any = self.data_collator
-        return collator(batch["kept"].samples)  # type: ignore[no-any-return]
+        return collator.again(batch)  # type: ignore[no-any-return]
 
     def _halve_rows(self) -> None:
         """Rows of half the length from here on. Raises InputError when a single sample is too long."""
@@ -99,7 +98,7 @@ class RowTrainer(SFTTrainer):
             )
         limit = max(longest // 2, sample)
         collator: Any = self.data_collator
-        self.data_collator = replace(collator, tokens_per_row=limit)
+        collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         line = f"Out of memory at step {self.state.global_step + 1}: rows have at most {limit:,} tokens from here on."

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from qllava.config import InputError
+from qllava.data import collate
 from qllava.training.trainer import LlavaTrainer
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal
 from tests.training.test_trainer import Gradients, assert_close, one_step
@@ -48,6 +51,74 @@ class TestOutOfMemory:
         sizes = small_card(trainer, 120)
         trainer.train()
         assert sum(size > 120 for size in sizes) == 1
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_every_image_is_decoded_as_often_as_without(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    ) -> None:
+        """Two epochs of two batches, memory runs out in the first; workers have made batches ahead by then."""
+        opened = collate._open
+        counts, lengths = [], []
+        for most in (1 << 30, 120):
+            folder, log = tmp_path / str(most), tmp_path / f"{most}.txt"
+            folder.mkdir()
+
+            def counted(id: str, path: str, log: Path = log) -> Image.Image:
+                with log.open("a") as file:  # a worker has no other way to tell
+                    file.write(path + "\n")
+                return opened(id, path)
+
+            monkeypatch.setattr(collate, "_open", counted)
+            trainer = make_trainer(
+                tiny, folder, per_device_train_batch_size=4, max_steps=4, dataloader_num_workers=workers
+            )
+            made: list[int] = []
+            rows = trainer._rows
+            monkeypatch.setattr(
+                trainer,
+                "_rows",
+                lambda model, batch, n, rows=rows, made=made: (
+                    made.append(max(row["input_ids"].shape[1] for row in batch["rows"])) or rows(model, batch, n)
+                ),
+            )
+            small_card(trainer, most)
+            trainer.train()
+            counts.append(sorted(log.read_text().split()))
+            lengths.append(made)
+        assert max(lengths[0]) > 120 and len(lengths[0]) == 4
+        assert lengths[1][0] > 120 and max(lengths[1][1:]) <= 120 and len(lengths[1]) == 5
+        assert counts[0] == counts[1] and len(counts[0]) >= 8
+
+    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+    def test_workers_that_run_already_make_shorter_rows(self, tiny: Tiny, tmp_path: Path, context: str) -> None:
+        trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4)
+        collator: Any = trainer.data_collator
+        samples = [trainer.train_dataset[number] for number in range(4)]  # type: ignore[index]
+        batches = DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_size=4,
+            collate_fn=collator,
+            num_workers=1,
+            persistent_workers=True,
+            multiprocessing_context=context,
+        )
+
+        def longest() -> int:
+            (batch,) = batches
+            return max(row["input_ids"].shape[1] for row in batch["rows"])
+
+        before = longest()
+        collator.shorten(120)
+        assert before > 120 and longest() <= 120
+
+    def test_batches_of_other_loaders_are_shorter_too(self, tiny: Tiny, tmp_path: Path) -> None:
+        """Held-out batches, and those of a second call of train: all have the one collator."""
+        trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=8, max_steps=1)
+        held_out = trainer.get_eval_dataloader(trainer.train_dataset)
+        small_card(trainer, 120)
+        trainer.train()
+        for loader in (held_out, trainer.get_train_dataloader()):
+            assert max(row["input_ids"].shape[1] for batch in loader for row in batch["rows"]) <= 120
 
     def test_one_sample_is_too_much(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qllava.training.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD
+from qllava.training.memory.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD
 
 MALLOC = {
     # What qllava sets for itself on a CPU, for every system alike: a layer's weights that were just unpacked go back to

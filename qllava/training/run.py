@@ -38,9 +38,9 @@ from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.training import disk, folders, processes, scores
-from qllava.training.allocator import keep_freed_memory
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
+from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.numbers import SPIKES_FILE
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from qllava.training.allocator import keep_freed_memory
+from qllava.training.memory.allocator import keep_freed_memory
 taken = keep_freed_memory()
 def step():
     before, held = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, [torch.ones(2 << 20)]  # 8 MB

@@ -25,8 +25,8 @@ from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.training import memory
 from qllava.training.attention import looking_at
-from qllava.training.fake import example_row, fake_llava, held_by, llava_of, tensors_of
 from qllava.training.memory import GB, DoesNotFit, Setup, estimate, fit, parse_bytes
+from qllava.training.memory.fake import example_row, fake_llava, held_by, llava_of, tensors_of
 from qllava.training.settings import TrainConfig
 
 

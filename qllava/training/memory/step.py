@@ -1,6 +1,6 @@
-"""Will it fit: the peak memory of a training run before it starts, by part, and the settings that make it fit.
+"""The peak memory of a training step before it is run, by part.
 
-The figures come from the real training step on fake tensors (`training.fake`). What of a card that leaves out:
+The figures come from the real training step on fake tensors (`memory.fake`). What of a card that leaves out:
 
 - Autocast is torch's for the CPU, in the card's type. It differs from CUDA's in layer norms, which only the tower has,
   outside the graph.
@@ -16,30 +16,24 @@ The figures come from the real training step on fake tensors (`training.fake`). 
 A step is looked at as a second row of it sees it: gradients and the optimizer's state are there. Memory is affine in
 the number of equal layers, phase by phase, so a model of five layers or fewer tells that of any number; with
 `whole=True` all layers are run, and a test holds one against the other.
-
-GB are 2**30 bytes here, as cards are sold.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import LlavaConfig
 
-from qllava.config import InputError, ModelConfig
-from qllava.models.checkpoint import tokens_per_image
+from qllava.config import ModelConfig
 from qllava.training import exact
-from qllava.training.fake import (
+from qllava.training.memory.fake import (
     Parts,
     Tracker,
     example_row,
@@ -52,20 +46,15 @@ from qllava.training.fake import (
 )
 from qllava.training.settings import TrainConfig
 
-GB = 1 << 30
 CONTEXT = 512 << 20
 """Of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""
 FRAGMENTS = 0.05
 """Of what comes and goes, lost between the allocator's blocks."""
-CARDS = (4, 6, 8, 12, 16, 24, 32, 48, 80)
-"""GB that cards are sold with."""
 PARTS = ("weights", "projector", "LoRA", "optimizer", "activations", "logits", "workspace")
 OPTIMS = ("adamw_torch_fused", "paged_adamw_8bit")
 """What `fit` chooses from: the second, which rounds its moments, only where the first does not fit."""
 ROWS = (8192, 6144, 4096, 3072, 2048, 1024, 512)
 """What `fit` chooses from."""
-_PER_PASS = 300
-"""Tokens whose products take as long as making all weights whole: 4.5 bytes of traffic a weight, 2 FLOP a token."""
 
 Known = dict[tuple[int, int, int], tuple[dict[str, Parts], Parts]]
 
@@ -119,43 +108,6 @@ class Estimate:
     parts: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen, and what it comes to.
-
-    fits: under the limit; None where there is none.
-    suggestion: one sentence.
-    """
-
-    tokens_per_row: int
-    recompute_layers: int
-    optim: str
-    estimate: Estimate
-    fits: bool | None
-    suggestion: str
-
-
-class DoesNotFit(InputError):
-    """Nothing that may be chosen stays under the limit; `plan` is what comes nearest."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan.suggestion)
-        self.plan = plan
-
-
-def parse_bytes(text: str) -> int:
-    """`12GB`, `7.5 GiB` or `900MB` in bytes, binary units all of them. Raises InputError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise InputError(f"The amount of memory {text!r} cannot be read; write it as 12GB or 900MB.")
-    return int(float(found[1]) * (GB if found[2].upper() == "G" else 1 << 20))
-
-
-def format_bytes(size: float) -> str:
-    """`7.4 GB`; below one GB `12.3 MB`."""
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / (1 << 20):.1f} MB"
-
-
 def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bool = True) -> None:
     """Let the first `layers` decoder layers (None: all) be recomputed on the way back, while they train.
 
@@ -188,132 +140,12 @@ def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lor
     )
 
 
-def settled(train: TrainConfig) -> set[str]:
-    """Which of `fit`'s choices the settings leave it none of: what the user sets explicitly wins."""
-    chosen = {
-        "tokens_per_row": train.tokens_per_row is not None,
-        "recompute_layers": train.recompute_layers is not None or not train.gradient_checkpointing,
-        "optim": train.optimizer != OPTIMS[0],
-    }
-    return {name for name, is_set in chosen.items() if is_set}
-
-
 def estimate(setup: Setup, *, whole: bool = False) -> Estimate:
     """The peak of a setup. whole: run all layers instead of extrapolating from a few."""
-    return _estimate(setup, {}, whole=whole)
+    return known_estimate(setup, {}, whole=whole)
 
 
-def fit(
-    setup: Setup, limit: int, *, least_tokens: int = 0, most_tokens: int | None = None, fixed: Collection[str] = ()
-) -> Plan:
-    """The fastest row size, recomputation and optimizer that stay under a limit.
-
-    The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a row): two passes
-    or three, each of which makes the 4-bit weights whole once a row. The optimizer is changed only when nothing fits.
-
-    limit: in bytes, CUDA's own context included.
-    least_tokens: of a row; the longest sample, which is not cut. most_tokens: a larger row would never be filled.
-    fixed: which of tokens_per_row, recompute_layers and optim are taken from the setup as they are.
-    Raises DoesNotFit, an InputError, which says by how much, and what would fit.
-    """
-    rows = _rows(setup, least_tokens, most_tokens, fixed)
-    known: Known = {}
-    for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
-        found: list[tuple[float, Setup]] = []
-        for tokens in tqdm(rows, desc="looking for what fits", leave=False, disable=None):
-            # Smaller rows recompute nothing at best.
-            if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
-                break
-            trial = replace(setup, optim=optim, tokens_per_row=tokens)
-            fewest = _fewest(trial, limit, known, fixed="recompute_layers" in fixed)
-            if fewest is not None:
-                kept, again = fewest.layers
-                found.append(((2 + again / (kept + again)) * (1 + _PER_PASS / tokens), fewest))
-                found.sort(key=lambda one: one[0])
-        if found:
-            best = found[0][1]
-            return plan_of(best, _estimate(best, known), limit)
-    smallest = replace(trial, tokens_per_row=rows[-1])
-    if "recompute_layers" not in fixed:
-        smallest = replace(smallest, recompute_layers=None)
-    raise DoesNotFit(_refusal(smallest, _estimate(smallest, known), limit, fixed))
-
-
-def plan_of(setup: Setup, found: Estimate, limit: int | None = None) -> Plan:
-    """A setup with its estimate, held against a limit."""
-    fits = None if limit is None else found.peak_bytes <= limit
-    card = next((size for size in CARDS if found.peak_bytes <= size * GB), None)
-    kept, again = setup.layers
-    suggestion = (
-        f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
-        f"{setup.optim}, which fit_memory chooses by itself."
-        if fits
-        else f"A card of {card} GB is enough."
-        if card
-        else "No single card that is sold is enough; take a smaller language model."
-    )
-    return Plan(setup.tokens_per_row, again, setup.optim, found, fits, suggestion)
-
-
-def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
-    """Row sizes to look at, the largest first."""
-    if "tokens_per_row" in fixed:
-        return [setup.tokens_per_row]
-    least = max(least, tokens_per_image(setup.config) + 4)  # room for a picture
-    most = max(most or ROWS[0], least)
-    return sorted(
-        {max(least, min(most, ROWS[0])), least, *(size for size in ROWS if least <= size <= most)}, reverse=True
-    )
-
-
-def _fewest(setup: Setup, limit: int, known: Known, *, fixed: bool) -> Setup | None:
-    """The setup with the fewest recomputed layers that fits; None when none does."""
-
-    def fits(trial: Setup) -> bool:
-        return _estimate(trial, known).peak_bytes <= limit
-
-    if fixed:
-        return setup if fits(setup) else None
-    none, every = replace(setup, recompute_layers=0), replace(setup, recompute_layers=None)
-    if fits(none):
-        return none
-    if not fits(every):
-        return None
-    low, high = 0, every.layers[1]
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(replace(setup, recompute_layers=middle)):
-            high = middle
-        else:
-            low = middle
-    return replace(setup, recompute_layers=high)
-
-
-def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> Plan:
-    """The plan that comes nearest, and in its suggestion by how much it misses and what would fit."""
-    ways = [{"lora_r": r} for r in (16, 8) if r < setup.lora_r]
-    least = tokens_per_image(setup.config) + 100
-    if "tokens_per_row" not in fixed:
-        shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
-        ways += [{"tokens_per_row": n} for n in shorter]
-        ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if setup.lora_r > 8]
-    would = "a smaller model"
-    for way in ways:
-        if estimate(replace(setup, **way)).peak_bytes <= limit:  # type: ignore[arg-type]
-            names = {"lora_r": "lora_r", "tokens_per_row": "max_length"}
-            would = " with ".join(f"{names[name]} {value}" for name, value in way.items())
-            break
-    kept, again = setup.layers
-    card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
-    sentence = (
-        f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_row} tokens a row, {again} of "
-        f"{kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
-        f"{format_bytes(limit)} that it may take; {would}{card} would do."
-    )
-    return Plan(setup.tokens_per_row, again, setup.optim, found, False, sentence)
-
-
-def _estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estimate:
+def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estimate:
     """The phase in which the most lives. known: what was measured of this setup before, whatever its optimizer."""
     kept, again = setup.layers
     start = (kept, again) if whole else (min(kept, 2), min(again, 2))

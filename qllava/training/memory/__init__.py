@@ -1,0 +1,34 @@
+"""Will it fit: the peak memory of a run before it starts, and the settings that make it fit."""
+
+from qllava.training.memory.fit import DoesNotFit, Plan, fit, plan_of, settled
+from qllava.training.memory.sizes import CARDS, GB, format_bytes, parse_bytes
+from qllava.training.memory.step import (
+    OPTIMS,
+    PARTS,
+    Estimate,
+    Setup,
+    estimate,
+    prepare,
+    recompute,
+    setup_of,
+)
+
+__all__ = [
+    "CARDS",
+    "GB",
+    "OPTIMS",
+    "PARTS",
+    "DoesNotFit",
+    "Estimate",
+    "Plan",
+    "Setup",
+    "estimate",
+    "fit",
+    "format_bytes",
+    "parse_bytes",
+    "plan_of",
+    "prepare",
+    "recompute",
+    "settled",
+    "setup_of",
+]

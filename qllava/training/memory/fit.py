@@ -1,0 +1,161 @@
+"""What to choose so that a run stays under a limit: tokens per row, recomputation, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from qllava.config import InputError
+from qllava.models.checkpoint import tokens_per_image
+from qllava.training.memory.sizes import CARDS, GB, format_bytes
+from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
+from qllava.training.settings import TrainConfig
+
+_PER_PASS = 300
+"""Tokens whose products take as long as making all weights whole: 4.5 bytes of traffic a weight, 2 FLOP a token."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and what it comes to.
+
+    fits: under the limit; None where there is none.
+    suggestion: one sentence.
+    """
+
+    tokens_per_row: int
+    recompute_layers: int
+    optim: str
+    estimate: Estimate
+    fits: bool | None
+    suggestion: str
+
+
+class DoesNotFit(InputError):
+    """Nothing that may be chosen stays under the limit; `plan` is what comes nearest."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan.suggestion)
+        self.plan = plan
+
+
+def settled(train: TrainConfig) -> set[str]:
+    """Which of `fit`'s choices the settings leave it none of: what the user sets explicitly wins."""
+    chosen = {
+        "tokens_per_row": train.tokens_per_row is not None,
+        "recompute_layers": train.recompute_layers is not None or not train.gradient_checkpointing,
+        "optim": train.optimizer != OPTIMS[0],
+    }
+    return {name for name, is_set in chosen.items() if is_set}
+
+
+def fit(
+    setup: Setup, limit: int, *, least_tokens: int = 0, most_tokens: int | None = None, fixed: Collection[str] = ()
+) -> Plan:
+    """The fastest row size, recomputation and optimizer that stay under a limit.
+
+    The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a row): two passes
+    or three, each of which makes the 4-bit weights whole once a row. The optimizer is changed only when nothing fits.
+
+    limit: in bytes, CUDA's own context included.
+    least_tokens: of a row; the longest sample, which is not cut. most_tokens: a larger row would never be filled.
+    fixed: which of tokens_per_row, recompute_layers and optim are taken from the setup as they are.
+    Raises DoesNotFit, an InputError, which says by how much, and what would fit.
+    """
+    rows = _rows(setup, least_tokens, most_tokens, fixed)
+    known: Known = {}
+    for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
+        found: list[tuple[float, Setup]] = []
+        for tokens in tqdm(rows, desc="looking for what fits", leave=False, disable=None):
+            # Smaller rows recompute nothing at best.
+            if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
+                break
+            trial = replace(setup, optim=optim, tokens_per_row=tokens)
+            fewest = _fewest(trial, limit, known, fixed="recompute_layers" in fixed)
+            if fewest is not None:
+                kept, again = fewest.layers
+                found.append(((2 + again / (kept + again)) * (1 + _PER_PASS / tokens), fewest))
+                found.sort(key=lambda one: one[0])
+        if found:
+            best = found[0][1]
+            return plan_of(best, known_estimate(best, known), limit)
+    smallest = replace(trial, tokens_per_row=rows[-1])
+    if "recompute_layers" not in fixed:
+        smallest = replace(smallest, recompute_layers=None)
+    raise DoesNotFit(_refusal(smallest, known_estimate(smallest, known), limit, fixed))
+
+
+def plan_of(setup: Setup, found: Estimate, limit: int | None = None) -> Plan:
+    """A setup with its estimate, held against a limit."""
+    fits = None if limit is None else found.peak_bytes <= limit
+    card = next((size for size in CARDS if found.peak_bytes <= size * GB), None)
+    kept, again = setup.layers
+    suggestion = (
+        f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
+        f"{setup.optim}, which fit_memory chooses by itself."
+        if fits
+        else f"A card of {card} GB is enough."
+        if card
+        else "No single card that is sold is enough; take a smaller language model."
+    )
+    return Plan(setup.tokens_per_row, again, setup.optim, found, fits, suggestion)
+
+
+def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
+    """Row sizes to look at, the largest first."""
+    if "tokens_per_row" in fixed:
+        return [setup.tokens_per_row]
+    least = max(least, tokens_per_image(setup.config) + 4)  # room for a picture
+    most = max(most or ROWS[0], least)
+    return sorted(
+        {max(least, min(most, ROWS[0])), least, *(size for size in ROWS if least <= size <= most)}, reverse=True
+    )
+
+
+def _fewest(setup: Setup, limit: int, known: Known, *, fixed: bool) -> Setup | None:
+    """The setup with the fewest recomputed layers that fits; None when none does."""
+
+    def fits(trial: Setup) -> bool:
+        return known_estimate(trial, known).peak_bytes <= limit
+
+    if fixed:
+        return setup if fits(setup) else None
+    none, every = replace(setup, recompute_layers=0), replace(setup, recompute_layers=None)
+    if fits(none):
+        return none
+    if not fits(every):
+        return None
+    low, high = 0, every.layers[1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(replace(setup, recompute_layers=middle)):
+            high = middle
+        else:
+            low = middle
+    return replace(setup, recompute_layers=high)
+
+
+def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> Plan:
+    """The plan that comes nearest, and in its suggestion by how much it misses and what would fit."""
+    ways = [{"lora_r": r} for r in (16, 8) if r < setup.lora_r]
+    least = tokens_per_image(setup.config) + 100
+    if "tokens_per_row" not in fixed:
+        shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
+        ways += [{"tokens_per_row": n} for n in shorter]
+        ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if setup.lora_r > 8]
+    would = "a smaller model"
+    for way in ways:
+        if estimate(replace(setup, **way)).peak_bytes <= limit:  # type: ignore[arg-type]
+            names = {"lora_r": "lora_r", "tokens_per_row": "max_length"}
+            would = " with ".join(f"{names[name]} {value}" for name, value in way.items())
+            break
+    kept, again = setup.layers
+    card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
+    sentence = (
+        f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_row} tokens a row, {again} of "
+        f"{kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
+        f"{format_bytes(limit)} that it may take; {would}{card} would do."
+    )
+    return Plan(setup.tokens_per_row, again, setup.optim, found, False, sentence)

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from benchmarks.machine import provenance
 from benchmarks.tables import format_table
-from qllava.merge import as_quantized, compare, merge, quantized_weights, read_probes, sources
+from qllava.merge import compare, merge, quantized_weights, read_probes, sources
 from qllava.models.adapter import read_record
 from qllava.models.delta import Delta
+from qllava.models.nf4 import as_quantized
 from qllava.models.outline import outline
 from qllava.models.stream import Stored
 from qllava.models.weights import TABLES

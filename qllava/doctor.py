@@ -137,13 +137,15 @@ def _nf4() -> Check:
     with contextlib.redirect_stdout(sys.stderr):
         import bitsandbytes as bnb
 
+        from qllava.models.nf4 import unpacked
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
     layer.support_avx512bf16_for_cpu = False  # otherwise an evaluation repacks the weight and later gradients are lost
     x = torch.linspace(-1, 1, 4 * 64, device=device).reshape(4, 64).requires_grad_()
     y = layer(x)
     packed: Any = layer.weight  # a Params4bit, which its annotation does not say
-    weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(torch.float32)
+    weight = unpacked(packed.data, packed.quant_state)
     y.sum().backward()
     error = (y.detach() - x.detach() @ weight.T).abs().max().item()
     if error > 1e-3 or x.grad is None:

@@ -1,6 +1,6 @@
 """Adapter -> a standalone LLaVA, verified.
 
-    W = dequantize(NF4 base) + (alpha / r) B A          in fp32, cast once
+    W = dequantize(NF4 base) + (alpha / r) B A          unpacked and added in fp32, cast once
 
 Chosen: the delta goes onto the weights that training saw. Onto the original 16-bit weights it is another model (KL per
 token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again another still. The result is written
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from qllava.models.card import base_of, results_of, write_card
 from qllava.models.checkpoint import load_config, names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
 from qllava.models.errors import one_line
+from qllava.models.nf4 import as_quantized
 from qllava.models.outline import Outline, Recipe, outline
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.weights import EMBEDDING, HEAD, open_weights
@@ -221,12 +221,6 @@ def quantized_weights(model: Any) -> set[str]:
         for path, module in layers.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def as_quantized(weight: Tensor) -> Tensor:
-    """A weight as training saw it: through NF4 with double quantization and back, in its own type."""
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(packed, state).reshape(weight.shape)
 
 
 def read_probes(run: Path) -> list[dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qllava.models.delta import Delta
+from qllava.models.nf4 import KIND
 from qllava.models.weights import EMBEDDING, HEAD
 
 LAYERS = "language_model.model.layers"
@@ -86,11 +87,10 @@ class Adapted(Stored):
     def _packed(self, name: str, empty: Any) -> Linear4bit:
         """NF4 with double quantization, of what training quantized."""
         biased = empty.bias is not None
-        kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
         layer: Any = Linear4bit(
-            empty.in_features, empty.out_features, bias=biased, compute_dtype=self.dtype, device="meta", **kind
+            empty.in_features, empty.out_features, bias=biased, compute_dtype=self.dtype, device="meta", **KIND
         )
-        weight: Any = Params4bit(self._read(f"{name}.weight"), requires_grad=False, **kind)
+        weight: Any = Params4bit(self._read(f"{name}.weight"), requires_grad=False, **KIND)
         layer.weight = weight.to(self.device)  # packs it
         if biased:
             layer.bias = nn.Parameter(self._read(f"{name}.bias").to(self.device, self.dtype), requires_grad=False)

@@ -26,7 +26,6 @@ from functools import cache, partial, wraps
 from typing import Any, Protocol
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +34,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.utils import ModelOutput
 
 from qllava.data.packing import Group
+from qllava.models.nf4 import unpacked
 from qllava.models.stream import features_at
 from qllava.training.attention import Kernel, Sight, row_attention
 
@@ -280,7 +280,7 @@ def _weight(base: Any) -> Tensor:
     """(out, in) of a frozen linear layer, in fp32."""
     # FSDP puts a plain tensor in the weight's place; bitsandbytes keeps what belongs to it on the layer too.
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-    return base.weight.float() if state is None else dequantize_4bit(base.weight.data, state).float()
+    return base.weight.float() if state is None else unpacked(base.weight.data, state)
 
 
 def compile_layers(language_model: Any) -> None:

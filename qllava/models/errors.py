@@ -42,3 +42,24 @@ def one_line(error: BaseException) -> str:
     if not text or isinstance(error, KeyError):  # the key alone says nothing
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "status_alloc_failed",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of a card or of the machine, in whatever way a library says so.
+
+    torch has an error of its own for its CUDA allocator only: its CPU allocator, cuBLAS and the CUDA runtime raise a
+    plain RuntimeError, and numpy and Python a MemoryError.
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(words in said for words in _NO_MEMORY)
+    )

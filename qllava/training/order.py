@@ -62,10 +62,11 @@ class PictureOrder(Sampler[list[int]]):
             yield from (one.tolist() for one in shares[config.process_index :: config.world_size])
 
 
-def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig, device: Any) -> Any:
-    """The batches of this process, on its device.
+def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig) -> Any:
+    """The batches of this process, on the host: all batches of an optimizer step are there at once, pixels included.
 
-    accelerate is told of one process: sharing out is done, and its own would make up samples for a short step.
+    A row is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
+    own would make up samples for a short step.
     """
     workers = config.dataloader_num_workers
     batches = DataLoader(
@@ -80,7 +81,7 @@ def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: Train
         in_order=config.dataloader_in_order,
         worker_init_fn=partial(_begin_worker, workers=workers, rank=config.process_index),
     )
-    return prepare_data_loader(batches, device, num_processes=1, process_index=0, put_on_device=True)
+    return prepare_data_loader(batches, num_processes=1, process_index=0, put_on_device=False)
 
 
 def _begin_worker(number: int, *, workers: int, rank: int) -> None:

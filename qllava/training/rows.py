@@ -21,8 +21,10 @@ from qllava.config import InputError
 from qllava.data.collate import weightless_row
 from qllava.data.encode import IGNORE_INDEX
 from qllava.models.assemble import Assembled
+from qllava.models.errors import out_of_memory
 from qllava.training import processes
 from qllava.training.attention import looking_at
+from qllava.training.memory.fake import held_by
 from qllava.training.settings import TrainConfig
 
 LEDGER_FILE = "ledger.txt"
@@ -46,7 +48,9 @@ class RowTrainer(SFTTrainer):
             try:
                 losses = [self._rows(model, batch, num_items_in_batch) for batch in batches]
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 if processes.several():  # the others are in the midst of their rows
                     longest = max(row["input_ids"].shape[1] for row in self._step[-1]["rows"])
                     raise InputError(
@@ -106,25 +110,42 @@ class RowTrainer(SFTTrainer):
         with (Path(str(self.args.output_dir)) / LEDGER_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def rehearse(self, lengths: np.ndarray) -> None:
-        """Try the longest samples of the data before the first step, so that memory ends now and not at step 4,000.
+    def rehearse(self, lengths: np.ndarray, pictures: np.ndarray) -> None:
+        """Try the largest batches of the data before the first step, so that memory ends now and not at step 4,000.
 
-        lengths: tokens of each row of the training data. Rows are halved if need be; nothing is learned, and the random
-        state is as before.
+        The longest samples may all be text, which never runs the vision tower: the longest with images are tried too.
+        Rows are halved if need be; nothing is learned, and the random state is as before.
+
+        Args:
+            lengths: Tokens of each sample of the training data.
+            pictures: A hash of the images of each sample, 0 for none.
+
+        Raises:
+            InputError: One sample, or the state of the optimizer, does not fit.
         """
-        longest = np.argsort(lengths, kind="stable")[-self.args.per_device_train_batch_size :]
-        batch = self.data_collator([self.train_dataset[int(index)] for index in longest])  # type: ignore[index]
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        each = 2 if "8bit" in self.args.optimizer else 8
-        # The optimizer's moments come with the first step.
-        moments = torch.empty(each * sum(p.numel() for p in learned), dtype=torch.uint8, device=self.args.device)
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
-        with torch.random.fork_rng():
-            self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+        moments = self._moments()
+        for longest in _largest(lengths, pictures, self.args.per_device_train_batch_size):
+            batch = self.data_collator([self.train_dataset[index] for index in longest])  # type: ignore[index]
+            with torch.random.fork_rng():
+                self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+            self.model.zero_grad(set_to_none=True)
+            self._losses, self._step = [], []
         del moments
-        self.model.zero_grad(set_to_none=True)
         self._metrics, self._total_train_tokens = metrics, tokens
-        self._losses, self._step = [], []
+
+    def _moments(self) -> Tensor:
+        """As many bytes as the optimizer's state, which comes with the first step, will take on the device."""
+        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        try:
+            return torch.empty(held_by(self.args.optimizer, sizes), dtype=torch.uint8, device=self.args.device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        raise InputError(
+            f"Memory does not suffice for the state of {self.args.optimizer} beside the model; lower lora_r, or take "
+            "optim paged_adamw_8bit."
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -142,6 +163,13 @@ class RowTrainer(SFTTrainer):
 def _evened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """As many rows as the process has that has most: in each of them all wait for each other."""
     return rows + [weightless_row() for _ in range(processes.highest(len(rows)) - len(rows))]
+
+
+def _largest(lengths: np.ndarray, pictures: np.ndarray, count: int) -> list[list[int]]:
+    """The `count` longest samples, and the longest of those that show images where they are others."""
+    order = np.argsort(lengths, kind="stable")
+    found = (order[-count:].tolist(), order[pictures[order] != 0][-count:].tolist())
+    return [found[0]] if found[1] in ([], found[0]) else list(found)
 
 
 def _longest(batch: dict[str, Any]) -> int:

@@ -36,6 +36,7 @@ from qllava.models.adapter import (
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
 from qllava.training import disk, folders, processes, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
@@ -331,6 +332,15 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
         # One that was raised in a worker of the data loader comes with its stack trace as text, the message last.
         sentence = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         print(f"qllava: {sentence}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"qllava: Memory ran out ({one_line(error)}). Checkpoints are untouched. Lower fit_memory, max_length or "
+            "lora_r, or see what `qllava plan` proposes; then give the command again.",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:
         print(

@@ -71,8 +71,8 @@ class Stage:
 class Begin(TrainerCallback):
     """What is settled when transformers has prepared the model: recomputation, and on a GPU a rehearsal."""
 
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: np.ndarray, pictures: np.ndarray) -> None:
+        self.lengths, self.pictures = lengths, pictures
         self.trainer: LlavaTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,7 +82,7 @@ class Begin(TrainerCallback):
             llava: Any = self.trainer.assembled.model
             recompute(llava.model.language_model, args.recompute_layers)
         if args.device.type == "cuda":
-            self.trainer.rehearse(self.lengths)
+            self.trainer.rehearse(self.lengths, self.pictures)
 
 
 class Progress(TrainerCallback):
@@ -127,7 +127,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     _check_lengths(stage, assembled)
     start = processes.by_main(partial(_start, stage.folder, assembled))
     stage, memory = fitted(stage, model, assembled, start)
-    progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths), SaveAndStop()
+    progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths, stage.train.pictures), SaveAndStop()
     trainer = LlavaTrainer(
         model,
         assembled,

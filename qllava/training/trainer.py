@@ -40,6 +40,7 @@ from qllava.training import processes
 from qllava.training.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
+from qllava.training.memory.paged import keep_paged
 from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
 from qllava.training.order import PictureOrder, loader
 from qllava.training.rows import RowTrainer
@@ -144,15 +145,17 @@ class LlavaTrainer(RowTrainer):
             groups: list[Any] = [{"params": lora, **decay}, {"params": projector, "lr": rate, **decay}]
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind([group for group in groups if group["params"]], **arguments)
+            keep_paged(self.optimizer)
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step; samples about one picture come together, so that they can share it."""
-        return loader(self.train_dataset, self._order, self.data_collator, self.args, self.accelerator.device)
+        return loader(self.train_dataset, self._order, self.data_collator, self.args)
 
     def get_eval_dataloader(self, *arguments: Any) -> Any:
-        """As transformers' own; its workers leave signals to the main process, as those of training do."""
+        """As transformers' own, with batches on the host; workers leave signals to the main process."""
         batches: Any = super().get_eval_dataloader(*arguments)
+        batches.device = None  # a row is moved when it is computed
         getattr(batches, "base_dataloader", batches).worker_init_fn = leave_to_main
         return batches
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qllava.training.fake import Tracker, llava_of
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -23,7 +24,6 @@ from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
-from qllava.training.fake import Tracker, llava_of
 
 
 def shapes(

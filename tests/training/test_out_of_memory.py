@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from accelerate import data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from qllava.config import InputError
 from qllava.data import collate
+from qllava.training import rows, run
+from qllava.training.memory.fake import held_by
+from qllava.training.memory.paged import keep_paged
 from qllava.training.trainer import LlavaTrainer
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal
 from tests.training.test_trainer import Gradients, assert_close, one_step
@@ -139,7 +145,7 @@ class TestOutOfMemory:
                 sizes = small_card(trainer, 150)
                 lengths = np.array([len(row["input_ids"]) for row in trainer.train_dataset])  # type: ignore[union-attr]
                 before, state = bits(trainer.model), torch.get_rng_state()
-                trainer.rehearse(lengths)
+                trainer.rehearse(lengths, np.ones_like(lengths))
                 assert not changed(before, trainer.model) and torch.equal(state, torch.get_rng_state())
                 assert all(p.grad is None for p in trainer.model.parameters())
                 assert max(sizes) > 150 and max(lengths) == 78
@@ -153,3 +159,116 @@ class TestOutOfMemory:
         assert [line["loss"] for line in rehearsed_log[:2]] == pytest.approx(
             [line["loss"] for line in plain[:2]], rel=1e-3
         )
+
+    def test_pixels_are_on_the_device_for_one_row_at_a_time(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All batches of an optimizer step are there at once; their pixels wait on the host."""
+        moved: list[int] = []
+
+        def images(data: Any) -> int:
+            if isinstance(data, dict):
+                own = len(data["pixel_values"]) if "pixel_values" in data else 0
+                return own + sum(images(value) for value in data.values())
+            return sum(map(images, data)) if isinstance(data, list) else 0
+
+        sent, prepared = data_loader.send_to_device, LlavaTrainer._prepare_input
+        monkeypatch.setattr(
+            data_loader, "send_to_device", lambda data, *a, **k: moved.append(images(data)) or sent(data, *a, **k)
+        )
+        monkeypatch.setattr(
+            LlavaTrainer, "_prepare_input", lambda own, data: moved.append(images(data)) or prepared(own, data)
+        )
+        steps: list[list[int]] = []
+        rows = LlavaTrainer._rows
+
+        def counted(own: LlavaTrainer, model: Any, batch: Any, number: Any) -> torch.Tensor:
+            steps.append([images(row) for row in batch["rows"]])
+            return rows(own, model, batch, number)
+
+        monkeypatch.setattr(LlavaTrainer, "_rows", counted)
+        trainer = make_trainer(
+            tiny, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, tokens_per_row=80
+        )
+        trainer.train()
+        assert len(steps) == 2 and sum(map(sum, steps)) > max(map(max, steps))
+        assert max(moved) == max(map(max, steps))
+        moved.clear()
+        batches = trainer.get_eval_dataloader(trainer.train_dataset)
+        losses = [trainer.prediction_step(trainer.model, batch)[0] for batch in batches]
+        assert losses and max(moved) <= 2
+
+    @pytest.mark.parametrize("pictures", [[0, 0, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 5]])
+    def test_a_rehearsal_runs_the_tower(self, pictures: list[int]) -> None:
+        """Where the longest samples are text alone, the longest with images are tried too."""
+        tried = rows._largest(np.array([9, 8, 3, 2, 1, 7]), np.array(pictures), 2)
+        assert tried[0] == [1, 0]
+        assert tried[1:] == ([[3, 2]] if set(pictures) == {0, 5} else [])
+
+    def test_a_rehearsal_takes_the_optimizers_memory(self, tiny: Tiny, tmp_path: Path) -> None:
+        trainer = make_trainer(tiny, tmp_path)
+        sizes = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+        assert trainer._moments().numel() == 8 * sum(sizes)
+        trainer.args.optim = "adamw_bnb_8bit"
+        assert trainer._moments().numel() == held_by("adamw_bnb_8bit", sizes) < 8 * sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError("Unable to allocate 3.1 GiB for an array"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_anywhere_is_one_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(_: Any) -> Path:
+        raise error
+
+    chosen: Any = None
+    assert run.main(failing, lambda: chosen) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qllava: Memory ran out") and said.count("\n") == 1 and "qllava plan" in said
+    with pytest.raises(RuntimeError, match="shapes"):
+        run.main(lambda _: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 shapes")), lambda: chosen)
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit, bnb.optim.Lion8bit])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
+def test_a_paged_optimizer_comes_back_paged(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA nothing is paged, so a stand-in marks what the optimizer's own paged allocation returns."""
+    plain = kind.get_state_buffer
+
+    def paged(optimizer: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made: torch.Tensor = plain(optimizer, parameter, dtype)
+        made.is_paged = parameter.numel() >= 1e5  # type: ignore[attr-defined]
+        return made
+
+    def step(optimizer: Any, parameter: Any, seed: int) -> None:
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    def begun() -> tuple[Any, Any]:
+        parameter = torch.nn.Parameter(torch.ones(400, 300))
+        optimizer = kind([parameter], lr=0.1)
+        optimizer.is_paged = True
+        keep_paged(optimizer)
+        return parameter, optimizer
+
+    monkeypatch.setattr(kind, "get_state_buffer", paged)
+    monkeypatch.setattr(bnb.functional, "prefetch_tensor", lambda tensor: None)
+    (parameter, optimizer), (other, resumed) = begun(), begun()
+    step(optimizer, parameter, 0)
+    with torch.no_grad():
+        other.copy_(parameter)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    moments = [value for name, value in resumed.state[other].items() if name in ("state1", "state2")]
+    assert moments and all(getattr(moment, "is_paged", False) for moment in moments)
+    for name, value in optimizer.state[parameter].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[other][name])), name
+    step(optimizer, parameter, 1)
+    step(resumed, other, 1)
+    assert torch.equal(parameter, other)

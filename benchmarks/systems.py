@@ -107,7 +107,7 @@ class InOrder(LlavaTrainer):
         """Its batches are the steps."""
         samples: Any = self.train_dataset
         steps = BatchSampler(SequentialSampler(samples), self.args.per_device_train_batch_size, drop_last=False)
-        return loader(samples, steps, self.data_collator, self.args, self.accelerator.device)
+        return loader(samples, steps, self.data_collator, self.args)
 
 
 def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
@@ -149,7 +149,7 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
         compute_whole_head(assembled.model)
     # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
     stage, _ = fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config, {}), model, assembled)
-    begin = Begin(rows.lengths)
+    begin = Begin(rows.lengths, rows.pictures)
     begin.trainer = InOrder(
         model,
         assembled,

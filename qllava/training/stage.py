@@ -227,7 +227,9 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     )
     llava: Any = assembled.model
     setup = setup_of(parts, config, llava.config, lora_r=lora.r if lora else 0)
-    setup = replace(setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype))
+    setup = replace(
+        setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype), held=llava.dtype
+    )
     lengths = np.sort(stage.train.lengths)
     plan = fit(
         setup,

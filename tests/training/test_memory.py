@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -42,7 +44,7 @@ def small(*, vocabulary: int = 4000, layers: int = 4, side: int = 112) -> LlavaC
 
 
 def on_cpu(config: LlavaConfig, lora_r: int = 8, **changes: Any) -> Setup:
-    return replace(Setup(config, lora_r, torch.float32, "cpu"), **changes)
+    return replace(Setup(config, lora_r, torch.float32, device="cpu"), **changes)
 
 
 def real_llava(config: LlavaConfig, lora_r: int) -> Any:
@@ -72,9 +74,11 @@ def row_of(setup: Setup) -> dict[str, Any]:
     return tensors_of(setup.config, row)
 
 
-def there_and_back(model: Any, row: dict[str, Any]) -> float:
-    with looking_at(llava_of(model).model.language_model):
-        log_probs: torch.Tensor = model(**row).log_probs
+def there_and_back(model: Any, row: dict[str, Any], dtype: torch.dtype = torch.float32) -> float:
+    inner = getattr(model, "module", model)  # of DDP's
+    with looking_at(llava_of(inner).model.language_model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            log_probs: torch.Tensor = model(**row).log_probs
         loss = -log_probs.sum() / len(log_probs)
         del log_probs
         loss.backward()  # type: ignore[no-untyped-call]
@@ -87,13 +91,15 @@ def peak_of_a_real_step(setup: Setup) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = real_llava(setup.config, setup.lora_r)
         memory.prepare(model, setup, setup.layers[1])
+        if setup.processes > 1:
+            model = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         row = {key: value.clone() if torch.is_tensor(value) else value for key, value in given.items()}
         for step in range(2):
             if step:
                 torch.profiler.record_function("second").__enter__().__exit__(None, None, None)
             for _ in range(2):
-                there_and_back(model, row)
+                there_and_back(model, row, setup.dtype)
             optimizer.step()
             optimizer.zero_grad()
         # What is freed outside is never taken off the allocator's count.
@@ -131,6 +137,28 @@ class TestAgainstTheTruth:
         found = estimate(setup)
         assert found.parts["workspace"] >= 256 * 704 * 4
         assert found.peak_bytes == pytest.approx(peak_of_a_real_step(setup), rel=0.01)
+
+    @pytest.mark.parametrize("recomputed", [0, None])
+    def test_weights_in_fp32_and_autocast_in_bf16(self, recomputed: int | None) -> None:
+        """A run on a CPU holds fp32 whatever it computes in; bitsandbytes then computes in fp32 too."""
+        held = on_cpu(
+            small(), dtype=torch.bfloat16, held=torch.float32, tokens_per_row=300, recompute_layers=recomputed
+        )
+        assert estimate(held).peak_bytes == pytest.approx(peak_of_a_real_step(held), rel=0.01)
+        assert estimate(held).parts["weights"] > 1.5 * estimate(replace(held, held=None)).parts["weights"]
+
+    def test_several_processes_keep_the_gradients_twice(self, tmp_path: Path) -> None:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            alone = on_cpu(small(vocabulary=64), 64, tokens_per_row=100)
+            several = replace(alone, processes=2)
+            found = peak_of_a_real_step(several)
+        finally:
+            torch.distributed.destroy_process_group()
+        assert estimate(several).peak_bytes == pytest.approx(found, rel=0.01)
+        learned = estimate(alone).parts["optimizer"] / 2
+        assert estimate(several).peak_bytes - estimate(alone).peak_bytes == pytest.approx(learned, rel=0.01)
 
     def test_parts_add_up_and_weights_are_what_they_are(self) -> None:
         config = small()
@@ -239,7 +267,16 @@ def test_settings_become_a_setup() -> None:
     train = TrainConfig(output_dir="x", tokens_per_row=900, recompute_layers=2, share_image_prefix=False, use_cpu=True)
     setup = memory.setup_of(ModelConfig(load_in_4bit=False, lora_dropout=0.1), train, config, lora_r=4)
     assert setup == Setup(
-        config, 4, torch.float32, "cpu", False, 0.1, tokens_per_row=900, recompute_layers=2, samples_per_picture=1
+        config,
+        4,
+        torch.float32,
+        torch.float32,
+        "cpu",
+        False,
+        0.1,
+        tokens_per_row=900,
+        recompute_layers=2,
+        samples_per_picture=1,
     )
     assert memory.settled(train) == {"tokens_per_row", "recompute_layers"}
     assert memory.settled(TrainConfig(output_dir="x")) == set()

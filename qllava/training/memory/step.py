@@ -8,7 +8,7 @@ The figures come from the real training step on fake tensors (`memory.fake`). Wh
   often, FlexAttention never, and compiled layers hold less than these: an upper bound.
 - bitsandbytes' matrix product makes the weight whole inside one operation, where nothing is seen: `workspace`.
 - CUDA's own context, its libraries' workspace, and what the allocator loses between its blocks are allowances
-  (`CONTEXT`, `FRAGMENTS`). They were not measured: there was no GPU.
+  (`CONTEXT`, `NCCL`, `FRAGMENTS`). They were not measured: there was no GPU.
 - 8-bit and paged optimizers run on real cards only and are counted by what they hold. Of `paged` ones that is what lies
   on the card at the peak: their large tensors go to the host when memory is short. Optimizers that are not AdamW count
   as AdamW.
@@ -48,6 +48,8 @@ from qllava.training.settings import TrainConfig
 
 CONTEXT = 512 << 20
 """Of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""
+NCCL = 512 << 20
+"""Of each of several processes: NCCL's kernels, and its buffers of 4 MB a channel and direction."""
 FRAGMENTS = 0.05
 """Of what comes and goes, lost between the allocator's blocks."""
 PARTS = ("weights", "projector", "LoRA", "optimizer", "activations", "logits", "workspace")
@@ -65,8 +67,11 @@ class Setup:
 
     config: the model's shapes.
     lora_r: 0 for stage 1, in which the projector learns alone.
-    dtype: of weights that are not quantized, and of the computation; what learns is fp32.
+    dtype: of the computation; what learns is fp32.
+    held: of weights that are not quantized, and what 4-bit ones are unpacked to; None for `dtype`. On a CPU it is fp32,
+        whatever is computed in.
     device: "cpu" leaves out what only a card takes.
+    processes: of the run. More than one keep a second copy of the gradients, which they send to each other.
     optim: one of TRL's names.
     tokens_per_row: of the row that goes through the model.
     recompute_layers: how many decoder layers, the first ones, are recomputed; None for all.
@@ -78,6 +83,7 @@ class Setup:
     config: LlavaConfig
     lora_r: int
     dtype: torch.dtype = torch.bfloat16
+    held: torch.dtype | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     load_in_4bit: bool = True
     lora_dropout: float = 0.0
@@ -89,6 +95,12 @@ class Setup:
     stop_tower: bool = True
     prune_last_layer: bool = True
     lora_first: bool = True
+    processes: int = 1
+
+    @property
+    def weights_in(self) -> torch.dtype:
+        """Type of weights that are not quantized."""
+        return self.held or self.dtype
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -122,11 +134,13 @@ def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bo
 def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lora_r: int) -> Setup:
     """What the settings of a run come to on a card, or with `use_cpu` on a CPU; lora_r 0 for stage 1."""
     on_cpu = bool(train.use_cpu)
+    cpu_dtype = torch.bfloat16 if train.bf16 else torch.float32
     every = None if train.gradient_checkpointing else 0
     return Setup(
         config,
         lora_r,
-        dtype=torch.float32 if on_cpu else torch.float16 if train.fp16 else torch.bfloat16,
+        dtype=cpu_dtype if on_cpu else torch.float16 if train.fp16 else torch.bfloat16,
+        held=torch.float32 if on_cpu else None,
         device="cpu" if on_cpu else "cuda",
         load_in_4bit=model.load_in_4bit,
         lora_dropout=model.lora_dropout,
@@ -137,6 +151,7 @@ def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lor
         stop_tower=train.stop_tower,
         prune_last_layer=train.prune_last_layer,
         lora_first=train.lora_first,
+        processes=train.world_size,
     )
 
 
@@ -164,7 +179,11 @@ def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estima
         _extend(optimizer, base[1], one_more[1], missing)
     parts = max(phases.values(), key=lambda found: found.total())
     if setup.device == "cuda":
-        parts["workspace"] += CONTEXT + int(FRAGMENTS * sum(parts[p] for p in ("activations", "logits", "workspace")))
+        parts["workspace"] += (
+            CONTEXT
+            + (NCCL if setup.processes > 1 else 0)
+            + int(FRAGMENTS * sum(parts[p] for p in ("activations", "logits", "workspace")))
+        )
     parts["optimizer"] = optimizer[setup.optim]
     named = {name: int(parts[name]) for name in PARTS}
     return Estimate(sum(named.values()), named)
@@ -191,7 +210,7 @@ def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[s
         model = fake_llava(
             config,
             load_in_4bit=setup.load_in_4bit,
-            dtype=setup.dtype,
+            dtype=setup.weights_in,
             lora_r=setup.lora_r,
             lora_dropout=setup.lora_dropout,
         ).train()
@@ -206,12 +225,22 @@ def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[s
             for tensor in (value for value in fake_row.values() if isinstance(value, torch.Tensor)):
                 tracker.put(tensor, "activations")
             step_of_rows(model, tracker, fake_row, setup.dtype)
+    if setup.processes > 1:
+        _add_buckets(tracker, model)
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     optimizers = Counter({optim: held_by(optim, sizes) for optim in {*OPTIMS, setup.optim}})
     for parts in tracker.peaks.values():
         optimizers[OPTIMS[0]] = parts.pop("optimizer")
     known[key] = tracker.peaks, optimizers
     return known[key]
+
+
+def _add_buckets(tracker: Tracker, model: Any) -> None:
+    """Count the copies of gradients that DDP sends, which live from the first step to the last."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            for parts in tracker.peaks.values():
+                parts[tracker.part(parameter)] += parameter.nbytes
 
 
 def prepare(model: Any, setup: Setup, again: int) -> None:

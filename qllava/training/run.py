@@ -38,7 +38,7 @@ from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
-from qllava.training import disk, folders, processes, scores
+from qllava.training import disk, folders, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.memory.allocator import keep_freed_memory
@@ -90,6 +90,45 @@ def _begin(settings: Settings, folder: Path, files: list[Part]) -> dict[str, Any
 
 def finetune(settings: Settings) -> Path:
     """Both stages, or the second alone where a projector is given. Returns the run's folder."""
+    start = _start(settings)
+    folder = folders.open_folder(settings)
+    started = time.monotonic()
+    # Before the model, which may be a download of 14 GB.
+    files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="train")
+    held_out = folders.held_out(settings)
+    begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
+    assembled = _assemble(settings)
+    own_table = settings.model.is_nano and not settings.data.train_file
+    table = scores.Table.open(folder, assembled) if own_table else None
+    # All data is looked at before anything is trained: also that of the second stage before the first.
+    captions = _captions(settings, assembled, folder)
+    train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
+    if table:
+        table.measure("untrained", assembled.model)
+    _align(settings, assembled, folder, captions, begun, len(train.lengths))
+    if table:
+        table.measure("stage1", assembled.model)
+    model = _with_lora(settings, assembled, start)
+    shown = _some(held_out, evaluation, 12)
+    before = samples.before(folder, model, assembled, shown)
+    config = _with_rate(settings.train, 2e-4)
+    config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
+    questions = _some(held_out, evaluation, config.eval_questions)
+    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
+    trained = train_stage(stage, model, assembled)
+    after = scores.answers(model, assembled, shown) if shown else []
+    measured = table.finish(model) if table else {}
+    results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
+    processes.by_main(partial(samples.write, folder, shown, before, after))
+    processes.by_main(partial(folders.finish, folder, results))
+    if table:
+        print("\n" + scores.format_table(measured))
+    _say_done(folder, shown)
+    return folder
+
+
+def _start(settings: Settings) -> Path | None:
+    """The adapter that is trained on, if any. Raises InputError where the projector's start is unclear."""
     model_, data = settings.model, settings.data
     if (model_.language_model or model_.vision_tower) and not (model_.projector or data.pretrain_file):
         raise InputError(
@@ -104,40 +143,21 @@ def finetune(settings: Settings) -> Path:
         )
     if model_.projector and data.pretrain_file:
         raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
-    folder = folders.open_folder(settings)
-    started = time.monotonic()
-    # Before the model, which may be a download of 14 GB.
-    files = folders.files_of(data.train_file, settings, "train_file", nano_file="train")
-    held_out = folders.held_out(settings)
-    begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
-    assembled = _assemble(settings)
-    table = scores.Table.open(folder, assembled) if settings.model.is_nano and not data.train_file else None
-    # All data is looked at before anything is trained: also that of the second stage before the first.
-    captions = _captions(settings, assembled, folder)
-    train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
-    shown = _some(held_out, evaluation, 12)
-    before = scores.answers(assembled.model, assembled, shown) if shown else []
-    if table:
-        table.measure("untrained", assembled.model)
-    _align(settings, assembled, folder, captions, begun, len(train.lengths))
-    if table:
-        table.measure("stage1", assembled.model)
+    return start
+
+
+def _with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
+    """The model with LoRA: new and at nothing, or as an adapter has it."""
+    chosen = settings.model
     set_seed(settings.train.seed)  # LoRA begins alike whether stage 1 was trained in this process or in one before
-    model = add_lora(assembled, r=model_.lora_r, alpha=model_.lora_alpha, dropout=model_.lora_dropout)
+    model = add_lora(assembled, r=chosen.lora_r, alpha=chosen.lora_alpha, dropout=chosen.lora_dropout)
     if start:
         continue_adapter(model, start)
-    config = _with_rate(settings.train, 2e-4)
-    config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
-    questions = _some(held_out, evaluation, config.eval_questions)
-    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
-    trained = train_stage(stage, model, assembled)
-    after = scores.answers(model, assembled, shown) if shown else []
-    measured = table.finish(model) if table else {}
-    results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
-    processes.by_main(partial(scores.write_samples, folder / "samples.json", shown, before, after))
-    processes.by_main(partial(folders.finish, folder, results))
-    if table:
-        print("\n" + scores.format_table(measured))
+    return model
+
+
+def _say_done(folder: Path, shown: list[Example]) -> None:
+    """Print what a finished run may be used for next."""
     picture = shown[0].images[0] if shown and shown[0].images else "photo.jpg"
     folders.say_next(
         f"The run is done: {folder} (open {folder / 'report.html'} in a browser)",
@@ -147,7 +167,6 @@ def finetune(settings: Settings) -> Path:
             f"python demo/app.py --model {folder}",
         ],
     )
-    return folder
 
 
 def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
@@ -165,11 +184,11 @@ def _align(
     folder: Path,
     captions: Prepared | None,
     begun: dict[str, Any],
-    samples: int,
+    count: int,
 ) -> None:
     """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
 
-    samples: of stage 2, whose files have to fit on the disk before stage 1 begins.
+    count: samples of stage 2, whose files have to fit on the disk before stage 1 begins.
     """
     stage1 = folder / "stage1"
     if captions is None:
@@ -191,7 +210,7 @@ def _align(
     model, tokenizer = assembled.model, assembled.processor.tokenizer
     needs = {
         stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
-        folder: disk.needed(model, settings.train, tokenizer, samples, lora=disk.lora_of(model, settings.model.lora_r)),
+        folder: disk.needed(model, settings.train, tokenizer, count, lora=disk.lora_of(model, settings.model.lora_r)),
     }
     processes.by_main(partial(disk.check, needs))
     train_stage(stage, train_projector_only(assembled), assembled)

@@ -86,21 +86,6 @@ def asked(example: Example) -> str:
     return vqa.question(example).turns[-1].content.replace("<image>", "").strip()
 
 
-def write_samples(path: Path, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> None:
-    """Sample answers for the report."""
-    rows = [
-        {
-            "image": str(e.images[0]) if e.images else None,
-            "question": asked(e),
-            "truth": vqa.truth(e),
-            "before": b,
-            "after": a,
-        }
-        for e, b, a in zip(examples, before, after, strict=True)
-    ]
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-
-
 @dataclass
 class Table:
     """nano's table. What was measured is kept in the run's folder, so a run that is continued does not lose it."""

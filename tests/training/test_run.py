@@ -193,7 +193,7 @@ class TestFolder:
         assert names >= {
             "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "ledger.txt",
             "metrics.jsonl", "probes.safetensors", "projector.safetensors", "qllava.json", "report.html",
-            "results.json", "run.yaml", "samples.json", "tokenizer.json",
+            "before.json", "results.json", "run.yaml", "samples.json", "tokenizer.json",
         }  # fmt: skip
         assert not [name for name in names if name.startswith(".")]
         kept = set(load_file(tiny.stage2 / "adapter_model.safetensors"))

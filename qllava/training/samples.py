@@ -1,0 +1,78 @@
+"""Sample answers of a run: some held-out questions, answered before its training and after it.
+
+"Before" is the model as the run's instruction tuning starts it, with LoRA at nothing:
+
+| the run starts from | before it answers |
+|---|---|
+| a LLaVA that exists | that LLaVA |
+| parts and `projector` | the parts with that projector |
+| parts and a stage 1 of its own (`pretrain_file`, nano) | the parts with the projector of that stage 1 |
+| an adapter | the base with that adapter |
+
+They are kept in the run's folder: a run that is resumed shows those of its first start, because the model that it
+resumes with has learned already. nano's table has a row for the parts before stage 1 as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qllava.data.formats import Example
+from qllava.evaluation import vqa
+from qllava.models.assemble import Assembled
+from qllava.training import processes, scores
+from qllava.training.checkpoints import checkpoints, write_whole
+
+BEFORE_FILE = "before.json"
+SAMPLES_FILE = "samples.json"
+
+
+def before(folder: Path, model: nn.Module, assembled: Assembled, examples: Sequence[Example]) -> list[str | None]:
+    """Return the answers from before training: those that the run kept, or the model's own, which are kept then.
+
+    None where they cannot be known: the question is new since the run began, or training began without keeping any.
+    """
+    kept = processes.by_main(partial(_kept, folder / BEFORE_FILE))
+    if kept is None:
+        if not examples or processes.by_main(partial(checkpoints, folder)):
+            return [None] * len(examples)
+        answers = scores.answers(model, assembled, examples)
+        kept = [{**_key(e), "answer": answer} for e, answer in zip(examples, answers, strict=True)]
+        processes.by_main(partial(write_whole, folder / BEFORE_FILE, json.dumps(kept, indent=1) + "\n"))
+    found = {(row["question"], tuple(row["images"])): str(row["answer"]) for row in kept}
+    keys = [_key(e) for e in examples]
+    return [found.get((key["question"], tuple(key["images"]))) for key in keys]
+
+
+def _key(example: Example) -> dict[str, Any]:
+    """A question is known by its text and the names of its images: their folder may have moved."""
+    return {"question": scores.asked(example), "images": [path.name for path in example.images]}
+
+
+def _kept(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
+def write(folder: Path, examples: Sequence[Example], before: Sequence[str | None], after: Sequence[str]) -> None:
+    """Write `samples.json`, which the report shows."""
+    rows = [
+        {
+            "image": str(e.images[0]) if e.images else None,
+            "question": scores.asked(e),
+            "truth": vqa.truth(e),
+            "before": b,
+            "after": a,
+        }
+        for e, b, a in zip(examples, before, after, strict=True)
+    ]
+    (folder / SAMPLES_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -62,11 +62,34 @@ class PictureOrder(Sampler[list[int]]):
             yield from (one.tolist() for one in shares[config.process_index :: config.world_size])
 
 
-def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig) -> Any:
+class InOrder(Sampler[list[int]]):
+    """The held-out batches of one process, each sample in one process only.
+
+    All have equally many batches, because they wait for each other: in the last round a process may get an empty one.
+    """
+
+    def __init__(self, count: int, config: TrainConfig) -> None:
+        """Args:
+        count: number of samples.
+        config: of this process, by its `process_index`.
+        """
+        self.count, self.config = count, config
+
+    def __len__(self) -> int:
+        return int(-(-self.count // (self.config.per_device_eval_batch_size * self.config.world_size)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, processes = self.config.per_device_eval_batch_size, self.config.world_size
+        for number in range(len(self)):
+            start = (number * processes + self.config.process_index) * size
+            yield list(range(start, min(start + size, self.count)))
+
+
+def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig, *, again: bool = True) -> Any:
     """The batches of this process, on the host: all batches of an optimizer step are there at once, pixels included.
 
     A row is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
-    own would make up samples for a short step.
+    own would make up samples for a short step. again: it is gone through more than once, so that workers may persist.
     """
     workers = config.dataloader_num_workers
     batches = DataLoader(
@@ -75,7 +98,7 @@ def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: Train
         collate_fn=collate,
         num_workers=workers,
         pin_memory=config.dataloader_pin_memory,
-        persistent_workers=config.dataloader_persistent_workers,
+        persistent_workers=config.dataloader_persistent_workers and again,
         prefetch_factor=config.dataloader_prefetch_factor,
         multiprocessing_context=config.dataloader_multiprocessing_context,
         in_order=config.dataloader_in_order,

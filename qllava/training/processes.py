@@ -62,6 +62,15 @@ def mean(value: float) -> float:
     return float(gather(torch.tensor([value], device=PartialState().device)).mean())
 
 
+def total(values: list[float]) -> list[float]:
+    """The sum of each value over all processes."""
+    if not several():
+        return values
+    mine = torch.tensor([values], dtype=torch.float64, device=PartialState().device)
+    summed: list[float] = gather(mine).sum(0).tolist()
+    return summed
+
+
 def every(values: list[T]) -> list[T]:
     """The values of all processes, one process after the other."""
     found: list[T] = gather_object(values) if several() else values

@@ -39,6 +39,8 @@ class RowTrainer(SFTTrainer):
     # Of the optimizer step that is being computed: its batches, and the losses of those that are done.
     _step: list[dict[str, Any]]
     _losses: list[Tensor]
+    # Of the evaluation that is being made: see `sums`.
+    _held_out: Tensor
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; when memory runs out, of the whole step again in shorter rows."""
@@ -147,17 +149,37 @@ class RowTrainer(SFTTrainer):
             "optim paged_adamw_8bit."
         )
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """The held-out loss of a batch, per learned token."""
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Take a held-out batch into the means of `evaluation_loop`; transformers would average over batches."""
+        self._held_out += self.sums(model, inputs)
+        return None, None, None
+
+    def sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Loss, entropy and right guesses of a held-out batch, each summed over its learned tokens, and their count."""
         language_model = self.assembled.model.model.language_model
-        total = torch.zeros((), device=self.args.device)
+        found = torch.zeros(4, dtype=torch.float64)
+        seen = self._metrics["train" if self.model.training else "eval"]
         with looking_at(language_model), torch.no_grad(), self.compute_loss_context_manager():
-            for row in _evened(inputs["rows"]):
+            for row in _evened(batch["rows"]):
+                mine = 0 if row.get("weightless") else len(row["targets"])
                 loss = self.compute_loss(model, self._prepare_inputs(row))  # type: ignore[no-untyped-call]
-                total += loss * len(row["targets"])
-        return total / sum(len(row["targets"]) for row in inputs["rows"]), None, None
+                # TRL keeps the means of the same row of all processes together: each takes its share of them.
+                entropy, right = (seen[name].pop() for name in ("entropy", "mean_token_accuracy"))
+                found += torch.tensor([float(loss) if mine else 0.0, entropy, right, 1.0], dtype=torch.float64) * mine
+        return found
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """As transformers', with means over all held-out learned tokens of all processes.
+
+        So they depend neither on the batch size nor on the number of processes.
+        """
+        self._held_out = torch.zeros(4, dtype=torch.float64)
+        output = super().evaluation_loop(*arguments, **named)
+        *sums, tokens = processes.total(self._held_out.tolist())
+        loss, entropy, right = (value / tokens for value in sums)
+        output.metrics[f"{named.get('metric_key_prefix', 'eval')}_loss"] = loss
+        self._metrics["eval"] |= {"entropy": [entropy], "mean_token_accuracy": [right]}
+        return output
 
 
 def _evened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

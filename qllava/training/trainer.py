@@ -42,10 +42,9 @@ from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
 from qllava.training.memory.paged import keep_paged
 from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
-from qllava.training.order import PictureOrder, loader
+from qllava.training.order import InOrder, PictureOrder, loader
 from qllava.training.rows import RowTrainer
 from qllava.training.settings import TrainConfig
-from qllava.training.signals import leave_to_main
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -152,12 +151,10 @@ class LlavaTrainer(RowTrainer):
         """This process's share of every step; samples about one picture come together, so that they can share it."""
         return loader(self.train_dataset, self._order, self.data_collator, self.args)
 
-    def get_eval_dataloader(self, *arguments: Any) -> Any:
-        """As transformers' own, with batches on the host; workers leave signals to the main process."""
-        batches: Any = super().get_eval_dataloader(*arguments)
-        batches.device = None  # a row is moved when it is computed
-        getattr(batches, "base_dataloader", batches).worker_init_fn = leave_to_main
-        return batches
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This process's share of the held-out samples, each of them once."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return loader(rows, InOrder(len(rows), self.args), self.data_collator, self.args, again=False)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and its learned tokens in all processes; one that cannot be read ends all."""
@@ -218,7 +215,7 @@ class LlavaTrainer(RowTrainer):
         batch = self.data_collator([sample])
         pixels = all(bool(torch.isfinite(row["pixel_values"]).all()) for row in batch["rows"] if "pixel_values" in row)
         if not gradient:
-            return Alone(pixels, bool(torch.isfinite(self.prediction_step(self.model, batch)[0])))
+            return Alone(pixels, math.isfinite(self.sums(self.model, batch)[0]))
         self.model.zero_grad(set_to_none=True)
         self._rows(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
         found = [p.grad for p in self.model.parameters() if p.grad is not None]

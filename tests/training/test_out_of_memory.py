@@ -195,7 +195,7 @@ class TestOutOfMemory:
         assert max(moved) == max(map(max, steps))
         moved.clear()
         batches = trainer.get_eval_dataloader(trainer.train_dataset)
-        losses = [trainer.prediction_step(trainer.model, batch)[0] for batch in batches]
+        losses = [trainer.sums(trainer.model, batch)[0] for batch in batches]
         assert losses and max(moved) <= 2
 
     @pytest.mark.parametrize("pictures", [[0, 0, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 5]])

@@ -131,7 +131,7 @@ def _context(row: Any) -> Context:
         raise _Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
     wrong: list[str] = []
     image, id_ = row.get("image"), row.get("id")
-    if not isinstance(image, str) or not image.strip():
+    if not isinstance(image, str) or not image.strip() or not PurePosixPath(image).name:
         wrong.append("image must be the name of a file")
         image = ""
     if id_ is None:
@@ -146,6 +146,8 @@ def _context(row: Any) -> Context:
     if not isinstance(complete, bool):
         wrong.append("complete must be true or false")
     boxes = _boxes(row, wrong)
+    said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes)]
+    wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not _is_unicode(text)]
     if wrong:
         raise _Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete)
@@ -174,6 +176,15 @@ def _boxes(row: dict[str, Any], wrong: list[str]) -> list[Box]:
             x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in bbox)
             boxes.append(Box(category.strip(), (x1, y1, x2, y2)))
     return boxes
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written to a file and sent to a server; JSON can spell some that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

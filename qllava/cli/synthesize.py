@@ -13,6 +13,7 @@ from qllava.config import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qllava.synthesis.batch import Exported
     from qllava.synthesis.contexts import Context
     from qllava.synthesis.output import Counts
     from qllava.synthesis.pipeline import Job, Result
@@ -65,14 +66,18 @@ def _add_asking(asking: argparse._ArgumentGroup) -> None:
     asking.add_argument("--concurrency", metavar="N", type=positive, help="calls at a time (default: 16)")
     asking.add_argument("--retries", metavar="N", type=rank, help="attempts after the first (default: 6)")
     asking.add_argument("--timeout", metavar="S", type=positive, help="seconds to wait for a reply (default: 300)")
-    asking.add_argument("--max-calls", metavar="N", type=positive, help="never more replies than this in the store")
-    asking.add_argument("--max-tokens-total", metavar="N", type=positive, help="nor more tokens, prompts included")
+    asking.add_argument("--max-calls", metavar="N", type=positive, help="maximum number of requests, of all runs")
+    asking.add_argument(
+        "--max-tokens-total", metavar="N", type=positive, help="maximum number of tokens, prompts included"
+    )
     how = asking.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="estimate calls and tokens, and ask nobody")
     how.add_argument(
         "--export-batch", metavar="FILE", type=Path, help="write the calls that are needed as a batch file"
     )
-    how.add_argument("--import-batch", metavar="FILE", type=Path, help="keep the replies of a batch, and write OUT")
+    how.add_argument(
+        "--import-batch", metavar="FILE", type=Path, nargs="+", help="keep the replies of batches, and write OUT"
+    )
 
 
 def run_synthesize(arguments: argparse.Namespace) -> int:
@@ -112,14 +117,15 @@ def _by_model(arguments: argparse.Namespace, contexts: Sequence[Context], tasks:
     job = _job(arguments, tasks)
     budget = {"max_calls": arguments.max_calls, "max_tokens": arguments.max_tokens_total}
     if arguments.dry_run:
-        expected = pipeline.estimate(job)
-        print(json.dumps({"dry_run": True, **expected}) if arguments.json else _estimate_text(expected))
+        retries = {} if arguments.retries is None else {"retries": arguments.retries}
+        expected = pipeline.estimate(job, **retries)
+        found = {"dry_run": True, **expected, "max_calls": arguments.max_calls, "max_tokens": budget["max_tokens"]}
+        print(json.dumps(found) if arguments.json else _estimate_text(expected, **budget))
         return 0
     if arguments.export_batch:
-        calls = pipeline.export_batch(job, arguments.export_batch, **budget)
-        nothing = "" if calls else " Nothing is left to ask: the file is empty."
-        text = f"{arguments.export_batch}: {calls:,} calls.{nothing}"
-        print(json.dumps({"exported": calls}) if arguments.json else text)
+        exported = pipeline.export_batch(job, arguments.export_batch, **budget)
+        files = [str(file) for file in exported.files]
+        print(json.dumps({"exported": exported.calls, "files": files}) if arguments.json else _export_text(exported))
         return 0
     if arguments.import_batch:
         result = pipeline.import_batch(job, arguments.import_batch)
@@ -175,6 +181,8 @@ def _say(
 
 def _remarks(result: Result, job: Job, imported: bool) -> list[str]:
     """What a user should know about calls, and do about tasks that are not settled."""
+    from qllava.synthesis.output import beside
+
     lines = []
     if result.imported is not None:
         found = result.imported
@@ -185,22 +193,46 @@ def _remarks(result: Result, job: Job, imported: bool) -> list[str]:
     lines.append(f"{result.calls:,} calls, {result.tokens:,} tokens; {job.store} keeps {result.calls_kept:,}.")
     failed, left = result.counts.total("failed"), result.counts.total("left")
     if failed:
-        why = next(iter(result.failures.values()))
-        lines.append(f"{failed:,} had no reply, the first: {why}. The same command asks them again.")
+        first = next(task.id for task in job.tasks if task.id in result.failures)
+        lines.append(
+            f"{failed:,} failed, the first, {first}: {result.failures[first]}. The same command asks them again, after "
+            f"all others; {beside(job.out, 'left_out')} names each."
+        )
     if left:
         how = "--export-batch writes the calls" if imported else "the budget is spent, a larger one goes on"
         lines.append(f"{left:,} are still to be asked: {how}.")
     return lines
 
 
-def _estimate_text(expected: dict[str, int]) -> str:
+def _export_text(exported: Exported) -> str:
+    first, *rest = exported.files
+    where = f"{first} to {rest[-1].name} ({len(exported.files)} files)" if rest else str(first)
+    nothing = "" if exported.calls else " Nothing is left to ask: the file is empty."
+    return f"{where}: {exported.calls:,} calls.{nothing}"
+
+
+def _estimate_text(expected: dict[str, int], max_calls: int | None, max_tokens: int | None) -> str:
+    limits = []
+    if max_calls is not None:
+        limits.append(
+            f"--max-calls {max_calls:,} bounds the requests that are sent, repairs, further attempts and earlier runs "
+            f"included; {expected['requests_so_far']:,} were sent."
+        )
+    if max_tokens is not None:
+        limits.append(
+            f"--max-tokens-total {max_tokens:,} bounds the tokens of prompts and replies, earlier runs included; a "
+            f"request is sent only when the most that it can cost still fits; {expected['tokens_so_far']:,} were spent."
+        )
     tokens = expected["prompt_tokens"] + expected["completion_tokens"]
     return (
         f"{expected['tasks']:,} rows to make; {expected['calls']:,} calls to ask, about {tokens:,} tokens "
         f"({expected['prompt_tokens']:,} of prompts, {expected['completion_tokens']:,} of replies).\n"
         f"At most, if every reply is as long as allowed and must be written again: {expected['calls_at_most']:,} "
-        f"calls, {expected['tokens_at_most']:,} tokens.\n"
-        "A token is taken for four characters, a reply for as long as the worked examples. Nobody was asked."
+        f"calls, {expected['tokens_at_most']:,} tokens (one for each byte of a prompt). With every further attempt "
+        f"that --retries allows: {expected['requests_at_most']:,} requests.\n"
+        + "".join(f"{limit}\n" for limit in limits)
+        + "A token is taken for four characters, or one that is not Latin; a reply for as long as the worked "
+        "examples. Nobody was asked."
     )
 
 
@@ -231,8 +263,9 @@ def _parameters(text: str) -> dict[str, Any]:
     """Parameters of the chat API, but for those that are set here."""
     try:
         read = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text} ({error})") from error
+        json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!a} ({error})") from error
     ours = {"model", "messages", "response_format", "stream", "n"}
     if not isinstance(read, dict) or ours & set(read):
         raise argparse.ArgumentTypeError(f"expected a JSON object without {', '.join(sorted(ours))}, not {text}")

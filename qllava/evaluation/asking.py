@@ -17,8 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
+from qllava.synthesis.address import without_secrets
 from qllava.synthesis.store import Call, Message, Reply, Store
-from qllava.synthesis.teacher import Teacher, Unanswered
+from qllava.synthesis.teacher import Teacher
+from qllava.synthesis.thoughts import answer_of
 
 CONCURRENCY = 8
 PARAMETERS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
@@ -29,7 +31,7 @@ class Judge:
     """Who is asked, and where the replies are kept."""
 
     name: str
-    base_url: str | None = None  # OPENAI_BASE_URL, else OpenAI's own
+    base_url: str | None = field(default=None, repr=False)  # OPENAI_BASE_URL, else OpenAI's own; may hold a password
     store: Path | None = None  # None: one file for all evaluations, in the cache folder
     parameters: Mapping[str, Any] = field(default_factory=lambda: PARAMETERS)
 
@@ -64,15 +66,18 @@ class Judge:
         with tqdm(total=len(calls), desc="judge", unit="reply", disable=None) as bar:
             async with Teacher(store, self.base_url, concurrency=CONCURRENCY) as teacher:
                 before = store.calls
+                # What failed before is asked last, so that it cannot keep the others from being asked.
+                turn = sorted(range(len(calls)), key=lambda index: store.failures(calls[index].key))
 
                 async def work(index: int) -> None:
-                    try:
-                        replies[index] = await teacher.ask(calls[index])
-                    except Unanswered as error:
-                        bar.write(f"No reply from the judge: {error}")
+                    replies[index] = await teacher.ask(calls[index])
                     bar.update()
 
-                await teacher.each(range(len(calls)), work)
+                def failed(index: int, reason: str) -> None:
+                    bar.write(f"No reply from the judge to call {index + 1} of {len(calls)}: {reason}")
+                    bar.update()
+
+                await teacher.each(turn, work, failed)
                 asked = store.calls - before
         return Answered(self, tuple(calls), tuple(replies), asked)
 
@@ -87,9 +92,11 @@ class Answered:
     asked: int  # replies that were not kept from before
 
     def texts(self) -> list[str | None]:
-        """What can be read: None where there is no reply, a refusal, or something that the API does not promise."""
+        """What can be read, without thoughts; None where there is no reply, a refusal, or nothing the API promises."""
         return [
-            None if reply is None or reply.refusal is not None or reply.finish_reason == "unreadable" else reply.text
+            None
+            if reply is None or reply.refusal is not None or reply.finish_reason == "unreadable"
+            else answer_of(reply.text)
             for reply in self.replies
         ]
 
@@ -99,7 +106,7 @@ class Answered:
         there = [reply for reply in replies.values() if reply is not None]
         return {
             "name": self.judge.name,
-            "base_url": self.judge.base_url,
+            "base_url": None if self.judge.base_url is None else without_secrets(self.judge.base_url),
             "parameters": dict(self.judge.parameters),
             "calls": len(replies),
             "asked_now": self.asked,

@@ -1,83 +1,191 @@
-"""The same calls through a batch file: vLLM's `run-batch`, or a hosted batch, does the work.
+"""The same calls through batch files: vLLM's `run-batch`, or a hosted batch, does the work.
 
     requests   {"custom_id": KEY, "method": "POST", "url": "/v1/chat/completions", "body": {"model", "messages", ...}}
     results    {"custom_id": KEY, "response": {"status_code": 200, "body": {...}}, "error": null}
 
 `custom_id` is the key of the store, so results may come in any order, in several files, and twice. A reply that breaks
 a rule is written again by one more call: that of a second file.
+
+A hosted batch takes 50,000 requests and 200 MB a file (OpenAI's Batch API; others take as much or more). What is more
+than one file holds becomes several: requests-00001.jsonl, requests-00002.jsonl, ... in the place of requests.jsonl.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qllava.config import InputError
 from qllava.data.rows import Place, read_rows
+from qllava.synthesis.completions import error_of, read_json, read_reply
 from qllava.synthesis.output import unwritable
 from qllava.synthesis.store import Call, Reply, Store
-from qllava.synthesis.teacher import read_reply
+
+MOST_REQUESTS = 50_000
+"""Requests of one file."""
+MOST_BYTES = 200_000_000
+"""Size of one file."""
 
 _AT_ONCE = 1000  # replies that are flushed to the disk together
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What was written for a batch."""
+
+    calls: int
+    """Requests, each once."""
+    files: tuple[Path, ...]
+    """The files that hold them; one, and empty, where there is none."""
+
+
+@dataclass(frozen=True)
 class Imported:
-    """What a file of results held."""
+    """What files of results held."""
 
-    replies: int  # new ones, now kept
-    known: int  # kept before
-    failed: int  # requests that the server could not answer; the next export asks for them again
-    foreign: int  # of other pictures, prompts or settings than those of this command
+    replies: int
+    """New ones, now kept."""
+    known: int
+    """Kept before, or in an earlier line."""
+    failed: int
+    """Requests that the server could not answer; the next export asks for them again."""
+    foreign: int
+    """Of other images, prompts or settings than those of this command."""
 
 
-def write_requests(path: Path, calls: Iterable[Call]) -> int:
-    """Write requests, each once; returns how many. The file appears whole or not at all."""
-    aside = path.with_name(f"{path.name}.part")
-    seen: set[str] = set()
+def write_requests(path: Path, calls: Iterable[Call]) -> Exported:
+    """Write requests, each once, to one file or several; every file appears complete or not at all.
+
+    Numbered files of an earlier export to the same path are removed, so that they are not sent again.
+
+    Args:
+        path: The file; where one is not enough, numbers are put behind its name.
+        calls: What is asked.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    files = _Files(path)
+    seen: set[bytes] = set()
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        try:
             for call in calls:
-                if call.key not in seen:
-                    seen.add(call.key)
-                    file.write(json.dumps(_request(call), ensure_ascii=False) + "\n")
-        aside.replace(path)
+                if (key := bytes.fromhex(call.key)) not in seen:
+                    seen.add(key)
+                    files.write(json.dumps(_request(call), ensure_ascii=False).encode() + b"\n")
+            return Exported(len(seen), files.finish())
+        finally:
+            files.discard()
     except OSError as error:
         raise unwritable(path, error) from error
-    return len(seen)
 
 
-def read_results(path: Path, wanted: dict[str, Call], store: Store) -> Imported:
-    """Keep the replies to the calls that are wanted (by their keys).
+class _Files:
+    """Files that are written one after the other, aside, and renamed together."""
 
-    Raises InputError for a line that is no result, and for a file in which nothing belongs to this command.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: BinaryIO | None = None
+        self._parts: list[Path] = []
+        self._lines = self._size = 0
+        self._begin()
+
+    def write(self, line: bytes) -> None:
+        """Write a line, in a new file where this one is full."""
+        if self._lines and (self._lines == MOST_REQUESTS or self._size + len(line) > MOST_BYTES):
+            self._begin()
+        assert self._open is not None
+        self._open.write(line)
+        self._lines, self._size = self._lines + 1, self._size + len(line)
+
+    def finish(self) -> tuple[Path, ...]:
+        """Give the files their names, and remove those of an earlier export."""
+        self._close()
+        several = len(self._parts) > 1
+        files = [self._numbered(number) if several else self.path for number in range(1, len(self._parts) + 1)]
+        pattern = re.compile(rf"{re.escape(self.path.stem)}-\d{{5}}{re.escape(self.path.suffix)}")
+        there = {one for one in self.path.parent.iterdir() if pattern.fullmatch(one.name)}
+        for part, file in zip(self._parts, files, strict=True):
+            part.replace(file)
+        self._parts = []
+        for old in (there | {self.path}) - set(files):
+            old.unlink(missing_ok=True)
+        return tuple(files)
+
+    def discard(self) -> None:
+        """Remove what has no name yet."""
+        self._close()
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        self._close()
+        self._lines = self._size = 0
+        part = self._numbered(len(self._parts) + 1)
+        part = part.with_name(f"{part.name}.part")
+        self._open = part.open("wb")
+        self._parts.append(part)
+
+    def _numbered(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{number:05d}{self.path.suffix}")
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def read_results(paths: Sequence[Path], call_of: Callable[[str], Call | None], store: Store) -> Imported:
+    """Keep the replies to the calls that are wanted; of a file one line is held, and a few replies.
+
+    Args:
+        paths: Files of results.
+        call_of: Finds a call that is wanted by its key; None for any other.
+        store: Where the replies are kept.
+
+    Raises:
+        InputError: A line is no result, or nothing in a file belongs to this command.
     """
+    total = Imported(0, 0, 0, 0)
+    for path in paths:
+        found = _read_file(path, call_of, store)
+        total = Imported(*(a + b for a, b in zip(_numbers(total), _numbers(found), strict=True)))
+    return total
+
+
+def _read_file(path: Path, call_of: Callable[[str], Call | None], store: Store) -> Imported:
     replies = known = failed = foreign = 0
-    new: list[tuple[Call, Reply]] = []
-    for custom_id, body in _results(path):
-        call = wanted.get(custom_id)
-        if store.get(custom_id) is not None:
-            known += 1
-        elif call is None:
-            foreign += 1
-        elif body is None:
-            failed += 1
-        else:
-            new.append((call, read_reply(body, call)))
-            replies += 1
-            if len(new) == _AT_ONCE:
-                store.add(*new)
-                new.clear()
-    store.add(*new)
+    new: dict[str, tuple[Call, Reply]] = {}
+    try:
+        for key, body in _results(path):
+            if key in store or key in new:
+                known += 1
+            elif (call := call_of(key)) is None:
+                foreign += 1
+            elif body is None:
+                failed += 1
+            else:
+                new[key] = (call, read_reply(body, call))
+                replies += 1
+                if len(new) == _AT_ONCE:
+                    store.add(*new.values())
+                    new.clear()
+    finally:  # a line that is no result costs none of those before it
+        store.add(*new.values())
     if foreign and not (replies or known or failed):
         raise InputError(
             f"{path}: none of its {foreign} results answers a call of this command; give the contexts, teacher, types, "
             "prompts and parameters with which the requests were written."
         )
     return Imported(replies, known, failed, foreign)
+
+
+def _numbers(one: Imported) -> tuple[int, int, int, int]:
+    return one.replies, one.known, one.failed, one.foreign
 
 
 def _request(call: Call) -> dict[str, Any]:
@@ -95,4 +203,8 @@ def _result(row: Any, place: Place) -> tuple[str, Any]:
         raise InputError(f"{place}: this is no result of a batch; it needs custom_id and response.")
     response = row["response"]
     answered = isinstance(response, dict) and response.get("status_code", 200) == 200 and not row.get("error")
-    return row["custom_id"], response.get("body") if answered else None
+    body = response.get("body") if answered else None
+    # An error may come with status 200; the body may be text that holds it.
+    if error_of(read_json(body) if isinstance(body, str) else body) is not None:
+        body = None
+    return row["custom_id"], body

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from qllava.synthesis.refusals import Unanswered
 from qllava.synthesis.store import Call
 from qllava.synthesis.tasks import Asking, Form, Needed, Task, settle
-from qllava.synthesis.teacher import Teacher, Unanswered
+from qllava.synthesis.teacher import Teacher
 
 _FORM_REFUSED = (400, 422)  # what servers answer to a field that they do not know
 
@@ -15,7 +16,7 @@ _FORM_REFUSED = (400, 422)  # what servers answer to a field that they do not kn
 async def ask_all(
     tasks: Sequence[Task], asking: Asking, teacher: Teacher, on_end: Callable[[Task], object]
 ) -> dict[str, str]:
-    """Ask; returns why tasks failed, by their ids. `on_end` is told each task that is done with, however it ended.
+    """Ask; returns why tasks failed, by their ids. `on_end` gets each task that is done with, however it ended.
 
     Raises InputError where no call can succeed, and KeyboardInterrupt; what was answered until then is kept.
     """
@@ -23,14 +24,15 @@ async def ask_all(
     server = _Server(asking, teacher)
 
     async def work(task: Task) -> None:
-        try:
-            while isinstance(step := settle(task, asking, teacher.store.get, server.form), Needed):
-                await server.ask(task, step)
-        except Unanswered as error:
-            failures[task.id] = str(error)
+        while isinstance(step := settle(task, asking, teacher.store.get, server.form), Needed):
+            await server.ask(task, step)
         on_end(task)
 
-    await teacher.each(tasks, work)
+    def failed(task: Task, reason: str) -> None:
+        failures[task.id] = reason
+        on_end(task)
+
+    await teacher.each(tasks, work, failed)
     return failures
 
 

@@ -34,7 +34,7 @@ class Counts:
     broken: Counter[str] = field(default_factory=Counter)  # first replies, by the rule that they break
     dropped: Counter[str] = field(default_factory=Counter)  # tasks, by the rule that their last reply breaks
 
-    def add(self, task: Task, outcome: Outcome, end: Needed | Settled) -> None:
+    def add(self, task: Task, outcome: Outcome, end: Needed | Settled | None) -> None:
         """Count one task."""
         self.by_type.setdefault(task.type, Counter())[outcome] += 1
         if isinstance(end, Settled):
@@ -66,8 +66,10 @@ class Counts:
         return "\n".join([head, *lines])
 
 
-def outcome_of(end: Needed | Settled, failed: bool) -> Outcome:
-    """The one outcome of a task."""
+def outcome_of(end: Needed | Settled | None, failed: bool) -> Outcome:
+    """The one outcome of a task; None for an end is a fault of it."""
+    if end is None:
+        return "failed"
     if isinstance(end, Needed):
         return "failed" if failed else "left"
     if end.reason is not None:
@@ -91,11 +93,21 @@ def llava_row(task: Task, turns: Turns) -> dict[str, Any]:
 
 
 def write_output(
-    out: Path, tasks: Iterable[Task], end_of: Callable[[Task], Needed | Settled], failed: Mapping[str, str]
+    out: Path, tasks: Iterable[Task], end_of: Callable[[Task], Needed | Settled | None], failed: Mapping[str, str]
 ) -> Counts:
-    """Write the rows and what was left out; `failed` has the reasons of tasks without a reply, by their ids.
+    """Write the rows and what was left out.
 
-    Raises InputError when a file cannot be written; what stood there before is then still there.
+    Args:
+        out: Where the rows go.
+        tasks: What the rows are of, in order.
+        end_of: The end of a task; None where a fault keeps it from having one, whose reason is then in `failed`.
+        failed: The reasons of tasks that failed, by their ids.
+
+    Returns:
+        How the tasks ended.
+
+    Raises:
+        InputError: A file cannot be written; what stood there before is then still there.
     """
     counts = Counts()
     left_out = beside(out, "left_out")
@@ -131,7 +143,7 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be written ({error.strerror}); make room, or choose another place.")
 
 
-def _left_out(task: Task, outcome: Outcome, end: Needed | Settled, failure: str | None) -> dict[str, Any]:
+def _left_out(task: Task, outcome: Outcome, end: Needed | Settled | None, failure: str | None) -> dict[str, Any]:
     about: dict[str, Any] = {"id": task.context.id, "type": task.type, "outcome": outcome}
     if isinstance(end, Settled):
         return {**about, "reason": end.reason, "reply": end.said}

@@ -22,7 +22,8 @@ request to write it again.
     object         it names an object that neither a caption nor a box names (see `objects`)
     self-answered  a question that holds its answer: every word of weight in the answer stands in the question
     repeated       one question twice
-    markup         it spells a control token, as <image>
+    markup         it spells a control token, as <image>, or a mark of thoughts
+    characters     it holds what is no character: half of one, or U+FFFD, which stands for such
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from qllava.synthesis.completions import whole
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.objects import unsupported
 from qllava.synthesis.store import Reply
+from qllava.synthesis.thoughts import answer_of, holds_marks
 
 Turns: TypeAlias = tuple[tuple[str, str], ...]
 """Question and answer of every turn; a description's question is empty."""
@@ -53,6 +56,7 @@ RULES = (
     "self-answered",
     "repeated",
     "markup",
+    "characters",
 )
 
 BLOCKS = (
@@ -106,8 +110,7 @@ _DECLINES = re.compile(
     r"|i['\u2019]m (?:unable|not able)|as an? (?:ai|artificial|language)\b)",
     re.IGNORECASE,
 )
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"^[ \t*#]*(Question|Answer)(?: *\d+)? *:[ *]*", re.MULTILINE | re.IGNORECASE)
 _RULER = re.compile(r"^\s*={3,}\s*$", re.MULTILINE)
 _LIGHT = frozenset(
@@ -144,7 +147,7 @@ class Verdict:
 
 def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verdict:
     """Read a reply and hold it to every rule; `turns` is how many questions it may hold, None for a description."""
-    text = _THOUGHTS.sub("", reply.text).strip()
+    text = answer_of(reply.text)
     if reply.finish_reason == "unreadable":
         return _refused("unreadable", "it did not arrive in a readable form")
     if reply.refusal is not None or reply.finish_reason == "content_filter":
@@ -159,8 +162,10 @@ def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verd
     if not said:
         return _refused("unparsed", "it was not in the form that was asked for")
     broken = [*_count(said, turns), *_source(said, context), *_questions(said)]
-    if any(_MARKUP.search(part) for pair in said for part in pair):
+    if any(_MARKUP.search(part) or holds_marks(part) for pair in said for part in pair):
         broken.append(Broken("markup", "it spells a control token such as <image>"))
+    if any("\ufffd" in part for pair in said for part in pair):
+        broken.append(Broken("characters", "it holds what is no character"))
     return Verdict(said, tuple(broken))
 
 
@@ -171,13 +176,18 @@ def repair_request(broken: tuple[Broken, ...]) -> str:
 
 
 def parse(text: str) -> Turns:
-    """Questions and answers from JSON or blocks; nothing where neither is whole."""
-    fenced = _FENCE.match(text)
-    plain = fenced[1] if fenced else text
+    """Questions and answers from JSON or blocks, with words or a fence around them; nothing where neither is whole."""
+    fenced = _FENCE.findall(text)
+    # Of two fences nobody knows which one is meant.
+    plain = (fenced[0] if len(fenced) == 1 else text).strip().strip("\ufeff").strip()
+    start = min((at for at in map(plain.find, "{[") if at >= 0), default=0)
     try:
-        return _from_json(json.loads(plain))
+        read, end = json.JSONDecoder().raw_decode(plain, start)
     except (ValueError, RecursionError):
         return from_blocks(plain)
+    if isinstance(read, dict | list) and not set("{}[]") & set(plain[:start] + plain[end:]):
+        return _from_json(read)
+    return from_blocks(plain)
 
 
 def _from_json(read: Any) -> Turns:
@@ -187,9 +197,7 @@ def _from_json(read: Any) -> Turns:
         pair = (one.get("question"), one.get("answer")) if isinstance(one, dict) else (None, None)
         if not (isinstance(pair[0], str) and isinstance(pair[1], str) and pair[0].strip() and pair[1].strip()):
             return ()
-        turns.append(
-            (pair[0].encode(errors="replace").decode().strip(), pair[1].encode(errors="replace").decode().strip())
-        )
+        turns.append((whole(pair[0]).strip(), whole(pair[1]).strip()))
     return tuple(turns)
 
 

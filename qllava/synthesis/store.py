@@ -1,22 +1,30 @@
 """Calls to a language model, kept by their content, so that none that was answered is ever paid again.
 
     calls.jsonl    {"key": "3f0c...", "model": ..., "version": ..., "reply": {"text": ..., ...}}
-                   a line a reply, appended and flushed to the disk before the reply is used
+                   {"key": "71aa...", "model": ..., "version": ..., "failed": "status 400: ...", "requests": 1}
+
+A line for each reply, appended and flushed to the disk before the reply is used; and one for each call that failed, so
+that the next run asks it after all others. `requests` and `lost_tokens` say what was spent where that is not one
+request: by attempts that failed.
 
 The key is a hash of model, version of the prompt, messages and parameters: another prompt is another call, and the
 same call is found again whoever asks it. Stopping a process at any moment leaves whole lines and at most one torn one,
 at the end, which is cut when the file is opened next. A broken line anywhere else is an error: somebody edited it.
 
-One process writes at a time. The lock belongs to the open file, so it ends with its process, however that ends.
+One process writes at a time. The lock is on a hidden file beside the store, so that deleting the store does not let a
+second process in, and on the store itself, which may have several names. Both end with their process, however that
+ends. A store that is deleted while it is in use is written again, as a whole, with the next reply.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +35,9 @@ from typing import Any, TypeAlias
 from qllava.config import InputError
 
 Message: TypeAlias = dict[str, Any]
+
+_LONGEST_LINE = 1 << 32  # bytes
+_PIECE = 1 << 20  # bytes that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -60,29 +71,40 @@ class Reply:
     refusal: str | None = None  # the API's own field for a refusal
 
 
+@dataclass
+class Spent:
+    """What a call has cost."""
+
+    requests: int = 0
+    """Requests that were sent, and may have been answered."""
+    lost_tokens: int = 0
+    """Tokens that were paid, or may have been, without a reply that could be kept."""
+
+
 class Store:
     """The replies of one file; `with Store(path) as store` opens, locks and in the end releases it.
 
     calls, tokens: how many replies are kept, and what they cost by the server's count.
+    requests, spent_tokens: all that was sent, and what that cost, attempts that failed included.
     """
 
     def __init__(self, path: Path) -> None:
         """Open or begin a file. Raises InputError when it is in use, cannot be written, or is not such a file."""
         self.path = path
-        self.calls = 0
-        self.tokens = 0
-        self._places: dict[str, tuple[int, int]] = {}  # key -> where the line begins, and its length
+        self.calls = self.tokens = 0
+        self.requests = self.spent_tokens = 0
+        self._places: dict[str, int] = {}  # key -> where the line begins, and its length, as one number: they are many
+        self._failures: Counter[str] = Counter()
         self._end = 0
         self._writing = threading.Lock()
+        self._lock, self._file = _take_lock(path), -1
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise InputError(
-                f"{path}: the replies cannot be kept here ({error.strerror}); choose another place."
-            ) from error
-        try:
-            self._lock()
+            _lock_file(self._file, path)
             self._read()
+        except OSError as error:
+            self.close()
+            raise _no_place(path, error) from error
         except BaseException:
             self.close()
             raise
@@ -95,45 +117,81 @@ class Store:
     ) -> None:
         self.close()
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
     def close(self) -> None:
         """Release the file."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+        _free_lock(self._lock, self.path)
 
     def get(self, key: str) -> Reply | None:
         """The reply to a call, if it was ever given."""
         place = self._places.get(key)
-        return None if place is None else _record(os.pread(self._file, place[1], place[0]))[1]
+        if place is None:
+            return None
+        return _record(os.pread(self._file, place % _LONGEST_LINE, place // _LONGEST_LINE)).reply
 
-    def add(self, *answered: tuple[Call, Reply]) -> None:
+    def failures(self, key: str) -> int:
+        """How often a call has failed, in this run and earlier ones."""
+        return self._failures[key]
+
+    def add(self, *answered: tuple[Call, Reply], spent: Spent | None = None) -> None:
         """Keep replies; on return they are on the disk. A call that has one already keeps it. May be called by threads.
 
-        Raises InputError when the disk is full; nothing of these replies is then left in the file.
+        Args:
+            answered: Calls with their replies.
+            spent: What each of them has cost beside the reply; None for one request.
+
+        Raises:
+            InputError: The disk is full; nothing of these replies is then left in the file.
         """
+        spent = spent or Spent(requests=1)
         with self._writing:
-            new: dict[str, tuple[bytes, Reply]] = {}
+            new: dict[str, tuple[bytes, _Record]] = {}
             for call, reply in answered:
                 if call.key not in self._places and call.key not in new:
-                    new[call.key] = (_line(call, reply), reply)
-            try:
-                rest = memoryview(b"".join(line for line, _ in new.values()))
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-                os.fsync(self._file)
-            except OSError as error:
-                os.ftruncate(self._file, self._end)
-                raise InputError(
-                    f"{self.path}: a reply cannot be written ({error.strerror}); make room and start again."
-                ) from error
-            for key, (line, reply) in new.items():
-                self._note(key, len(line), reply)
+                    record = _Record(call.key, reply, None, spent.requests, spent.lost_tokens)
+                    new[call.key] = (_line(call, record), record)
+            self._append(*new.values())
 
-    def _lock(self) -> None:
+    def fail(self, call: Call, reason: str | None, spent: Spent) -> None:
+        """Keep that a call failed, and what it has cost; without a reason it was only broken off."""
+        with self._writing:
+            record = _Record(call.key, None, reason, spent.requests, spent.lost_tokens)
+            self._append((_line(call, record), record))
+
+    def _append(self, *records: tuple[bytes, _Record]) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stand_again()
+            _write(self._file, b"".join(line for line, _ in records))
+            os.fsync(self._file)
         except OSError as error:
+            os.ftruncate(self._file, self._end)
             raise InputError(
-                f"{self.path} is in use by another run; wait for its end, or give this one a file of its own."
+                f"{self.path}: a reply cannot be written ({error.strerror}); make room and start again."
             ) from error
+        for line, record in records:
+            self._note(record, len(line))
+
+    def _stand_again(self) -> None:
+        """Write the file again where somebody has deleted it: nobody else can have one in its place."""
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+            _lock_file(new, self.path)
+            for start in range(0, self._end, _PIECE):
+                _write(new, os.pread(self._file, min(_PIECE, self._end - start), start))
+            os.dup2(new, self._file)  # under the same number, as others may be reading
+            os.close(new)
+            return
+        mine = os.fstat(self._file)
+        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise InputError(
+                f"{self.path} was replaced by another file during the run; start again, which asks for what is missing."
+            )
 
     def _read(self) -> None:
         """Note where every reply lies, and cut what a process that was stopped while writing has left at the end."""
@@ -141,8 +199,8 @@ class Store:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 try:
-                    key, reply = _record(line)
-                except (ValueError, KeyError, TypeError) as error:
+                    record = _record(line)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     if not line.endswith(b"\n"):
                         break
                     raise InputError(
@@ -152,30 +210,117 @@ class Store:
                 if not line.endswith(b"\n"):  # whole, but for the last byte
                     os.write(self._file, b"\n")
                     line += b"\n"
-                self._note(key, len(line), reply)
+                self._note(record, len(line))
         os.ftruncate(self._file, self._end)
 
-    def _note(self, key: str, length: int, reply: Reply) -> None:
-        """A line of this length stands at the end; of two with one key (files put together) the first is taken."""
-        if key not in self._places:
-            self._places[key] = (self._end, length)
-            self.calls += 1
-            self.tokens += reply.prompt_tokens + reply.completion_tokens
+    def _note(self, record: _Record, length: int) -> None:
+        """A line of this length stands at the end; of two replies to one call (files put together) the first counts."""
+        if record.key not in self._places or record.reply is None:
+            self.requests += record.requests
+            self.spent_tokens += record.lost_tokens
+            self._failures[record.key] += record.failed is not None
+            if record.reply is not None:
+                self._places[record.key] = self._end * _LONGEST_LINE + length
+                cost = record.reply.prompt_tokens + record.reply.completion_tokens
+                self.calls += 1
+                self.tokens += cost
+                self.spent_tokens += cost
         self._end += length
 
 
-def _line(call: Call, reply: Reply) -> bytes:
+@dataclass(frozen=True)
+class _Record:
+    """A line of the file."""
+
+    key: str
+    reply: Reply | None
+    failed: str | None
+    requests: int
+    lost_tokens: int
+
+
+def _line(call: Call, record: _Record) -> bytes:
     # Not the messages: a hundred thousand calls repeat their instructions, and whoever asks again can make them again.
-    kept = {"key": call.key, "model": call.model, "version": call.version, "reply": asdict(reply)}
-    return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
+    kept: dict[str, Any] = {"key": call.key, "model": call.model, "version": call.version}
+    if record.reply is not None:
+        kept["reply"] = asdict(record.reply)
+    if record.failed is not None:
+        kept["failed"] = record.failed
+    if record.requests != 1 or record.reply is None:
+        kept["requests"] = record.requests
+    if record.lost_tokens:
+        kept["lost_tokens"] = record.lost_tokens
+    return json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def _record(line: bytes) -> tuple[str, Reply]:
-    """Key and reply of a line. Raises ValueError, KeyError or TypeError for anything else."""
+def _record(line: bytes) -> _Record:
+    """What a line holds. Raises ValueError, KeyError, TypeError or RecursionError for anything else."""
     read = json.loads(line)
-    key, reply = read["key"], Reply(**read["reply"])
-    if not (isinstance(key, str) and isinstance(reply.text, str)):
-        raise TypeError("key and text must be text")
-    if not (isinstance(reply.prompt_tokens, int) and isinstance(reply.completion_tokens, int)):
-        raise TypeError("tokens must be whole numbers")
-    return key, reply
+    key, failed = read["key"], read.get("failed")
+    requests, lost = read.get("requests", 1), read.get("lost_tokens", 0)
+    numbers = [requests, lost]
+    # What only broke off, or failed, has no reply, and says what it has cost.
+    reply = Reply(**read["reply"]) if "reply" in read or "requests" not in read else None
+    if not (isinstance(key, str) and isinstance(failed, str | None)):
+        raise TypeError("key and failed must be text")
+    if reply is not None:
+        if not isinstance(reply.text, str):
+            raise TypeError("text must be text")
+        numbers += [reply.prompt_tokens, reply.completion_tokens]
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError("tokens and requests must be whole numbers")
+    return _Record(key, reply, failed, requests, lost)
+
+
+def _lock_path(path: Path) -> Path:
+    """The file beside a store that is locked; the same for every name that links lead from."""
+    real = path.resolve()
+    return real.with_name(f".{real.name}.lock")
+
+
+def _take_lock(path: Path) -> int:
+    """Lock the file beside a store. Raises InputError when another process has it, or it cannot be made."""
+    lock = _lock_path(path)
+    while True:
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _no_place(path, error) from error
+        try:
+            _lock_file(file, path)
+            if os.path.samestat(os.fstat(file), lock.stat()):
+                return file
+        except FileNotFoundError:  # who had it has just ended, and removed it
+            pass
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _free_lock(file: int, path: Path) -> None:
+    """Remove the file beside a store, if it is still the one that is held, and then release it."""
+    lock = _lock_path(path)
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(file), lock.stat()):
+            lock.unlink()
+    os.close(file)
+
+
+def _write(file: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _lock_file(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(
+            f"{path} is in use by another run; wait for its end, or give this one a file of its own."
+        ) from error
+
+
+def _no_place(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: the replies cannot be kept here ({error.strerror}); choose another place.")

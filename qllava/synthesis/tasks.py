@@ -18,6 +18,7 @@ from qllava.synthesis.contexts import Context
 from qllava.synthesis.prompting import Prompt, Prompts, draw
 from qllava.synthesis.replies import RESPONSE_FORMAT, Turns, judge, repair_request
 from qllava.synthesis.store import Call, Reply
+from qllava.synthesis.thoughts import answer_of
 
 Known: TypeAlias = Callable[[str], Reply | None]
 """The replies that are kept, by the key of their call."""
@@ -133,5 +134,8 @@ def settle(task: Task, asking: Asking, known: Known, form: Form = "schema") -> N
 
 def _again(call: Call, reply: Reply, request: str) -> Call:
     # A turn that says nothing is refused by some servers.
-    said = ({"role": "assistant", "content": reply.text or "(nothing)"}, {"role": "user", "content": request})
+    said = (
+        {"role": "assistant", "content": answer_of(reply.text) or "(nothing)"},
+        {"role": "user", "content": request},
+    )
     return Call(call.model, (*call.messages, *said), call.parameters, call.version)

@@ -45,11 +45,11 @@ def test_what_is_printed_says_what_to_do_next(tmp_path: Path, capsys: pytest.Cap
     with ChatServer(lambda r: Said("no", status=400) if "picture 3" in r.last else well(r)) as server:
         assert run(tmp_path, "--base-url", server.url) == 1
         said = capsys.readouterr().out
-        assert "3 had no reply, the first: status 400: no. The same command asks them again." in said
+        assert "3 failed, the first, p0003-conversation: status 400: no. The same command asks them again" in said
         server.answer = well
         assert run(tmp_path, "--base-url", server.url) == 0
         assert "3 calls," in capsys.readouterr().out
-        assert run(tmp_path, "--base-url", server.url, "--parameters", "{}", "--max-calls", "30") == 0
+        assert run(tmp_path, "--base-url", server.url, "--parameters", "{}", "--max-calls", "33") == 0
     assert "18 are still to be asked: the budget is spent" in capsys.readouterr().out
 
 
@@ -77,6 +77,24 @@ def test_a_batch_leaves_requests_and_takes_results(tmp_path: Path, capsys: pytes
     told = json.loads(capsys.readouterr().out)
     assert told["outcomes"]["accepted"] == 24
     assert told["imported"] == {"replies": 24, "known": 0, "failed": 0, "foreign": 0}
+
+
+def test_a_dry_run_says_what_the_limits_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--dry-run", "--max-calls", "7", "--max-tokens-total", "5000") == 0
+    said = capsys.readouterr().out
+    assert "--max-calls 7 bounds the requests that are sent, repairs, further attempts and earlier runs" in said
+    assert "--max-tokens-total 5,000 bounds the tokens of prompts and replies" in said
+    assert f"{48 * 7:,} requests" in said
+    assert run(tmp_path, "--dry-run", "--json", "--retries", "1") == 0
+    assert json.loads(capsys.readouterr().out)["requests_at_most"] == 48 * 2
+
+
+def test_a_limit_of_tokens_without_one_of_replies_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for how in (["--export-batch", str(tmp_path / "requests.jsonl")], ["--base-url", "http://127.0.0.1:9/v1"]):
+        assert run(tmp_path, *how, "--parameters", "{}", "--max-tokens-total", "99999") == 1
+        assert "give max_tokens or max_completion_tokens in --parameters" in capsys.readouterr().err
 
 
 def test_rules_ask_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +152,9 @@ def test_wrong_input(
         ["--style", "steps,rude"],
         ["--parameters", "[]"],
         ["--parameters", '{"model": "n"}'],
+        ["--parameters", '{"stop": "\\ud83d"}'],
+        ["--parameters", '{"temperature": NaN}'],
+        ["--parameters", "[" * 100_000],
         ["--max-calls", "0"],
         ["--dry-run", "--export-batch", "b.jsonl"],
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.synthesis.store import Call, Reply, Store
+from qllava.synthesis.store import Call, Reply, Spent, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,7 +74,9 @@ def test_an_end_that_was_torn_anywhere_is_cut_and_the_rest_is_whole(tmp_path: Pa
             assert store.calls == 3
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"key": "a"}', b'{"key": 1, "reply": {"text": 1}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"key": "a"}', b'{"key": 1, "reply": {"text": 1}}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_broken_line_before_the_end_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "calls.jsonl"
     with Store(path) as store:
@@ -98,6 +101,90 @@ def test_one_process_writes_and_the_lock_dies_with_it(tmp_path: Path) -> None:
         other.wait()
     with Store(path) as store:
         assert store.calls == 0
+
+
+def run_other(path: Path) -> str:
+    """What another process says that tries to open the store."""
+    code = f"from pathlib import Path; from qllava.synthesis.store import Store; Store(Path({str(path)!r}))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    return other.stderr.strip().splitlines()[-1] if other.returncode else "opened"
+
+
+def test_a_store_that_is_deleted_while_it_is_in_use_lets_nobody_in_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    with Store(path) as store:
+        store.add((call("one"), reply("1")))
+        path.unlink()
+        assert "in use by another run" in run_other(path)
+        assert not path.exists()
+        with pytest.raises(InputError, match="in use by another run"):  # nor this one again
+            Store(path)
+        store.add((call("two"), reply("2")))
+        assert store.get(call("one").key) == reply("1")
+        assert store.get(call("two").key) == reply("2")
+    assert [file.name for file in tmp_path.iterdir()] == ["calls.jsonl"]
+    with Store(path) as store:
+        assert store.calls == 2
+
+
+def test_a_store_that_is_replaced_while_it_is_in_use_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    with Store(path) as store:
+        store.add((call("one"), reply("1")))
+        path.unlink()
+        path.write_bytes(b"")
+        with pytest.raises(InputError, match="was replaced by another file during the run"):
+            store.add((call("two"), reply("2")))
+    assert path.read_bytes() == b""
+
+
+def test_a_lock_that_was_deleted_too_is_not_taken_from_its_next_holder(tmp_path: Path) -> None:
+    path, lock = tmp_path / "calls.jsonl", tmp_path / ".calls.jsonl.lock"
+    first = Store(path)
+    path.unlink()
+    lock.unlink()
+    second = Store(path)
+    with pytest.raises(InputError, match="was replaced by another file"):
+        first.add((call("one"), reply("1")))
+    first.close()
+    assert lock.exists()  # the second one's
+    with pytest.raises(InputError, match="in use"):
+        Store(path)
+    second.close()
+    assert not lock.exists()
+
+
+def test_one_store_by_two_names_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    with Store(path):
+        (tmp_path / "link.jsonl").symlink_to(path)
+        (tmp_path / "hard.jsonl").hardlink_to(path)
+        for name in ("link.jsonl", "hard.jsonl"):
+            with pytest.raises(InputError, match="in use by another run"):
+                Store(tmp_path / name)
+
+
+def test_failures_and_what_was_spent_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    with Store(path) as store:
+        store.fail(call("bad"), "status 400: \ud83d no", Spent(1))
+        store.fail(call("bad"), "status 400: no", Spent(1))
+        store.fail(call("broken off"), None, Spent(2, 30))
+        store.add((call("good"), reply()), spent=Spent(3, 7))
+    for _ in range(2):
+        with Store(path) as store:
+            assert (store.calls, store.tokens) == (1, 5)
+            assert (store.requests, store.spent_tokens) == (7, 42)
+            assert [store.failures(call(name).key) for name in ("bad", "broken off", "good")] == [2, 0, 0]
+            assert store.get(call("bad").key) is None
+
+
+def test_a_store_of_before_counts_a_request_for_each_reply(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    said = {"text": "Hi.", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "refusal": None}
+    path.write_text(json.dumps({"key": call().key, "model": "m", "version": "1", "reply": said}) + "\n")
+    with Store(path) as store:
+        assert (store.calls, store.requests, store.spent_tokens) == (1, 1, 5)
 
 
 def test_threads_may_write_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Where requests go, and what must never be shown of it: the key, and a password in the address.
+
+The key comes from the environment (OPENAI_API_KEY), goes into the header of requests, and nowhere else. A password in
+the address (`https://user:password@host/v1`) becomes that header too; the address that is kept, printed and logged is
+the one without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from base64 import b64encode
+from dataclasses import dataclass, field
+from urllib.parse import quote, unquote
+from urllib.request import getproxies
+
+import httpx
+
+from qllava.config import InputError
+
+OPENAI = "https://api.openai.com/v1"
+
+_CONNECTIONS = 16  # of one client
+_USER = re.compile(r"//[^/?#\s]*@")  # what stands in front of the host
+_QUERY = re.compile(r"[?#]\S*")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server that can be asked."""
+
+    url: str
+    """Of /chat/completions, without user and password."""
+    key: str = field(repr=False)
+    """From the environment; empty where there is none."""
+    login: tuple[str, str] | None = field(repr=False)
+    """User and password of the address."""
+
+    def hidden(self, text: str) -> str:
+        """Text without the key and the password, which a server may repeat."""
+        for secret, name in ((self.key, "(the key)"), *((form, "(the password)") for form in self._password())):
+            text = text.replace(secret, name) if secret else text
+        return _USER.sub("//***@", text)
+
+    def _password(self) -> tuple[str, ...]:
+        """The password as it is, in an address, and in the header."""
+        if self.login is None:
+            return ()
+        return b64encode(":".join(self.login).encode()).decode(), self.login[1], quote(self.login[1], safe="")
+
+    def clients(self, connections: int, timeout: float) -> list[httpx.AsyncClient]:
+        """Open clients for so many connections: a few for each, as a pool's work grows with its square.
+
+        Raises:
+            InputError: The environment names a proxy that cannot be used.
+        """
+        certificates = httpx.create_ssl_context()
+        headers = {"Content-Type": "application/json"}
+        try:
+            return [
+                httpx.AsyncClient(
+                    headers={**headers, **({"Authorization": f"Bearer {self.key}"} if self.key else {})},
+                    auth=self.login,
+                    timeout=httpx.Timeout(timeout, connect=min(timeout, 30.0), pool=None),
+                    limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
+                    verify=certificates,
+                )
+                for _ in range(0, connections, _CONNECTIONS)
+            ]
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # what httpx says of a proxy
+            raise InputError(_bad_proxy(error)) from error
+
+
+def connections_of(clients: list[httpx.AsyncClient], connections: int) -> list[httpx.AsyncClient]:
+    """Each client once for each connection that it may open."""
+    return [clients[number // _CONNECTIONS] for number in range(connections)]
+
+
+def address_of(base_url: str | None) -> Address:
+    """Return where requests go: `base_url`, else OPENAI_BASE_URL, else OpenAI's.
+
+    Raises:
+        InputError: This is no address, or it is OpenAI's own and there is no key, or the key cannot be one.
+    """
+    key = _key()
+    given = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
+    try:
+        url = httpx.URL(given)
+        login = (unquote(url.username), unquote(url.password)) if url.userinfo else None
+        plain = str(url.copy_with(userinfo=b"")).rstrip("/")
+    except (httpx.InvalidURL, ValueError):  # the port, or a host that is none
+        url, login, plain = httpx.URL(""), None, ""
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise InputError(
+            f"{without_secrets(given)} is no address of a server, which looks like http://127.0.0.1:8000/v1; "
+            "correct it."
+        )
+    if plain == OPENAI and not key:
+        raise InputError(f"{plain} needs a key: set OPENAI_API_KEY, or name another server with --base-url.")
+    return Address(f"{plain}/chat/completions", key, login)
+
+
+def without_secrets(url: str) -> str:
+    """An address as it may be shown: without user, password, and what follows a question mark.
+
+    >>> without_secrets("https://me:secret@host/v1?key=secret")
+    'https://***@host/v1?***'
+    """
+    return _QUERY.sub("?***", _USER.sub("//***@", url))
+
+
+def _key() -> str:
+    """The key, or nothing. Raises InputError for one that no header can hold, without showing it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise InputError("OPENAI_API_KEY holds characters that no key has; copy it again.")
+    return key
+
+
+def _bad_proxy(error: Exception) -> str:
+    """What to say of a proxy that httpx cannot use; the proxy's own address may hold a password."""
+    proxies = {name: without_secrets(url) for name, url in getproxies().items() if name != "no"}
+    named = ", ".join(f"{name}_proxy={url}" for name, url in sorted(proxies.items()))
+    advice = "unset the variable, or name the server in NO_PROXY"
+    if isinstance(error, ImportError):
+        return f"The environment names a SOCKS proxy ({named}), which needs: pip install socksio; or {advice}."
+    return f"The environment names a proxy that cannot be used ({named}); correct it, {advice}."

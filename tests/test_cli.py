@@ -200,7 +200,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None}
     assert calls[0] == (
         ("nano", Path("q.jsonl")),
-        {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0, "read": None},
+        {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0, "read": None, "batch_size": None},
     )
     said = capsys.readouterr().out
     assert "75.0 % right: 6 of 8" in said and "41.0 to 93.0 %" in said
@@ -209,6 +209,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == result
     result["unread"] = 3
     line = "eval vqa nano q.jsonl --shots 2 --pool p.json --choose picture --seed 3 --html f.html --read (x)"
+    line += " --batch-size 4"
     assert cli.main(line.split()) == 0
     assert calls[2][1] == {
         "image_folder": None,
@@ -219,6 +220,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         "choose": "picture",
         "seed": 3,
         "read": "(x)",
+        "batch_size": 4,
     }
     assert "3 answers could not be read" in capsys.readouterr().out
     for half in ("--shots 2", "--pool p.json"):

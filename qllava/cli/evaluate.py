@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.cli import judging
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, quietly, rank
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, positive, quietly, rank
 from qllava.config import InputError
 
 
@@ -34,6 +34,7 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument(
         "--read", metavar="PATTERN", help="what of a long answer counts: a regular expression with one group"
     )
+    _batch_flag(vqa)
     json_flag(vqa)
     _add_scienceqa(kinds)
     judging.add(kinds)
@@ -50,8 +51,18 @@ def _add_scienceqa(kinds: Verbs) -> None:
     science.add_argument(
         "--out", metavar="A.jsonl", type=Path, help="where the model's answers go; given again, it goes on from there"
     )
+    _batch_flag(science)
     science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
     json_flag(science)
+
+
+def _batch_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        help="maximum number of questions to ask at once (default: as many as fit into memory, at most 32)",
+    )
 
 
 def run_eval_vqa(arguments: argparse.Namespace) -> int:
@@ -72,6 +83,7 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
             choose=arguments.choose,
             seed=arguments.seed,
             read=arguments.read,
+            batch_size=arguments.batch_size,
         ),
         arguments.json,
     )
@@ -97,8 +109,8 @@ def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
 
     if arguments.model and not arguments.out:
         raise InputError("Name the file for the model's answers with --out.")
-    if arguments.answers and (arguments.out or arguments.image_folder):
-        raise InputError("--out and --image-folder belong to --model; with --answers nothing is asked.")
+    if arguments.answers and (arguments.out or arguments.image_folder or arguments.batch_size):
+        raise InputError("--out, --image-folder and --batch-size belong to --model; with --answers nothing is asked.")
 
     def run() -> Any:
         if arguments.answers:
@@ -110,6 +122,7 @@ def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
             arguments.out,
             arguments.order,
             split=arguments.split,
+            batch_size=arguments.batch_size,
         )
 
     result = quietly(run, arguments.json)

@@ -34,7 +34,7 @@ from qllava.evaluation.answers import answered_before, append_answers, read_answ
 from qllava.evaluation.intervals import Share
 
 if TYPE_CHECKING:
-    from qllava.inference import Chat
+    from qllava.inference import Chat, Room
 
 Order = Literal["answer-first", "reason-first"]
 LETTERS = string.ascii_uppercase[:5]
@@ -206,13 +206,13 @@ def answer_problems(
     order: Order,
     *,
     split: str = "test",
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> ScienceResult:
     """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
 
     Raises InputError for a model, problem or picture that cannot be used, or an `out` of another model or order.
     """
-    from qllava.inference import load
+    from qllava.inference import MOST, Room, load
 
     asked = read_problems(problems, split)
     if image_folder is None and any(problem.image for problem in asked):
@@ -224,14 +224,13 @@ def answer_problems(
     settings = {"model": chat.name, "order": order}
     answers = answered_before(out, settings)
     missing = [problem for problem in asked if problem.id not in answers]
-    window = batch_size * 4  # sorted by length inside, written when it is done
+    room = Room(batch_size or MOST)
+    window = 2 * room.most  # sorted by length inside, written when it is done
     with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="problems", unit="q", disable=None) as bar:
         for start in range(0, len(missing), window):
-            part = missing[start : start + window]
-            found = _ask(chat, part, images, order, batch_size)
+            found = _ask(chat, missing[start : start + window], images, order, room, bar.update)
             append_answers(out, found, settings)
             answers |= found
-            bar.update(len(part))
     return score(asked, answers)
 
 
@@ -267,7 +266,12 @@ def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, P
 
 
 def _ask(
-    chat: Chat, problems: Sequence[ScienceProblem], images: Mapping[str, Path], order: Order, batch_size: int
+    chat: Chat,
+    problems: Sequence[ScienceProblem],
+    images: Mapping[str, Path],
+    order: Order,
+    room: Room,
+    done: Callable[[int], object],
 ) -> dict[str, str]:
     prompts = []
     for problem in problems:
@@ -277,7 +281,8 @@ def _ask(
             prompts.append(chat.prompt(Conversation((turn,)), shown))
         except InputError as error:
             raise InputError(f"Problem {problem.id}: {error}") from error
-    said = chat.complete(prompts, max_new_tokens=REASON_TOKENS, batch_size=batch_size)
+    names = [f"problem {problem.id}" for problem in problems]
+    said = chat.complete(prompts, max_new_tokens=REASON_TOKENS, room=room, names=names, done=done)
     return {problem.id: text for problem, text in zip(problems, said, strict=True)}
 
 

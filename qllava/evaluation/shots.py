@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation
 from qllava.data.formats import Example
 from qllava.data.images import open_image
-from qllava.inference import Chat
+from qllava.inference import Chat, attempt
 
 Choose = Literal["random", "text", "picture"]
 _PICTURES = 32  # that go through the tower at once
@@ -141,23 +141,36 @@ class Words:
 def embed_pictures(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
     """(N, D) what the tower sees: the features that the projector gets, averaged over the patches, of length 1.
 
-    Raises InputError for a picture that cannot be opened.
+    Raises InputError for a picture that cannot be opened, or when memory does not suffice for one.
     """
     model = chat.model.base_model.model if hasattr(chat.model, "peft_config") else chat.model
+    out, done, size = [], 0, _PICTURES
+    with torch.no_grad(), tqdm(total=len(paths), desc="pictures", disable=None) as bar:
+        while done < len(paths):
+            some = paths[done : done + size]
+            found = attempt(partial(_embed, model, chat.processor.image_processor, some))
+            if found is None:
+                if len(some) == 1:
+                    raise InputError(f"Memory does not suffice to look at {some[0]}; close other programs.")
+                size = len(some) // 2
+                continue
+            out.append(found)
+            done += len(some)
+            bar.update(len(some))
+    return np.concatenate(out)
+
+
+def _embed(model: Any, image_processor: Any, paths: Sequence[Path]) -> NDArray[np.float32]:
+    """`embed_pictures`, for as many as go through the tower at once."""
     tower, config = model.model.vision_tower, model.config
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
     start = 1 if config.vision_feature_select_strategy == "default" else 0  # without the class token
-    out = []
-    with torch.no_grad(), tqdm(total=len(paths), desc="pictures", disable=None) as bar:
-        for first in range(0, len(paths), _PICTURES):
-            images = [open_image(path) for path in paths[first : first + _PICTURES]]
-            pixels = chat.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states
-            features = torch.cat([states[layer] for layer in layers], dim=-1)[:, start:]
-            out.append(torch.nn.functional.normalize(features.float().mean(1), dim=-1).cpu().numpy())
-            bar.update(len(images))
-    return np.concatenate(out)
+    pixels = image_processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
+    states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states
+    features = torch.cat([states[layer] for layer in layers], dim=-1)[:, start:]
+    found: NDArray[np.float32] = torch.nn.functional.normalize(features.float().mean(1), dim=-1).cpu().numpy()
+    return found
 
 
 def _mean(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

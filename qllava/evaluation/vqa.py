@@ -27,7 +27,7 @@ from qllava.data.images import open_image
 from qllava.evaluation.intervals import Share, wilson
 from qllava.evaluation.pages import write
 from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
-from qllava.inference import Chat, load
+from qllava.inference import MOST, Chat, Room, load
 
 ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
 FAILURES_SHOWN = 200  # on a page; more would make it too heavy to open
@@ -135,23 +135,28 @@ def question(example: Example) -> Conversation:
     return Conversation(turns=example.conversation.turns[:-1], system=example.conversation.system)
 
 
-def evaluate(chat: Chat | AnswerFn, examples: Sequence[Example], *, batch_size: int = 8) -> VqaResult:
+def evaluate(chat: Chat | AnswerFn, examples: Sequence[Example], *, batch_size: int = MOST) -> VqaResult:
     """Ask every question greedily and score the answers.
 
-    `chat` is a loaded model, or any function from a batch of examples to their answers (a baseline, a test). All rows
-    are looked at before the first question is asked. Progress goes to stderr.
+    All rows are looked at before the first question is asked. Progress goes to stderr.
+
+    Args:
+        chat: A loaded model, or any function from a batch of examples to their answers (a baseline, a test).
+        examples: Rows that end with a question and its answer.
+        batch_size: The most questions that are asked at once; fewer where memory does not suffice.
     """
     for example in examples:
         truth(example)
-    ask = _asker(chat, batch_size) if isinstance(chat, Chat) else chat
     answers: list[str] = []
     # A window of several batches is sorted by length inside, so that long and short questions do not share a batch.
-    window = batch_size * 8
+    window = 2 * batch_size
     with tqdm(total=len(examples), desc="questions", unit="q", disable=None) as bar:
+        ask = _asker(chat, batch_size, bar.update) if isinstance(chat, Chat) else chat
         for start in range(0, len(examples), window):
             batch = examples[start : start + window]
             answers.extend(ask(batch))
-            bar.update(len(batch))
+            if ask is chat:
+                bar.update(len(batch))
     return score(examples, answers)
 
 
@@ -167,7 +172,7 @@ def evaluate_file(
     choose: Choose = "random",
     seed: int = 0,
     read: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
 
@@ -188,7 +193,7 @@ def evaluate_file(
             raise InputError(f"{path} cannot be written, because there is no folder {path.parent}; make it first.")
     chat = load(model)
     asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
-    result = evaluate(chat, asked, batch_size=batch_size)
+    result = evaluate(chat, asked, batch_size=batch_size or MOST)
     said, unread = result.answers, {}
     if pattern is not None:
         found = [read_answer(pattern, answer) for answer in said]
@@ -226,8 +231,9 @@ def _told(shots: int, choose: Choose) -> str:
     return f"{shots} examples before each question, {how[choose]}." if shots else "No examples before a question."
 
 
-def _asker(chat: Chat, batch_size: int) -> AnswerFn:
+def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> AnswerFn:
     context = chat.model.config.get_text_config().max_position_embeddings
+    room = Room(batch_size)  # one for all windows: what was learned when memory ran out is kept
 
     def ask(examples: Sequence[Example]) -> list[str]:
         prompts = []
@@ -239,10 +245,11 @@ def _asker(chat: Chat, batch_size: int) -> AnswerFn:
             # Every answer gets the same room, whatever stands beside it in a batch.
             if len(prompt.input_ids) + ANSWER_TOKENS > context:
                 long = f"the question has {len(prompt.input_ids)} tokens with all that stands before it"
-                room = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"
-                raise InputError(f"{example.where}: {long}, and {room}; give fewer --shots or a shorter row.")
+                space = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"
+                raise InputError(f"{example.where}: {long}, and {space}; give fewer --shots or a shorter row.")
             prompts.append(prompt)
-        return chat.complete(prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
+        names = [f"the question at {example.where}" for example in examples]
+        return chat.complete(prompts, max_new_tokens=ANSWER_TOKENS, room=room, names=names, done=done)
 
     return ask
 

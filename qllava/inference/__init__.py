@@ -11,6 +11,7 @@ two; `answer_prompts` answers encoded prompts on a model that is in memory alrea
 from __future__ import annotations
 
 from qllava.inference.about import about, label
+from qllava.inference.batches import MOST, Room, attempt
 from qllava.inference.chat import Chat, Picture, Prompt, user_turn
 from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
@@ -20,16 +21,19 @@ from qllava.inference.session import Exchange, Session, Settings
 from qllava.inference.terminal import chat_loop, compare_loop
 
 __all__ = [
+    "MOST",
     "Chat",
     "Contender",
     "Duel",
     "Exchange",
     "Picture",
     "Prompt",
+    "Room",
     "Session",
     "Settings",
     "about",
     "answer_prompts",
+    "attempt",
     "chat_loop",
     "compare_loop",
     "contenders",

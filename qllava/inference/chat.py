@@ -7,8 +7,9 @@ what is asked here looks exactly like what was learned. Greedy by default.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import GenerationConfig, LlavaProcessor
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
 from qllava.data.images import open_image
+from qllava.inference.batches import MOST, Batches, Room, attempt
 from qllava.inference.generate import (
     Pieces,
     SeededSampling,
@@ -110,16 +112,19 @@ class Chat:
         pairs: Sequence[tuple[Picture | Sequence[Picture] | None, str]],
         *,
         max_new_tokens: int = 256,
-        batch_size: int = 8,
+        batch_size: int = MOST,
         system: str | None = None,
     ) -> list[str]:
-        """Answer many (pictures, question) pairs greedily, in order; in fp32 the same text as one by one."""
+        """Answer many (pictures, question) pairs greedily, in order; in fp32 the same text as one by one.
+
+        As many at once as fit into memory, and at most `batch_size`.
+        """
         prompts = []
         for images, question in pairs:
             pictures = _as_list(images)
             conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
             prompts.append(self.prompt(conversation, pictures))
-        return self.complete(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
 
     def prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
         """What the model reads: ids with the image tokens expanded, and the pixels.
@@ -152,9 +157,16 @@ class Chat:
         return Prompt(encoded["input_ids"][0].tolist(), encoded.get("pixel_values"))
 
     def complete(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0, batch_size: int = 8
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        room: Room | None = None,
+        names: Sequence[str] = (),
+        done: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """The answers to prompts that `prompt` made, in order, `batch_size` at a time."""
+        """The answers to prompts that `prompt` made, in order; see `answer_prompts` for the arguments."""
         return answer_prompts(
             self.model,
             self.processor.tokenizer,
@@ -162,7 +174,9 @@ class Chat:
             [prompt.pixel_values for prompt in prompts],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            batch_size=batch_size,
+            room=room,
+            names=names,
+            done=done,
         )
 
     def _stream(
@@ -174,7 +188,8 @@ class Chat:
 
         def work() -> None:
             try:
-                continue_prompts(
+                call = partial(
+                    continue_prompts,
                     self.model,
                     [prompt.input_ids],
                     [prompt.pixel_values],
@@ -183,6 +198,9 @@ class Chat:
                     pieces=pieces,
                     sampling=sampling,
                 )
+                if attempt(call) is None:
+                    batches = Batches(self.model, [prompt.input_ids], settings.max_new_tokens, Room())
+                    batches.too_large([0], ["the question"])
             except BaseException as error:  # whatever it is, the one who reads the stream must hear of it
                 failure.append(error)
             finally:

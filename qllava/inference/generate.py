@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from qllava.config import InputError
+from qllava.inference.batches import Batches, Room, attempt
 
 
 class StopOn(StoppingCriteria):
@@ -96,36 +98,71 @@ def answer_prompts(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    batch_size: int = 32,
+    room: Room | None = None,
+    names: Sequence[str] = (),
     done: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answer encoded prompts on a model in memory: the trainer's held-out questions, and every batch of `Chat`.
 
     Prompts are sorted by length and padded on the left, so that little is computed for nothing and every answer
-    starts at the same column; each batch ends when its last row has said its end token. The model may be in the
-    middle of training: modes are restored, no gradient is kept.
+    starts at the same column; each batch ends when its last row has said its end token. A batch is as large as memory
+    allows, and is repeated in halves when it was too large; an answer does not depend on what it shared a batch with.
+    The model may be in the middle of training: modes are restored, no gradient is kept.
 
     Args:
-        prompts: ids that end with the generation prompt, image tokens expanded.
-        pixel_values: per prompt (I, 3, H, W) or None; a lazy sequence is read one batch at a time.
-        done: called with the number of prompts answered after each batch.
+        model: A LlavaForConditionalGeneration, bare or inside peft.
+        tokenizer: Its tokenizer.
+        prompts: Ids that end with the generation prompt, image tokens expanded.
+        pixel_values: Per prompt (I, 3, H, W) or None; a lazy sequence is read one batch at a time.
+        max_new_tokens: The most tokens of an answer; fewer where the model's context ends before.
+        temperature: 0 for the likeliest answer.
+        room: How much memory may be used, and how many prompts at once. Pass the same one to several calls, and what
+            was learned when memory ran out is kept.
+        names: What to call each prompt in a message; "question 3" where it is empty.
+        done: Called with the number of prompts answered after each batch.
 
-    Returns the answers in the order of the prompts, without special tokens, stripped.
+    Returns:
+        The answers in the order of the prompts, without special tokens, stripped.
+
+    Raises:
+        InputError: A prompt leaves no room for an answer, or memory does not suffice for one prompt alone.
     """
     if len(prompts) != len(pixel_values):
         raise ValueError(f"{len(prompts)} prompts but {len(pixel_values)} entries of pixel_values")
-    settings = generation_settings(model, tokenizer, prompts, max_new_tokens, temperature)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # the largest batch comes first
+    if not prompts:
+        return []
+    # Whatever cannot be answered is refused before the first question is asked.
+    generation_settings(model, tokenizer, prompts, max_new_tokens, temperature)
     answers = [""] * len(prompts)
+    batches = Batches(model, prompts, max_new_tokens, room or Room(), sampling=temperature > 0)
     with _eval_mode(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = continue_prompts(model, [prompts[i] for i in batch], [pixel_values[i] for i in batch], settings)
-            for i, row in zip(batch, rows.tolist(), strict=True):
+        while batches.waiting:
+            batch, new_tokens = batches.next()
+            some = [prompts[i] for i in batch]
+            settings = generation_settings(model, tokenizer, some, new_tokens, temperature)
+            rows = attempt(partial(_continue_some, model, some, pixel_values, batch, settings))
+            if rows is None:
+                batches.too_large(batch, names)
+                continue
+            for i, row in zip(batch, rows, strict=True):
                 answers[i] = decode_answer(tokenizer, row)
+            batches.answered(batch)
             if done is not None:
                 done(len(batch))
     return answers
+
+
+def _continue_some(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: Sequence[torch.Tensor | None],
+    batch: Sequence[int],
+    settings: GenerationConfig,
+) -> list[list[int]]:
+    """The new ids of a batch of prompts, whose pixels are read now."""
+    rows = continue_prompts(model, prompts, [pixel_values[i] for i in batch], settings)
+    found: list[list[int]] = rows.tolist()
+    return found
 
 
 def generation_settings(

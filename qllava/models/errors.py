@@ -46,6 +46,7 @@ def one_line(error: BaseException) -> str:
 
 _NO_MEMORY = (
     "out of memory",
+    "not enough memory",
     "can't allocate memory",
     "cannot allocate memory",
     "bad_alloc",

@@ -55,6 +55,11 @@ def highest(value: int) -> int:
     return int(gather(mine).max())
 
 
+def lowest(value: int) -> int:
+    """The smallest of all processes' values."""
+    return -highest(-value)
+
+
 def mean(value: float) -> float:
     """The mean over all processes; not finite where one of them is not."""
     if not several():

@@ -99,7 +99,8 @@ def finetune(settings: Settings) -> Path:
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     assembled = _assemble(settings)
     own_table = settings.model.is_nano and not settings.data.train_file
-    table = scores.Table.open(folder, assembled) if own_table else None
+    room = scores.room_for(settings.train)
+    table = scores.Table.open(folder, assembled, room) if own_table else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
     captions = _captions(settings, assembled, folder)
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
@@ -110,13 +111,13 @@ def finetune(settings: Settings) -> Path:
         table.measure("stage1", assembled.model)
     model = _with_lora(settings, assembled, start)
     shown = _some(held_out, evaluation, 12)
-    before = samples.before(folder, model, assembled, shown)
+    before = samples.before(folder, model, assembled, shown, room)
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
     questions = _some(held_out, evaluation, config.eval_questions)
     stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
     trained = train_stage(stage, model, assembled)
-    after = scores.answers(model, assembled, shown) if shown else []
+    after = scores.answers(model, assembled, shown, room) if shown else []
     measured = table.finish(model) if table else {}
     results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
     processes.by_main(partial(samples.write, folder, shown, before, after))

@@ -25,6 +25,7 @@ from torch import nn
 
 from qllava.data.formats import Example
 from qllava.evaluation import vqa
+from qllava.inference import Room
 from qllava.models.assemble import Assembled
 from qllava.training import processes, scores
 from qllava.training.checkpoints import checkpoints, write_whole
@@ -33,7 +34,9 @@ BEFORE_FILE = "before.json"
 SAMPLES_FILE = "samples.json"
 
 
-def before(folder: Path, model: nn.Module, assembled: Assembled, examples: Sequence[Example]) -> list[str | None]:
+def before(
+    folder: Path, model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room
+) -> list[str | None]:
     """Return the answers from before training: those that the run kept, or the model's own, which are kept then.
 
     None where they cannot be known: the question is new since the run began, or training began without keeping any.
@@ -42,7 +45,7 @@ def before(folder: Path, model: nn.Module, assembled: Assembled, examples: Seque
     if kept is None:
         if not examples or processes.by_main(partial(checkpoints, folder)):
             return [None] * len(examples)
-        answers = scores.answers(model, assembled, examples)
+        answers = scores.answers(model, assembled, examples, room)
         kept = [{**_key(e), "answer": answer} for e, answer in zip(examples, answers, strict=True)]
         processes.by_main(partial(write_whole, folder / BEFORE_FILE, json.dumps(kept, indent=1) + "\n"))
     found = {(row["question"], tuple(row["images"])): str(row["answer"]) for row in kept}

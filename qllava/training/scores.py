@@ -26,12 +26,14 @@ from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_examples
 from qllava.data.images import open_image
 from qllava.evaluation import vqa
-from qllava.inference import answer_prompts
+from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import processes
 from qllava.training.checkpoints import write_whole
+from qllava.training.memory import CONTEXT, parse_bytes
+from qllava.training.settings import TrainConfig
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
@@ -54,8 +56,30 @@ class _Pixels(Sequence[torch.Tensor | None]):
         )
 
 
-def answers(model: nn.Module, assembled: Assembled, examples: Sequence[Example], *, title: str = "") -> list[str]:
-    """The model's greedy answers to the last question of each row."""
+def room_for(config: TrainConfig) -> Room:
+    """How much memory the answers of a run may take: under `fit_memory` what it leaves.
+
+    Several processes form the same batches, and a batch that was too large is not repeated in halves, because the
+    others may be waiting for its end.
+    """
+    limit = parse_bytes(config.fit_memory) if config.fit_memory else None
+    if limit is not None and torch.cuda.is_available():
+        limit -= CONTEXT
+    return Room(limit=limit, agree=processes.lowest, halves=not processes.several())
+
+
+def answers(
+    model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room, *, title: str = "Answering"
+) -> list[str]:
+    """Return the model's greedy answers to the last question of each row.
+
+    Args:
+        model: The model as it is now.
+        assembled: Its tokenizer, image processor and template.
+        examples: Rows that end with a question and its answer.
+        room: What `room_for` returned; the same for all answers of a run.
+        title: What the progress bar says.
+    """
     encoder = Encoder(
         assembled.processor.tokenizer,
         assembled.template,
@@ -64,16 +88,24 @@ def answers(model: nn.Module, assembled: Assembled, examples: Sequence[Example],
     )
     prompts = [encoder.encode_prompt(vqa.question(e), images=len(e.images)) for e in examples]
     pixels = _Pixels(examples, assembled.processor)
-    hidden = not title or not processes.is_main()
+    names = [f"the question at {example.where}" for example in examples]
+    hidden = None if processes.is_main() else True  # None: hidden where there is no terminal
     with tqdm(total=len(examples), desc=title, unit=" questions", disable=hidden, leave=False) as bar:
         return answer_prompts(
-            model, assembled.processor.tokenizer, prompts, pixels, max_new_tokens=MAX_ANSWER_TOKENS, done=bar.update
+            model,
+            assembled.processor.tokenizer,
+            prompts,
+            pixels,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            room=room,
+            names=names,
+            done=bar.update,
         )
 
 
-def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example]) -> float:
+def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room) -> float:
     """The share of rows whose last question is answered as the row answers it."""
-    return vqa.score(examples, answers(model, assembled, examples)).accuracy
+    return vqa.score(examples, answers(model, assembled, examples, room, title="Evaluating")).accuracy
 
 
 def spaced(rows: Sequence[T], count: int) -> list[T]:
@@ -98,17 +130,18 @@ class Table:
     """Held-out questions, every type alike often."""
     unseen: list[Example]
     """Questions about pairs that no training picture shows."""
+    room: Room
+    """How much memory the answers may take."""
     found: dict[str, Any] = field(default_factory=dict)
     """What was measured so far, under the names of results.json."""
 
     @classmethod
-    def open(cls, folder: Path, assembled: Assembled) -> Table:
+    def open(cls, folder: Path, assembled: Assembled, room: Room) -> Table:
         """Begin a table, or go on with the one that the folder holds."""
         data = nano.prepare()
         found = processes.by_main(partial(_kept, folder / SCORES_FILE))
-        return cls(
-            folder, assembled, read_examples(data.test, data.folder), read_examples(data.unseen, data.folder), found
-        )
+        test, unseen = (read_examples(file, data.folder) for file in (data.test, data.unseen))
+        return cls(folder, assembled, test, unseen, room, found)
 
     def measure(self, name: str, model: nn.Module) -> None:
         """Answer the test questions with the model as it is now."""
@@ -136,7 +169,7 @@ class Table:
         return self.found
 
     def _answers(self, model: nn.Module, examples: Sequence[Example], title: str) -> list[str]:
-        return answers(model, self.assembled, examples, title=f"Asking: {title}")
+        return answers(model, self.assembled, examples, self.room, title=f"Asking: {title}")
 
     def _keep(self, name: str, value: float) -> None:
         self.found[name] = value

@@ -135,7 +135,9 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         train=stage.train.dataset,
         evaluation=held_out,
         pictures=stage.train.pictures,
-        exact_match=partial(scores.exact_match, model, assembled, stage.questions) if stage.questions else None,
+        exact_match=partial(scores.exact_match, model, assembled, stage.questions, scores.room_for(stage.config))
+        if stage.questions
+        else None,
         callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop],
         begun_with=stage.begun_with,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from qllava.config import InputError
@@ -119,3 +120,25 @@ def test_the_file_of_answers_shows_the_question_alone(pictures: Path) -> None:
 def test_the_last_question_of_several() -> None:
     turns = (Turn("user", "<image>\nA?"), Turn("assistant", "a"), Turn("user", "B?"), Turn("assistant", "b"))
     assert last_question(Example("1", (Path("x.png"),), Conversation(turns), Place("f"))) == "B?"
+
+
+def test_pictures_are_looked_at_in_halves_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = load(str(make_tiny_llava(tmp_path / "model")))
+    paths = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for path in paths:
+        make_picture(path.stem).save(path)
+    expected, tower = embed_pictures(chat, paths), type(chat.model.model.vision_tower)
+    plain, most, sizes = tower.forward, 1, []
+
+    def forward(self: Any, pixels: torch.Tensor, **rest: Any) -> Any:
+        sizes.append(len(pixels))
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, pixels, **rest)
+
+    monkeypatch.setattr(tower, "forward", forward)
+    np.testing.assert_allclose(embed_pictures(chat, paths), expected, atol=1e-6)
+    assert sizes == [3, 1, 1, 1]
+    most = 0
+    with pytest.raises(InputError, match=r"Memory does not suffice to look at .*red\.png"):
+        embed_pictures(chat, paths)

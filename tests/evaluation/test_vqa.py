@@ -23,6 +23,7 @@ from qllava.evaluation.vqa import (
     score,
 )
 from qllava.inference import load
+from tests.small_memory import small_memory
 from tests.tiny_models import make_picture, make_tiny_llava
 
 
@@ -111,6 +112,26 @@ def test_a_file_from_end_to_end(tmp_path: Path) -> None:
     page = html.read_text()
     assert page.count("<article") == 1 and "certainly not this" in page and "data:image/png" in page  # the one failure
     assert "All failures" in page and "<svg" in page
+
+
+def test_batches_are_bounded_and_halved_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_llava(tmp_path / "model")
+    make_picture("red").save(tmp_path / "red.png")
+    rows = [{"id": f"q{i}", "question": "What?" + " Why?" * i, "image": "red.png", "answer": "x"} for i in range(10)]
+    data, out = tmp_path / "data.json", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(rows))
+    evaluate_file(str(model), data, out=out)
+    expected = out.read_text()
+    sizes = small_memory(monkeypatch, 100)
+    evaluate_file(str(model), data, out=out, batch_size=4)
+    # Two windows of two batches.
+    assert sizes == [4, 4, 2] and out.read_text() == expected
+    sizes = small_memory(monkeypatch, 3)
+    evaluate_file(str(model), data, out=out, batch_size=4)
+    assert sizes == [4, 2, 2, 2, 2, 2] and out.read_text() == expected
+    small_memory(monkeypatch, 0)
+    with pytest.raises(InputError, match=r"answer the question at .*data\.json, row 10, id q9 of \d+ tokens"):
+        evaluate_file(str(model), data, out=out)
 
 
 def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qllava.conversation import Conversation
-from qllava.inference import Chat, answer_prompts, user_turn
+from qllava.inference import Chat, Room, answer_prompts, user_turn
 from qllava.inference.generate import Pieces
 from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
 
@@ -30,7 +30,7 @@ def test_order_and_progress_are_kept(chat: Chat) -> None:
     ids, pixels = prompts_of(chat, questions)
     counts: list[int] = []
     answers = answer_prompts(
-        chat.model, chat.processor.tokenizer, ids, pixels, max_new_tokens=6, batch_size=3, done=counts.append
+        chat.model, chat.processor.tokenizer, ids, pixels, max_new_tokens=6, room=Room(3), done=counts.append
     )
     assert answers == [chat.answer(make_picture("red"), question, max_new_tokens=6) for question in questions]
     assert counts == [3, 1]

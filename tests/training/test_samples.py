@@ -48,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         scores,
         "answers",
-        lambda model, _, examples, **__: [f"{weights(projector_state(model))} {lora(model)}"] * len(examples),
+        lambda model, _, examples, *__, **___: [f"{weights(projector_state(model))} {lora(model)}"] * len(examples),
     )
 
 
@@ -104,7 +104,7 @@ class TestAResumedRun:
     def resumed(self, tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[dict[str, Any]]:
         """samples.json of the fixture's run, which is given its command again as if it had never ended."""
         monkeypatch.setattr(run, "train_stage", lambda *_: {})
-        monkeypatch.setattr(scores, "answers", lambda model, _, examples, **__: ["now"] * len(examples))
+        monkeypatch.setattr(scores, "answers", lambda model, _, examples, *__, **___: ["now"] * len(examples))
         finetune(stage2_settings(tiny, folder, **fields))
         found: list[dict[str, Any]] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
         assert [row["after"] for row in found] == ["now"] * len(found)

@@ -3,6 +3,7 @@
 from qllava.training.memory.fit import DoesNotFit, Plan, fit, plan_of, settled
 from qllava.training.memory.sizes import CARDS, GB, format_bytes, parse_bytes
 from qllava.training.memory.step import (
+    CONTEXT,
     OPTIMS,
     PARTS,
     Estimate,
@@ -15,6 +16,7 @@ from qllava.training.memory.step import (
 
 __all__ = [
     "CARDS",
+    "CONTEXT",
     "GB",
     "OPTIMS",
     "PARTS",

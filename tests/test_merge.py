@@ -513,7 +513,7 @@ class TestRefusals:
             state = load_file(weights)
             state["model.norm.weight"][0] += 1
             save_file(state, weights, metadata={"format": "pt"})
-        said = {"missing": "are not there", "cut off": "cut off or damaged", "changed": "another weights"}[how]
+        said = {"missing": "has no weights", "cut off": "cut off or damaged", "changed": "another weights"}[how]
         message = self.refused(run, tmp_path / "out")
         assert said in message and str(place) in message
 

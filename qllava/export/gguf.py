@@ -11,7 +11,6 @@ aside and renamed, so it is whole or not there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
@@ -39,6 +36,7 @@ from qllava.export.tensors import (
 from qllava.inference.loading import newest_nano_run
 from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.hub import model_folder
 from qllava.models.weights import EMBEDDING, Weights, open_weights
 
 # How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
@@ -111,16 +109,7 @@ def _read(model: str) -> _Source:
     folder = newest_nano_run() if model == NANO else Path(model).expanduser()
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
         raise InputError(f"{folder} is a run, not a whole model; merge it first: qllava merge {folder} OUT.")
-    if not folder.exists():
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-            raise InputError(f"There is no folder {model}; give a merged folder, or the name of a LLaVA on the hub.")
-        try:
-            wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-            folder = Path(snapshot_download(model, allow_patterns=wanted))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise InputError(
-                f"There is no folder {model}, and the hub has no such model to give ({one_line(error)})."
-            ) from error
+    folder = model_folder(str(folder) if folder.is_dir() else model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "llava":

@@ -24,6 +24,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from qllava.config import InputError
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.layouts import projector_advice
 from qllava.models.outline import Recipe
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -110,9 +111,7 @@ def load_projector(model: Any, folder: Path) -> None:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} cannot be read ({one_line(error)}); give the folder that pretrain_projector wrote."
-        ) from error
+        raise InputError(f"{path} cannot be read ({one_line(error)}); {projector_advice(folder)}.") from error
     refuse_not_finite(state, path, "give another run of pretrain_projector")
     projector = model.model.multi_modal_projector
     own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}

@@ -28,6 +28,7 @@ from qllava.config import InputError
 from qllava.conversation import TEMPLATES, Template
 from qllava.models.checkpoint import load_llava
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
+from qllava.models.hub import model_folder
 from qllava.models.outline import Outline, Recipe, grown, llava_config, nano_part, outline, settle_template
 from qllava.models.vision import load_tower
 
@@ -117,9 +118,10 @@ def load_language_model(name: str, dtype: torch.dtype, device: str, *, four_bit:
 
     Raises InputError when it cannot be read.
     """
+    folder = model_folder(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,

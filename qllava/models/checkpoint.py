@@ -23,7 +23,6 @@ import glob
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,8 +38,10 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
+from qllava.models.hub import model_folder, settings_folder
+from qllava.models.layouts import INDEX
 from qllava.models.vision import Tower
-from qllava.models.weights import EMBEDDING, HEAD, INDEX, llava_name, open_weights
+from qllava.models.weights import EMBEDDING, HEAD, llava_name, open_weights
 
 # Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -158,7 +159,7 @@ def load_llava(
         loading["quantization_config"] = quantization_config
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            str(Path(folder_or_name).expanduser()) if Path(folder_or_name).expanduser().is_dir() else folder_or_name,
+            str(model_folder(folder_or_name)),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -173,20 +174,17 @@ def load_llava(
 
 def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
     """What `load_llava` loads but for the weights: config and processor, which belong together. Raises InputError."""
-    folder = Path(folder_or_name).expanduser()
-    if folder.exists():
+    folder = settings_folder(folder_or_name)
+    if Path(folder_or_name).expanduser().is_dir():
         _check_folder(folder)
-        folder_or_name = str(folder)
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_name) or folder_or_name.startswith("."):
-        raise InputError(f"There is no folder {folder_or_name}; give a LLaVA's folder or its name on the hub.")
     try:
-        config: Any = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise InputError(f"{folder_or_name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type != "llava":
         raise InputError(f"{folder_or_name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
     try:
-        processor: Any = LlavaProcessor.from_pretrained(folder_or_name, trust_remote_code=False)
+        processor: Any = LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(f"The LLaVA {folder_or_name} cannot be loaded ({one_line(error)}).") from error
     _settle_image_tokens(processor, config, folder_or_name)
@@ -310,8 +308,6 @@ def _save_processor(processor: LlavaProcessor, folder: Path) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Find what is wrong with a folder before transformers spends minutes on it."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected the folder of a LLaVA.")
     if not (folder / "config.json").is_file():
         hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
         raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
@@ -14,6 +15,31 @@ from qllava.config import InputError
 UNPICKLING_REFUSED = pickle.UnpicklingError
 # What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, UNPICKLING_REFUSED, SafetensorError)
+
+
+@contextmanager
+def one_sentence(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library raises while a model's files are read into one InputError.
+
+    transformers raises far more than it documents for a file whose values do not fit together (AssertionError,
+    IndexError, ZeroDivisionError, errors of its own dataclasses), so nothing is left out but what a user asks for
+    (Ctrl-C is no Exception).
+
+    Args:
+        what: What is read, with its name.
+        advice: What to do about it.
+
+    Raises:
+        InputError: Something was raised; an InputError, and running out of memory, come through as they are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} cannot be read ({one_line(error)}); {advice}.") from error
 
 
 def check_loading(report: Mapping[str, Any], what: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,8 +25,9 @@ from qllava.config import NANO_WEIGHTS, InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
 from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.hub import settings_folder
 from qllava.models.vision import Tower, load_tower
-from qllava.models.weights import INDEX, WEIGHTS, Base, language_model_name, open_weights, tower_name
+from qllava.models.weights import Base, language_model_name, open_weights, tower_name
 
 LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
 
@@ -102,7 +102,7 @@ def outline(recipe: Recipe) -> Outline:
         text, tokenizer = _language_model_config(name)
         weights = open_weights(name, language_model_name)
         spec = nano_part(recipe.vision_tower, "tower")
-        on_disk = any((Path(spec).expanduser() / file).is_file() for file in (WEIGHTS, INDEX))
+        on_disk = not spec.startswith("open_clip:")
         tower = load_tower(spec, image_aspect=recipe.image_aspect, weights=not on_disk)
         held = {}
         if on_disk:
@@ -181,8 +181,7 @@ def llava_config(recipe: Recipe, text: Any, tower: Tower, tokenizer: Any) -> Lla
 def _generation_config(name: str, config: Any) -> GenerationConfig:
     """A model's own, or what its config says where it has none."""
     try:
-        folder = Path(name).expanduser()
-        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+        return GenerationConfig.from_pretrained(settings_folder(name))
     except OSError:
         return GenerationConfig.from_model_config(config)
 
@@ -204,9 +203,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises InputError when it cannot be read.
     """
+    folder = settings_folder(name)
     try:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, legacy=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
     except (*LOAD_ERRORS, TypeError) as error:
         raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -218,8 +218,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _language_model_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Config and tokenizer of a LLaMA-family model. Raises InputError when it is no such model."""
+    folder = settings_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type not in LANGUAGE_MODELS:

@@ -18,6 +18,7 @@ from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.checkpoint import build_processor
 from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.hub import settings_folder
 from qllava.models.outline import load_tokenizer, nano_part, template_of
 from qllava.models.vision import ImageAspect, load_tower
 
@@ -54,9 +55,9 @@ def read_model(model: str) -> Reader:
     """
     if model == NANO:
         return read_parts(NANO, NANO)
-    folder = Path(model).expanduser()
+    folder = settings_folder(model)
     try:
-        processor = AutoProcessor.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         return _of_processor(processor, _template_of_folder(folder, processor))
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(

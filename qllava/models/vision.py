@@ -41,6 +41,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import InputError
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
+from qllava.models.hub import hub_trouble, model_folder
 
 SUPPORTED = (
     "supported are the CLIP ViTs of open_clip (OpenAI, LAION, DataComp, DFN, MetaCLIP), its SigLIP and SigLIP 2 "
@@ -151,6 +152,8 @@ def _load_open_clip(spec: str, image_aspect: ImageAspect) -> Tower:
     try:
         model = open_clip.create_model(arch, pretrained=pretrained, require_pretrained=True)
     except LOAD_ERRORS as error:
+        if (trouble := hub_trouble(spec, error)) is not None:
+            raise trouble from error
         raise InputError(f"open_clip could not load '{spec}': {one_line(error)}") from error
     vision = convert_open_clip(model.visual, source=f"'{spec}'")
     preprocessing = dict(model.visual.preprocess_cfg)
@@ -227,6 +230,7 @@ def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
     if not weights:
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(folder))
+    folder = model_folder(str(folder))
     how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     how["use_safetensors"] = True  # where there are none transformers would unpickle pytorch_model.bin
     model, report = kind.from_pretrained(folder, dtype=torch.float32, **how)

@@ -11,24 +11,20 @@ A file is open only while one tensor is read from it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qllava.config import InputError
-from qllava.models.errors import LOAD_ERRORS, one_line
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+from qllava.models.errors import one_line
+from qllava.models.hub import model_folder
+from qllava.models.layouts import INDEX, WEIGHTS, read_index
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -135,12 +131,7 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
 
     Raises InputError when they are not there or not whole.
     """
-    folder = Path(folder_or_name).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = _fetched(folder_or_name)
-        except LOAD_ERRORS as error:
-            raise InputError(f"The weights of {folder_or_name} cannot be fetched ({one_line(error)}).") from error
+    folder = model_folder(folder_or_name)
     index = folder / INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():  # where both are, this is what transformers takes
         return Weights({folder / WEIGHTS: None}, rename)
@@ -148,30 +139,6 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
     for name, shard in read_index(index).items():
         shards.setdefault(folder / shard, []).append(name)  # type: ignore[union-attr]
     return Weights(shards, rename)
-
-
-def _fetched(name: str) -> Path:
-    """The weights of a hub name in its cache: those that are loaded, and no others that lie beside them."""
-    try:
-        return Path(hf_hub_download(name, WEIGHTS)).parent
-    except EntryNotFoundError:
-        index = Path(hf_hub_download(name, INDEX))
-    for shard in sorted(set(read_index(index).values())):
-        hf_hub_download(name, shard)
-    return index.parent
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Which shard holds which tensor. Raises InputError when the file does not say."""
-    try:
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = {str(name): str(shard) for name, shard in found.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read; copy or download the model again.") from error
-    for shard in shards.values():
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise InputError(f"{path} names {shard}, which lies outside its folder; get the model from elsewhere.")
-    return shards
 
 
 def _opened(path: Path) -> Any:

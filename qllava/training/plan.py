@@ -17,6 +17,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, SiglipVision
 from qllava.config import NANO, InputError, ModelConfig
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.hub import settings_folder
 from qllava.models.outline import LANGUAGE_MODELS, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
@@ -118,7 +119,7 @@ def _of_model(name: str) -> LlavaConfig:
                 base.model, base.language_model, base.vision_tower, vision_feature_layer=base.vision_feature_layer
             )
         )
-    config = _read(str(folder) if folder.is_dir() else name, "model")
+    config = _read(name, "model")
     if not isinstance(config, LlavaConfig):
         raise InputError(f"The model {name} is of type '{config.model_type}', not 'llava'; give a LLaVA, or two parts.")
     return config
@@ -147,8 +148,9 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
 
 
 def _read(name: str, what: str) -> Any:
+    folder = settings_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise InputError(f"The {what} {name} has no readable config.json ({one_line(error)}).") from error
 

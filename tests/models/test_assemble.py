@@ -321,7 +321,7 @@ class TestRefusals:
 
     def test_no_weights(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama", ignore=shutil.ignore_patterns("*.safetensors"))
-        assert "are not there" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
+        assert "has no weights" in self.refused(tiny.recipe(language_model=str(tmp_path / "llama")))
 
     def test_no_tokenizer(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama", ignore=shutil.ignore_patterns("token*"))

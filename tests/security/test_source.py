@@ -29,6 +29,10 @@ LOADERS |= {"LlavaProcessor"}  # a concrete class, but what it is made of comes 
 EXCUSED = {"qllava/models/errors.py": {"pickle"}, "qllava/data/check.py": {"pickle"}}
 
 
+# The command that converts pickled weights, which only a user starts.
+CONVERTS = "qllava/models/convert.py"
+
+
 def dotted(node: ast.AST) -> str:
     """The name of what is called, as it is written."""
     if isinstance(node, ast.Attribute):
@@ -86,8 +90,17 @@ def markup(source: str) -> list[str]:
 
 
 def test_nothing_runs_or_unpacks_what_comes_from_outside() -> None:
-    ours = [path for path in CODE if not name(path).startswith("benchmarks/")]
+    ours = [path for path in CODE if not name(path).startswith("benchmarks/") and name(path) != CONVERTS]
     assert not collect(ours, dangerous)
+
+
+def test_pickled_weights_are_read_as_tensors_only_and_in_one_place() -> None:
+    source = next(path for path in CODE if name(path) == CONVERTS).read_text(encoding="utf-8")
+    assert {problem.split(": ")[1] for problem in dangerous(source)} == {"torch.load"}
+    loads = [keywords for _, called, keywords in calls(source) if called == "torch.load"]
+    assert loads and all(constant(keywords.get("weights_only")) is True for keywords in loads)
+    imported = [name(path) for path in CODE if "qllava.models.convert import" in path.read_text(encoding="utf-8")]
+    assert imported == []  # a user's own command, and a step of nothing
 
 
 def test_pickle_is_imported_where_it_is_excused_only() -> None:

@@ -1,0 +1,302 @@
+"""Where a model's files are: a folder of the user's, or a repository of the hub, fetched into its cache.
+
+Everything that reads a model asks here first and then reads a folder, so that what can go wrong between here and the
+hub (a gated model, a wrong name, no network, a download that was cut off) is said once, in one sentence.
+
+Weights are taken wherever they are safetensors, in this order:
+
+    model.safetensors, or model.safetensors.index.json and its shards      as transformers names them
+    an index, a complete set of NAME-00001-of-00002.safetensors, or a      under transformers' names, as links in a
+    single file, of any other name                                         folder of qllava's cache
+    the conversion that the hub's own bot offers in a pull request,        the same; settings still come from main
+    if it was made of the very pickles that main has
+
+A pickle is never read here. Where a model has nothing else, the sentence names the command that converts it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from qllava.config import InputError, cache_folder
+from qllava.models.errors import one_line
+from qllava.models.layouts import PICKLES, Found, arrange, find_weights, read_index, refuse_llava_own
+
+BOT = "SFconvertbot"
+"""Who opens the hub's own conversions; a pull request of anybody else is not looked at."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_SETTINGS = (".json", ".jinja", ".model", ".txt")
+
+
+class HubError(InputError):
+    """A model of the hub cannot be had; the sentence says why, and what to do."""
+
+
+def settings_folder(name: str) -> Path:
+    """The folder with everything of a model but its weights: configs, tokenizer, processor.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        InputError: There is no such model, or it is in the layout of LLaVA's own code.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        refuse_llava_own(name, [path.name for path in folder.iterdir()], folder)
+        return folder
+    _refuse_path(name, folder)
+    return _fetched_settings(name, constants.ENDPOINT, constants.HF_HUB_CACHE, is_offline_mode())
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a whole model, whose safetensors have the names that transformers looks for.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        InputError: There is no such model, it cannot be fetched, or it has no safetensors.
+    """
+    folder = settings_folder(name)
+    if not Path(name).expanduser().is_dir():
+        return _fetched_weights(name, constants.ENDPOINT, constants.HF_HUB_CACHE, is_offline_mode())
+    files = [path.name for path in folder.iterdir()]
+    found = find_weights(files, name)
+    if found is None:
+        raise no_safetensors(name, files)
+    return folder if found.usual else arrange(found, folder, folder, cache_folder() / "models")
+
+
+def no_safetensors(name: str, files: Sequence[str]) -> InputError:
+    """What to say of a model whose weights are pickles, or that has none."""
+    if not any(file.endswith(PICKLES) for file in files):
+        return InputError(f"{name} has no weights (*.safetensors); copy or download the model again.")
+    out = f"{Path(name).name}-safetensors"
+    return InputError(
+        f"{name} has its weights as pickles only, which qllava does not open (safetensors only); convert them once: "
+        f"python -m qllava.models.convert {shlex.quote(name)} {shlex.quote(out)} (it reads tensors and nothing else), "
+        f"and give {out} in place of {name}."
+    )
+
+
+def fetch(name: str, files: Sequence[str], revision: str = "main") -> Path:
+    """The folder in the hub's cache that holds these files of a repository, fetched where they are not there yet.
+
+    Raises:
+        HubError: They cannot be had.
+    """
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob_of(file) for file in files]))
+    except Exception as error:  # the hub's client raises its own, httpx's and the operating system's
+        raise _trouble(name, error) from error
+
+
+def glob_of(file: str) -> str:
+    """A pattern that means this file and no other."""
+    return re.sub(r"([\[*?])", r"[\1]", file)
+
+
+def repository_files(name: str) -> list[str]:
+    """Names of the files of a repository, in its top folder. Raises HubError."""
+    try:
+        siblings = HfApi().model_info(name).siblings or []
+    except Exception as error:
+        raise _trouble(name, error) from error
+    return sorted(file.rfilename for file in siblings if "/" not in file.rfilename)
+
+
+def _refuse_path(name: str, folder: Path) -> None:
+    """Raise InputError for what is meant as a path and is no folder."""
+    if folder.is_file():
+        raise InputError(f"{name} is a file; expected the folder of a model.")
+    if not _HUB_NAME.fullmatch(name) or len(folder.parts) != name.count("/") + 1 or name.startswith("."):
+        raise InputError(f"There is no folder {name}; give a model's folder or its name on the hub.")
+
+
+@lru_cache(maxsize=64)
+def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Path:
+    """As `settings_folder`, of the hub; asked once by each process, of each hub and cache."""
+    try:
+        files = repository_files(name)
+    except HubError:
+        cached = _cached(name)
+        if cached is None:
+            raise
+        refuse_llava_own(name, [path.name for path in cached.iterdir()], cached)
+        return cached
+    small = [file for file in files if file.endswith(_SETTINGS)]
+    if not small:
+        raise HubError(f"The hub's {name} has no config.json, so it is no model that can be read; correct the name.")
+    folder = fetch(name, small)
+    refuse_llava_own(name, files, folder)
+    return folder
+
+
+@lru_cache(maxsize=64)
+def _fetched_weights(name: str, endpoint: str, cache: str, offline: bool) -> Path:
+    """As `model_folder`, of the hub."""
+    settings = _fetched_settings(name, endpoint, cache, offline)
+    try:
+        files = repository_files(name)
+    except HubError as error:
+        return _cached_weights(name, settings, error)
+    found = find_weights(files, name)
+    if found is not None:
+        folder = fetch(name, _all(found, settings))
+        return folder if found.usual else arrange(found, settings, folder, cache_folder() / "models")
+    revision, converted = _conversion(name, files)
+    if converted is None:
+        raise no_safetensors(name, files)
+    weights = fetch(name, [converted.index], revision) if converted.index else settings
+    weights = fetch(name, _all(converted, weights), revision)
+    return arrange(converted, settings, weights, cache_folder() / "models", known_as=_known_as(name))
+
+
+def _all(found: Found, folder: Path) -> list[str]:
+    """All files of the weights; those of an index are read from it."""
+    if found.index is None:
+        return list(found.files)
+    return [found.index, *sorted(set(read_index(folder / found.index).values()))]
+
+
+def _known_as(name: str) -> str:
+    """The folder in qllava's cache under which a conversion is found again without a network."""
+    return constants.REPO_ID_SEPARATOR.join(("models", *name.split("/")))
+
+
+def _conversion(name: str, files: Sequence[str]) -> tuple[str, Found | None]:
+    """The newest conversion that the hub's bot offers: its ref, and its weights; None where there is none.
+
+    Anybody may open a pull request: only the bot's are looked at, and only if the pickles beside the conversion are,
+    byte by byte, those of main.
+    """
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    if not pickles:
+        return "", None
+    api = HfApi()
+    try:
+        asked = api.get_repo_discussions(name, author=BOT, discussion_type="pull_request")
+        offered = [one for one in asked if one.is_pull_request and one.author == BOT and one.status != "closed"]
+        own = _content(api, name, "main", pickles)
+        for one in sorted(offered, key=lambda one: one.num, reverse=True):
+            revision = f"refs/pr/{one.num}"
+            held = [file.rfilename for file in api.model_info(name, revision=revision).siblings or []]
+            found = find_weights([file for file in held if "/" not in file], name)
+            if found is not None and _content(api, name, revision, pickles) == own:
+                return revision, found
+    except Exception as error:
+        raise _trouble(name, error) from error
+    return "", None
+
+
+def _content(api: HfApi, name: str, revision: str, files: Sequence[str]) -> dict[str, str]:
+    """What identifies the bytes of files at a revision."""
+    infos = api.get_paths_info(name, list(files), revision=revision)
+    return {info.path: info.lfs.sha256 if info.lfs else info.blob_id for info in infos if hasattr(info, "blob_id")}
+
+
+def _cached(name: str) -> Path | None:
+    """What the cache holds of a repository's main, complete or not."""
+    storage = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(("models", *name.split("/")))
+    try:
+        commit = (storage / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = storage / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _cached_weights(name: str, settings: Path, error: HubError) -> Path:
+    """The weights of a model whose hub cannot be asked. Raises HubError when they are not there, or not all."""
+    converted = cache_folder() / "models" / _known_as(name)
+    if converted.is_dir():
+        return converted
+    try:
+        found = find_weights([path.name for path in settings.iterdir()], name)
+        complete = found is not None and all((settings / file).is_file() for file in _all(found, settings))
+    except InputError:  # some shards are there
+        complete = False
+    if found is None or not complete:
+        raise error
+    return settings if found.usual else arrange(found, settings, settings, cache_folder() / "models")
+
+
+def hub_trouble(name: str, error: BaseException) -> HubError | None:
+    """The sentence for what another library met when it asked the hub; None where that was not the reason."""
+    chain = _chain(error)
+    if not any(isinstance(one, HfHubHTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError) for one in chain):
+        return None
+    return _trouble(name, error)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it came from."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _trouble(name: str, error: BaseException) -> HubError:
+    """The sentence for what the hub's client raised."""
+    if isinstance(error, HubError):
+        return error
+    chain = _chain(error)
+    page = f"{constants.ENDPOINT}/{name}"
+
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    full = any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain)
+    codes = {one.response.status_code for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None}
+    if raised(GatedRepoError):
+        said = f"{name} is gated: accept its licence on {page}, log in (hf auth login), and give the command again."
+    elif raised(HFValidationError):
+        said = f"{name} is neither a folder nor a name on the hub (OWNER/NAME); correct it."
+    elif raised(RepositoryNotFoundError) or codes & {401, 403}:
+        said = (
+            f"There is no folder {name}, and the hub has no model of this name that you may read; correct the name, "
+            "or log in if it is private (hf auth login)."
+        )
+    elif raised(OfflineModeIsEnabled) or is_offline_mode():
+        said = (
+            f"{name} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is set; fetch it once without "
+            f"that, where there is a network: hf download {name}"
+        )
+    elif full:
+        said = f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}; make room, or set HF_HOME to another."
+    elif raised(EntryNotFoundError) and not raised(LocalEntryNotFoundError):
+        said = f"A file of {name} is not on the hub any more ({one_line(error)}); give the command again."
+    elif codes:
+        said = f"The hub refused {name} ({one_line(chain[-1])}); give the command again later."
+    elif _unreachable(chain):
+        said = (
+            f"{constants.ENDPOINT} cannot be reached, and {name} is not in the hub's cache; check the network, or copy "
+            "the model here and give its folder."
+        )
+    else:
+        said = f"The download of {name} ended early ({one_line(error)}); give the command again, and it goes on."
+    return HubError(said)
+
+
+def _unreachable(chain: Sequence[BaseException]) -> bool:
+    """Whether no connection came about; one that broke later is another matter."""
+    names = {type(one).__name__ for one in chain}
+    return bool(names & {"ConnectError", "ConnectTimeout", "ProxyError", "ConnectionRefusedError", "gaierror"})

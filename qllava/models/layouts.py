@@ -1,0 +1,225 @@
+"""What a model's folder holds, by the names of its files: safetensors under any name, pickles, LLaVA's own layout.
+
+Nothing of a weight is read but the names of its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qllava.config import InputError
+from qllava.models.errors import one_line
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""How files end that hold weights as a pickle."""
+
+# Of a run or an adapter, and never the weights of a model.
+_OTHER = ("adapter_model.safetensors", "projector.safetensors", "probes.safetensors")
+_SHARD = re.compile(r"(?P<begin>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>.*)\.safetensors")
+LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+"""What LLaVA's own code calls a projector, and what of a LoRA run is no LoRA."""
+_LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
+_LLAVA_CLASSES = ("llavallama", "llava_llama", "llavamistral", "llava_mistral")
+_SCRIPT = "transformers' convert_llava_weights_to_hf.py (in its repository, under src/transformers/models/llava)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The safetensors of a model, by the names of files."""
+
+    index: str | None
+    """The file that says which shard holds which tensor; None where there is none."""
+    files: tuple[str, ...]
+    """The weights themselves, in order, where no index says which."""
+    usual: bool
+    """Whether transformers finds them by itself."""
+
+
+def find_weights(files: Sequence[str], name: str) -> Found | None:
+    """The safetensors among the files of a model; None where there are none.
+
+    Raises:
+        InputError: Shards are missing, or it is not clear which of several files is the model.
+    """
+    if WEIGHTS in files:  # where both are, this is what transformers takes
+        return Found(None, (WEIGHTS,), True)
+    if INDEX in files:
+        return Found(INDEX, (), True)
+    indices = sorted(file for file in files if file.endswith(".safetensors.index.json"))
+    if len(indices) == 1:
+        return Found(indices[0], (), False)
+    weights = sorted(file for file in files if file.endswith(".safetensors") and file not in _OTHER)
+    if not weights:
+        return None
+    sets: dict[tuple[str, str, str], list[str]] = {}
+    for file in weights:
+        if shard := _SHARD.fullmatch(file):
+            sets.setdefault((shard["begin"], shard["count"], shard["end"]), []).append(file)
+    if len(weights) == 1 and not sets:
+        return Found(None, (weights[0],), False)
+    if len(sets) == 1 and len(weights) == len(next(iter(sets.values()))):
+        (begin, count, end), shards = next(iter(sets.items()))
+        wanted = [f"{begin}-{number:05}-of-{count}{end}.safetensors" for number in range(1, int(count) + 1)]
+        missing = sorted(set(wanted) - set(shards))
+        if missing:
+            raise InputError(f"The weights of {name} lack {missing[0]}; copy or download the model again.")
+        return Found(None, tuple(wanted), False)
+    raise InputError(
+        f"{name} has several files of weights and no index ({', '.join(weights[:3])}); rename the one that is the "
+        f"model to {WEIGHTS}."
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard holds which tensor. Raises InputError when the file does not say."""
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(name): str(shard) for name, shard in found.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} cannot be read; copy or download the model again.") from error
+    for shard in shards.values():
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise InputError(f"{path} names {shard}, which lies outside its folder; get the model from elsewhere.")
+    return shards
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file. Raises InputError when it is missing, cut off or damaged."""
+    if not path.is_file():
+        raise InputError(f"The weights {path} are not there; copy or download them again (safetensors only).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The weights {path} are cut off or damaged ({one_line(error)}); copy or download them again."
+        ) from error
+
+
+def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_as: str | None = None) -> Path:
+    """A folder of links in which transformers finds a model, whatever its weights are called.
+
+    Args:
+        found: The weights.
+        settings: Where everything else is.
+        weights: Where they are.
+        cache: Where such folders are kept.
+        known_as: The folder's name; by its content where none is given.
+
+    Raises:
+        InputError: The weights cannot be read.
+    """
+    shards = read_index(weights / found.index) if found.index else {}
+    files = list(found.files) or sorted(set(shards.values()))
+    key = repr([(str((weights / file).resolve()), _stamp(weights / file)) for file in files] + [str(settings)])
+    out = cache / (known_as or f"folder-{blake2b(key.encode(), digest_size=12).hexdigest()}")
+    marker = out / ".of"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == key:
+        return out
+    held = {name: file for file in files for name in tensor_names(weights / file)}
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{out.name}."))
+    try:
+        for path in settings.iterdir():
+            if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
+                _link(path, aside / path.name)
+        count = len(files)
+        names = {
+            file: WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            for number, file in enumerate(files, start=1)
+        }
+        for file, name in names.items():
+            _link(weights / file, aside / name)
+        if count > 1:
+            index = {"metadata": {}, "weight_map": {name: names[file] for name, file in sorted(held.items())}}
+            (aside / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        (aside / marker.name).write_text(key, encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+    except OSError as error:
+        if not marker.is_file():  # another process may have made it meanwhile
+            raise InputError(
+                f"{out} cannot be written ({error.strerror}); set QLLAVA_CACHE to another folder."
+            ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does; zeros where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _link(path: Path, link: Path) -> None:
+    """Let a file be found under another name; where links are not allowed it is copied."""
+    try:
+        link.symlink_to(path.resolve())
+    except OSError:
+        shutil.copyfile(path, link)
+
+
+def refuse_llava_own(name: str, files: Sequence[str], folder: Path) -> None:
+    """Raise InputError for a model in the layout of LLaVA's own code, which has to be converted first.
+
+    transformers would take its config.json for a LLaVA of 7B, and download weights for it that fit nowhere.
+
+    Args:
+        name: As the user gave it.
+        files: Names of all its files.
+        folder: Where its config.json is.
+    """
+    if LLAVA_LORA in files:
+        raise InputError(
+            f"{name} holds a LoRA of LLaVA's own code ({LLAVA_LORA}); merge it with LLaVA's merge_lora_weights.py, "
+            f"convert the result with {_SCRIPT}, and give that folder."
+        )
+    config = _json(folder / "config.json")
+    kinds = [str(config.get("model_type")), *(str(kind) for kind in config.get("architectures") or [])]
+    marks = [kind for kind in kinds if kind.lower().startswith(_LLAVA_CLASSES)]
+    marks += [key for key in _LLAVA_KEYS if key in config and "text_config" not in config]
+    marks += [LLAVA_PROJECTOR] if LLAVA_PROJECTOR in files else []
+    if not marks:
+        return
+    known = re.search(r"llava-v?1\.5-(7b|13b)", name.lower())
+    raise InputError(
+        f"{name} is in the layout of LLaVA's own code ({marks[0]}), not of transformers; give the converted model "
+        f"(llava-hf/llava-1.5-{known[1] if known else '7b'}-hf on the hub is LLaVA-1.5), or convert yours with "
+        f"{_SCRIPT}."
+    )
+
+
+def projector_advice(folder: Path) -> str:
+    """What to do where a folder has no projector.safetensors."""
+    if (folder / LLAVA_PROJECTOR).is_file():
+        command = (
+            f"python -m qllava.models.convert {shlex.quote(str(folder))} {shlex.quote(folder.name + '-projector')}"
+        )
+        return f"it holds LLaVA's own {LLAVA_PROJECTOR}: convert it once ({command}), and give that folder"
+    return "give the folder that pretrain_projector wrote"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file cannot be read, which others say."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

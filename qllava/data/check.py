@@ -40,7 +40,8 @@ from qllava.config import InputError, cache_folder
 from qllava.data.encode import Encoder
 from qllava.data.formats import Pictures, folder_of, no_rows, to_example
 from qllava.data.images import open_image
-from qllava.data.rows import Place, Problem, RowError, read_rows, row_files
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.rows import read_rows, row_files
 from qllava.data.table import Layout, batch_of, lists, open_table, quantiles, writing
 
 _VERSION = 2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qllava.data.check import Checked, numbers
-from qllava.data.rows import OnProblem, Place, Problem
+from qllava.data.problems import OnProblem, Place, Problem
 
 
 def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from qllava.config import InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, Conversation, Rendered, Template
 from qllava.data.formats import Example, count_of
-from qllava.data.rows import OnProblem, Place, Problem, RowError, stop
+from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
 
 IGNORE_INDEX = -100
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows
+from qllava.data.problems import HALF, Place, Problem, RowError, is_unicode
+from qllava.data.rows import is_folder, read_rows
 
 _KINDS = ("conversations", "messages", "question")
-_HALF = "holds half of a character (a \\u escape of a surrogate without its partner)"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -121,7 +121,7 @@ class Pictures:
             raise _Unusable("picture missing", f"the picture {shown} is an address", "download it, and name the file")
         # By the letters of the path only: a link inside the folder that points elsewhere was put there by its owner.
         full = Path(os.path.normpath(Path(self._root, name)))
-        if not _is_whole(str(full)):
+        if not is_unicode(str(full)):
             raise _Unusable("picture missing", f"the path of the picture {shown} is not UTF-8", "rename what is not")
         if not full.is_relative_to(self._root):
             problem = f"the picture {shown} lies outside the image folder {self._root}"
@@ -139,12 +139,12 @@ class Pictures:
 def to_example(row: Any, place: Place, pictures: Pictures) -> Example:
     """Check one row and bring it into the one form. Raises RowError."""
     id = (None if row.get("id") == "" else row.get("id")) if isinstance(row, dict) else None
-    said = str(id) if isinstance(id, str | int) and not isinstance(id, bool) and _is_whole(str(id)) else None
+    said = str(id) if isinstance(id, str | int) and not isinstance(id, bool) and is_unicode(str(id)) else None
     try:
         if not isinstance(row, dict):
             raise _Unusable("not a row", f"a row is a JSON object, not {_kind(row)}", "see the formats in docs/data.md")
         if isinstance(id, str) and said is None:
-            raise _Unusable("id", f"the id {_HALF}", "write the character whole")
+            raise _Unusable("id", f"the id {HALF}", "write the character whole")
         if id is not None and said is None:
             raise _Unusable("id", f"the id is {_kind(id)}", "give it as text or a whole number")
         system, turns, lost = _turns(row)
@@ -269,17 +269,8 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
 
 def _check_text(text: str, what: str) -> None:
     """Refuse what JSON can spell and no tokenizer can read."""
-    if not _is_whole(text):
-        raise _Unusable("no text", f"{what} {_HALF}", "write the character whole")
-
-
-def _is_whole(text: str) -> bool:
-    """Whether every character of it can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if not is_unicode(text):
+        raise _Unusable("no text", f"{what} {HALF}", "write the character whole")
 
 
 def _image_first(content: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from qllava.data.rows import Place, Problem, RowError
+from qllava.data.problems import Place, Problem, RowError
 
 # The longest side of a picture, and how many times it may be as long as the other one: image processors make a square
 # of it, and need 1 GB for one of 12,000 x 60 pixels.

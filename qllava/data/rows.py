@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, Literal, TextIO
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
-from qllava.config import InputError
+from qllava.data import containers, delimited
+from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
 
 _PIECE = 1 << 20  # characters that are read at a time
 # A token of JSON that the end of a piece cuts in two is at most this long; a string may be longer.
@@ -28,90 +28,6 @@ _CUT = 32
 # And so much of a number may follow where it seems to end: "1e+" of 1e+5.
 _NUMBER_CUT = 2
 _ROWS_IN_A_FOLDER = {".parquet", ".arrow", ".tar", ".json"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands.
-
-    file: the path, as it was given.
-    line: where it begins, in a file that has lines.
-    row: its number, in a file whose rows are counted; both begin at 1.
-    """
-
-    file: str
-    line: int | None = None
-    row: int | None = None
-
-    def __post_init__(self) -> None:
-        # A file name that is not UTF-8 holds surrogates, which can be neither kept in a table nor printed.
-        object.__setattr__(self, "file", self.file.encode(errors="backslashreplace").decode())
-
-    def __str__(self) -> str:
-        name = _plain(PurePath(self.file).name)
-        if self.row is not None:
-            return f"{name}, row {self.row}"
-        return f"{name}, line {self.line}" if self.line is not None else _plain(self.file)
-
-    @property
-    def within(self) -> str:
-        """The place inside its file: "row 3"; it stands in for an id that a row does not have."""
-        return str(self).rpartition(", ")[2]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, in words for the user.
-
-    kind: a few words that all problems of one sort share.
-    problem, hint: what is wrong and what to do about it; no capital letter, no full stop.
-    place: where.
-    id: of the row, where it could be read.
-    severity: an `error` cannot be learned from, and ends a run before it begins; a `warning` fails a check, but not a
-        run: the row is dropped or trimmed as asked, loses a turn, or measures nothing; a `note` fails neither.
-    """
-
-    kind: str
-    problem: str
-    hint: str
-    place: Place
-    id: str | None = None
-    severity: Literal["error", "warning", "note"] = "error"
-
-    def __post_init__(self) -> None:
-        if self.id == self.place.within:  # a row without an id goes by its place
-            object.__setattr__(self, "id", None)
-        # File names, and the words of the libraries that read broken files, may hold anything.
-        object.__setattr__(self, "problem", _plain(self.problem))
-
-    def __str__(self) -> str:
-        where = str(self.place)
-        if self.id is not None:  # an id may be a whole book, or hold line breaks; this is one sentence
-            plain = len(self.id) <= 80 and self.id.isprintable()
-            where += f", id {self.id if plain else repr(self.id[:80])}"
-        return f"{where}: {self.problem}; {self.hint}."
-
-
-def _plain(text: str) -> str:
-    """Text that can be printed, in one line: line breaks and control characters as escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-class RowError(InputError):
-    """A problem as an exception, for the readers that end at the first one."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)  # as the only argument: exceptions travel between processes by their arguments
-        self.problem = problem
-
-
-OnProblem = Callable[[Problem], None]
-
-
-def stop(problem: Problem) -> None:
-    """The `OnProblem` of readers that end at the first error: raises it as a RowError."""
-    if problem.severity == "error":
-        raise RowError(problem)
 
 
 def row_id(row: Any, place: Place, key: str) -> str:
@@ -138,8 +54,6 @@ def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place,
     """
     try:
         if is_folder(path):
-            from qllava.data import containers
-
             yield from containers.read_folder(path, on_problem)
             return
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
@@ -149,8 +63,6 @@ def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place,
         with path.open("rb") as file:
             head = file.read(512)
         if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            from qllava.data import containers
-
             yield from containers.read_container(path, head, on_problem)
             return
         with path.open(encoding="utf-8-sig") as text:
@@ -201,9 +113,7 @@ def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tupl
     elif first.startswith("{") or not first:
         yield from _read_lines(file, str(path), on_problem)
     else:
-        from qllava.data import containers
-
-        yield from containers.read_csv(file, path, on_problem)
+        yield from delimited.read_csv(file, path, on_problem)
 
 
 def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qllava.data.check import Checked, lengths
 from qllava.data.compare import leaked, repeated
-from qllava.data.rows import Place, Problem
+from qllava.data.problems import Place, Problem
 from qllava.data.table import quantiles
 
 _SHOWN = 3

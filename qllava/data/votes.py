@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from qllava.config import InputError
-from qllava.data.rows import Place, Problem, RowError, read_rows, row_id, row_text
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.rows import read_rows, row_id, row_text
 
 Verdict: TypeAlias = Literal["left", "right", "tie", "both_bad"]
 Side: TypeAlias = Literal["left", "right"]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError
-from qllava.data.rows import Place, Problem, RowError, read_rows, row_id, row_text
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.rows import read_rows, row_id, row_text
 
 _HEAD = b'{"question_id": '  # every line that is written here begins so
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qllava.config import InputError
-from qllava.data.rows import Place, Problem, RowError, read_rows, row_id
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.rows import read_rows, row_id
 from qllava.data.votes import ONE_OF, VERDICTS, Verdict
 
 JudgeOrder = Literal["left-first", "right-first"]

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from qllava.config import InputError
 from qllava.data.images import open_image
-from qllava.data.rows import RowError
+from qllava.data.problems import RowError
 
 LONGEST = 2048
 """Pixels on the longer side of a kept picture: six times what the largest CLIP tower looks at."""

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qllava.config import InputError
-from qllava.data.rows import Place, read_rows
+from qllava.data.problems import Place
+from qllava.data.rows import read_rows
 from qllava.synthesis.completions import error_of, read_json, read_reply
 from qllava.synthesis.output import unwritable
 from qllava.synthesis.store import Call, Reply, Store

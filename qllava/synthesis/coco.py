@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError
-from qllava.data.rows import OnProblem, Place, Problem
+from qllava.data.problems import OnProblem, Place, Problem
 
 _EDGE = 1.0
 """COCO's outlines may end so many pixels behind the picture's edge; that is cut, more is an error."""

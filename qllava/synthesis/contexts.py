@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qllava.config import NANO, InputError
-from qllava.data.rows import Place, Problem, read_rows
+from qllava.data.problems import Place, Problem
+from qllava.data.rows import read_rows
 from qllava.nano import dataset, language, scenes
 from qllava.synthesis import coco
 

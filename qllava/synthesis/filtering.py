@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.data.formats import no_rows
-from qllava.data.rows import Place, Problem, RowError, read_rows, row_files
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.rows import read_rows, row_files
 from qllava.page import write_page
 from qllava.synthesis.balance import Balance, Settings, balance_of, html
 from qllava.synthesis.concepts import index_phrases, select

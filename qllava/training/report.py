@@ -27,7 +27,7 @@ from typing import Any
 
 from qllava import page
 from qllava.data.images import open_image
-from qllava.data.rows import RowError
+from qllava.data.problems import RowError
 from qllava.evaluation.vqa import is_correct
 from qllava.page import Bar, Html, Series
 from qllava.training.numbers import SPIKES_FILE, shown

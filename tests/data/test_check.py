@@ -26,7 +26,7 @@ from qllava.data import rows as reading
 from qllava.data.check import Checked, check
 from qllava.data.collate import Collator
 from qllava.data.encode import Encoder
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.data.verdict import Verdict
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_tiny_processor
 

@@ -19,7 +19,7 @@ from qllava.data import check as module
 from qllava.data.check import Checked, check, numbers
 from qllava.data.compare import leaked, repeated
 from qllava.data.encode import Encoder
-from qllava.data.rows import Problem
+from qllava.data.problems import Problem
 from qllava.data.verdict import Verdict
 from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
 

@@ -26,10 +26,11 @@ from PIL import Image as Pillow
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn
-from qllava.data.containers import unpack
 from qllava.data.convert import llava_row, messages_row
 from qllava.data.formats import Example, Pictures, read_examples, to_example
-from qllava.data.rows import Place, RowError, read_rows
+from qllava.data.problems import Place, RowError
+from qllava.data.rows import read_rows
+from qllava.data.unpacked import unpack
 
 FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
 AGAIN = "download it or write it again."

@@ -16,7 +16,7 @@ from qllava.config import InputError
 from qllava.conversation import CHATML, IMAGE_TOKEN, LLAMA_3, PLAIN, TEMPLATES, VICUNA_V1, Conversation, Template, Turn
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
-from qllava.data.rows import Place, Problem
+from qllava.data.problems import Place, Problem
 from tests.tiny_models import make_tiny_tokenizer
 
 PICTURE = Path("a.png")

@@ -12,7 +12,7 @@ from PIL import Image
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example, read_examples
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 
 HUMAN = {"from": "human", "value": "What is it?"}
 GPT = {"from": "gpt", "value": "A bus."}

@@ -34,7 +34,7 @@ from qllava.data import inspect
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
 from qllava.data.inspect import IMAGE_INDEX, Piece, Shown, as_json, html, show, terminal
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from tests.test_page import Reader
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_picture, make_tiny_processor, make_tiny_tokenizer
 

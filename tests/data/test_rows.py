@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from qllava.config import InputError
 from qllava.data import rows as module
-from qllava.data.rows import Place, Problem, RowError, is_folder, read_rows, stop
+from qllava.data.problems import Place, Problem, RowError, stop
+from qllava.data.rows import is_folder, read_rows
 
 ODD = [
     {"id": 1, "text": 'a "quoted" \\ text\n\ttab', "number": -1.5e-7, "none": None},

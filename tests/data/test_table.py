@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Turn
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.data.table import SCHEMA, Layout, batch_of, lists, open_table, write_table, writing
 from tests.tiny_models import make_tiny_tokenizer
 

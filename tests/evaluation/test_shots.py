@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn
 from qllava.data.formats import Example, read_examples
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.evaluation.shots import Shots, Words, embed_pictures, last_question, with_shots
 from qllava.evaluation.vqa import evaluate, evaluate_file
 from qllava.inference import load

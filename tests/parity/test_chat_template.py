@@ -14,7 +14,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from qllava.conversation import IMAGE_TOKEN, PLAIN, TEMPLATES, Conversation, Template, Turn, ask
 from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.data.formats import Example
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.models.checkpoint import build_processor, save_llava
 from qllava.models.vision import load_tower
 from tests.tiny_models import IMAGE_TOKENS, make_tiny_model, make_tiny_tokenizer

@@ -17,7 +17,7 @@ from qllava.data.encode import Encoder
 from qllava.data.formats import Example
 from qllava.data.inspect import html as inspect_html
 from qllava.data.inspect import show
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.data.votes import Vote
 from qllava.evaluation.agreement import compare
 from qllava.evaluation.judgments import ORDERS, Judgment

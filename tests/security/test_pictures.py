@@ -9,7 +9,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from qllava.data.images import open_image
-from qllava.data.rows import RowError
+from qllava.data.problems import RowError
 from qllava.training.report import write_report
 
 

@@ -14,7 +14,7 @@ from benchmarks.command import measured
 from benchmarks.filter_million import make, plainly, row
 from qllava import cli
 from qllava.config import InputError
-from qllava.data.rows import Place
+from qllava.data.problems import Place
 from qllava.synthesis import filtering
 from qllava.synthesis.balance import Balance, Settings, as_text, balance_of, html
 from qllava.synthesis.concepts import index_phrases

@@ -1,0 +1,128 @@
+"""WebDataset tars -> records: NAME.json, or NAME.txt with a caption, with NAME.jpg beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from qllava.conversation import ask
+from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
+from qllava.data.unpacked import unpack
+
+Rows = Iterator[tuple[Place, Any]]
+
+_TOLD_APART = ("conversations", "messages", "question")
+_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+class _Member(NamedTuple):
+    """A file in a tar: NAME.PART.jpg has the key NAME, a part that may be a number, and the suffix .jpg.
+
+    data: its bytes; None where the tar does not hold them as such (a link, or a sparse file of any size).
+    """
+
+    key: str
+    part: str
+    suffix: str
+    data: bytes | None
+
+
+class _Broken(Exception):
+    """The tar cannot be read on."""
+
+
+def read_tar(path: Path, on_problem: OnProblem) -> Rows:
+    """Yield the records of a tar; what is corrupt ends it with a problem."""
+    number = 0
+    try:
+        for key, members in groupby(_members(path), key=lambda member: member.key):
+            number += 1
+            yield from _sample(key, list(members), Place(str(path), row=number), on_problem)
+    except _Broken as error:  # the sample that was being read may lack a part, so it is not used
+        on_problem(broken("tar", str(error), Place(str(path), row=max(number, 1))))
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    """The files of a tar that belong to samples, with their bytes; nothing is written by the names that it gives."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in _headers(tar, size):
+                    name = PurePosixPath(member.name)
+                    first, *parts = name.name.split(".")
+                    suffix = name.suffix.lower()
+                    # A name that begins with a dot is no sample: systems pack such files beside the real ones.
+                    if not first or suffix not in {*_PICTURES, ".json", ".txt"}:
+                        continue
+                    plain = member.isreg() and not member.issparse()
+                    opened = tar.extractfile(member) if plain else None
+                    data = None if opened is None else opened.read()
+                    yield _Member(str(name.with_name(first)), ".".join(parts[:-1]), suffix, data)
+                # A damaged header is the end to tarfile, and so is the end of the first of two tars that were joined.
+                if tar.offset >= size:
+                    raise _Broken("it is cut off")
+                file.seek(tar.offset)
+                if any(piece.strip(b"\0") for piece in iter(lambda: file.read(1 << 20), b"")):
+                    raise _Broken("a header is damaged or cut off, or another tar was appended")
+        except (tarfile.TarError, *DAMAGE) as error:
+            raise _Broken(str(error)) from None
+
+
+def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar of `size` bytes, folders excepted; _Broken where one reaches beyond it, or backwards."""
+    end = -1
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would remember them all
+        if member.size < 0 or tar.offset <= end:
+            raise _Broken("a member has a negative size")
+        end = tar.offset
+        if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
+            raise _Broken("it is cut off")
+        if not member.isdir():
+            yield member
+
+
+def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProblem) -> Rows:
+    """The row of one sample; nothing, and a problem, where it has none."""
+
+    def report(problem: str, hint: str) -> None:
+        on_problem(Problem("sample", problem, hint, place, key))
+
+    files = [(member.suffix, member.part, member.data) for member in members if member.data is not None]
+    if len(files) < len(members):
+        return report("the sample holds a link, or a sparse file", "pack the file itself")
+    rows, captions = ([data for suffix, _, data in files if suffix == wanted] for wanted in (".json", ".txt"))
+    pictures = [(part, data) for suffix, part, data in files if suffix in _PICTURES]
+    if all(re.fullmatch("[0-9]{1,9}", part) for part, _ in pictures):  # else in the order of the tar
+        pictures.sort(key=lambda picture: int(picture[0]))
+    if len(rows) > 1 or len(captions) > 1:
+        return report("the sample has several .json or .txt files", "keep one of each")
+    if not rows and not captions:
+        problem = "the sample has neither a .json that holds its row nor a .txt that holds its caption"
+        return report(problem, "pack one of them directly beside its pictures")
+    try:
+        row = json.loads(rows[0]) if rows else {}
+        caption = captions[0].decode("utf-8-sig").strip() if captions else ""
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        what = "caption" if isinstance(error, UnicodeDecodeError) and not rows else ".json"
+        return report(f"the sample's {what} cannot be read ({reason})", "write a row as JSON, all text in UTF-8")
+    if not isinstance(row, dict):
+        yield place, row  # `formats` says what is wrong with it
+        return
+    row = {"id": key} | {name: value for name, value in row.items() if name != "id" or value is not None}
+    if captions and not set(_TOLD_APART) & row.keys():  # a .json beside a caption may tell other things of the picture
+        if not pictures:
+            return report("the sample has a caption and no picture", "pack it directly beside its picture")
+        question = {"from": "human", "value": ask("", len(pictures))}
+        row = {"id": row["id"], "conversations": [question, {"from": "gpt", "value": caption}]}
+    if pictures:
+        row.pop("image", None)
+        row["images"] = [unpack(data) for _, data in pictures]
+    yield place, row

@@ -1,19 +1,34 @@
-"""Fixtures for all tests: the cases from outside, which lie beside the clone and may be absent, and tiny runs."""
+"""Fixtures for all tests: the cases from outside, which lie beside the clone and may be absent, and tiny runs.
+
+Property tests draw the same examples in every run, so that a test that passed yesterday passes today. The random search
+is a run of its own (`make test-search`, which sets HYPOTHESIS_PROFILE); what it finds becomes an `@example`.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 from qllava.conversation import IMAGE_TOKEN
 from qllava.models.checkpoint import save_llava
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, make_tiny_runs
+
+# Without a database: what one run found must not change the next. Without a deadline: other programs may run meanwhile.
+# The blob reproduces a failure on any machine.
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, print_blob=True)
+settings.register_profile("search", database=None, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +48,14 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random numbers that a test draws without a generator of its own are the same in every run and every order."""
+    random.seed(0)
+    np.random.seed(0)  # the global generator is the one that must not surprise
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,15 +1,24 @@
-"""Pictures: opened, turned upright, made RGB; what is broken is refused.
+"""Images: opened, turned upright, made RGB of 8 bits; what is corrupt is refused.
 
-A picture is the first frame, upright, and then exactly what Pillow's `convert("RGB")` makes of it (a transparent
-pixel keeps its colour; 16 bits are cut to 8), so that training, serving and other programs see the same pixels.
-Padding and cropping belong to the image processor, which is saved with the model.
+`as_rgb` is the one way from a decoded image to the pixels that a model sees, in training, chat, evaluation and demo:
+
+    animation                   the first frame
+    EXIF orientation            applied
+    transparency                flattened on white, where it is what a viewer shows on a page: black text stays readable
+    more than 8 bits of grey    scaled by the smallest usual depth (8, 10, 12, 14, 16 ... bits) that holds all values;
+                                floating point up to 1 is 1 = white; with negative values, from the least to the most
+    CMYK, YCbCr, HSV, LAB       converted
+
+Pillow's `convert("RGB")` alone would clamp deep grey to white and paint what is transparent in its hidden colour, which
+is usually black. Padding and cropping belong to the image processor, which is saved with the model.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from qllava.data.problems import Place, Problem, RowError
 
@@ -31,6 +40,10 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Grey of more than 8 bits. Cameras and scanners write their 10, 12 or 14 bits into files of 16.
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_PHOTOMETRIC = 262  # a TIFF's tag; 0 means that the value 0 is white
+_DEPTHS = (8, 10, 12, 14, 16, 24, 32)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -43,9 +56,7 @@ def open_image(path: Path) -> Image.Image:
             if image.format == "EPS":  # a program, which Pillow has Ghostscript run
                 raise _broken(path, "EPS is no picture but a program, and is not run", "convert it to PNG")
             _check_sides(path, *image.size)
-            image.load()
-            turn = _TO_UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-            return (image if turn is None else image.transpose(turn)).convert("RGB")
+            return as_rgb(image)
     except RowError:
         raise
     except FileNotFoundError:
@@ -58,6 +69,54 @@ def open_image(path: Path) -> Image.Image:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = f"the picture cannot be decoded ({said})"
         raise _broken(path, reason, "replace it, or remove its rows") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return the image upright, in RGB of 8 bits; see the head of this file.
+
+    Raises:
+        ValueError: Its values are not finite, or Pillow knows no way from its mode to RGB.
+    """
+    image.load()
+    turn = _TO_UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if image.mode in _DEEP:
+        flat = _grey(image)
+    elif image.has_transparency_data:
+        over = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        flat = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    elif image.mode == "LAB":
+        flat = _from_lab(image)
+    else:
+        flat = image.convert("RGB")
+    return flat if turn is None else flat.transpose(turn)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as RGB; the value that a PNG declares transparent becomes white."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("some of its values are infinite or no number")
+    low, high = float(values.min()), float(values.max())
+    if low >= 0:
+        low = 0.0
+        floating = image.mode == "F"
+        high = 1.0 if floating and high <= 1 else next((2.0**bits - 1 for bits in _DEPTHS if high < 2**bits), high)
+    scaled = np.rint((values - low) * (255 / ((high - low) or 1.0)))
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # Pillow turns it round for 8 bits only
+        scaled = 255 - scaled
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIE Lab as sRGB, by Little CMS, because Pillow's `convert` does not know it."""
+    transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+    converted = ImageCms.applyTransform(image, transform)
+    if converted is None:
+        raise ValueError("Lab cannot be converted")
+    return converted
 
 
 def _check_sides(path: Path, width: int, height: int) -> None:

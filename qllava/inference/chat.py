@@ -15,12 +15,12 @@ from typing import Any
 
 import jinja2
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import GenerationConfig, LlavaProcessor
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.data.images import open_image
+from qllava.data.images import as_rgb, open_image
 from qllava.inference.batches import MOST, Batches, Room, attempt
 from qllava.inference.generate import (
     Pieces,
@@ -236,9 +236,12 @@ def _as_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
 
 
 def _open(image: Picture) -> Image.Image:
-    """A path through the data's own reader, a picture in memory turned the same way: upright and RGB."""
+    """An image from a file or from memory, by the rules of the data's own reader: what training saw."""
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
+        try:
+            return as_rgb(image)
+        except (ValueError, OSError) as error:
+            raise InputError(f"The image cannot be converted to RGB: {error}.") from error
     return open_image(Path(image))
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
@@ -123,7 +123,7 @@ CONTROLS = [
 ]
 WORDS = st.lists(
     st.sampled_from(["What", " ", "\n", "\t", "bus", ".", "\u2028", "\u0085", "\0", "\u200d", "\ufeff", "\\", '"', "{"])
-    | st.text(st.characters(), max_size=4)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
     | st.sampled_from(CONTROLS),
     max_size=6,
 ).map("".join)
@@ -137,6 +137,7 @@ def sayable(words: str) -> str:
 
 
 SAID = WORDS.map(sayable)
+IDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 NAMES = st.sampled_from(
     [*SOUND, *SOUND, *BROKEN, "gone.png", "deep", "../red.png", "", "http://host/a.png", "/", ".", "\udcff", "a\0b"]
 )
@@ -156,7 +157,7 @@ def sound_row(draw: st.DrawFn) -> dict[str, Any]:
     said = [words for pair in rounds for words in pair]
     at = draw(st.integers(0, len(rounds) - 1))
     said[2 * at] = "<image>\n" * len(pictures) + said[2 * at]
-    ids = {} if draw(st.booleans()) else {"id": draw(st.text(max_size=4) | st.integers())}
+    ids = {} if draw(st.booleans()) else {"id": draw(IDS | st.integers())}
     kind = draw(st.sampled_from(["conversations", "messages", "question"]))
     if kind == "question":
         return ids | {"image": pictures, "question": said[2 * at], "answer": said[2 * at + 1]}
@@ -198,6 +199,14 @@ def mutated_row(draw: st.DrawFn) -> Any:
     return row
 
 
+# Found by the random search: drawn for a system turn, and then called sound.
+HALF_A_CHARACTER = {
+    "conversations": [
+        {"from": "system", "value": "\ud800"},
+        {"from": "human", "value": "Hm?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+}
 ROWS = st.lists(st.one_of(mutated_row(), mutated_row(), mutated_row(), JSON), min_size=1, max_size=5)
 WRITERS: dict[str, Callable[[list[Any]], str]] = {
     "list": json.dumps,
@@ -210,6 +219,7 @@ def hold_rows(workshop: Workshop, examples: int) -> None:
     """Check and train on so many data files; returns when none was found that breaks a promise."""
 
     @settings(max_examples=examples, **FEW)
+    @example(rows=[HALF_A_CHARACTER], form="list")
     @given(rows=ROWS, form=st.sampled_from([*WRITERS]))
     def hold(rows: list[Any], form: str) -> None:
         checked = workshop.check("rows.json", WRITERS[form](rows).encode())

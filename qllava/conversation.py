@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,10 +35,12 @@ class Turn:
 
     role: who speaks.
     content: the words, with one `<image>` for each picture of a user's turn.
+    learned: of an answer, whether the model is trained to give it; else it is only read.
     """
 
     role: Literal["user", "assistant"]
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Rendered:
     """The text of a conversation.
 
     text: with one `<image>` for each picture.
-    spans: per answer the characters [start, end) that are learned, in order.
+    spans: per answer the characters [start, end) that are learned, in order; of an answer whose turn is not to be
+        learned too, which the encoder leaves out.
     contents: per system prompt, question and answer the characters [start, end) that were not written by the template;
         no control token may come from there.
     """
@@ -188,21 +192,12 @@ class Template:
     def chat_template(self) -> str:
         """The same as a Jinja chat template, with {% generation %} around what is learned.
 
-        Contents may be strings, or lists of {"type": "image"} and {"type": "text", "text": ...}: then the pictures
-        come first, each followed by a newline, and white space at the ends is taken off, as `ask` does it.
+        Contents may be strings, or lists of parts, which are joined as `joined` does it.
         """
         said = " | trim" if self.strip else ""
         asked = "'<image>' * content(message).count('<image>')" if self.pictures_only else f"content(message){said}"
         lines = [
-            "{%- macro content(message) -%}",
-            "{%- if message['content'] is string -%}{{- message['content'] -}}",
-            "{%- else -%}{%- set said = namespace(text='', pictures=false) -%}",
-            "{%- for part in message['content'] if part['type'] == 'image' -%}",
-            "{%- set said.text = said.text ~ '<image>\\n' -%}{%- set said.pictures = true -%}{%- endfor -%}",
-            "{%- for part in message['content'] if part['type'] == 'text' -%}",
-            "{%- set said.text = said.text ~ part['text'] -%}{%- endfor -%}",
-            "{{- (said.text | trim) if said.pictures else said.text -}}{%- endif -%}",
-            "{%- endmacro -%}",
+            *_CONTENT,
             f"{{%- if messages[0]['role'] == 'system' -%}}{{%- set system = content(messages[0]){said} -%}}",
             "{%- set turns = messages[1:] -%}",
             f"{{%- else -%}}{{%- set system = {json.dumps(self.system)} -%}}",
@@ -245,6 +240,62 @@ class Template:
 def ask(question: str, images: int = 1) -> str:
     """A question about pictures, as a user's turn: the pictures first, each followed by a newline."""
     return (f"{IMAGE_TOKEN}\n" * images + question).strip() if images else question
+
+
+# Between two parts a space is written, unless the text before or behind says where it belongs: brackets, punctuation,
+# and scripts that set no spaces (from U+2E80 on: Chinese, Japanese).
+_OPENING = " \t\r\n([{"
+_CLOSING = " \t\r\n.,;:!?)]}'%\u2019\u2026"
+_NO_SPACES = "\u2e80"
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""What a part of text calls itself, in chat APIs and in transformers."""
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""What a part that is an image calls itself."""
+
+
+def joined(parts: Sequence[str | None]) -> str:
+    """Join content parts (a text, or None for an image) into the content of a turn, every image where it stands.
+
+    A single image comes first, as in `ask`. Several keep their places; those before all words are each followed by a
+    newline. Words of different parts never touch: `["Is", None, "darker than", None, "?"]` is
+    `Is <image> darker than <image>?`. `Template.chat_template` says the same in Jinja.
+    """
+    images = parts.count(None)
+    text, words = "", False
+    for part in parts:
+        piece = part if part is not None else "" if images == 1 else IMAGE_TOKEN if words else f"{IMAGE_TOKEN}\n"
+        words = words or bool(part and part.strip())
+        if text and piece and text[-1] not in _OPENING and piece[0] not in _CLOSING:
+            text += " " if text[-1] < _NO_SPACES and piece[0] < _NO_SPACES else ""
+        text += piece
+    if images == 1:
+        return ask(text.strip())
+    return text.strip() if images else text
+
+
+# `joined` as a macro of a chat template.
+_CONTENT = (
+    "{%- macro content(message) -%}",
+    "{%- if message['content'] is string -%}{{- message['content'] -}}",
+    "{%- else -%}{%- set said = namespace(text='', images=0, words=false) -%}",
+    f"{{%- for part in message['content'] if part['type'] in {list(IMAGE_PARTS)} -%}}",
+    "{%- set said.images = said.images + 1 -%}{%- endfor -%}",
+    "{%- for part in message['content'] -%}{%- set piece = '' -%}",
+    f"{{%- if part['type'] in {list(TEXT_PARTS)} -%}}{{%- set piece = part['text'] -%}}",
+    f"{{%- elif part['type'] in {list(IMAGE_PARTS)} and said.images > 1 -%}}",
+    "{%- set piece = '<image>' if said.words else '<image>\\n' -%}{%- endif -%}",
+    f"{{%- if part['type'] in {list(TEXT_PARTS)} and (part['text'] | trim) -%}}",
+    "{%- set said.words = true -%}{%- endif -%}",
+    f"{{%- if said.text and piece and said.text[-1] not in {json.dumps(_OPENING)}",
+    f" and piece[0] not in {json.dumps(_CLOSING)}",
+    f" and said.text[-1] < {json.dumps(_NO_SPACES)} and piece[0] < {json.dumps(_NO_SPACES)} -%}}",
+    "{%- set said.text = said.text ~ ' ' -%}{%- endif -%}",
+    "{%- set said.text = said.text ~ piece -%}{%- endfor -%}",
+    "{%- if said.images == 1 -%}{%- set said.text = '<image>\\n' ~ (said.text | trim) -%}{%- endif -%}",
+    "{{- (said.text | trim) if said.images else said.text -}}{%- endif -%}",
+    "{%- endmacro -%}",
+)
 
 
 def _jinja(string: str) -> str:

@@ -17,6 +17,7 @@ from qllava.conversation import (
     Template,
     Turn,
     ask,
+    joined,
 )
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -225,3 +226,53 @@ def test_chat_template_refuses_an_unknown_role() -> None:
         bpe_tokenizer().apply_chat_template(
             [{"role": "tool", "content": "a"}], chat_template=CHATML.chat_template(), tokenize=False
         )
+
+
+INTERLEAVED: dict[str, list[str | None]] = {
+    "words_around": ["Is", None, "darker than", None, "?"],
+    "first": [None, None, "Which is darker?"],
+    "first_and_later": [None, "This one,", None, "or (", None, ")?"],
+    "last": ["Compare", None, None],
+    "one_inside": ["Is", None, "red?"],
+    "one_first": [None, "\n Is it red?"],
+    "texts": ["Is it", "red", "?", " Or", " blue?"],
+    "no_image": [" What?"],
+    "blank": [None, " ", None, "Which?", "", None],
+    "chinese": ["这张", None, "比", None, "更暗吗?"],
+    "quotes": ['Is "', None, '" or', None, "'s twin it?"],
+}
+
+
+def test_joined_parts_keep_their_order_and_their_words_apart() -> None:
+    assert {name: joined(parts) for name, parts in INTERLEAVED.items()} == {
+        "words_around": "Is <image> darker than <image>?",
+        "first": "<image>\n<image>\nWhich is darker?",
+        "first_and_later": "<image>\nThis one, <image> or (<image>)?",
+        "last": "Compare <image> <image>",
+        "one_inside": "<image>\nIs red?",
+        "one_first": "<image>\nIs it red?",
+        "texts": "Is it red? Or blue?",
+        "no_image": " What?",
+        "blank": "<image>\n <image>\nWhich? <image>",
+        "chinese": "这张<image>比<image>更暗吗?",
+        "quotes": 'Is " <image> " or <image>\'s twin it?',
+    }
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, VICUNA_V1, LLAMA_2, PLAIN], ids=lambda t: t.name)
+def test_the_saved_chat_template_joins_parts_as_training_does(template: Template, name: str) -> None:
+    parts = INTERLEAVED[name]
+    if template is PLAIN and None not in parts:
+        return  # not a caption
+    tokenizer = bpe_tokenizer()
+    tokens = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
+    rendered = template.render(Conversation((Turn("user", joined(parts)), Turn("assistant", "Yes."))), **tokens)
+    for image, text in (("image", "text"), ("image_url", "text"), ("input_image", "input_text")):
+        content = [{"type": image} if part is None else {"type": text, "text": part} for part in parts]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [
+            {"type": text, "text": "Yes."}]}]  # fmt: skip
+        source = template.chat_template()
+        assert tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False) == rendered.text
+        ids = tokenizer.apply_chat_template(messages, chat_template=source, return_dict=True)["input_ids"]
+        assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]

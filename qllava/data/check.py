@@ -17,11 +17,10 @@ import json
 import os
 import pickle
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from hashlib import blake2b, file_digest
 from itertools import chain, islice
@@ -31,23 +30,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import tokenizers
 from datasets import Dataset
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
+from qllava.data.decoded import at_their_rows, in_order, seen_in, uses_of
 from qllava.data.encode import Encoder
-from qllava.data.formats import Pictures, folder_of, no_rows, to_example
-from qllava.data.images import open_image
+from qllava.data.formats import Example, Pictures, folder_of, no_rows, to_example
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_files
-from qllava.data.table import Layout, batch_of, lists, open_table, quantiles, writing
+from qllava.data.table import Layout, batch_of, open_table, quantiles, writing
 
-_VERSION = 2
+_VERSION = 3
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
 _ROWS = 1_000
-_PICTURES = 64
 _SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
 # The key of a folder does not see what else lies on the disk: a picture that was missing may have been added.
 _UNSETTLED = ("picture missing", "file unreadable")
@@ -55,7 +52,12 @@ _ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
 _ALONE = 6
 """Chunks of rows after which it pays to start processes, which takes seconds."""
 
+_MOST_KEYS, _OTHERS = 100, "\0"
+"""Keys that are reported one by one; a file whose keys are ids may have a million."""
+
 _Row = tuple[Place, Any]
+_Unread = dict[str, tuple[int, Place]]
+"""Keys that are not read: in how many records, and the first of them."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def check(
                 shutil.rmtree(aside, ignore_errors=True)
         table = open_table(folder / _SAMPLES)
         pictured = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
-        known = root / f"pictures-{pictured.hexdigest()}.json"
-        uses = _uses(table)
-        broken = _broken_pictures(list(uses), known, progress) if pictures else {}
+        known = root / f"images-{pictured.hexdigest()}.json"
+        uses = uses_of(table)
+        seen = seen_in(list(uses), known, progress) if pictures else []
         with (folder / _PICTURES_BROKEN).open("w", encoding="utf-8") as file:
-            _write(file, _at_their_rows(table, broken, uses))
+            _write(file, at_their_rows(table, seen, uses))
     except OSError as error:
         raise InputError(
             f"What was found in {path} cannot be kept in {root} ({error.strerror or error}); make room there, "
@@ -190,7 +192,7 @@ class _Reader:
     encoder: Encoder
     pictures: Pictures
 
-    def __call__(self, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem]]:
+    def __call__(self, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem], _Unread]:
         problems: list[Problem] = []
         examples = []
         for place, row in rows:
@@ -208,7 +210,34 @@ class _Reader:
                 problems.append(lost)
         layout = Layout(self.encoder.image_token_id, self.encoder.tokens_per_image)
         problems.sort(key=lambda p: (p.place.line or 0, p.place.row or 0))
-        return batch_of(chosen, samples, layout), problems
+        return batch_of(chosen, samples, layout), problems, _unread(examples)
+
+
+def _unread(examples: Sequence[Example]) -> _Unread:
+    found: _Unread = {}
+    for example in examples:
+        _count(found, dict.fromkeys(example.unread, (1, example.place)))
+    return found
+
+
+def _count(found: _Unread, more: _Unread) -> None:
+    """Add to the counts; beyond a number of keys, of all others together."""
+    for key, (count, place) in more.items():
+        name = key if key in found or len(found) < _MOST_KEYS else _OTHERS
+        before, first = found.get(name, (0, place))
+        found[name] = (before + count, first)
+
+
+def _not_read(found: _Unread) -> Iterator[Problem]:
+    """A note for each key that is not read."""
+    hint = "nothing to do, unless it should be learned"
+    for key, (count, place) in found.items():
+        records = f"{count:,} record{'' if count == 1 else 's'}"
+        what = f"the key {key[:80]!r}" if key != _OTHERS else "other keys"
+        problem = (
+            f"{records} {'has' if count == 1 else 'have'} {what}, which {'are' if key == _OTHERS else 'is'} not read"
+        )
+        yield Problem("key not read", problem, hint, place, severity="note")
 
 
 @cache
@@ -218,7 +247,7 @@ def _reader(path: Path) -> _Reader:
     return reader
 
 
-def _read_elsewhere(path: Path, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem]]:
+def _read_elsewhere(path: Path, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem], _Unread]:
     return _reader(path)(rows)
 
 
@@ -227,7 +256,7 @@ def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield chunk
 
 
-def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Iterator[tuple[pa.RecordBatch, Any]]:
+def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Iterator[tuple[pa.RecordBatch, Any, Any]]:
     """Every chunk read, in order: the first ones here, and if there are more, in processes."""
     for chunk in islice(chunks, _ALONE):
         yield reader(chunk)
@@ -238,33 +267,15 @@ def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Itera
     copy.write_bytes(pickle.dumps(reader))
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from _in_order(pool, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
+        yield from in_order(pool, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
     copy.unlink()
-
-
-def _in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
-    """`pool.map` that takes no more items than it can work on: those of a large file would fill the memory."""
-    waiting: deque[tuple[Any, Future[Any]]] = deque()
-
-    def oldest() -> Any:
-        item, future = waiting.popleft()
-        try:
-            return future.result()
-        except RecursionError:  # a row that is nested as deeply as json reads it cannot be sent
-            return work(item)
-
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > ahead:
-            yield oldest()
-    while waiting:
-        yield oldest()
 
 
 def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
     """Read all rows into the table in `folder`, and what is wrong with them into the file beside it."""
     rows = unsettled = 0
     unread: list[Problem] = []
+    keys: _Unread = {}
     with (
         writing(folder / _SAMPLES) as table,
         (folder / _ROWS_BROKEN).open("w", encoding="utf-8") as file,
@@ -277,13 +288,14 @@ def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
                 rows += 1
                 yield row
 
-        for batch, problems in _pieces(reader, _chunks(counted()), folder):
+        for batch, problems, unread_keys in _pieces(reader, _chunks(counted()), folder):
+            _count(keys, unread_keys)
             table.write_batch(batch)
             unsettled += _write(file, problems)
             bar.update(rows - bar.n)
         if not rows and not unread:
             unread.append(no_rows(path).problem)
-        unsettled += _write(file, unread)
+        unsettled += _write(file, chain(unread, _not_read(keys)))
     (folder / _ROWS_DONE).write_text(json.dumps({"rows": rows, "unsettled": unsettled}), encoding="utf-8")
 
 
@@ -294,69 +306,6 @@ def _write(file: Any, problems: Iterable[Problem]) -> int:
         file.write(json.dumps(asdict(problem)) + "\n")
         unsettled += problem.kind in _UNSETTLED
     return unsettled
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def _uses(table: Dataset) -> dict[str, int]:
-    """Every picture, and how many samples show it."""
-    chunks = table.data.column("pictures").chunks
-    counts = pc.value_counts(pa.chunked_array([chunk.flatten() for chunk in chunks], pa.string()))
-    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-
-
-def _broken_pictures(names: list[str], known: Path, progress: bool) -> dict[str, Problem]:
-    """Decode every picture that is new or has changed; `known` remembers the others, for all files of a folder."""
-    kept: dict[str, list[int]] = {}
-    with suppress(FileNotFoundError, ValueError):
-        kept = json.loads(known.read_text(encoding="utf-8"))
-    states = {name: _state(name) for name in names}
-    changed = [name for name, state in states.items() if state is None or kept.get(name) != state]
-    if not changed:
-        return {}
-    broken: dict[str, Problem] = {}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(changed), desc="Decoding pictures", disable=not progress) as bar,
-    ):
-        for name, problem in _in_order(pool, _decode, changed, ahead=_PICTURES):
-            if problem is not None:
-                broken[name] = problem
-            bar.update()
-    kept |= {name: state for name in changed if (state := states[name]) is not None and name not in broken}
-    aside = known.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(json.dumps(kept), encoding="utf-8")
-    aside.replace(known)
-    return broken
-
-
-def _state(name: str) -> list[int] | None:
-    """Size and time of change of a picture: where one is another, it has to be decoded again."""
-    try:
-        found = Path(name).stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _decode(name: str) -> tuple[str, Problem | None]:
-    try:
-        open_image(Path(name))
-    except RowError as error:
-        return name, error.problem
-    return name, None
-
-
-def _at_their_rows(table: Dataset, broken: dict[str, Problem], uses: dict[str, int]) -> Iterator[Problem]:
-    """What is wrong with pictures, each at the first row that shows it."""
-    missing = set(broken)
-    for index, names in enumerate(lists(table, "pictures")) if broken else ():
-        for name in missing.intersection(names):
-            missing.discard(name)
-            row, problem = table[index], broken[name]
-            said = f"{name}: {problem.problem}" + (f" ({uses[name]} rows show it)" if uses[name] > 1 else "")
-            yield replace(problem, problem=said, place=Place(row["file"], row["line"], row["row"]), id=row["id"])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

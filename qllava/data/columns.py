@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from qllava.data.keys import LEARNED, REFUSED, SPELLINGS, can_be_records
 from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
-from qllava.data.unpacked import unpack
+from qllava.data.unpacked import is_image, unpack
 
 Rows = Iterator[tuple[Place, Any]]
 
-_TOLD_APART = ("conversations", "messages", "question")
-_COLUMNS = (*_TOLD_APART, "answer", "image", "images", "id", "type")
+_KNOWN = {*LEARNED, *REFUSED, *chain(*SPELLINGS.values())}
 _BATCH = 64  # rows that are Python objects at one time; each may hold pictures
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -34,11 +34,14 @@ def read_columns(path: Path, kind: str, on_problem: OnProblem) -> Rows:
             return
         for values in batch:
             number += 1
-            yield from _row(values, Place(str(path), row=number), on_problem)
+            yield Place(str(path), row=number), {key: _plain(key, value) for key, value in values.items()}
 
 
 def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict[str, Any]]]:
-    """The columns that concern us, as Python objects, a few rows at a time; raises what pyarrow does."""
+    """The columns as Python objects, a few records at a time; raises what pyarrow does.
+
+    Of columns that nobody reads only those are loaded that may name or hold an image; the others are True.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -46,63 +49,61 @@ def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict
         if kind == "Parquet file":
             # Neither ahead of time nor without a buffer: both would hold whole row groups. Threads end at a fork.
             file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-            names = file.schema_arrow.names
-            wanted = [name for name in _COLUMNS if name in names]
-            batches = file.iter_batches(_BATCH, columns=wanted, use_threads=False)
+            schema = file.schema_arrow
+            batches = file.iter_batches(_BATCH, columns=_wanted(schema), use_threads=False)
         elif kind == "Arrow file":
             reader = pa.ipc.open_file(source)
-            names, batches = reader.schema.names, (reader.get_batch(i) for i in range(reader.num_record_batches))
+            schema, batches = reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = pa.ipc.open_stream(source)
-            names = batches.schema.names
-        if not set(names) & set(_TOLD_APART):
-            problem = f"the table has none of the columns {', '.join(_TOLD_APART)}"
+            schema = batches.schema
+        if not can_be_records(schema.names):
+            problem = "the table has none of the columns conversations, messages, question"
             on_problem(Problem("not a row", problem, "see the formats in docs/data.md", Place(str(path))))
             return
+        wanted = _wanted(schema)
+        others = {name: True for name in schema.names if name not in wanted}
         for batch in batches:
-            batch = batch.select([name for name in _COLUMNS if name in names])
+            batch = batch.select(wanted)
             batch.validate(full=True)  # Arrow trusts offsets that it has read: broken ones lead anywhere in memory
             for start in range(0, batch.num_rows, _BATCH):
-                yield batch.slice(start, _BATCH).to_pylist()
+                yield [record | others for record in batch.slice(start, _BATCH).to_pylist()]
         if kind == "Arrow stream":
             source.seek(max(source.size() - len(END_OF_STREAM), 0))
             if source.read() != END_OF_STREAM:  # a stream that is cut between two batches looks sound otherwise
                 raise ValueError("it ends without its end mark")
 
 
-def _row(row: dict[str, Any], place: Place, on_problem: OnProblem) -> Rows:
-    """A row of columns as a row of JSON; nothing, and a problem, where a text in it should be JSON and is not."""
-    for key in ("image", "images"):
-        if key in row:
-            row[key] = _pictures(row[key])
-    for key in ("conversations", "messages"):
-        said = row.get(key)
-        if isinstance(said, str) and said.lstrip().startswith("["):
-            try:
-                said = json.loads(said)
-            except (ValueError, RecursionError):
-                id = None if row.get("id") is None else str(row["id"])
-                problem = f"the text under {key} begins with [ and is not valid JSON"
-                on_problem(Problem("not JSON", problem, "write it as JSON", place, id))
-                return
-        if key in row:
-            row[key] = _without_nulls(said)
-    yield place, row
+def _wanted(schema: Any) -> list[str]:
+    """The columns that are loaded: those that have a meaning, and others in which there is text or bytes."""
+    once = [field for field in schema if schema.names.count(field.name) == 1 or field.name in _KNOWN]
+    return [field.name for field in once if field.name.strip().lower() in _KNOWN or _says_words(field.type)]
 
 
-def _pictures(value: Any) -> Any:
-    """What stands for pictures: bytes are unpacked, alone or in the {"bytes", "path"} of Hugging Face."""
+def _says_words(type: Any) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(type):
+        return _says_words(type.value_type)
+    if kinds.is_nested(type):
+        return any(_says_words(type.field(i).type) for i in range(type.num_fields))
+    return any(
+        is_one(type) for is_one in (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+    )
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON would have it: images unpacked, keys without null.
+
+    Columns give every object the keys that one of them has ({"type": "image", "text": None}). Bytes of an image, alone
+    or in the {"bytes", "path"} of Hugging Face, become the path that they were unpacked to; other bytes become True.
+    """
     if isinstance(value, list):
-        return [_pictures(one) for one in value]
+        return [_plain(key, one) for one in value]
     if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    return unpack(value) if isinstance(value, bytes) else value
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that columns give to every object because one has them ({"type": "image", "text": None})."""
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+        return {name: _plain(key, one) for name, one in value.items() if one is not None}
+    if isinstance(value, bytes):
+        return unpack(value) if key.strip().lower() in _KNOWN or is_image(value) else True
     return value

@@ -22,7 +22,7 @@ def llava_row(example: Example, image_folder: Path) -> dict[str, Any]:
     """
     names = _names(example, image_folder)
     image = {"image": names[0] if len(names) == 1 else names} if names else {}
-    turns = [{"from": _SIDES[role], "value": content} for role, content in _said(example)]
+    turns = [{"from": _SIDES[role], "value": content, **unlearned} for role, content, unlearned in _said(example)]
     return {"id": example.id, **image, "conversations": turns, **_type(example)}
 
 
@@ -33,14 +33,17 @@ def messages_row(example: Example, image_folder: Path) -> dict[str, Any]:
     """
     names = _names(example, image_folder)
     images = {"images": names} if names else {}
-    turns = [{"role": role, "content": content} for role, content in _said(example)]
+    turns = [{"role": role, "content": content, **unlearned} for role, content, unlearned in _said(example)]
     return {"id": example.id, **images, "messages": turns, **_type(example)}
 
 
-def _said(example: Example) -> list[tuple[str, str]]:
+def _said(example: Example) -> list[tuple[str, str, dict[str, int]]]:
+    """Role, content, and of an answer that is not learned the key that says so."""
     conversation = example.conversation
-    system = [] if conversation.system is None else [("system", conversation.system)]
-    return system + [(turn.role, turn.content) for turn in conversation.turns]
+    said: list[tuple[str, str, dict[str, int]]] = []
+    if conversation.system is not None:
+        said.append(("system", conversation.system, {}))
+    return said + [(t.role, t.content, {} if t.learned else {"weight": 0}) for t in conversation.turns]
 
 
 def _type(example: Example) -> dict[str, str]:

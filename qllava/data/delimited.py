@@ -1,45 +1,48 @@
-"""Tables with a header (CSV, TSV) -> records."""
+"""Tables with a header (CSV, TSV) -> records, whose keys are the names of the columns."""
 
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from qllava.data.keys import SPELLINGS, can_be_records, keys_of
 from qllava.data.problems import FORMATS, OnProblem, Place, Problem
 
-_TABLE = {name: name for name in ("question", "answer", "image", "id", "type")} | dict.fromkeys(
-    ("picture", "image_path", "file_name"), "image"
-)
+_LONGEST = 1 << 26
+"""Characters of a field. Python's own limit (131,072) is less than a small image as a data URL; without any limit, a
+quote that is never closed would read the whole file into memory."""
+_WORDS = {*SPELLINGS["question"], *SPELLINGS["answer"], *SPELLINGS["caption"]}
+_QUOTES = "close every quote, and double the quotes inside a quoted field"
 
 
 def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-    """The rows of a table; `file` stands at its beginning. A record that cannot be read is left out."""
+    """Yield the records of a table, which `file` is at the beginning of; one that cannot be read is left out."""
     header, skipped = "", 0
     for header in file:
         skipped += 1
         if header.strip():
             break
     delimiter, columns = _header(header)
-    names = [column for column in columns if column is not None]
-    if not {"question", "answer"} <= set(names):
+    if not columns:
         problem = "the file is neither JSON nor a table with the columns question and answer"
         on_problem(Problem("not a data file", problem, FORMATS, Place(str(path))))
         return
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        problem = f"the header names the {twice} {names.count(twice)} times"
+    name, times = Counter(column.lower() for column in columns).most_common(1)[0]
+    if times > 1 and name:
+        problem = f"the header names the {name} {times} times"
         on_problem(Problem("table", problem, "keep one of these columns", Place(str(path), line=skipped)))
         return
     reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
     while True:
         place = Place(str(path), line=skipped + reader.line_num + 1)
+        csv.field_size_limit(_LONGEST)  # of the whole process: another reader may have set it meanwhile
         try:
             record = next(reader, None)
         except csv.Error as error:
-            hint = "close every quote, and double the quotes inside a quoted field"
-            on_problem(Problem("table", f"the record cannot be read ({error})", hint, place))
+            on_problem(_unreadable(error, place))
             continue
         if record is None:
             return
@@ -53,21 +56,33 @@ def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[
             on_problem(Problem("table", problem, hint, place))
 
 
-def _header(line: str) -> tuple[str, list[str | None]]:
-    """Delimiter of a table, and what each of its columns is for (None: nothing); no columns where it is no header."""
+def _unreadable(error: csv.Error, place: Place) -> Problem:
+    if "field limit" in str(error):
+        problem = f"a field is longer than {_LONGEST:,} characters"
+        hint = "a quote that is not closed takes everything behind it for one field; close it, or shorten the field"
+        return Problem("table", problem, hint, place)
+    return Problem("table", f"the record cannot be read ({error})", _QUOTES, place)
+
+
+def _header(line: str) -> tuple[str, list[str]]:
+    """Delimiter and columns of a table; no columns where the line is no header of records."""
     for delimiter in ",;\t":
         try:
             fields = next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True), [])
         except csv.Error:
             continue
-        columns = [_TABLE.get(field.strip().lower()) for field in fields]
-        if "question" in columns and "answer" in columns:
+        columns = [field.strip() for field in fields]
+        meanings = keys_of(dict.fromkeys(columns)).spelled
+        if can_be_records(columns) and ("question" not in meanings or "answer" in meanings):
             return delimiter, columns
     return ",", []
 
 
-def _record(columns: list[str | None], record: list[str]) -> dict[str, str]:
-    # An empty cell of image, id or type says nothing; of the others, that words are missing.
-    cells = [(column, field) for column, field in zip(columns, record, strict=True) if column is not None]
-    row = {column: field for column, field in cells if field.strip() or column in ("question", "answer")}
-    return row | {"image": row["image"].strip()} if "image" in row else row
+def _record(columns: list[str], record: list[str]) -> dict[str, str]:
+    # An empty cell says nothing, but of words that they are missing.
+    cells = ((column, column.lower(), field) for column, field in zip(columns, record, strict=True))
+    return {
+        column: field.strip() if name in SPELLINGS["image"] else field
+        for column, name, field in cells
+        if field.strip() or name in _WORDS
+    }

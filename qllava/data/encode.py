@@ -212,7 +212,10 @@ class Encoder:
             raise example.problem("too long", too_long, "raise max_length, or set too_long to drop or trim")
         if self.too_long == "trim":
             # A control token or a newline ends every round, so the text is never cut inside a token.
+            learned = _learned(example)
             for rounds in range(len(rendered.spans) - 1, 0, -1):
+                if not any(learned[:rounds]):
+                    break
                 kept = bisect_left(tokens.starts, rendered.spans[rounds - 1][1] + len(self.template.after_turn))
                 if self.image_token_id in tokens.ids[kept:]:
                     break
@@ -229,7 +232,9 @@ class Encoder:
     def _sample(self, example: Example, rendered: Rendered, tokens: _Tokens, end: int) -> Sample:
         ids = tokens.ids[:end]
         labels = [IGNORE_INDEX] * end
-        for start, end_ in rendered.spans:
+        for (start, end_), learned in zip(rendered.spans, _learned(example), strict=True):
+            if not learned:
+                continue
             # A token that a tokenizer puts in front (sentencepiece's lone space mark) is empty: it belongs to what
             # follows, so it is the start that decides.
             first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end_)
@@ -253,3 +258,8 @@ class Encoder:
             out += values[at : at + 1] * self.tokens_per_image
             start = at + 1
         return out + values[start:]
+
+
+def _learned(example: Example) -> list[bool]:
+    """Whether each answer is learned, in order."""
+    return [turn.learned for turn in example.conversation.turns if turn.role == "assistant"]

@@ -1,32 +1,43 @@
-"""Rows -> `Example`. What a row is is recognized, not declared.
+"""Records -> `Example`. What a record is is recognized, not declared.
 
     LLaVA     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}
     messages  {"id", "images", "messages": [{"role": "user" | "assistant", "content"}, ...]}
     question  {"id", "image", "question", "answer", "type"}
+    Alpaca    {"instruction", "input", "output", "history", "system"}
+    caption   {"image", "caption"}
 
-ShareGPT's rows are LLaVA's. A row names no picture, one, or a list of them, relative to the image folder, and its
-questions hold one `<image>` for each. `image` and `images` mean the same; `id` and `type` may be missing.
+ShareGPT's records are LLaVA's. A record names no image, one, or a list of them, relative to the image folder, and its
+questions hold one `<image>` for each; `keys` lists the aliases of every key, and `turns` reads what is said. `id` and
+`type` may be missing.
 
 Two rules are LLaVA's own: `<image>` moves to the start of its turn, is followed by a newline, and the turn loses its
 outer white space; a leading turn that is not the human's is dropped (a system prompt is kept as such). Where one
-turn holds several pictures, they stay where they are: their places may mean something ("is <image> left of <image>?").
+turn holds several images, they stay where they are: their places may mean something ("is <image> left of <image>?").
 
 Everything else that is wrong is a `RowError` with file, line or row, id, what was expected and what to do.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.data.problems import HALF, Place, Problem, RowError, is_unicode
+from qllava.data.keys import Keys, images_named, is_said, keys_of, obey
+from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode, is_unicode
 from qllava.data.rows import is_folder, read_rows
+from qllava.data.turns import Said, alpaca, caption, conversation, kind_of, listed, question
+from qllava.data.unpacked import unpack
 
 _KINDS = ("conversations", "messages", "question")
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_COMMON = ("id", "image", "system", "type")
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Example:
     place: where it stands, for messages: "train.json, row 3".
     type: the kind of question, where the row tells it.
     lost: a leading turn that was not the human's, and was dropped.
+    unread: keys of the record that say something and are not read, in order.
     """
 
     id: str
@@ -47,6 +59,7 @@ class Example:
     place: Place
     type: str | None = None
     lost: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -56,13 +69,6 @@ class Example:
     def problem(self, kind: str, problem: str, hint: str) -> RowError:
         """An error of this row."""
         return RowError(Problem(kind, problem, hint, self.place, self.id))
-
-
-class _Unusable(ValueError):
-    """What is wrong with a row, before it is known where the row stands: kind, problem, hint."""
-
-    def __init__(self, kind: str, problem: str, hint: str) -> None:
-        super().__init__(kind, problem, hint)
 
 
 def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]:
@@ -101,197 +107,228 @@ def no_rows(path: Path) -> RowError:
 
 
 class Pictures:
-    """A folder of pictures, which no name may leave."""
+    """A folder of images, which no name may leave."""
 
     def __init__(self, folder: Path) -> None:
         self._root = os.path.normpath(folder.absolute())
         self._present: dict[str, Path] = {}
+        self._spelled: dict[Path, dict[str, str]] = {}
 
-    def find(self, name: str | Path) -> Path:
-        """The path of a picture; a Path is one that a container was unpacked to, and is taken as it is.
+    def find(self, name: Any) -> Path:
+        """Return the path of an image.
 
-        Raises ValueError (as a row that cannot be used) when a name leaves the folder or nothing is there.
+        Args:
+            name: A file name relative to the folder, a `file://` or `data:` URL, the bytes of an image, the
+                {"bytes", "path"} of Hugging Face, or a Path to which a container was unpacked already.
+
+        Raises Unusable when a name leaves the folder or nothing is there.
         """
+        if isinstance(name, dict) and name and name.keys() <= {"bytes", "path"}:
+            name = name.get("path") if name.get("bytes") is None else name["bytes"]
+        if isinstance(name, bytes):
+            return unpack(name)
         if isinstance(name, Path):
             return name
+        if not isinstance(name, str) or not name:
+            problem = "the picture must be a file name or a list of file names"
+            raise Unusable("picture names", problem, "write it as text")
         if name in self._present:
             return self._present[name]
+        if name.startswith("data:"):
+            return unpack(_data_of(name))
         shown = repr(name if len(name) <= 200 else name[:200] + "...")
-        if "://" in name:
-            raise _Unusable("picture missing", f"the picture {shown} is an address", "download it, and name the file")
+        path = url2pathname(urlsplit(name).path) if name.startswith("file:///") else name
+        if "://" in path:
+            raise Unusable("picture missing", f"the picture {shown} is an address", "download it, and name the file")
         # By the letters of the path only: a link inside the folder that points elsewhere was put there by its owner.
-        full = Path(os.path.normpath(Path(self._root, name)))
+        full = Path(os.path.normpath(Path(self._root, path)))
         if not is_unicode(str(full)):
-            raise _Unusable("picture missing", f"the path of the picture {shown} is not UTF-8", "rename what is not")
+            raise Unusable("picture missing", f"the path of the picture {shown} is not UTF-8", "rename what is not")
         if not full.is_relative_to(self._root):
             problem = f"the picture {shown} lies outside the image folder {self._root}"
-            raise _Unusable("picture outside", problem, "name it relative to it")
-        try:
-            there = full.is_file()
-        except OSError:  # too long for a file name: pixels in base64, for one
-            there = False
-        if not there:
+            raise Unusable("picture outside", problem, "name it relative to it")
+        found = full if _is_file(full) else self._spelled_otherwise(full)
+        if found is None:
             problem = f"the picture {shown} is not in the image folder {self._root}"
-            raise _Unusable("picture missing", problem, "add it or give the right folder")
-        return self._present.setdefault(name, full)
+            raise Unusable("picture missing", problem, "add it or give the right folder")
+        return self._present.setdefault(name, found)
+
+    def has(self, name: str) -> Path | None:
+        """Return the path of an image if there is a file of this name in the folder; else None."""
+        try:
+            return None if "://" in name or name.startswith("data:") else self.find(name)
+        except Unusable:
+            return None
+
+    def _spelled_otherwise(self, full: Path) -> Path | None:
+        """A file whose name looks the same: "é" is one character (NFC) or two (NFD, as macOS writes names)."""
+        if str(full).isascii():
+            return None
+        found = Path(self._root)
+        for part in full.relative_to(self._root).parts:
+            if found not in self._spelled:
+                names = [file.name for file in found.iterdir()] if found.is_dir() else []
+                self._spelled[found] = {unicodedata.normalize("NFC", n): n for n in names if not n.isascii()}
+            found = found / self._spelled[found].get(unicodedata.normalize("NFC", part), part)
+        return found if _is_file(found) else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for a file name (pixels in base64, for one), or with a NUL in it
+        return False
+
+
+def _data_of(url: str) -> bytes:
+    """The bytes of a `data:` URL."""
+    head, comma, data = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError
+        return base64.b64decode(data, validate=True) if head.endswith(";base64") else unquote_to_bytes(data)
+    except (ValueError, binascii.Error):
+        raise Unusable("picture names", f"the data URL {url[:40]!r}... cannot be decoded", "write it again") from None
 
 
 def to_example(row: Any, place: Place, pictures: Pictures) -> Example:
-    """Check one row and bring it into the one form. Raises RowError."""
-    id = (None if row.get("id") == "" else row.get("id")) if isinstance(row, dict) else None
-    said = str(id) if isinstance(id, str | int) and not isinstance(id, bool) and is_unicode(str(id)) else None
+    """Check one record and bring it into the one form. Raises RowError."""
+    id: str | None = None
     try:
         if not isinstance(row, dict):
-            raise _Unusable("not a row", f"a row is a JSON object, not {_kind(row)}", "see the formats in docs/data.md")
-        if isinstance(id, str) and said is None:
-            raise _Unusable("id", f"the id {HALF}", "write the character whole")
-        if id is not None and said is None:
-            raise _Unusable("id", f"the id is {_kind(id)}", "give it as text or a whole number")
-        system, turns, lost = _turns(row)
-        images = tuple(pictures.find(image) for image in _image_names(row))
-        conversation = _checked(system, turns, len(images))
-        kind = row.get("type")
-        if kind is not None and not isinstance(kind, str):
-            raise _Unusable("type", f"the type is {_kind(kind)}", "give it as text")
-    except _Unusable as error:
-        kind, problem, hint = error.args
-        raise RowError(Problem(kind, problem, hint, place, said)) from None
+            problem = f"a row is a JSON object, not {kind_of(row)}"
+            raise Unusable("not a row", problem, "see the formats in docs/data.md")
+        keys = keys_of(row)
+        id = _id(keys.get("id"))
+        obeyed = obey(row)
+        said, read = _said(keys)
+        images = tuple(pictures.find(image) for image in _images(keys, said))
+        conversation = _checked(_system(keys, said), said.turns, len(images))
+        type = keys.get("type")
+        if type is not None and not isinstance(type, str):
+            raise Unusable("type", f"the type is {kind_of(type)}", "give it as text")
+        check_unicode(type or "", "the type", "type")
+        unread = {key: v for key, v in keys.unread(read).items() if key not in obeyed} | said.unread
+        _check_unread(unread, images, pictures, place)
+    except Unusable as error:
+        raise RowError(Problem(error.kind, error.problem, error.hint, place, id)) from None
     except ValueError as error:  # of Conversation itself
         problem, _, hint = str(error).partition("; ")
-        raise RowError(Problem("turns", problem, hint, place, said)) from None
-    return Example(place.within if said is None else said, images, conversation, place, kind, lost)
+        raise RowError(Problem("turns", problem, hint, place, id)) from None
+    name = place.within if id is None else id
+    return Example(name, images, conversation, place, type, said.lost, tuple(unread))
 
 
-def _turns(row: dict[str, Any]) -> tuple[str | None, list[Turn], bool]:
-    """System prompt and turns of any kind of row, and whether a leading turn of the wrong side was dropped."""
-    found = [key for key in _KINDS if row.get(key) is not None] or [key for key in _KINDS if key in row]
-    if len(found) != 1:
-        had = " and ".join(found) or "none of them"
-        problem = f"a row has one of the keys {', '.join(_KINDS)}, this one has {had}"
-        raise _Unusable("not a row", problem, "see the formats in docs/data.md")
-    if found == ["question"]:
-        question, answer = _text(row, "question"), _text(row, "answer")
-        if IMAGE_TOKEN not in question:
-            question = ask(question, len(_image_names(row)))
-        return None, [Turn("user", question), Turn("assistant", answer)], False
-    turns = _said(row[found[0]], found[0])
-    system = turns.pop(0)[1] if turns[0][0] == "system" else None
-    lost = bool(turns) and turns[0][0] == "assistant"
-    if lost:
-        turns.pop(0)
-    if any(role == "system" for role, _ in turns):
-        raise _Unusable("turns", "a system prompt stands after another turn", "move it to the start")
-    return system, [Turn("user" if role == "user" else "assistant", content) for role, content in turns], lost
+def _id(id: Any) -> str | None:
+    """The id of a record as text; None where it has none."""
+    if id is None or id == "":
+        return None
+    if not isinstance(id, str | int) or isinstance(id, bool):
+        raise Unusable("id", f"the id is {kind_of(id)}", "give it as text or a whole number")
+    check_unicode(str(id), "the id", "id")
+    return str(id)
 
 
-def _said(said: Any, key: str) -> list[tuple[str, str]]:
-    """Role and content of every turn that stands under `conversations` or `messages`."""
-    role_key, content_key = ("from", "value") if key == "conversations" else ("role", "content")
-    if not isinstance(said, list) or not said:
-        problem = f"{key} must be a list of turns, not {_kind(said)}"
-        raise _Unusable("turns", problem, "write a question and an answer")
-    turns: list[tuple[str, str]] = []
-    for number, turn in enumerate(said, start=1):
-        if not isinstance(turn, dict):
-            problem = f"turn {number} is {_kind(turn)}"
-            raise _Unusable("turns", problem, f"write an object with {role_key!r} and {content_key!r}")
-        role = turn.get(role_key)
-        if not isinstance(role, str) or role not in _ROLES:
-            expected = "human or gpt" if role_key == "from" else "user or assistant"
-            shown = repr(role) if isinstance(role, str) else _kind(role) if role_key in turn else "missing"
-            raise _Unusable("roles", f"turn {number} has {role_key!r}: {shown[:80]}", f"expected {expected}")
-        content = turn.get(content_key)
-        if key == "messages" and isinstance(content, list):
-            content = _joined(content, number)
-        if not isinstance(content, str):
-            raise _Unusable("no text", f"turn {number} has no text under {content_key!r}", "write it there")
-        turns.append((_ROLES[role], content))
-    return turns
+def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
+    """What a record of any kind says, and the meanings that are read of it."""
+    told = [kind for kind in _KINDS if kind in keys.values and (kind != "question" or keys.spelled[kind] == "question")]
+    found = [kind for kind in told if keys.get(kind) is not None] or told
+    if len(found) > 1:
+        raise _not_a_row(" and ".join(found))
+    if found and found[0] != "question":
+        return conversation(keys.get(found[0]), found[0], keys.spelled[found[0]]), (*_COMMON, found[0])
+    images = len(_listed(keys))
+    if "question" in keys.values:
+        if keys.spelled["question"] == "instruction" or is_said(keys.get("history")):
+            return alpaca(keys, images), (*_COMMON, "question", "input", "answer", "history")
+        return question(keys, images), (*_COMMON, "question", "answer")
+    # A line of LLaVA's question files has its question under text: {"question_id", "image", "text"}.
+    asks = (keys.spelled.get("caption"), keys.spelled.get("id")) == ("text", "question_id")
+    if "caption" in keys.values and images and not asks:
+        return caption(keys, images), (*_COMMON, "caption")
+    raise _not_a_row("none of them")
 
 
-def _joined(parts: list[Any], number: int) -> str:
-    """A content given as a list of parts: pictures first, as the chat template writes it."""
-    texts, images = [], 0
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            images += 1
-        elif kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise _Unusable(
-                "turns",
-                f'turn {number} has a part that is neither {{"type": "image"}} nor {{"type": "text", "text": ...}}',
-                "write it as one of them, and name the pictures under images",
-            )
-    return ask("".join(texts), images)
+def _not_a_row(had: str) -> Unusable:
+    problem = f"a row has one of the keys {', '.join(_KINDS)}, this one has {had}"
+    return Unusable("not a row", problem, "see the formats in docs/data.md")
 
 
-def _image_names(row: dict[str, Any]) -> list[str | Path]:
-    """The names of a row's pictures, from `image` or `images`; null, "" and [] are none."""
-    given = [row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])]
-    if len(given) > 1:
-        raise _Unusable("picture names", "the row has both image and images", "keep one")
-    names = given[0] if given else []
-    names = [names] if isinstance(names, str | Path) else names
-    if not isinstance(names, list) or not all(isinstance(name, str | Path) and name != "" for name in names):
-        raise _Unusable("picture names", "the picture must be a file name or a list of file names", "write it as text")
-    return names
+def _listed(keys: Keys) -> list[Any]:
+    """What the record names as its images, as a list; null, "" and [] are none."""
+    if keys.spelled.get("image") == "image" and "images" in keys.rest:
+        raise Unusable("picture names", "the row has both image and images", "keep one")
+    given = listed(keys.get("image"))
+    if not is_said(given):
+        return []
+    return given if isinstance(given, list) else [given]
+
+
+def _images(keys: Keys, said: Said) -> list[Any]:
+    """The images of the record, or those that its content parts name."""
+    listed = _listed(keys)
+    if listed and said.images:
+        problem = f"the images are named under {keys.spelled['image']} and in the content parts"
+        raise Unusable("picture names", problem, "keep one")
+    return listed or said.images
+
+
+def _system(keys: Keys, said: Said) -> str | None:
+    """The system prompt: a system turn, or what the record itself gives; nothing where that is blank."""
+    system = keys.get("system")
+    if system is not None and not isinstance(system, str):
+        raise Unusable("turns", f"the system prompt is {kind_of(system)}", "give it as text")
+    if system is None or not system.strip():
+        return said.system
+    if said.system not in (None, system):
+        problem = f"the record has a system turn and another prompt under {keys.spelled['system']!r}"
+        raise Unusable("turns", problem, "keep one")
+    return system
+
+
+def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], pictures: Pictures, place: Place) -> None:
+    """Refuse a key that is not read and names an image that the record does not show otherwise."""
+    for key, value in unread.items():
+        for name in images_named(value):
+            beside = Pictures(Path(place.file).parent)
+            found = name if isinstance(name, Path) else pictures.has(name) or beside.has(name)
+            if found is not None and found not in images:
+                what = "holds an image" if isinstance(name, Path) else f"names the image {name[:200]!r}"
+                problem = f"the key {key!r} is not read and {what}"
+                raise Unusable("image not read", problem, "put it under 'images', or remove the key")
 
 
 def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation:
-    """The conversation, `<image>` at its place; _Unusable when roles, pictures or words do not fit."""
+    """The conversation, `<image>` at its place; Unusable when roles, images or words do not fit."""
     if not turns:
-        raise _Unusable("turns", "the conversation has no turn of the human", "write a question and an answer")
-    placed = tuple(Turn(turn.role, _image_first(turn.content)) if turn.role == "user" else turn for turn in turns)
+        raise Unusable("turns", "the conversation has no turn of the human", "write a question and an answer")
+    placed = tuple(replace(t, content=_image_first(t.content)) if t.role == "user" else t for t in turns)
     conversation = Conversation(placed, system)
     if placed[-1].role == "user":
         problem = "the conversation ends with the user, so there is no answer to learn"
-        raise _Unusable("turns", problem, "add it or drop the turn")
+        raise Unusable("turns", problem, "add it or drop the turn")
     for number, turn in enumerate(placed, start=1):
-        _check_text(turn.content, f"turn {number}")
+        check_unicode(turn.content, f"turn {number}")
         if not turn.content.strip():
             what = "question" if turn.role == "user" else "answer"
-            raise _Unusable("empty", f"turn {number} is an empty {what}", "write it or drop the row")
+            raise Unusable("empty", f"turn {number} is an empty {what}", "write it or drop the row")
         if turn.role == "assistant" and IMAGE_TOKEN in turn.content:
             problem = f"turn {number} is an answer with {IMAGE_TOKEN} in it"
-            raise _Unusable("pictures", problem, "pictures belong into questions")
+            raise Unusable("pictures", problem, "pictures belong into questions")
     if system is not None:
-        _check_text(system, "the system prompt")
+        check_unicode(system, "the system prompt")
         if IMAGE_TOKEN in system:
-            raise _Unusable("pictures", f"the system prompt holds {IMAGE_TOKEN}", "pictures belong into questions")
+            raise Unusable("pictures", f"the system prompt holds {IMAGE_TOKEN}", "pictures belong into questions")
+    if not any(turn.learned for turn in placed if turn.role == "assistant"):
+        raise Unusable("nothing learned", "no answer of the conversation is learned", "remove the record")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)
     if marks != images:
         problem = f"the questions hold {marks} {IMAGE_TOKEN}, the row names {count_of(images)}"
-        raise _Unusable("pictures", problem, "make them equal")
+        raise Unusable("pictures", problem, "make them equal")
     return conversation
-
-
-def _check_text(text: str, what: str) -> None:
-    """Refuse what JSON can spell and no tokenizer can read."""
-    if not is_unicode(text):
-        raise _Unusable("no text", f"{what} {HALF}", "write the character whole")
 
 
 def _image_first(content: str) -> str:
     if content.count(IMAGE_TOKEN) != 1:
         return content
     return ask(content.replace(IMAGE_TOKEN, "").strip())
-
-
-def _text(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        problem = f"the {key} is {'missing' if key not in row else _kind(value)}"
-        raise _Unusable("no text", problem, "write it as text")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """A JSON value in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "a number")

@@ -89,6 +89,14 @@ class RowError(InputError):
         self.problem = problem
 
 
+class Unusable(ValueError):
+    """What is wrong with a record, before it is known where the record is: kind, problem and hint of a `Problem`."""
+
+    def __init__(self, kind: str, problem: str, hint: str) -> None:
+        super().__init__(kind, problem, hint)
+        self.kind, self.problem, self.hint = kind, problem, hint
+
+
 OnProblem = Callable[[Problem], None]
 
 
@@ -99,9 +107,6 @@ def stop(problem: Problem) -> None:
 
 
 FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
-
-HALF = "holds half of a character (a \\u escape of a surrogate without its partner)"
-"""What is wrong with a text that `is_unicode` refuses; the sentence begins with the name of the field."""
 
 
 def is_unicode(text: str) -> bool:
@@ -115,6 +120,13 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_unicode(text: str, what: str, kind: str = "no text") -> None:
+    """Raise Unusable, of this kind, for a text that `is_unicode` refuses; `what` names its field."""
+    if not is_unicode(text):
+        problem = f"{what} holds half of a character (a \\u escape of a surrogate without its partner)"
+        raise Unusable(kind, problem, "write the character whole")
 
 
 # What pyarrow and tarfile raise at broken bytes beside their own: wrong places, numbers and texts have been followed.

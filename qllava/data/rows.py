@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qllava.data import containers, delimited
-from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
+from qllava.data.problems import OnProblem, Place, Problem, RowError, Unusable, check_unicode, stop
 
 _PIECE = 1 << 20  # characters that are read at a time
 # A token of JSON that the end of a piece cuts in two is at most this long; a string may be longer.
@@ -35,6 +35,7 @@ def row_id(row: Any, place: Place, key: str) -> str:
     id = row.get(key) if isinstance(row, dict) else None
     if not isinstance(id, str | int) or isinstance(id, bool):
         raise RowError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
+    _check_unicode(str(id), key, place, None)
     return str(id)
 
 
@@ -44,7 +45,15 @@ def row_text(row: dict[str, Any], key: str, place: Place, id: str) -> str:
     if not isinstance(text, str):
         problem = f"there is no text under {key!r}"
         raise RowError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
+    _check_unicode(text, key, place, id)
     return text
+
+
+def _check_unicode(text: str, key: str, place: Place, id: str | None) -> None:
+    try:
+        check_unicode(text, f"the {key}")
+    except Unusable as error:
+        raise RowError(Problem(error.kind, error.problem, error.hint, place, id)) from None
 
 
 def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:

@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         "line": pa.int64(),
         "row": pa.int64(),
         # Hashes, by which rows are compared without being read: of the id, the pictures, pictures and conversation,
-        # and for each answer of pictures, question and answer.
+        # and for each learned answer of pictures, question and answer.
         "id_hash": pa.uint64(),
         "pictures_hash": pa.uint64(),
         "content_hash": pa.uint64(),
@@ -106,7 +106,11 @@ def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Lay
             "id_hash": _hash(sample.id) if sample.id != sample.place.within else None,
             "pictures_hash": shown,
             "content_hash": _hash(str(shown), *(words for pair in rounds for words in pair)),
-            "round_hashes": [_hash(str(shown), question, answer) for question, answer in rounds],
+            "round_hashes": [
+                _hash(str(shown), question, answer)
+                for (question, answer), turn in zip(rounds, example.conversation.turns[1::2], strict=True)
+                if turn.learned
+            ],
         }
         for name, column in columns.items():
             column.append(values[name])

@@ -11,17 +11,25 @@ from qllava.config import InputError, cache_folder
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*": ".tif", b"MM\0": ".tif"}
 
 
+def _suffix(data: bytes) -> str | None:
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return ".webp"
+    return next((suffix for magic, suffix in _MAGIC.items() if data.startswith(magic)), None)
+
+
+def is_image(data: bytes) -> bool:
+    """Return whether bytes begin as one of the usual kinds of image does."""
+    return _suffix(data) is not None
+
+
 def unpack(data: bytes) -> Path:
     """Write the bytes of a picture into the cache, where they are not there yet; the same bytes are the same file.
 
     Returns its absolute path. Processes may do so at the same time. Raises InputError when the cache cannot be written.
     """
     name = hashlib.sha256(data).hexdigest()[:32]
-    suffix = next((s for magic, s in _MAGIC.items() if data.startswith(magic)), ".bin")
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        suffix = ".webp"
     folder = cache_folder().absolute() / "pictures" / name[:2]
-    path = folder / f"{name}{suffix}"
+    path = folder / f"{name}{_suffix(data) or '.bin'}"
     aside = folder / f".{name}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         # The size is looked at because a machine that loses its power can leave a file of this name empty.

@@ -10,14 +10,16 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from qllava.conversation import ask
+from qllava.data.keys import IMAGE_SUFFIXES, keys_of
 from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
 from qllava.data.unpacked import unpack
 
 Rows = Iterator[tuple[Place, Any]]
 
-_TOLD_APART = ("conversations", "messages", "question")
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+# The parts that say what a sample is about; of others it is only said that they are not read, or refused.
+_NOT_SHOWN = dict.fromkeys((".mp4", ".webm", ".avi", ".mov", ".mkv"), "video")
+_NOT_SHOWN |= dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audio")
+_READ = {*IMAGE_SUFFIXES, ".json", ".txt"}
 
 
 class _Member(NamedTuple):
@@ -40,9 +42,13 @@ def read_tar(path: Path, on_problem: OnProblem) -> Rows:
     """Yield the records of a tar; what is corrupt ends it with a problem."""
     number = 0
     try:
-        for key, members in groupby(_members(path), key=lambda member: member.key):
+        for key, found in groupby(_members(path), key=lambda member: member.key):
             number += 1
-            yield from _sample(key, list(members), Place(str(path), row=number), on_problem)
+            members = list(found)
+            if any(member.suffix in _READ for member in members):
+                yield from _sample(key, members, Place(str(path), row=number), on_problem)
+            else:  # a README, for one
+                number -= 1
     except _Broken as error:  # the sample that was being read may lack a part, so it is not used
         on_problem(broken("tar", str(error), Place(str(path), row=max(number, 1))))
 
@@ -58,7 +64,10 @@ def _members(path: Path) -> Iterator[_Member]:
                     first, *parts = name.name.split(".")
                     suffix = name.suffix.lower()
                     # A name that begins with a dot is no sample: systems pack such files beside the real ones.
-                    if not first or suffix not in {*_PICTURES, ".json", ".txt"}:
+                    if not first:
+                        continue
+                    if suffix not in _READ:
+                        yield _Member(str(name.with_name(first)), "", suffix, None)
                         continue
                     plain = member.isreg() and not member.issparse()
                     opened = tar.extractfile(member) if plain else None
@@ -94,11 +103,13 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     def report(problem: str, hint: str) -> None:
         on_problem(Problem("sample", problem, hint, place, key))
 
+    others = sorted({member.suffix for member in members} - {*_READ, ""})
+    members = [member for member in members if member.suffix in _READ]
     files = [(member.suffix, member.part, member.data) for member in members if member.data is not None]
     if len(files) < len(members):
         return report("the sample holds a link, or a sparse file", "pack the file itself")
     rows, captions = ([data for suffix, _, data in files if suffix == wanted] for wanted in (".json", ".txt"))
-    pictures = [(part, data) for suffix, part, data in files if suffix in _PICTURES]
+    pictures = [(part, data) for suffix, part, data in files if suffix in IMAGE_SUFFIXES]
     if all(re.fullmatch("[0-9]{1,9}", part) for part, _ in pictures):  # else in the order of the tar
         pictures.sort(key=lambda picture: int(picture[0]))
     if len(rows) > 1 or len(captions) > 1:
@@ -116,13 +127,17 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     if not isinstance(row, dict):
         yield place, row  # `formats` says what is wrong with it
         return
-    row = {"id": key} | {name: value for name, value in row.items() if name != "id" or value is not None}
-    if captions and not set(_TOLD_APART) & row.keys():  # a .json beside a caption may tell other things of the picture
+    keys = keys_of(row)
+    if keys.get("id") is None:
+        row = row | {"id": key}
+    told = keys.spelled.keys() & {"conversations", "messages", "question"}
+    if captions and told:
+        row[".txt"] = caption
+    elif captions:  # a .json beside a caption may tell other things of the image
         if not pictures:
             return report("the sample has a caption and no picture", "pack it directly beside its picture")
-        question = {"from": "human", "value": ask("", len(pictures))}
-        row = {"id": row["id"], "conversations": [question, {"from": "gpt", "value": caption}]}
+        row = {name: value for name, value in row.items() if name not in ("caption", "text")} | {"caption": caption}
     if pictures:
         row.pop("image", None)
         row["images"] = [unpack(data) for _, data in pictures]
-    yield place, row
+    yield place, row | {_NOT_SHOWN.get(suffix, suffix): True for suffix in others}

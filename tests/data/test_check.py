@@ -22,6 +22,7 @@ from PIL import Image
 from qllava.config import InputError
 from qllava.conversation import CHATML
 from qllava.data import check as module
+from qllava.data import decoded
 from qllava.data import rows as reading
 from qllava.data.check import Checked, check
 from qllava.data.collate import Collator
@@ -46,7 +47,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     (folder / "deep").mkdir(parents=True)
     for name, colour in (("red.png", "red"), ("blue.png", "blue"), ("deep/green.png", "green")):
-        Image.new("RGB", (20, 12), colour).save(folder / name)
+        image = Image.new("RGB", (20, 12), colour)
+        image.putpixel((0, 0), (255, 255, 255))  # one of a single colour is noted
+        image.save(folder / name)
     return folder
 
 
@@ -162,7 +165,8 @@ def test_the_same_rows_written_in_another_way(folder: Path, name: str) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     checked = looked_at(path)
     verdict = Verdict.over([checked])
-    assert verdict.ok and said(checked) == [] and "Ready:" in verdict.text()
+    found = [problem for problem in verdict.problems() if problem.kind != "key not read"]
+    assert verdict.ok and found == [] and "Ready:" in verdict.text()
     assert learned(checked) == expected and len(expected) == 3
 
 
@@ -337,7 +341,7 @@ def test_unusual_pictures(folder: Path, name: str) -> None:
     write(folder / file)
     (folder / "train.json").write_text(json.dumps([llava(SEEN, SAID, image=file)]))
     checked = looked_at(folder / "train.json")
-    assert said(checked) == []
+    assert [problem.kind for problem in checked.problems()] == (["one colour"] if name == "one pixel" else [])
     assert Verdict.over([checked]).ok and checked.summary.images == 1
     for pad in (True, False):
         processor = make_tiny_processor().image_processor
@@ -394,7 +398,7 @@ def train(folder: Path) -> Path:
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is read and decoded from now on, by name."""
     done: list[str] = []
-    read, decode = module.read_rows, module.open_image
+    read, decode = module.read_rows, decoded.open_image
 
     def reads(path: Path, *args: Any) -> Any:
         done.append(path.name)
@@ -405,7 +409,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return decode(path)
 
     monkeypatch.setattr(module, "read_rows", reads)
-    monkeypatch.setattr(module, "open_image", decodes)
+    monkeypatch.setattr(decoded, "open_image", decodes)
     return done
 
 
@@ -528,7 +532,7 @@ def test_the_pictures_in_the_folder_of_a_data_set_are_no_part_of_it(folder: Path
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_what_a_loss_of_power_left_empty_is_made_again(train: Path, work: list[str], content: str) -> None:
     kept = looked_at(train).folder
-    (known,) = kept.parent.glob("pictures-*.json")
+    (known,) = kept.parent.glob("images-*.json")
     known.write_text(content if content != "[]" else "{}")
     (kept / "rows.json").write_text(content if content != "[]" else "{")
     assert again(train, work) == ALL

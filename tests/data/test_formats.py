@@ -129,7 +129,7 @@ BROKEN_ROWS = {
     "no turns": (llava(), "must be a list of turns, not an empty list"),
     "a turn is no object": (llava("a"), "turn 1 is a text"),  # type: ignore[arg-type]
     "unknown role": (llava({"from": "bot", "value": "a"}, GPT), "turn 1 has 'from': 'bot'; expected human or gpt"),
-    "role under the wrong key": (llava({"role": "user", "content": "a"}), "turn 1 has 'from': missing"),
+    "role under the wrong key": (llava({"sender": "user", "text": "a"}), "turn 1 has 'from': missing"),
     "no words": (llava({"from": "human"}, GPT), "turn 1 has no text under 'value'"),
     "words of a wrong type": (llava(HUMAN, {"from": "gpt", "value": 3}), "turn 2 has no text under 'value'"),
     "only an answer": (llava(GPT), "no turn of the human"),

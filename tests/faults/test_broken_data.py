@@ -182,7 +182,7 @@ FILES = {
         file="train.csv",
     ),
     "a table with other columns": Case(
-        "picture,caption\nred.png,A bus.\n",
+        "picture,heading\nred.png,A bus.\n",
         f"{{folder}}/train.csv: the file is neither JSON nor a table with the columns question and answer; {FORMATS}.",
         file="train.csv",
     ),
@@ -341,7 +341,9 @@ ROWS = {
     "an empty question": row("turn 1 is an empty question; write it or drop the row", HUMAN | {"value": "\n"}, GPT),
     "an answer that is null": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": None}),
     "an answer that is a number": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": 7}),
-    "an answer that is a list": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": ["a"]}),
+    "an answer that is an object": row(
+        "turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": {"a": "b"}}
+    ),
     "half of a character": row(f"turn 2 {HALF}", HUMAN, GPT | {"value": "A bus \ud83d"}),
     "half of a character in a system prompt": row(
         f"the system prompt {HALF}", {"from": "system", "value": "\udc00"}, HUMAN, GPT
@@ -377,7 +379,7 @@ ROWS = {
         "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, image=3
     ),
     "a picture that is an object": row(
-        "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, image={"path": "a"}
+        "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, image={"name": "a"}
     ),
     "a picture without a name among others": row(
         "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, images=["red.png", ""]

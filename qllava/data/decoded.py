@@ -1,0 +1,152 @@
+"""Every image of a data set, decoded once: which are corrupt, which are one colour, which are the same image.
+
+What was seen is remembered for a whole folder of images, so that only those are decoded that are new or have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from tqdm import tqdm
+
+from qllava.data.images import open_image
+from qllava.data.problems import Place, Problem, RowError
+from qllava.data.table import lists
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What decoding an image has shown."""
+
+    name: str
+    """Its path."""
+    pixels: str = ""
+    """A hash of its size and pixels; empty where it could not be decoded."""
+    colour: str | None = None
+    """The colour of all its pixels, where they have only one."""
+    problem: Problem | None = None
+    """Why it could not be decoded."""
+
+
+def uses_of(table: Dataset) -> dict[str, int]:
+    """Return every image of a table of samples, and how many samples show it."""
+    chunks = table.data.column("pictures").chunks
+    counts = pc.value_counts(pa.chunked_array([chunk.flatten() for chunk in chunks], pa.string()))
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+
+
+def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
+    """Decode every image that is new or has changed.
+
+    Args:
+        names: Paths of the images.
+        known: Remembers what was seen, for all data files of a folder of images.
+        progress: Whether to show a bar.
+
+    Returns:
+        What is known of each image, in the order of the names.
+    """
+    kept: dict[str, list[Any]] = {}
+    with suppress(FileNotFoundError, ValueError):
+        kept = json.loads(known.read_text(encoding="utf-8"))
+    states = {name: _state(name) for name in names}
+    changed = [name for name, state in states.items() if state is None or kept.get(name, [])[:2] != state]
+    new: dict[str, Seen] = {}
+    if changed:
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(changed), desc="Decoding pictures", disable=not progress) as bar,
+        ):
+            for seen in in_order(pool, _decode, changed, ahead=_AT_ONCE):
+                new[seen.name] = seen
+                bar.update()
+        for name, seen in new.items():
+            state = states[name]
+            if state is not None and seen.problem is None:
+                kept[name] = [*state, seen.pixels, seen.colour]
+        aside = known.with_suffix(f".{os.getpid()}.partial")
+        aside.write_text(json.dumps(kept), encoding="utf-8")
+        aside.replace(known)
+    return [new[name] if name in new else Seen(name, *kept[name][2:]) for name in names]
+
+
+def _state(name: str) -> list[int] | None:
+    """Size and time of change of an image: where one is another, it has to be decoded again."""
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _decode(name: str) -> Seen:
+    try:
+        image = open_image(Path(name))
+    except RowError as error:
+        return Seen(name, problem=error.problem)
+    ranges: Any = image.getextrema()
+    flat = all(low == high for low, high in ranges)
+    colour = "#" + "".join(f"{low:02x}" for low, _ in ranges) if flat else None
+    pixels = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12)
+    return Seen(name, pixels.hexdigest(), colour)
+
+
+def at_their_rows(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]) -> Iterator[Problem]:
+    """Yield what there is to say of images, each at the first record that shows it."""
+    about = dict(_about(seen))
+    missing = set(about)
+    for index, names in enumerate(lists(table, "pictures")) if missing else ():
+        for name in missing.intersection(names):
+            missing.discard(name)
+            row, problem = table[index], about[name]
+            said = f"{name}: {problem.problem}" + (f" ({uses[name]} rows show it)" if uses[name] > 1 else "")
+            yield replace(problem, problem=said, place=Place(row["file"], row["line"], row["row"]), id=row["id"])
+
+
+def _about(seen: Sequence[Seen]) -> Iterator[tuple[str, Problem]]:
+    """An error for what cannot be decoded; a note for what may not show what its owner thinks."""
+    first: dict[str, str] = {}
+    for one in seen:
+        place = Place(one.name)
+        if one.problem is not None:
+            yield one.name, one.problem
+        elif one.colour is not None:
+            problem, hint = f"every pixel has the colour {one.colour}", "look at it: its content may be lost"
+            yield one.name, Problem("one colour", problem, hint, place, severity="note")
+        elif first.setdefault(one.pixels, one.name) != one.name:
+            problem = f"it is the same image as {first[one.pixels]}"
+            hint = "name one of the files in all records, if that is meant"
+            yield one.name, Problem("same image", problem, hint, place, severity="note")
+
+
+def in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
+    """Yield `pool.map`, but take no more items than it can work on: those of a large file would fill the memory."""
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+
+    def oldest() -> Any:
+        item, future = waiting.popleft()
+        try:
+            return future.result()
+        except RecursionError:  # a row that is nested as deeply as json reads it cannot be sent
+            return work(item)
+
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > ahead:
+            yield oldest()
+    while waiting:
+        yield oldest()

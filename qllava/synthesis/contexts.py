@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qllava.config import NANO, InputError
-from qllava.data.problems import Place, Problem
+from qllava.data.problems import Place, Problem, is_unicode
 from qllava.data.rows import read_rows
 from qllava.nano import dataset, language, scenes
 from qllava.synthesis import coco
@@ -148,7 +148,7 @@ def _context(row: Any) -> Context:
         wrong.append("complete must be true or false")
     boxes = _boxes(row, wrong)
     said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes)]
-    wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not _is_unicode(text)]
+    wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
         raise _Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete)
@@ -177,15 +177,6 @@ def _boxes(row: dict[str, Any], wrong: list[str]) -> list[Box]:
             x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in bbox)
             boxes.append(Box(category.strip(), (x1, y1, x2, y2)))
     return boxes
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written to a file and sent to a server; JSON can spell some that cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_number(value: Any) -> bool:

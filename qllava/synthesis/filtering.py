@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.data.formats import no_rows
-from qllava.data.problems import Place, Problem, RowError
+from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode
 from qllava.data.rows import read_rows, row_files
 from qllava.page import write_page
 from qllava.synthesis.balance import Balance, Settings, balance_of, html
@@ -91,10 +91,9 @@ def caption_of(row: Any, place: Place) -> str:
     if not isinstance(caption, str):
         raise wrong("no text", "the caption is no text", "write it as text, or drop the row")
     try:
-        caption.encode()
-    except UnicodeEncodeError:
-        problem = "the caption holds half of a character (a \\u escape of a surrogate without its partner)"
-        raise wrong("no text", problem, "write the character whole") from None
+        check_unicode(caption, "the caption")
+    except Unusable as error:
+        raise wrong(error.kind, error.problem, error.hint) from None
     return caption
 
 

@@ -69,7 +69,10 @@ class ModelConfig:
     load_in_4bit: bool = field(default=True, metadata={"help": "Hold the language model in NF4, doubly quantized."})
     lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of LoRA; twice the rank works."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout before LoRA; questions that share an image then share the mask of its tokens."},
+    )
 
     @property
     def is_nano(self) -> bool:

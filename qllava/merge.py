@@ -168,6 +168,7 @@ def _write(
             "choose another place."
         )
     packed = quantized_weights(plan.model) if four_bit else set()
+    device = computing_device()
     merged = {f"{layer}.weight": layer for layer in delta.layers}
     with tqdm(total=len(shapes), desc="Merging", unit="tensor", leave=False) as bar:
 
@@ -177,7 +178,7 @@ def _write(
                 return delta[name].to(dtype)
             tensor = plan.base[name]
             if name in packed:
-                tensor = as_quantized(tensor)
+                tensor = as_quantized(tensor.to(device)).cpu()
             if name in merged:
                 tensor = tensor.float() + delta.of(merged[name])
             return tensor.to(dtype)
@@ -258,12 +259,17 @@ class Comparison:
         return self.kl_per_token <= MAX_KL and self.same_or_tie >= MIN_AGREEMENT
 
 
+def computing_device() -> torch.device:
+    """The GPU where there is one: block scales that were packed on a CPU and on CUDA differ in 0.2 % of their codes."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tuple[Adapted, Stored]:
     """Base with adapter, and a merged folder; on the GPU where there is one.
 
     Both compute in fp32: what 16 bit would round away in each is not a difference between them.
     """
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     adapted = Adapted(plan.base, delta, torch.float32, device, four_bit=four_bit)
     return adapted, Stored(open_weights(str(merged)), torch.float32, device)
 

@@ -100,6 +100,7 @@ def make_trainer(
     lora: bool = True,
     recipe: Recipe | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    kept: dict[str, Any] | None = None,
     **fields: Any,
 ) -> LlavaTrainer:
     """The trainer of one stage over the tiny rows, before its first step."""
@@ -122,6 +123,7 @@ def make_trainer(
         pictures=rows.pictures,
         exact_match=None,
         callbacks=callbacks or [],
+        kept=kept or {},
     )
 
 

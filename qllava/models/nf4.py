@@ -3,6 +3,9 @@
 bitsandbytes unpacks into the type that was packed. Of a 16-bit weight that is one rounding more than the code and its
 scale have, and a small delta that is added afterwards vanishes in it. `unpacked` is the one place where qllava turns
 codes into a weight; the products that training computes from them are bitsandbytes' own.
+
+bitsandbytes finds the codes of block scales by table on a CPU and by search on CUDA: 0.2 % of them differ, and 0.08 %
+of the weights. Merging a run on the other kind of device than it was trained on gives a base that differs by as much.
 """
 
 from __future__ import annotations

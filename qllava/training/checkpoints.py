@@ -151,17 +151,18 @@ def checkpoints(folder: Path, after: Path | None = None) -> list[Path]:
     return ordered[ordered.index(after) + 1 :] if after else ordered
 
 
-def seal(folder: Path, begun: Mapping[str, Any], optim: str = "") -> None:
+def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapping[str, Any] | None = None) -> None:
     """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails.
 
     optim: which optimizer's state is saved; one that memory has chosen does not stand in `begun`.
+    computed: what was settled during the run and is used again on resume (`LlavaTrainer.computed`).
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST_FILE
-    content = {"files": files, "begun_with": begun, "optim": optim}
+    content = {"files": files, "begun_with": begun, "optim": optim, "computed": dict(computed or {})}
     manifest.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     flush(manifest)
     flush(folder)
@@ -170,6 +171,11 @@ def seal(folder: Path, begun: Mapping[str, Any], optim: str = "") -> None:
 def optim_of(folder: Path) -> str | None:
     """The optimizer whose state a whole checkpoint holds; None where it does not say."""
     return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("optim") or None
+
+
+def computed_in(folder: Path) -> dict[str, Any]:
+    """What the run that wrote a whole checkpoint had settled about how it computes; empty where it does not say."""
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("computed") or {}
 
 
 def engine_of(folder: Path) -> tuple[str, int]:

@@ -3,9 +3,10 @@
     pictures --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
     tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
 
-What is left out changes nothing: tokens that predict nothing have no logits, and a picture is looked at once however
-many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can be left
-out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
+With dropout 0 what is left out changes nothing (with dropout, questions about one image share the mask of its tokens,
+and random numbers fall on other tokens): tokens that predict nothing have no logits, and a picture is looked at once
+however many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can
+be left out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
 
 - `stop_tower`: no layer of the tower is computed behind the one whose features are used.
 - `prune_last_layer`: the last layer of the language model gives keys and values of all tokens, and everything else only

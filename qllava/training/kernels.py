@@ -2,7 +2,8 @@
 
 On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
 with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
-fp32 too. What was measured stands in the ledger.
+fp32 too. What was measured is in the ledger. The choice is kept in every checkpoint: a run that is resumed on the same
+kind of device computes with the same kernels, whatever a stopwatch says then.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ class Chosen(Generic[Name]):
     why: str
 
 
-def choose(config: Any, device: torch.device, dtype: torch.dtype) -> Chosen[Kernel]:
+def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel | None = None) -> Chosen[Kernel]:
     """The kernel of attention for a language model's heads.
 
     config: a LlamaConfig or MistralConfig.
     dtype: what the model computes in.
+    kept: the kernel of the checkpoint that is resumed; it is taken if it works here.
     """
     if device.type != "cuda":
         return Chosen("groups", "group by group, as everywhere but on CUDA")
@@ -60,15 +62,18 @@ def choose(config: Any, device: torch.device, dtype: torch.dtype) -> Chosen[Kern
         torch.randn(1, n, TRIAL[-1].end, width, dtype=dtype, device=device, generator=generator)
         for n in (heads, shared, shared)
     ]
-    return fastest(row, {name: partial_trial(name) for name in KERNELS})
+    return fastest(row, {name: partial_trial(name) for name in KERNELS}, kept)
 
 
-def choose_layers(config: Any, device: torch.device, dtype: torch.dtype, asked: bool | None) -> Chosen[Layers]:
+def choose_layers(
+    config: Any, device: torch.device, dtype: torch.dtype, asked: bool | None, kept: Layers | None = None
+) -> Chosen[Layers]:
     """Whether norms and gates of the decoder layers are compiled.
 
     config: a LlamaConfig or MistralConfig.
     dtype: what the model computes in.
     asked: what the user says; None: the faster on CUDA, plain elsewhere.
+    kept: the choice of the checkpoint that is resumed.
     """
     if asked is not None:
         return Chosen("compiled" if asked else "plain", "as asked")
@@ -81,7 +86,7 @@ def choose_layers(config: Any, device: torch.device, dtype: torch.dtype, asked: 
     ]
     norm = LlamaRMSNorm(config.hidden_size).to(device, dtype).requires_grad_(False)
     return fastest(
-        row, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}
+        row, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}, kept
     )
 
 
@@ -110,25 +115,34 @@ def partial_trial(kernel: Kernel) -> Trial:
     return run
 
 
-def fastest(row: list[Tensor], trials: dict[Name, Trial]) -> Chosen[Name]:
-    """The fastest of the trials that agree with the first."""
+def fastest(row: list[Tensor], trials: dict[Name, Trial], kept: Name | None = None) -> Chosen[Name]:
+    """The fastest of the trials that agree with the first; `kept` without a stopwatch, if it agrees."""
     first, *_ = trials
     wanted = trials[first](row)
     seconds: dict[Name, float] = {}
     said = []
+    if kept in trials:
+        fault = _fault(trials[kept], row, wanted)
+        if fault is None:
+            return Chosen(kept, "as in the checkpoint")
+        said.append(f"{kept}, which the checkpoint had, {fault}")
     for name, trial in trials.items():
-        try:
-            found = trial(row)
-        except Exception as error:  # whatever is missing on this device, the others remain
-            said.append(f"{name} is not available ({type(error).__name__})")
-            continue
-        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
-        if not off <= TOLERANCE:
-            said.append(f"{name} differs by {off:.1%}")
+        if fault := _fault(trial, row, wanted):
+            said.append(f"{name} {fault}")
             continue
         seconds[name] = _median_seconds(trial, row)
         said.append(f"{name} {seconds[name] * 1000:.2f} ms")
     return Chosen(min(seconds, key=lambda name: seconds[name]), ", ".join(said))
+
+
+def _fault(trial: Trial, row: list[Tensor], wanted: list[Tensor]) -> str | None:
+    """Why a trial cannot be used on this device; None where it can."""
+    try:
+        found = trial(row)
+    except Exception as error:  # whatever is missing on this device, the others remain
+        return f"is not available ({type(error).__name__})"
+    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    return None if off <= TOLERANCE else f"differs by {off:.1%}"
 
 
 def _median_seconds(trial: Trial, row: list[Tensor], repetitions: int = 7) -> float:

@@ -39,6 +39,8 @@ class RowTrainer(SFTTrainer):
     # Of the optimizer step that is being computed: its batches, and the losses of those that are done.
     _step: list[dict[str, Any]]
     _losses: list[Tensor]
+    halved: int | None = None
+    """Most tokens of a row since memory ran out; None: it has not."""
     # Of the evaluation that is being made: see `sums`.
     _held_out: Tensor
 
@@ -104,6 +106,7 @@ class RowTrainer(SFTTrainer):
             )
         limit = max(longest // 2, sample)
         collator: Any = self.data_collator
+        self.halved = limit
         collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

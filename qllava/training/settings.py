@@ -66,12 +66,14 @@ class TrainConfig(SFTConfig):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
     share_image_prefix: bool = field(
-        default=True, metadata={"help": "Let samples about one picture share its tokens; the loss is the same."}
+        default=True,
+        metadata={"help": "Let samples about one image share its tokens; without dropout the loss is the same."},
     )
     tokens_per_row: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens that go through the model at once; by memory when not given. The loss is the same."
+            "help": "Most tokens that go through the model at once, by memory if not given. Without dropout the loss "
+            "is the same."
         },
     )
     fit_memory: str | None = field(
@@ -91,7 +93,9 @@ class TrainConfig(SFTConfig):
     )
     prune_last_layer: bool = field(
         default=True,
-        metadata={"help": "Compute the last layer only where something is predicted; the loss is the same."},
+        metadata={
+            "help": "Compute the last layer only where something is predicted; without dropout the loss is the same."
+        },
     )
     lora_first: bool = field(
         default=True, metadata={"help": "Compute LoRA before its base layer, which recomputation then saves."}

@@ -30,7 +30,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
 from qllava.training import disk, processes, scores
 from qllava.training.attention import Kernel
-from qllava.training.checkpoints import checkpoints, newest, optim_of, saving
+from qllava.training.checkpoints import checkpoints, computed_in, newest, optim_of, saving
 from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
@@ -140,6 +140,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         else None,
         callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop],
         begun_with=stage.begun_with,
+        kept=processes.by_main(partial(computed_in, start)) if start else {},
     )
     begin.trainer = trainer
     if processes.fsdp_asked() and not trainer.is_fsdp_enabled:
@@ -147,6 +148,8 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     ledger.check(model)
+    if trainer.halved:
+        memory.append(f"rows have at most {trainer.halved:,} tokens, as they were halved to when memory ran out")
     text = "\n".join([*_ledger_lines(model, stage, trainer.kernel, trainer.layers), *memory])
     print(f"\n{text}\n")
     need = disk.needed(model, stage.config, assembled.processor.tokenizer, len(stage.train.lengths))
@@ -159,6 +162,17 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         model.train()
     if trainer.is_deepspeed_enabled:
         read_tensors_only()
+    _train(trainer, start, stop, progress)
+    model.eval()
+    last = trainer.evaluate() if held_out else {}
+    check_weights(model, trainer.state.global_step)
+    with processes.together(), saving(f"The result {stage.folder}"):
+        trainer.save_model(str(stage.folder))
+    return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
+
+
+def _train(trainer: LlavaTrainer, start: Path | None, stop: SaveAndStop, progress: Progress) -> None:
+    """Every step from a checkpoint on, or all of them. Raises Stopped when a signal has ended it."""
     try:
         with handled(stop.ask):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -172,12 +186,6 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         ) from error
     finally:
         progress.close()
-    model.eval()
-    last = trainer.evaluate() if held_out else {}
-    check_weights(model, trainer.state.global_step)
-    with processes.together(), saving(f"The result {stage.folder}"):
-        trainer.save_model(str(stage.folder))
-    return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
 
 
 def _open(stage: Stage, held_out: Dataset | None, assembled: Assembled, text: str) -> None:

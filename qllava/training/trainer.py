@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,6 +84,7 @@ class LlavaTrainer(RowTrainer):
         exact_match: Callable[[], float] | None,
         callbacks: list[TrainerCallback],
         begun_with: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Args:
         model: what `add_lora` or `train_projector_only` returned.
@@ -91,6 +93,7 @@ class LlavaTrainer(RowTrainer):
         pictures: a hash of the pictures of each row of train, 0 for none.
         exact_match: answers held-out questions and returns the share that is right.
         begun_with: what decides the run; every checkpoint's manifest keeps it.
+        kept: `computed` of the checkpoint that is resumed.
         """
         self.begun_with = dict(begun_with or {})
         self.assembled = assembled
@@ -103,12 +106,7 @@ class LlavaTrainer(RowTrainer):
         kind_of_stage = "finetune" if isinstance(model, PeftModel) else "pretrain"
         self._spikes = Spikes(Path(str(config.output_dir)) / SPIKES_FILE, kind_of_stage)
         tokenizer = assembled.processor.tokenizer
-        config.dataset_kwargs = {"skip_prepare_dataset": True}
-        config.remove_unused_columns = False
-        config.logging_nan_inf_filter = False
-        config.use_cache = False
-        # Every row uses all that learns: DDP need not look for what is left out.
-        config.ddp_find_unused_parameters = False
+        _settle(config)
         llava: Any = assembled.model
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
@@ -117,20 +115,36 @@ class LlavaTrainer(RowTrainer):
                 llava.config.image_token_index,
                 assembled.processor.image_processor,
                 config.share_image_prefix,
-                config.tokens_per_row,
+                min((n for n in (config.tokens_per_row, kept.get("halved")) if n), default=None),
             ),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        kind = (llava.config.text_config, llava.device, computing_in(config, llava.dtype))
-        self.kernel, self.layers = choose(*kind), choose_layers(*kind, config.compile_layers)
+        self.halved = kept.get("halved")
+        self._choose_kernels(kept)
         # After TRL, which puts a forward pass of its own on the instance.
         teach_rows(llava, self.kernel.kernel)
         take_shortcuts(llava, config)
         if self.layers.kernel == "compiled":
             compile_layers(llava.model.language_model)
+
+    def _choose_kernels(self, kept: Mapping[str, Any]) -> None:
+        """Settle what computes a row: by trial, or as a checkpoint has it that was written on such a device."""
+        llava: Any = self.assembled.model
+        device, dtype = llava.device, computing_in(self.args, llava.dtype)
+        self._computing_on = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+        kept = kept if kept.get("on") == self._computing_on else {}
+        kind = (llava.config.text_config, device, dtype)
+        self.kernel = choose(*kind, kept.get("attention"))
+        self.layers = choose_layers(*kind, self.args.compile_layers, kept.get("layers"))
+
+    @property
+    def computed(self) -> dict[str, Any]:
+        """What was settled about how the run computes, by trial or when memory ran out: kept in every checkpoint."""
+        names = {"on": self._computing_on, "attention": self.kernel.kernel, "layers": self.layers.kernel}
+        return {**names, "halved": self.halved}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""
@@ -261,7 +275,7 @@ class LlavaTrainer(RowTrainer):
 
         def whole() -> None:
             with saving(f"The checkpoint {folder / name}"):
-                seal(aside / name, self.begun_with, self.args.optimizer)
+                seal(aside / name, self.begun_with, self.args.optimizer, self.computed)
                 publish(aside / name, folder / name)
 
         try:
@@ -323,6 +337,16 @@ class LlavaTrainer(RowTrainer):
         """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
+
+
+def _settle(config: TrainConfig) -> None:
+    """Set what batches of rows need of TRL and transformers."""
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    config.remove_unused_columns = False
+    config.logging_nan_inf_filter = False
+    config.use_cache = False
+    # Every row uses all that learns: DDP need not look for what is left out.
+    config.ddp_find_unused_parameters = False
 
 
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:

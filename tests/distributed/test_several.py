@@ -60,6 +60,12 @@ def assert_same(folder: Path, other: Path) -> None:
     assert apart <= LOSS
 
 
+def held_out(folder: Path) -> dict[int, list[float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_exact_match")
+    return {line["step"]: [line[name] for name in names] for line in lines if "eval_loss" in line}
+
+
 def unfinished(run: Path, folder: Path) -> Path:
     """A copy that was stopped after its second step, in the middle of an epoch."""
     shutil.copytree(run, folder)
@@ -124,8 +130,10 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.plan("two_full", "finetune", per_device_train_batch_size=2, **FULL)
     runs.plan("two_accumulated", "finetune", per_device_train_batch_size=1, gradient_accumulation_steps=2, **FULL)
     runs.plan("two_short", "finetune", per_device_train_batch_size=2, **FULL, **SHORT)
-    runs.one("one_4bit", "finetune", per_device_train_batch_size=4)
-    runs.plan("two_4bit", "finetune", per_device_train_batch_size=2)
+    evaluated = {"eval_file": runs.rows, "eval_strategy": "steps", "eval_steps": 3, "eval_questions": 4}
+    runs.one("one_4bit", "finetune", per_device_train_batch_size=4, per_device_eval_batch_size=9, **evaluated)
+    # Nine held-out rows in rounds of four: in the last round the second process has none.
+    runs.plan("two_4bit", "finetune", per_device_train_batch_size=2, per_device_eval_batch_size=2, **evaluated)
     for name, recipe, fields in (("stage1", "pretrain", {}), ("full", "finetune", FULL)):
         unfinished(runs.folder / f"one_{name}", runs.folder / f"then_two_{name}")
         runs.plan(f"then_two_{name}", recipe, per_device_train_batch_size=2, **fields)
@@ -157,6 +165,13 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_two_processes_equal_one(runs: Runs, one: str, two: str) -> None:
     assert [end["raised"] for end in runs.ended(two)] == [None, None]
     assert_same(runs.folder / one, runs.folder / two)
+
+
+def test_held_out_figures_are_those_of_one_process(runs: Runs) -> None:
+    one, two = (held_out(runs.folder / name) for name in ("one_4bit", "two_4bit"))
+    assert one.keys() == two.keys() == {3, 6}
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "recipe", "fields"), [("stage1", "pretrain", {}), ("full", "finetune", FULL)])

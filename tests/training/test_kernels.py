@@ -157,6 +157,23 @@ class TestChoice:
         nan = fastest([torch.ones(3)], {"groups": right, "flex": lambda row: [row[0] * float("nan")]})
         assert nan.kernel == "groups"
 
+    def test_a_resumed_run_keeps_its_own(self) -> None:
+        """Whatever is faster today: two kernels round differently."""
+
+        def slow(row: list[Tensor]) -> list[Tensor]:
+            time.sleep(0.02)
+            return [row[0] * 2]
+
+        def missing(row: list[Tensor]) -> list[Tensor]:
+            raise RuntimeError("no such kernel")
+
+        trials = {"groups": lambda row: [row[0] * 2], "varlen": slow, "flex": missing}
+        kept = fastest([torch.ones(3)], trials, "varlen")
+        assert (kept.kernel, kept.why) == ("varlen", "as in the checkpoint")
+        gone = fastest([torch.ones(3)], trials, "flex")
+        assert gone.kernel == "groups"
+        assert gone.why.startswith("flex, which the checkpoint had, is not available (RuntimeError), groups ")
+
     @pytest.mark.parametrize(
         ("asked", "kernel", "why"),
         [(None, "plain", "but on CUDA"), (True, "compiled", "as asked"), (False, "plain", "as asked")],

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from qllava.config import InputError
 from qllava.data import collate
 from qllava.training import rows, run
+from qllava.training.checkpoints import computed_in
 from qllava.training.memory.fake import held_by
 from qllava.training.memory.paged import keep_paged
 from qllava.training.trainer import LlavaTrainer
@@ -125,6 +126,20 @@ class TestOutOfMemory:
         trainer.train()
         for loader in (held_out, trainer.get_train_dataloader()):
             assert max(row["input_ids"].shape[1] for batch in loader for row in batch["rows"]) <= 120
+
+    def test_a_resumed_run_keeps_the_length(self, tiny: Tiny, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        saving = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(tiny, tmp_path / "run", max_steps=1, **saving)
+        small_card(trainer, 120)
+        trainer.train()
+        kept = computed_in(tmp_path / "run" / "checkpoint-1")
+        assert kept == {"on": "cpu in float32", "attention": "groups", "layers": "plain", "halved": trainer.halved}
+        again = make_trainer(tiny, tmp_path / "again", max_steps=2, tokens_per_row=300, kept=kept)
+        sizes = small_card(again, 1 << 30)
+        again.train()
+        assert sizes and max(sizes) <= trainer.halved < 300  # type: ignore[operator]
+        assert again.computed == kept, "its own checkpoints keep it too"
 
     def test_one_sample_is_too_much(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)

@@ -125,6 +125,17 @@ class TestContinuing:
         stages = [line["stage"] for line in lines(folder)]
         assert "pretrain" in stages and "finetune" in stages
 
+    def test_computes_as_its_checkpoint_did(self, tiny: Tiny, tmp_path: Path) -> None:
+        shutil.copytree(tiny.stage2, tmp_path / "run")
+        (tmp_path / "run" / "results.json").unlink()
+        manifest = tmp_path / "run" / "checkpoint-4" / "manifest.json"
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        assert content["computed"] == {"on": "cpu in float32", "attention": "groups", "layers": "plain", "halved": None}
+        content["computed"]["halved"] = 80
+        manifest.write_text(json.dumps(content), encoding="utf-8")
+        folder = finetune(stage2_settings(tiny, tmp_path / "run"))
+        assert "rows have at most 80 tokens, as they were halved to" in (folder / "ledger.txt").read_text()
+
     def test_on_another_base_is_refused(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = tmp_path / "run"
         shutil.copytree(tiny.stage2, folder)

@@ -75,8 +75,9 @@ def _parameters(text: str) -> dict[str, Any]:
     """A JSON object of parameters."""
     try:
         read = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text} ({error})") from error
+        json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!a} ({error})") from error
     if not isinstance(read, dict) or {"model", "messages", "stream", "n"} & set(read):
         raise argparse.ArgumentTypeError(
             "expected a JSON object of parameters such as temperature; model, messages, stream and n are set by qllava"

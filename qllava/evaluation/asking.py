@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,8 @@ class Judge:
                     bar.update()
 
                 def failed(index: int, reason: str) -> None:
-                    bar.write(f"No reply from the judge to call {index + 1} of {len(calls)}: {reason}")
+                    # Not to stdout, which is for the result, and may not hold what a server says.
+                    bar.write(f"No reply from the judge to call {index + 1} of {len(calls)}: {reason}", file=sys.stderr)
                     bar.update()
 
                 await teacher.each(turn, work, failed)

@@ -21,7 +21,7 @@ from qllava.config import InputError
 OPENAI = "https://api.openai.com/v1"
 
 _CONNECTIONS = 16  # of one client
-_USER = re.compile(r"//[^/?#\s]*@")  # what stands in front of the host
+_USER = re.compile(r"//[^/?#\s]*@")  # user and password, before the host
 _QUERY = re.compile(r"[?#]\S*")
 
 

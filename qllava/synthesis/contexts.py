@@ -136,7 +136,7 @@ def _context(row: Any) -> Context:
         wrong.append("image must be the name of a file")
         image = ""
     if id_ is None:
-        id_ = str(PurePosixPath(image).with_suffix("")) if image else ""
+        id_ = str(PurePosixPath(image).with_suffix("")) if image else "of the image"
     if isinstance(id_, bool) or not isinstance(id_, str | int) or str(id_) == "":
         wrong.append("id must be text or a whole number")
     captions = row.get("captions")

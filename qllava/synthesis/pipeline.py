@@ -138,8 +138,10 @@ def _wanted(job: Job, store: Store) -> Callable[[str], Call | None]:
         except (KeyError, ValueError):  # of another command, or no key at all
             return None
         step = _next(job.tasks[number], job.asking, known, _FORMS[at])
-        found.add(key)
-        return None if step is None else step.call
+        if step is None:
+            return None
+        found.add(step.call.key)  # the one text that the store keeps, too
+        return step.call
 
     return call_of
 
@@ -222,6 +224,7 @@ class _Kept:
 
     known: Known = lambda _: None
     failures: Callable[[str], int] = lambda _: 0
+    failed: int = 0
     requests: int = 0
     tokens: int = 0
 
@@ -237,13 +240,13 @@ def _kept(path: Path) -> Iterator[_Kept]:
 
 
 def _kept_in(store: Store) -> _Kept:
-    return _Kept(store.get, store.failures, store.requests, store.spent_tokens)
+    return _Kept(store.get, store.failures, store.failed, store.requests, store.spent_tokens)
 
 
 def _in_turn(job: Job, kept: _Kept) -> list[Task]:
     """The tasks that are not settled, in their order; those that failed before come after all others."""
     failures: Counter[int] = Counter()
-    for form in _FORMS:
+    for form in _FORMS if kept.failed else _FORMS[:1]:  # a call may have failed in either
         for number, task in enumerate(job.tasks):
             if (step := _next(task, job.asking, kept.known, form)) is not None:
                 failures[number] += kept.failures(step.call.key)

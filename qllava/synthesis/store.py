@@ -133,6 +133,11 @@ class Store:
             return None
         return _record(os.pread(self._file, place % _LONGEST_LINE, place // _LONGEST_LINE)).reply
 
+    @property
+    def failed(self) -> int:
+        """How often any call has failed."""
+        return self._failures.total()
+
     def failures(self, key: str) -> int:
         """How often a call has failed, in this run and earlier ones."""
         return self._failures[key]
@@ -164,7 +169,7 @@ class Store:
 
     def _append(self, *records: tuple[bytes, _Record]) -> None:
         try:
-            self._stand_again()
+            self._restore()
             _write(self._file, b"".join(line for line, _ in records))
             os.fsync(self._file)
         except OSError as error:
@@ -175,8 +180,8 @@ class Store:
         for line, record in records:
             self._note(record, len(line))
 
-    def _stand_again(self) -> None:
-        """Write the file again where somebody has deleted it: nobody else can have one in its place."""
+    def _restore(self) -> None:
+        """Write the file again if somebody has deleted it; the lock ensures that no other run has made a new one."""
         try:
             there = self.path.stat()
         except FileNotFoundError:
@@ -214,11 +219,12 @@ class Store:
         os.ftruncate(self._file, self._end)
 
     def _note(self, record: _Record, length: int) -> None:
-        """A line of this length stands at the end; of two replies to one call (files put together) the first counts."""
+        """Note a line at the end; of two replies to one call (files put together) the first counts."""
         if record.key not in self._places or record.reply is None:
             self.requests += record.requests
             self.spent_tokens += record.lost_tokens
-            self._failures[record.key] += record.failed is not None
+            if record.failed is not None:
+                self._failures[record.key] += 1
             if record.reply is not None:
                 self._places[record.key] = self._end * _LONGEST_LINE + length
                 cost = record.reply.prompt_tokens + record.reply.completion_tokens

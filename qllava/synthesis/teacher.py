@@ -6,7 +6,7 @@
 
 `ask` looks into the store first, sends what is not there, and keeps the reply before it returns it. What passes (a
 broken connection, 429, 5xx) is tried again, after twice the time each time, or when the server says (`Retry-After`).
-What it means that there is no reply, for the call and for the run, stands in `refusals`; what may be spent in `budget`.
+`refusals` says what a missing reply means for the call and for the run, `budget` what may be spent.
 """
 
 from __future__ import annotations

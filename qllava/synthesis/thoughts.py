@@ -61,5 +61,5 @@ def answer_of(text: str) -> str:
 
 
 def holds_marks(text: str) -> bool:
-    """Whether a mark of thoughts stands in a text, where it has no place."""
+    """Whether a text holds a mark of thoughts."""
     return bool(_OPENING.search(text) or _CLOSING.search(text))

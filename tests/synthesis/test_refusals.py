@@ -92,7 +92,7 @@ def test_a_refusal_of_some_keeps_no_other_from_being_asked(
 
 
 def test_the_first_ones_may_be_the_refused_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All types of 25 images that stand first, and a server whose form is not known yet."""
+    """All types of the first 25 images, with a server that may or may not take a schema."""
     contexts = read_contexts(write_contexts(tmp_path / "contexts.jsonl", 200))
     tasks = make_tasks(contexts, DEFAULT_TYPES)
     job = Job(tasks, Asking("m", Prompts()), tmp_path / "out.json", tmp_path / "out.calls.jsonl")
@@ -268,7 +268,7 @@ def test_an_error_with_status_200_is_no_reply(
 
 
 def test_a_judge_asks_what_failed_last_and_one_fault_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wire = wired(monkeypatch, lambda r: Said("no", status=403) if r.last in ("case 1", "case 2") else Said("yes"))
     judge = Judge("m", URL, tmp_path / "calls.jsonl")
@@ -278,3 +278,6 @@ def test_a_judge_asks_what_failed_last_and_one_fault_is_its_own(
     more = [*calls, judge.call("Judge.", "case 4")]
     assert judge.ask(more).texts() == [None, None, None, "yes", "yes"]
     assert wire.requests[0].last == "case 4"
+    printed = capsys.readouterr()
+    assert printed.out == ""  # where the result goes
+    assert "No reply from the judge to call 3 of 4: status 403: no" in printed.err

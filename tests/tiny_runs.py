@@ -103,7 +103,7 @@ def make_trainer(
     kept: dict[str, Any] | None = None,
     **fields: Any,
 ) -> LlavaTrainer:
-    """The trainer of one stage over the tiny rows, before its first step."""
+    """The trainer of one stage over the tiny rows, before its first step; evaluates on them, with an eval_strategy."""
     values = {"learning_rate": 2e-4, "projector_lr": 2e-5, "lora_dropout": 0, "save_strategy": "no", **fields}
     chosen = settings(tiny, folder, **values)
     assembled = assemble(recipe or tiny.recipe())
@@ -119,7 +119,7 @@ def make_trainer(
         assembled,
         chosen.train,
         train=rows.dataset,
-        evaluation=None,
+        evaluation=rows.dataset if chosen.train.eval_strategy != "no" else None,
         pictures=rows.pictures,
         exact_match=None,
         callbacks=callbacks or [],

@@ -6,7 +6,7 @@ What is added to TRL's trainer, and why:
 - A loss or gradient that is not finite ends the run before the weights are touched, and names the samples that do it
   (`numbers.py`; transformers would log a loss of 0 and go on to the end with NaN in every weight). Spikes are told of.
 - A checkpoint is written aside, sealed and renamed (`checkpoints.py`); it holds what `load_run` needs.
-- Held-out questions are answered and compared, beside the held-out loss.
+- Held-out questions are answered and compared, beside the held-out loss; a checkpoint of the same step is saved before.
 - A batch is rows (`rows.py`): samples about one picture come together and share its tokens. However many rows a batch
   becomes, its samples are one step's, and its loss is that of all their learned tokens.
 - Several processes share out the samples of a step (`order.py`), and stop together (`processes.py`).
@@ -15,9 +15,10 @@ What is added to TRL's trainer, and why:
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from qllava.config import InputError
 from qllava.data.collate import RowCollator
@@ -237,12 +239,33 @@ class LlavaTrainer(RowTrainer):
         self.model.zero_grad(set_to_none=True)
         return Alone(pixels, finite)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Save before an evaluation of the same step, where transformers evaluates first.
+
+        An evaluation that fails (memory, an image that is gone) then costs no step, and the same command resumes behind
+        it instead of meeting it again for ever. Where the evaluation decides what a checkpoint holds (schedulers that
+        follow the held-out loss, the best metric) it is written once more; where it decides whether there is one,
+        transformers' order stays.
+        """
+        control = self.control
+        first = control.should_save and control.should_evaluate and self.args.save_strategy != SaveStrategy.BEST
+        if first:
+            control.should_evaluate = False
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+            control = self.control  # callbacks may have put another in its place
+            control.should_evaluate, control.should_save = True, self.args.metric_for_best_model is not None
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss, and the share of held-out questions that are answered right."""
-        if self.exact_match is not None:
-            # TRL averages what it finds here into the next evaluation report.
-            self._metrics["eval"]["exact_match"].append(self.exact_match())
-        result: dict[str, float] = super().evaluate(*args, **kwargs)
+        """Held-out loss, and the share of held-out questions that are answered right.
+
+        The random state is as before: a run that resumes behind an evaluation draws what it would have drawn.
+        """
+        with same_draws():
+            if self.exact_match is not None:
+                # TRL averages what it finds here into the next evaluation report.
+                self._metrics["eval"]["exact_match"].append(self.exact_match())
+            result: dict[str, float] = super().evaluate(*args, **kwargs)
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -347,6 +370,18 @@ def _settle(config: TrainConfig) -> None:
     config.use_cache = False
     # Every row uses all that learns: DDP need not look for what is left out.
     config.ddp_find_unused_parameters = False
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch, on the CPU and this process's GPU, at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch.utils.data import DataLoader
 
 from qllava.config import InputError
 from qllava.data import collate
-from qllava.training import rows, run
+from qllava.data.formats import read_examples
+from qllava.training import rows, run, scores
 from qllava.training.checkpoints import computed_in
 from qllava.training.memory.fake import held_by
 from qllava.training.memory.paged import keep_paged
+from qllava.training.run import finetune
 from qllava.training.trainer import LlavaTrainer
-from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal
+from tests.small_memory import small_memory
+from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, stage2_settings
 from tests.training.test_trainer import Gradients, assert_close, one_step
 
 
@@ -287,3 +291,47 @@ def test_a_paged_optimizer_comes_back_paged(kind: Any, monkeypatch: pytest.Monke
     step(optimizer, parameter, 1)
     step(resumed, other, 1)
     assert torch.equal(parameter, other)
+
+
+class TestAnswers:
+    def test_a_run_answers_in_halves_and_scores_the_same(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before the first step, at an evaluation, and after the last step."""
+        sizes = small_memory(monkeypatch, 3)
+        folder = finetune(stage2_settings(tiny, tmp_path / "run"))
+        assert max(sizes) == 8 and set(sizes) == {8, 4, 2}
+        # One room for all answers before and after, and one for the evaluations: each meets the limit once.
+        assert sizes.count(8) == 2
+        for name in ("samples.json", "before.json"):
+            assert (folder / name).read_bytes() == (tiny.stage2 / name).read_bytes()
+        found, expected = (
+            json.loads((place / "results.json").read_text(encoding="utf-8")) for place in (folder, tiny.stage2)
+        )
+        assert found["eval_exact_match"] == expected["eval_exact_match"]
+
+    def test_one_question_that_does_not_fit_ends_the_run_in_one_sentence(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small_memory(monkeypatch, 0)
+        with pytest.raises(InputError) as caught:
+            finetune(stage2_settings(tiny, tmp_path / "run"))
+        assert "Memory does not suffice to answer the question at rows.json, row" in refusal(caught.value).replace(
+            f"{tiny.rows.parent}/", ""
+        )
+
+    def test_what_fit_memory_leaves_bounds_the_batches(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = make_trainer(tiny, tmp_path)
+        examples, config = read_examples(tiny.rows, tiny.rows.parent), trainer.args
+        sizes = small_memory(monkeypatch, 100)
+        found = []
+        for limit in (None, "1MB", "0.1MB"):
+            sizes.clear()
+            config.fit_memory = limit
+            room = scores.room_for(config)
+            found.append(scores.answers(trainer.model, trainer.assembled, examples, room))
+            assert sum(sizes) == 8
+            assert sizes == [8] if limit is None else sizes == [1] * 8 if limit == "0.1MB" else 1 < max(sizes) < 8
+        assert found[0] == found[1] == found[2]

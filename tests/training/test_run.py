@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,13 +18,15 @@ from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.models.adapter import load_run, read_record
+from qllava.training import scores
+from qllava.training.checkpoints import fault
 from qllava.training.run import finetune, main, pretrain
 from qllava.training.scores import spaced
 from qllava.training.settings import Settings
 from qllava.training.stage import Progress
 from tests.models.test_assemble import every_linear_of_the_language_model, quantized
 from tests.tiny_models import make_tiny_model, make_tiny_processor
-from tests.tiny_runs import Tiny, refusal, settings, stage1_settings, stage2_settings, write_rows
+from tests.tiny_runs import Tiny, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
 
 Start = Callable[[Tiny, Path], Settings]
 
@@ -86,6 +90,63 @@ class TestContinuing:
         metrics = [m for m in lines(folder) if "loss" in m and m["step"] == 4]
         wanted = [m for m in lines(whole) if "loss" in m and m["step"] == 4]
         assert [m["loss"] for m in metrics] == [m["loss"] for m in wanted]
+
+    def test_an_evaluation_that_fails_costs_no_step(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The checkpoint of its step is saved before it, and the run resumes behind it with the same bits."""
+        folder, asked = tmp_path / "run", []
+
+        def fails(*arguments: Any, **named: Any) -> float:
+            asked.append(named)
+            torch.rand(7), random.random(), np.random.rand()  # an evaluation may draw
+            raise InputError("Memory does not suffice.")
+
+        monkeypatch.setattr(scores, "exact_match", fails)
+        with pytest.raises(InputError, match=r"Memory does not suffice\."):
+            finetune(stage2_settings(tiny, folder))
+        assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"] and len(asked) == 1
+        assert same(tensors(folder / "checkpoint-2"), tensors(tiny.stage2 / "checkpoint-2"))
+        monkeypatch.undo()
+        # The same command resumes after step 2, and does not evaluate it again.
+        finetune(stage2_settings(tiny, folder))
+        evaluated = [line["step"] for line in lines(folder) if "eval_loss" in line]
+        assert set(evaluated) == {4}
+        for place in (".", "checkpoint-4"):
+            assert same(tensors(tiny.stage2 / place), tensors(folder / place))
+        states = (torch.load(f / "checkpoint-4" / "rng_state.pth", weights_only=False) for f in (tiny.stage2, folder))
+        assert same(*states)
+
+    @pytest.mark.parametrize(
+        ("fields", "orders"),
+        [
+            ({}, ["saved", "evaluated"]),
+            ({"metric_for_best_model": "loss"}, ["saved", "evaluated", "saved"]),
+            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ["saved", "evaluated", "saved"]),
+            ({"save_strategy": "best", "metric_for_best_model": "loss"}, ["evaluated", "saved"]),
+        ],
+        ids=str,
+    )
+    def test_what_is_saved_before_an_evaluation_and_after(
+        self, tiny: Tiny, tmp_path: Path, fields: dict[str, Any], orders: list[str]
+    ) -> None:
+        order: list[str] = []
+
+        class Order(TrainerCallback):
+            def on_save(self, *_: Any, **__: Any) -> None:
+                order.append("saved")
+
+            def on_evaluate(self, *_: Any, **__: Any) -> None:
+                order.append("evaluated")
+
+        steps = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+        values = {"save_strategy": "steps", "lr_scheduler_type": "constant", **steps, **fields}
+        trainer = make_trainer(tiny, tmp_path, callbacks=[Order()], **values)
+        trainer.train()
+        assert order == orders
+        assert fault(tmp_path / "checkpoint-1") is None
+        state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text(encoding="utf-8"))
+        assert (state["best_metric"] is None) == (fields == {})
 
     def test_an_alignment_of_its_own_is_continued_too(
         self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,8 @@ class TestTransformersTrainer:
         assert parameters(Trainer._get_grad_norm) == ["self", "model", "grad_norm"]
         assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
         assert parameters(Trainer._get_output_dir) == ["self", "trial"]
+        # What is overridden calls it twice: to log and save, and to evaluate.
+        assert "model" in parameters(Trainer._maybe_log_save_evaluate)
         assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
         assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"]
         assert parameters(Trainer._load_scaler) == ["self", "checkpoint"]

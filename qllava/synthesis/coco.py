@@ -5,8 +5,8 @@
     instances_val2014.json    annotations: {image_id, category_id, bbox: [x, y, width, height] in pixels, iscrowd}
                               categories:  {id, name}
 
-A crowd (`iscrowd`) is left out, for its box holds an unknown number of objects; so is a box without area, of which
-train2017 has two. Boxes become corners between 0 and 1.
+A box of a crowd (`iscrowd`) is passed on as one: it holds an unknown number of objects, so that a category that has one
+cannot be counted. A box without area, of which train2017 has two, is left out. Boxes become corners between 0 and 1.
 
 The files are read by `json` alone: pycocotools builds the same tables, must be compiled, and prints to stdout; what it
 adds (masks, the scores of detectors) is not looked at here.
@@ -70,9 +70,10 @@ def _boxes(
         raise InputError(f"{at}: each of the categories needs an id and a name ({error!r}); check the file.") from error
     for number, one in enumerate(marked["annotations"], start=1):
         try:
-            if one["image_id"] in sizes and not one.get("iscrowd") and 0 not in one["bbox"][2:]:
-                bbox = _corners(one["bbox"], *sizes[one["image_id"]])
-                boxes[one["image_id"]].append({"category": categories[one["category_id"]], "bbox": bbox})
+            if one["image_id"] in sizes and 0 not in one["bbox"][2:]:
+                bbox, crowd = _corners(one["bbox"], *sizes[one["image_id"]]), one.get("iscrowd", 0)
+                category = categories[one["category_id"]]
+                boxes[one["image_id"]].append({"category": category, "bbox": bbox, "iscrowd": crowd})
         except _MALFORMED as error:
             on_problem(_malformed("annotation", number, error, at, "image_id, a listed category_id, bbox"))
     return boxes

@@ -6,11 +6,13 @@
       captions  ("A donut shop is full of ...", ...)
       boxes     (Box("donut", (0.37, 0.584, 0.504, 0.709)), ...)
                          x1    y1     x2     y2   of width and height, from the upper left corner
+      crowds    ("person",): one box holds an unknown number of these, so that they cannot be counted
 
 `read_contexts` reads them from
 
     a JSON list or JSONL    {"id", "image", "captions": [...], "boxes": [{"category", "bbox"}], "complete"}; the id may
-                            be missing, the boxes may stand under `instances`, `complete` is false unless it says true
+                            be missing, the boxes may stand under `instances`, `complete` is false unless it says true;
+                            a box with `"iscrowd": 1` is a crowd
     COCO's annotations      captions_NAME.json with instances_NAME.json beside it, or the folder of such a pair
     nano, nano:N            nano's training scenes, or the first N of them
 """
@@ -50,6 +52,12 @@ class Context:
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
     complete: bool = False  # whether the boxes are all that there is to see, so that what has none is not there
+    crowds: tuple[str, ...] = ()  # categories of which one box holds many (COCO's `iscrowd`): there, but not counted
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What boxes and crowds show, in their order; a category may repeat."""
+        return (*(box.category for box in self.boxes), *self.crowds)
 
 
 class _Unusable(ValueError):
@@ -146,27 +154,33 @@ def _context(row: Any) -> Context:
     complete = row.get("complete", False)
     if not isinstance(complete, bool):
         wrong.append("complete must be true or false")
-    boxes = _boxes(row, wrong)
-    said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes)]
+    boxes, crowds = _boxes(row, wrong)
+    said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes), *crowds]
     wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
         raise _Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
-    return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete)
+    return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete, crowds)
 
 
-def _boxes(row: dict[str, Any], wrong: list[str]) -> list[Box]:
-    """The boxes of a row; what is wrong with them is added to `wrong`."""
+def _boxes(row: dict[str, Any], wrong: list[str]) -> tuple[list[Box], tuple[str, ...]]:
+    """The boxes of a row, and the categories of its crowds; what is wrong with them is added to `wrong`."""
     keys = [key for key in ("boxes", "instances") if key in row]
     given = row[keys[0]] if len(keys) == 1 else None
     if not isinstance(given, list):
         twice = "boxes and instances are two names of one list"
         wrong.append(twice if len(keys) > 1 else "boxes must be a list, empty where nothing was marked")
-        return []
-    boxes = []
+        return [], ()
+    boxes: list[Box] = []
+    crowds: set[str] = set()
     for number, one in enumerate(given, start=1):
-        category, bbox = (one.get("category"), one.get("bbox")) if isinstance(one, dict) else (None, None)
+        one = one if isinstance(one, dict) else {}
+        category, bbox, crowd = one.get("category"), one.get("bbox"), one.get("iscrowd", False)
         if not isinstance(category, str) or not category.strip():
             wrong.append(f"box {number} needs a category")
+        elif crowd not in (False, True):  # 0 and 1 are equal to these
+            wrong.append(f"box {number} ({category}): iscrowd must be 0 or 1")
+        elif crowd:
+            crowds.add(category.strip())
         elif not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
             wrong.append(f"box {number} ({category}) needs a bbox of four numbers")
         elif not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in bbox):
@@ -176,7 +190,7 @@ def _boxes(row: dict[str, Any], wrong: list[str]) -> list[Box]:
         else:
             x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in bbox)
             boxes.append(Box(category.strip(), (x1, y1, x2, y2)))
-    return boxes
+    return boxes, tuple(sorted(crowds))
 
 
 def _is_number(value: Any) -> bool:

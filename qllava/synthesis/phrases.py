@@ -137,7 +137,7 @@ def simple_phrases(text: str) -> list[str]:
     found: list[str] = []
     run: list[str] = []
     for token in _TOKEN.findall(text.lower()):
-        if not _is_boundary(token):
+        if not is_boundary(token):
             run.append(token)
         elif run:
             found.append(" ".join(run))
@@ -149,7 +149,8 @@ def simple_phrases(text: str) -> list[str]:
 
 # The words of a million captions repeat; the bound is for those that do not.
 @lru_cache(maxsize=1 << 17)
-def _is_boundary(token: str) -> bool:
+def is_boundary(token: str) -> bool:
+    """Return whether a phrase cannot hold this word or sign: it ends what comes before it."""
     if not token[0].isalnum() or token.isnumeric() or token in FUNCTION or token in VERBS:
         return True
     last = token.rpartition("-")[2]

@@ -6,9 +6,9 @@
 What is asked of which picture:
 
     presence      of every category; of what is not there only where the boxes are complete
-    said          of what two captions name and no box
-    count         where the boxes and every caption agree, or the boxes are complete
-    several       of what has two boxes or more, where the number is not settled
+    said          of what two captions say is there and no box shows
+    count         where there is no crowd and the boxes and every caption agree, or the boxes are complete
+    several       of what has two boxes or more or a crowd, where the number is not settled
     outermost     of a settled number of things: on which side of all others one of them clearly lies
     place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the picture
     half          of a thing that lies whole in one half of the picture; the answer is always yes
@@ -30,11 +30,13 @@ from qllava.synthesis.view import AT, GAP, LARGER, Thing, View
 from qllava.synthesis.words import (
     COLOURS,
     KINDS,
-    ONLY_PLURAL,
     article,
+    capital,
     counted,
+    is_plural,
     plural,
     sentence,
+    verb,
 )
 
 
@@ -55,7 +57,7 @@ def questions(view: View, rng: random.Random) -> dict[str, list[Question]]:
 
 def _presence(view: View, rng: random.Random) -> Iterator[Question]:
     """Yes for what has a box; where boxes are complete, as many noes: hard ones, of a colour or kind that is there."""
-    present = sorted({thing.phrase for thing in view.things})
+    present = sorted({thing.phrase for thing in view.things} | view.crowds)
     for phrase in present:
         yield _is_there(rng, phrase, True)
     if not view.complete:
@@ -90,15 +92,15 @@ def _palette(view: View) -> tuple[str, ...]:
 
 
 def _is_there(rng: random.Random, phrase: str, there: bool) -> Question:
-    what, verb = article(phrase), "are" if phrase.split()[-1] in ONLY_PLURAL else "is"
+    what, is_ = article(phrase), verb(phrase)
     text = rng.choice(
         (
-            f"{verb.capitalize()} there {what}?",
-            f"{verb.capitalize()} there {what} in the picture?",
+            f"{capital(is_)} there {what}?",
+            f"{capital(is_)} there {what} in the picture?",
             f"Can you see {what}?",
         )
     )
-    answer = f"Yes, there {verb} {what}." if there else f"No, there {verb} no {phrase}."
+    answer = f"Yes, there {is_} {what}." if there else f"No, there {is_} no {phrase}."
     return Question(("presence", phrase), text, "yes" if there else "no", answer)
 
 
@@ -131,10 +133,9 @@ def _how_many(rng: random.Random, noun: str, value: int) -> Question:
 
 
 def _several(view: View, rng: random.Random) -> Iterator[Question]:
-    for noun, things in view.by_noun.items():
-        if len(things) > 1 and view.count(noun) is None and noun not in ONLY_PLURAL:
-            text = rng.choice((f"Is there more than one {noun}?", f"Can you see more than one {noun}?"))
-            yield Question(("several", noun), text, "yes", f"Yes, there is more than one {noun}.")
+    for noun in view.more_than_one():
+        text = rng.choice((f"Is there more than one {noun}?", f"Can you see more than one {noun}?"))
+        yield Question(("several", noun), text, "yes", f"Yes, there is more than one {noun}.")
 
 
 def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
@@ -145,8 +146,9 @@ def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
         clear, near = (_ends(view, things, gap) for gap in (GAP, 0.0))
         if clear == near and len(clear) == 1:
             (side,) = clear
-            text = f"One {noun} lies apart: is it on the left or on the right of all the other {plural(noun)}?"
-            yield Question(("outermost", noun), text, side, f"It is on the {side} of all the other {plural(noun)}.")
+            others = f"all the other {plural(noun)}"
+            text = f"One {noun} is clearly apart from {others}: on which side of them, left or right?"
+            yield Question(("outermost", noun), text, side, f"One {noun} is on the {side} of {others}.")
 
 
 def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
@@ -172,7 +174,7 @@ def _place(view: View, rng: random.Random) -> Iterator[Question]:
             text = rng.choice(
                 (f"Where is {name}?", f"Where in the picture is {name}?", f"In which part of the picture is {name}?")
             )
-            yield Question(("place", str(number)), text, place, f"{name.capitalize()} is {AT[place]}.")
+            yield Question(("place", str(number)), text, place, f"{capital(name)} is {AT[place]}.")
 
 
 def _half(view: View, rng: random.Random) -> Iterator[Question]:
@@ -184,7 +186,7 @@ def _half(view: View, rng: random.Random) -> Iterator[Question]:
             half
             for x1, y1, x2, y2 in (thing.bbox for thing in things)
             for half, lies in (("left", x2 <= 0.5), ("right", x1 >= 0.5), ("upper", y2 <= 0.5), ("lower", y1 >= 0.5))
-            if lies and noun not in ONLY_PLURAL
+            if lies and not is_plural(noun)
         }
         for half in sorted(halves):
             what = f"{article(noun)} in the {half} half of the picture"
@@ -196,7 +198,7 @@ def _colour(view: View, rng: random.Random) -> Iterator[Question]:
     for number, thing, name in _named(view, rng, "colour"):
         if thing.colour:
             text = rng.choice((f"What colour is {name}?", f"Which colour does {name} have?"))
-            yield Question(("colour", str(number)), text, thing.colour, f"{name.capitalize()} is {thing.colour}.")
+            yield Question(("colour", str(number)), text, thing.colour, f"{capital(name)} is {thing.colour}.")
 
 
 def _form(view: View, rng: random.Random) -> Iterator[Question]:
@@ -213,7 +215,7 @@ def _size(view: View, rng: random.Random) -> Iterator[Question]:
     for number, thing, name in _named(view, rng):
         if thing.size:
             text = rng.choice((f"What size is {name}?", f"How large is {name}?"))
-            yield Question(("size", str(number)), text, thing.size, f"{name.capitalize()} is {thing.size}.")
+            yield Question(("size", str(number)), text, thing.size, f"{capital(name)} is {thing.size}.")
 
 
 _OTHER_WAY = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -227,7 +229,7 @@ def _relation(view: View, rng: random.Random) -> Iterator[Question]:
             one, other, really = (first, second, is_) if rng.random() < 0.5 else (second, first, _OTHER_WAY[is_])
             asked = rng.choice((really, _OTHER_WAY[really]))
             brief = "yes" if asked == really else "no"
-            answer = f"{brief.capitalize()}, {one} is {really} {other}{where}."
+            answer = f"{capital(brief)}, {one} is {really} {other}{where}."
             yield Question(("relation", axis, str(i), str(j)), f"Is {one} {asked} {other}{where}?", brief, answer)
 
 
@@ -247,7 +249,7 @@ def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
             text = f"Does {one} take up {word} of the picture than {other}?"
             said = f"{one} takes up {really} of the picture than {other}"
         brief = "yes" if says else "no"
-        yield Question(("comparison", str(i), str(j)), text, brief, f"{brief.capitalize()}, {said}.")
+        yield Question(("comparison", str(i), str(j)), text, brief, f"{capital(brief)}, {said}.")
 
 
 def _share(view: View, rng: random.Random) -> Iterator[Question]:
@@ -258,16 +260,16 @@ def _share(view: View, rng: random.Random) -> Iterator[Question]:
         if thing.area < 0.45:
             word, brief = rng.choice((("less", "yes"), ("more", "no")))
             text = f"Does {name} take up {word} than half of the picture?"
-            answer = f"{brief.capitalize()}, {name} takes up less than half of the picture."
+            answer = f"{capital(brief)}, {name} takes up less than half of the picture."
             yield Question(("share", str(number)), text, brief, answer)
 
 
 def _summary(view: View, rng: random.Random) -> Iterator[Question]:
-    said = sentence(rng.choice(view.captions))
+    said = sentence(rng.choice(view.sound_captions or view.captions))
     text = rng.choice(
         ("What is going on in the picture?", "What does the picture show?", "How would you sum up the scene?")
     )
-    if not view.complete:
+    if not view.complete and view.sound_captions:
         yield Question(("summary",), text, said, said)
 
 

@@ -104,14 +104,14 @@ def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Q
     quality.pictures = len(used)
     for image in used & by_image.keys():
         context = by_image[image]
-        boxes = {box.category for box in context.boxes} & set(CATEGORIES)
+        boxes = {*context.categories} & set(CATEGORIES)
         quality.present.update(boxes | named("\n".join(context.captions)))
     return quality
 
 
 def _objects(quality: Quality, answers: str, context: Context) -> None:
     said = " ".join(part for part in _SENTENCE.findall(answers) if not _DENIAL.search(part))
-    wrong = unsupported(said, context.captions, [box.category for box in context.boxes])
+    wrong = unsupported(said, context.captions, context.categories)
     quality.named.update(named(said))
     quality.unsupported.update(wrong)
     quality.lying += bool(wrong)

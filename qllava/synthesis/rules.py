@@ -24,7 +24,7 @@ from qllava.synthesis.contexts import Context
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.questions import Question, questions
 from qllava.synthesis.view import AT, LARGER, Thing, View
-from qllava.synthesis.words import article, counted, listed, number, plural, sentence
+from qllava.synthesis.words import article, capital, counted, listed, number, plural, sentence, verb
 
 TURNS = 10
 
@@ -42,9 +42,10 @@ def write(
         if type_ == "conversation":
             pairs = conversation(view, rng, brief=brief, turns=turns)
         elif type_ == "detail":
-            pairs = [(Prompts().question("detail", context), detail(view, rng))]
+            said = detail(view, rng)
+            pairs = [(Prompts().question("detail", context), said)] if said else []
         elif type_ == "reasoning":
-            found = list(_reasoning(view))
+            found = list(reasons(view))
             pairs = [rng.choice(found)] if found else []
         elif type_ == "naive":
             pairs = [(Prompts().question("naive", context), sentence(rng.choice(context.captions)))]
@@ -79,23 +80,25 @@ def conversation(view: View, rng: random.Random, *, brief: bool = False, turns: 
 
 
 def detail(view: View, rng: random.Random) -> str:
-    """A description: the caption that says most, how many of what, where it is, and how it lies to each other."""
+    """A description: the sound caption that says most, how many of what, where it is, and how it lies to each other."""
     if view.complete:
         said = [f"{article(f'{t.size} {t.phrase}' if t.size else t.phrase)}{_at(view, t)}" for t in view.things]
-        return f"There is {listed(said)}." if said else "There is nothing."
-    parts = [sentence(max(view.captions, key=len))]
+        return f"There {verb(view.things[0].noun)} {listed(said)}." if said else "There is nothing."
+    if not view.sound_captions:
+        return ""
+    parts = [sentence(max(view.sound_captions, key=len))]
     for noun, things in view.by_noun.items():
         known = view.count(noun)
         if known == 1 and (place := view.place(things[0])):
             parts.append(f"The {noun} is {AT[place]}.")
         elif known is not None and known > 1:
             parts.append(f"There are {counted(known, noun)}.")
-        elif len(things) > 2:
+        elif len(things) > 2 and noun in view.more_than_one():
             parts.append(f"There are several {plural(noun)}.")
     named = [(f"the {noun}", things[0]) for noun, things in view.by_noun.items() if view.count(noun) == 1]
     pairs = [(a, b) for a, b in combinations(named, 2) if view.apart(a[1], b[1])]
     for (first, a), (second, b) in rng.sample(pairs, min(2, len(pairs))):
-        parts.append(f"{first.capitalize()} is {listed(list(view.apart(a, b).values()))} {second} in the picture.")
+        parts.append(f"{capital(first)} is {listed(list(view.apart(a, b).values()))} {second} in the picture.")
     return " ".join(parts)
 
 
@@ -104,7 +107,7 @@ def _at(view: View, thing: Thing) -> str:
     return f" {AT[place]}" if place else ""
 
 
-def _reasoning(view: View) -> Iterator[tuple[str, str]]:
+def reasons(view: View) -> Iterator[tuple[str, str]]:
     """Questions that take several steps, and answers that take them."""
     counts = {noun: count for noun in view.by_noun if (count := view.count(noun)) is not None}
     for a, b in permutations(counts.items(), 2):
@@ -117,13 +120,13 @@ def _reasoning(view: View) -> Iterator[tuple[str, str]]:
     for one, two in combinations(named, 2):
         (smaller, little), (larger, big) = sorted((one, two), key=lambda pair: pair[1].area)
         if big.area >= LARGER * little.area and (place := view.place(big)):
-            where = f"{larger.capitalize()} takes up more of it than {smaller}, and it is {AT[place]}."
+            where = f"{capital(larger)} takes up more of it than {smaller}, and it is {AT[place]}."
             text = f"Which takes up more of the picture, {one[0]} or {two[0]}, and where is it?"
             yield text, f"{where} So it is {larger}, {AT[place]}."
 
 
 def _more(first: str, a: int, second: str, b: int) -> tuple[str, str]:
-    step, brief = f"{number(max(a, b)).capitalize()} is more than {number(min(a, b))}", "yes" if a > b else "no"
+    step, brief = f"{capital(number(max(a, b)))} is more than {number(min(a, b))}", "yes" if a > b else "no"
     if a == b:
         step = "That is as many of one as of the other"
     return f"Are there more {plural(first)} than {plural(second)}?", (
@@ -132,7 +135,7 @@ def _more(first: str, a: int, second: str, b: int) -> tuple[str, str]:
 
 
 def _together(first: str, a: int, second: str, b: int) -> tuple[str, str]:
-    adds = f"{number(a).capitalize()} and {number(b)} make {number(a + b)}"
+    adds = f"{capital(number(a))} and {number(b)} make {number(a + b)}"
     return f"How many {plural(first)} and {plural(second)} are there together?", (
         f"{_there_are(first, a, second, b)} {adds}, so the answer is {number(a + b)}."
     )
@@ -149,4 +152,4 @@ def _first_of(view: View, three: Sequence[tuple[str, Thing]]) -> Iterator[tuple[
             if all(view.apart(thing, b).get(axis) == side for _, b in others):
                 steps = listed([f"{side} {other}" for other, _ in others])
                 text = f"Of {listed([name for name, _ in three])}, which is {word} in the picture?"
-                yield text, f"{name.capitalize()} is {steps}, so it is {name}."
+                yield text, f"{capital(name)} is {steps}, so it is {name}."

@@ -6,19 +6,27 @@
     view.names(thing)       ["the dog"]: names that mean this one thing; none where another might be meant
     view.apart(a, b)        where a clearly lies, seen from b: {"left of", "above"}
 
-COCO's boxes are not all that there is to see: crowds are left out, small things are missed, and lists may be cut. So
-nothing is ever absent there, and a number is only known where the captions do not speak against it. Where a context is
-`complete` (nano's scenes) both are known.
+COCO's boxes are not all that there is to see: a crowd is one box, small things are missed, and lists may be cut. So
+nothing is ever absent there, and a number is only known where there is no crowd and the captions do not speak against
+it (`mentions`). What has no box is there only if two captions assert it (`asserted`). Where a context is `complete`
+(nano's scenes) both are known.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from qllava.synthesis.asserted import asserted, denied, lacks_article
 from qllava.synthesis.contexts import Context
-from qllava.synthesis.words import KIND_OF, NOT_COUNTED, OTHER_NAMES, SORTS, attributes, plural, read_number
+from qllava.synthesis.mentions import disputed, in_pieces, speaks_against, wider_speaks_against
+from qllava.synthesis.nouns import OTHER_NAMES, SORTS
+from qllava.synthesis.objects import unsupported
+from qllava.synthesis.phrases import simple_phrases
+from qllava.synthesis.words import KIND_OF, attributes, is_counted, plural, well_formed
 
 AT = {
     "top left": "at the top left", "top": "at the top", "top right": "at the top right",
@@ -36,26 +44,6 @@ _WIDE = 0.6
 """What reaches over more of the width or height is in no third of it."""
 GAP = 0.02
 """How far apart two things must end and begin to lie clearly beside each other."""
-_VAGUE = frozenset({
-    "several", "many", "few", "group", "herd", "flock", "lots", "lot", "some", "row", "rows", "bunch", "number",
-    "various", "multiple", "variety", "assortment", "crowd", "different", "other", "others", "bundle", "stack",
-    "pile", "dozens",
-})  # fmt: skip
-_BREAKS = frozenset({
-    "and", "or", "with", "in", "on", "at", "by", "near", "next", "to", "from", "behind", "under", "over", "while",
-    "who", "that", "is", "are",
-})  # fmt: skip
-_NO_THINGS = frozenset({
-    "couple", "group", "number", "lot", "row", "pair", "bunch", "image", "picture", "view", "close", "photo",
-    "photograph", "variety", "set", "few", "herd", "shot", "scene", "trick", "way", "time", "day", "side", "top",
-    "front", "middle", "bottom", "back", "background", "foreground", "part", "piece", "type", "kind", "selfie",
-    "display", "large", "small", "little", "old", "young", "big", "white", "black", "red", "blue", "green", "brown",
-})  # fmt: skip
-_END = frozenset({
-    "of", "in", "on", "at", "by", "with", "and", "or", "near", "next", "to", "from", "behind", "under", "over",
-    "above", "below", "is", "are", "was", "while", "who", "that", "which", "inside", "outside", "into", "onto",
-    "for", "up", "down", "beside", "between", "during", "across", "through", "along", "around", "off", "as",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,9 @@ class View:
     """A context, asked for what follows from it."""
 
     def __init__(self, context: Context) -> None:
-        self.complete = context.complete
+        self.crowds = frozenset(attributes(category)[2] for category in context.crowds)
+        # Where one box holds many, the boxes do not tell what else is there.
+        self.complete = context.complete and not self.crowds
         self.captions = context.captions
         self.things = [
             Thing(noun, box.bbox, size, colour)
@@ -97,51 +87,52 @@ class View:
         self.by_noun: dict[str, list[Thing]] = defaultdict(list)
         for thing in self.things:
             self.by_noun[thing.noun].append(thing)
-        self._words = [re.findall(r"[a-z]+|\d+|[^\w\s']", caption.lower()) for caption in context.captions]
-        self._counts = {noun: self._settled(noun) for noun in self.by_noun}
+        found = {noun: len(things) for noun, things in self.by_noun.items()}
+        unsure = set() if self.complete else wider_speaks_against(self.captions, found)
+        self._counts = {noun: None if noun in unsure else self._settled(noun, found[noun]) for noun in found}
+        self.sound_captions = list(context.captions) if self.complete else self._sound(context)
 
     def count(self, noun: str) -> int | None:
         """How many of a category there are; None where the annotation does not settle it."""
         return self._counts.get(noun, 0 if self.complete else None)
 
-    def _settled(self, noun: str) -> int | None:
-        found = len(self.by_noun[noun])
+    def _settled(self, noun: str, found: int) -> int | None:
+        if noun in self.crowds or not is_counted(noun):
+            return None
         if self.complete:
             return found
-        if noun in NOT_COUNTED or found > MOST:
+        if found > MOST or in_pieces(self.captions, noun) or speaks_against(self.captions, noun, found):
             return None
-        same, some = (noun, *OTHER_NAMES.get(noun, ())), SORTS.get(noun, ())
-        agreed = all(
-            self._agrees(words, name, found, exactly)
-            for words in self._words
-            for names, exactly in ((same, True), (some, False))
-            for name in names
-        )
-        sorts = max(sum(bool({name, plural(name)} & set(words)) for name in some) for words in self._words)
-        return found if agreed and sorts <= found else None
+        return found
 
-    @staticmethod
-    def _agrees(words: list[str], name: str, found: int, exactly: bool) -> bool:
-        """Whether a caption's words allow so many; `exactly`: its number means all of them, otherwise at least some."""
-        length, many = len(name.split()), plural(name).split()
-        for at in range(len(words) - length + 1):
-            here = words[at : at + length]
-            if here != many and here != name.split():
-                continue
-            said = None
-            for before in reversed(words[max(0, at - 4) : at]):
-                if before in _BREAKS or not before.isalnum():
-                    break
-                if before in _VAGUE and found < 3:
-                    return False
-                said = said or read_number(before)
-            least = 2 if here == many and many != name.split() else 1
-            if said is not None and (found < said or (exactly and said != found and said > 1)):
-                return False
-            # "a giraffe" does not say that it is the only one, "another" says that it is not.
-            if found < least or (found < 2 and at and words[at - 1] == "another"):
-                return False
-        return True
+    def more_than_one(self) -> list[str]:
+        """Return the categories of which there are several, while their number is not settled."""
+        several = {noun for noun, things in self.by_noun.items() if len(things) > 1 and not self._pieces(noun)}
+        return sorted(
+            noun for noun in several | self.crowds if is_counted(noun) and (noun in self.crowds or not self.count(noun))
+        )
+
+    def _pieces(self, noun: str) -> bool:
+        return in_pieces(self.captions, noun)
+
+    def _sound(self, context: Context) -> list[str]:
+        """Captions in good English that nothing speaks against: the half that the others confirm most."""
+        sound: list[tuple[float, str]] = []
+        for caption in context.captions:
+            others = [other for other in context.captions if other is not caption]
+            alone = bool(others) and unsupported(caption, others, context.categories)
+            digits = [set(re.findall(r"\d+", one)) for one in (caption, " ".join(others))]
+            wrong = any(
+                speaks_against([caption], noun, len(things)) or disputed(caption, others, noun)
+                for noun, things in self.by_noun.items()
+                if noun not in self.crowds and is_counted(noun) and len(things) <= MOST
+            )
+            wrong = wrong or bool(digits[1] and digits[0] - digits[1])
+            if well_formed(caption) and not lacks_article(caption) and not alone and not wrong:
+                sound.append((_shared(caption, others), caption))
+        # What the others do not say is more often wrong, or misspelled.
+        sound.sort(key=lambda one: -one[0])
+        return [caption for _, caption in sound[: max(1, len(sound) // 2)]]
 
     def place(self, thing: Thing) -> str | None:
         """Which of the nine places a thing is in; None where it lies near a line or reaches over most of it."""
@@ -156,7 +147,9 @@ class View:
 
         One that is not known to be the only one of its category has none, unless the boxes are complete.
         """
-        out = []
+        out: list[str] = []
+        if not is_counted(thing.noun):
+            return out
         if "noun" not in without and self.count(thing.noun) == 1:
             out.append(f"the {thing.noun}")
         if not self.complete:
@@ -185,15 +178,28 @@ class View:
         return out
 
     def agreed_things(self) -> list[str]:
-        """Things that at least two captions name after an article, and no box: "street sign"."""
-        seen: Counter[str] = Counter()
-        for words in self._words:
-            seen.update({phrase for phrase in _phrases(words) if phrase not in self.by_noun})
-        agreed = [phrase for phrase, times in seen.items() if times >= 2]
-        known = {word for noun in self.by_noun for word in (noun, *OTHER_NAMES.get(noun, ()), *SORTS.get(noun, ()))}
-        last = {phrase.split()[-1] for phrase in known}
-        longest = [p for p in agreed if not any(other != p and other.endswith(f" {p}") for other in agreed)]
-        return sorted(phrase for phrase in longest if phrase.split()[-1] not in last)
+        """Return the things that two captions say are there, none denies and no box shows: "street sign", "trees"."""
+        said = [asserted(caption) for caption in self.captions]
+        refused = set().union(*map(denied, self.captions))
+        agreed = [name for name, captions in Counter(chain(*said)).items() if captions >= 2 and name not in refused]
+        boxed = {*self.by_noun, *self.crowds}
+        known = {word for noun in boxed for word in (noun, *OTHER_NAMES.get(noun, ()), *SORTS.get(noun, ()))}
+        last = {name.split()[-1] for name in known}
+        # A bathroom is a room: the longer name says it.
+        longest = [name for name in agreed if not any(other != name and other.endswith(name) for other in agreed)]
+        return sorted(
+            plural(name) if all(one.get(name, True) for one in said) else name
+            for name in longest
+            if name.split()[-1] not in last
+        )
+
+
+def _shared(caption: str, others: Sequence[str]) -> float:
+    """The share of a caption's words that another caption has too; words between phrases do not count."""
+    said = {word for phrase in simple_phrases(" ".join(others)) for word in phrase.split()}
+    said |= {plural(word) for word in said}
+    words = [word for phrase in simple_phrases(caption) for word in phrase.split()]
+    return sum(word in said or plural(word) in said for word in words) / max(len(words), 1)
 
 
 def _third(low: float, high: float) -> int | None:
@@ -202,21 +208,3 @@ def _third(low: float, high: float) -> int | None:
     if high - low > _WIDE or min(abs(middle - 1 / 3), abs(middle - 2 / 3)) < _SHY:
         return None
     return int(middle * 3)
-
-
-def _phrases(words: list[str]) -> set[str]:
-    """What stands after "a" or "an" up to a word that ends it, and its last one or two words alone."""
-    out: set[str] = set()
-    for at, word in enumerate(words):
-        if word not in ("a", "an"):
-            continue
-        phrase: list[str] = []
-        for following in [*words[at + 1 : at + 5], *([","] if at + 5 > len(words) else [])]:
-            if following in _END or not following.isalpha() or re.search("ing$|..ed$", following):
-                break
-            phrase.append(following)
-        else:
-            phrase = []  # nothing ended it, so it is not known where the thing ends
-        if phrase and not phrase[-1].endswith("s") and phrase[-1] not in _NO_THINGS:
-            out.update(" ".join(phrase[-length:]) for length in (1, 2) if length <= len(phrase))
-    return out

@@ -1,7 +1,8 @@
-"""The little English that rules need: plurals, numbers, kinds, other names of a thing, and what a category says.
+"""The little English that rules need: plurals, articles, verbs, numbers, kinds, and what a category says.
 
 attributes("large red circle")    ("large", "red", "circle")
 plural("potted plant")            "potted plants"
+article("skis")                   "skis": a word without a singular, or without a plural, has no article
 number(3)                         "three"
 """
 
@@ -9,6 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+
+
+def several(text: str) -> tuple[str, ...]:
+    """Return the words of a text, in order."""
+    return tuple(text.split())
+
 
 SIZES = ("small", "medium", "large")
 COLOURS = (
@@ -22,42 +30,37 @@ KINDS = {
 """Words that stand above several categories; the first two are COCO's."""
 KIND_OF = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
 
-ONLY_PLURAL = frozenset({"skis", "scissors"})
-"""One box of these is a pair, or half of one: they are there or not, and are never counted."""
-NOT_COUNTED = ONLY_PLURAL | {"broccoli", "food", "hair", "water", "grass", "sand", "snow"}
-OTHER_NAMES = {
-    "person": ("human",),
-    "donut": ("doughnut",),
-    "bicycle": ("bike",),
-    "motorcycle": ("motorbike",),
-    "airplane": ("plane", "aeroplane"),
-    "couch": ("sofa",),
-    "cell phone": ("cellphone", "phone"),
-    "tv": ("television",),
-    "laptop": ("laptop computer",),
-    "remote": ("controller", "remote control"),
-    "potted plant": ("plant",),
-    "dining table": ("table",),
-}
-"""What a caption may call the same thing: a number with it is a number of that thing."""
-SORTS = {
-    "person": (
-        "man", "woman", "boy", "girl", "kid", "child", "guy", "lady", "skier", "player", "rider", "worker",
-        "skateboarder", "surfer", "baby",
-    ),
-    "suitcase": ("bag",),
-    "bird": ("duck", "goose", "gull", "seagull", "pigeon"),
-    "dog": ("puppy",),
-    "cat": ("kitten",),
-}  # fmt: skip
-"""What some of a thing may be called: a number with it is a number of at least so many."""
+_MASS = frozenset(
+    several(
+        """
+        broccoli food hair water grass sand snow ice rain mud dirt soil smoke fog sky rice bread meat cheese butter
+        fruit pasta corn spinach lettuce cabbage garlic soup salad milk juice coffee tea beer wine sugar salt sauce
+        luggage baggage furniture equipment clothing jewelry jewellery silverware cutlery traffic graffiti wood metal
+        plastic paper cardboard concrete asphalt pavement gravel stone brick foliage vegetation shrubbery scenery
+        money mail trash garbage rubbish hay straw wool fur leather cotton produce popcorn toast bacon ham pork beef
+        seafood
+        """
+    )
+)
+"""Words without a plural: there is some of it or none, and it is never counted."""
+_PLURAL_ONLY = frozenset(several("people men women children cattle police mice geese teeth feet oxen livestock"))
+_SINGULAR_IN_S = frozenset(several("gas lens canvas atlas iris tennis bus christmas pancreas"))
+_SAME = frozenset(several("sheep fish deer bison moose shrimp aircraft series species"))
+"""Words whose plural looks like their singular: they can be counted."""
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _IRREGULAR = {
     "person": "people", "man": "men", "woman": "women", "child": "children", "knife": "knives", "mouse": "mice",
-    "sheep": "sheep", "goose": "geese", "foot": "feet", "tooth": "teeth", "leaf": "leaves", "shelf": "shelves",
-    "skis": "skis", "scissors": "scissors", "fish": "fish", "deer": "deer",
+    "goose": "geese", "foot": "feet", "tooth": "teeth", "ox": "oxen", "calf": "calves", "leaf": "leaves",
+    "shelf": "shelves", "loaf": "loaves", "scarf": "scarves", "wolf": "wolves", "half": "halves", "wife": "wives",
+    "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "cactus": "cacti",
 }  # fmt: skip
+_AN = re.compile(r"(?:[aeiou]|hours?\b|honest|heir|x-ray|suv\b|mri\b|led\b|lcd\b)", re.IGNORECASE)
+_NOT_AN = re.compile(r"(?:uni(?![nmd])|us[eu]|ut[ei]|urin|uk|eu|ewe|one\b|once\b|ufo\b)", re.IGNORECASE)
+
+
+_CALLED = {"dining table": "table", "tv": "TV"}
+"""How a sentence says a category: COCO calls every table a dining table, those before a couch too."""
 
 
 def attributes(category: str) -> tuple[str | None, str | None, str]:
@@ -65,14 +68,36 @@ def attributes(category: str) -> tuple[str | None, str | None, str]:
     words = category.lower().split()
     size = words.pop(0) if len(words) > 1 and words[0] in SIZES else None
     colour = words.pop(0) if len(words) > 1 and words[0] in COLOURS else None
-    return size, colour, " ".join(words)
+    noun = " ".join(words)
+    return size, colour, _CALLED.get(noun, noun)
+
+
+def is_plural(noun: str) -> bool:
+    """Whether a noun is a plural already, or has no singular: "skis", "scissors", "people", "trees"."""
+    last = noun.split()[-1]
+    if last in _PLURAL_ONLY:
+        return True
+    if last == "skis":  # other words in -is are singular: "iris"
+        return True
+    return last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in _SINGULAR_IN_S | _SAME
+
+
+def is_counted(noun: str) -> bool:
+    """Whether one of it can be told from two: not of "skis" (a box is a pair, or half of one), nor of "broccoli"."""
+    return noun.split()[-1] not in _MASS and not is_plural(noun)
 
 
 def plural(noun: str) -> str:
-    """The plural of a noun; of several words the last one changes."""
+    """Return the plural of a noun; of several words the last one changes."""
     before, _, last = noun.rpartition(" ")
-    if last in _IRREGULAR:
+    if last in _SAME or last.endswith("fish") or not is_counted(noun):
+        many = last
+    elif last in _IRREGULAR:
         many = _IRREGULAR[last]
+    elif (
+        end := re.search(r"(?:(?<!otto)(?<!hu)(?<!ger)(?<!ro)(?<!sha)man|shelf|knife|wife|child)$", last)
+    ) is not None:  # "fireman", "bookshelf"
+        many = last[: end.start()] + _IRREGULAR[end.group()]
     elif last.endswith(("s", "x", "z", "ch", "sh")):
         many = f"{last}es"
     elif re.search(r"[^aeiou]y$", last):
@@ -83,10 +108,20 @@ def plural(noun: str) -> str:
 
 
 def article(words: str) -> str:
-    """`words` with "a" or "an" before them; what has no singular goes without."""
-    if words.split()[-1] in NOT_COUNTED:
+    """Return `words` with "a" or "an" before them; what has no singular or no plural goes without."""
+    if not is_counted(words):
         return words
-    return f"an {words}" if words[0] in "aeiou" and not words.startswith("uni") else f"a {words}"
+    return f"an {words}" if _AN.match(words) and not _NOT_AN.match(words) else f"a {words}"
+
+
+def verb(noun: str) -> str:
+    """Return "are" for what has no singular, else "is"."""
+    return "are" if is_plural(noun) else "is"
+
+
+def capital(text: str) -> str:
+    """Return a text with a capital letter at its start; the others stay as they are ("The TV")."""
+    return text[:1].upper() + text[1:]
 
 
 def number(value: int) -> str:
@@ -100,10 +135,12 @@ def counted(value: int, noun: str) -> str:
 
 
 def read_number(word: str) -> int | None:
-    """The number that a word of a caption means: "three", "3", "a couple", "a pair"; None for others."""
+    """Return the number that a word of a caption means: "three", "3", "a couple", "a pair"; None for others."""
     if word.isascii() and word.isdigit():
         return int(word)
-    return {"couple": 2, "pair": 2, "both": 2}.get(word, _NUMBERS.index(word) if word in _NUMBERS[1:] else None)
+    if word in _NUMBERS[1:]:
+        return _NUMBERS.index(word)
+    return {"couple": 2, "pair": 2, "both": 2, "duo": 2, "twin": 2, "trio": 3, "triple": 3, "dozen": 12}.get(word)
 
 
 def listed(words: Sequence[str]) -> str:
@@ -111,9 +148,25 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def well_formed(text: str) -> bool:
+    """Return whether a caption has none of the mistakes that can be seen without grammar: "a a", "a apple"."""
+    words = re.findall(r"[a-z']+|\d+", text.lower().replace("\u2019", "'"))
+    if {"laying", "lays", "layed"} & {*words}:  # for "lying" and "lies"
+        return False
+    for word, after in pairwise(words):
+        if word == after and word not in ("that", "had"):
+            return False
+        if word in ("a", "an") and (word == "an") != bool(_AN.match(after) and not _NOT_AN.match(after)):
+            return False
+        if word in (*COLOURS, "though") and after in ("a", "an"):  # "red an orange", "walking though a forest"
+            return False
+        if word in _NUMBERS[2:] and (after.endswith("'s") or plural(after) != after and after in KIND_OF):
+            return False  # "three giraffe's", "three giraffe"
+    return len(words) > 1
+
+
 def sentence(text: str) -> str:
     """A caption as a sentence: one blank between words, a capital letter at its start and a full stop at its end."""
     text = " ".join(text.split())
-    text = text.lower() if text.isupper() else text
-    text = text[:1].upper() + text[1:]
+    text = capital(text.lower() if text.isupper() else text)
     return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -56,6 +56,12 @@ class TestRows:
         path.write_text(json.dumps([ROW, ROW | {"id": 2}]), encoding="utf-8")
         assert [one.id for one in read_contexts(path)] == ["1", "2"]
 
+    def test_a_crowd_is_no_box(self, tmp_path: Path) -> None:
+        boxes = [{"category": "cat", "bbox": [0, 0, 1, 1], "iscrowd": 0}]
+        boxes += [{"category": name, "bbox": [0, 0, 1, 1], "iscrowd": 1} for name in ("person", "cat", "person")]
+        (context,) = read_contexts(jsonl(tmp_path, ROW | {"boxes": boxes}))
+        assert context.boxes == (Box("cat", (0.0, 0.0, 1.0, 1.0)),) and context.crowds == ("cat", "person")
+
     def test_what_is_rounded_is_cut(self, tmp_path: Path) -> None:
         row = ROW | {"boxes": [{"category": "cat", "bbox": [-0.001, 0, 1.001, 1]}]}
         assert read_contexts(jsonl(tmp_path, row))[0].boxes[0].bbox == (0.0, 0.0, 1.0, 1.0)
@@ -79,6 +85,7 @@ class TestRows:
             ({"complete": "yes"}, "complete must be"),
             ({"boxes": [{"category": "", "bbox": [0, 0, 1, 1]}]}, "box 1 needs a category"),
             ({"boxes": ["cat"]}, "box 1 needs a category"),
+            ({"boxes": [{"category": "cat", "bbox": [0, 0, 1, 1], "iscrowd": "no"}]}, "iscrowd must be 0 or 1"),
             ({"boxes": [{"category": "cat", "bbox": [0, 0, 1]}]}, "four numbers"),
             ({"boxes": [{"category": "cat", "bbox": [0, 0, 1, True]}]}, "four numbers"),
             ({"boxes": [{"category": "cat", "bbox": [0, 0, 1.1, 1]}]}, "outside of 0..1"),
@@ -125,8 +132,8 @@ class TestRows:
 
 
 class TestCoco:
-    def test_crowds_and_boxes_without_area_are_left_out_and_corners_are_shares(self, tmp_path: Path) -> None:
-        expected = Context("7", "7.jpg", ("A cat.",), (Box("cat", (0.1, 0.1, 0.6, 1.0)),))
+    def test_crowds_are_told_boxes_without_area_left_out_and_corners_are_shares(self, tmp_path: Path) -> None:
+        expected = Context("7", "7.jpg", ("A cat.",), (Box("cat", (0.1, 0.1, 0.6, 1.0)),), crowds=("person",))
         coco(tmp_path)
         for source in (tmp_path, tmp_path / "captions_few.json", tmp_path / "instances_few.json"):
             assert read_contexts(source) == [expected]

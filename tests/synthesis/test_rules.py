@@ -15,10 +15,11 @@ import pytest
 
 from qllava.data.formats import read_examples
 from qllava.synthesis.contexts import Box, Context, read_contexts
+from qllava.synthesis.objects import CATEGORIES
 from qllava.synthesis.questions import questions
-from qllava.synthesis.rules import write
+from qllava.synthesis.rules import detail, reasons, write
 from qllava.synthesis.view import View
-from qllava.synthesis.words import article, attributes, counted, plural, sentence
+from qllava.synthesis.words import article, attributes, counted, plural, sentence, well_formed
 from tests.synthesis.checker import Checker, description, steps
 
 ALL = ("conversation", "detail", "reasoning", "naive")
@@ -34,19 +35,31 @@ def pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
 def checker(context: Context) -> Checker:
     """The annotation, as plain values."""
     boxes = [{"category": box.category, "bbox": list(box.bbox)} for box in context.boxes]
-    return Checker(list(context.captions), boxes, complete=context.complete)
+    return Checker(list(context.captions), boxes, complete=context.complete, crowds=context.crowds)
 
 
 def make(
-    *boxes: tuple[str, tuple[float, float, float, float]], said: str = "A scene.", complete: bool = False
+    *boxes: tuple[str, tuple[float, float, float, float]],
+    said: str = "A scene.",
+    complete: bool = False,
+    crowds: tuple[str, ...] = (),
 ) -> Context:
-    """A context of these boxes, with one caption."""
-    return Context("1", "1.jpg", (said,), tuple(Box(*box) for box in boxes), complete)
+    """A context of these boxes and crowds, with one caption."""
+    return Context("1", "1.jpg", (said,), tuple(Box(*box) for box in boxes), complete, crowds)
 
 
 def asked(context: Context, sort: str) -> list[tuple[str, str]]:
     """Text and brief answer of every question of a sort."""
     return sorted((q.text, q.brief) for q in questions(View(context), random.Random(0)).get(sort, []))
+
+
+def everything(context: Context) -> list[str]:
+    """Every question and answer that a context may give, of all types."""
+    said = [
+        text for one in questions(View(context), random.Random(0)).values() for q in one for text in (q.text, q.answer)
+    ]
+    said += [text for pair in reasons(View(context)) for text in pair]
+    return [*said, detail(View(context), random.Random(0))]
 
 
 A, B, C = (0.05, 0.05, 0.25, 0.25), (0.7, 0.7, 0.95, 0.95), (0.4, 0.4, 0.6, 0.6)
@@ -155,6 +168,77 @@ def test_animals_whose_boxes_are_complete() -> None:
     assert {"Yes,", "No,"} <= verdicts
 
 
+class TestCrowds:
+    """One box of a crowd holds many: the category is there, there is more than one, and nothing else is known."""
+
+    @pytest.mark.parametrize("complete", [False, True])
+    @pytest.mark.parametrize("boxes", [0, 1, 3])
+    def test_a_category_with_a_crowd_is_never_counted(self, boxes: int, complete: bool) -> None:
+        people = [("person", bbox) for bbox in (A, B, C)[:boxes]]
+        context = make(*people, ("dog", A), complete=complete, crowds=("person",))
+        said = everything(context)
+        assert not [
+            text for text in said if re.search(r"how many people|more people|\bthe person\b", text, re.IGNORECASE)
+        ]
+        assert not [text for text in said if re.search(r"(?<!more than )\b(one|two|three|no) (person|people)\b", text)]
+        assert [brief for _, brief in asked(context, "presence")] == ["yes", "yes"], "nothing is known to be absent"
+        assert [brief for _, brief in asked(context, "several")] == ["yes"]
+        for pair in (
+            (q.text, q.answer) for found in questions(View(context), random.Random(0)).values() for q in found
+        ):
+            if pair[1] not in context.captions:
+                Checker(
+                    ["A scene."],
+                    [{"category": b.category, "bbox": list(b.bbox)} for b in context.boxes],
+                    crowds=("person",),
+                ).fact(*pair)
+
+    def test_without_a_crowd_they_are_counted(self) -> None:
+        assert [text for text in everything(make(("person", A), ("dog", B))) if "the person" in text]
+
+
+UNCOUNTED = ("skis", "scissors", "broccoli", "luggage", "trees", "sunglasses", "people", "red glasses")
+
+
+class TestGrammar:
+    @pytest.mark.parametrize("complete", [False, True])
+    @pytest.mark.parametrize("boxes", [1, 2, 3])
+    @pytest.mark.parametrize("category", UNCOUNTED)
+    def test_what_has_no_singular_or_no_plural_is_counted_in_no_branch(
+        self, category: str, boxes: int, complete: bool
+    ) -> None:
+        noun = category.split()[-1]
+        context = make(*[(category, bbox) for bbox in (A, B, C)[:boxes]], ("cat", A), complete=complete)
+        said = everything(context)
+        counts = rf"\b(how many|more|than|one|two|three|several|the|the red|a|an|all the other) {noun}\b|\b{noun}e?s\b"
+        assert not [text for text in said if re.search(counts, text, re.IGNORECASE)]
+        verb = "is" if noun in ("broccoli", "luggage") else "are"
+        assert any(re.search(rf"^Yes, there {verb} (?:red )?{noun}\.$", text) for text in said)
+
+    @pytest.mark.parametrize("complete", [False, True])
+    @pytest.mark.parametrize("boxes", [1, 2, 3])
+    def test_every_category_of_coco(self, boxes: int, complete: bool) -> None:
+        """Articles, verbs and plurals agree, whatever the category."""
+        wrong = re.compile(
+            r"\ba [aeio]|\ban [^aeiou]|\b[Tt]here is (?:two|three)\b|\b[Tt]here are (?:one|an?)\b|  "
+            r"|\b(?:skiss|scissorss|sheeps|persons|childs|mans|knifes|mouses|broccolis|buss|benchs|glasss)\b"
+            r"|\bone (?:people|sheeps|[a-z]+ses)\b|^[a-z]"
+        )
+        for category in CATEGORIES:
+            context = make(*[(category, bbox) for bbox in (A, B, C)[:boxes]], ("owl", C), complete=complete)
+            assert not [text for text in everything(context) if wrong.search(text)]
+
+    def test_words_whose_plural_is_their_singular_are_counted(self) -> None:
+        said = everything(make(("sheep", A), ("sheep", B), ("sheep", C), ("dog", A), complete=True))
+        assert "There are three sheep." in said and not [text for text in said if "sheeps" in text]
+        assert "There is one sheep." in everything(make(("sheep", A), said="A sheep."))
+
+    def test_names_that_sentences_give_to_categories(self) -> None:
+        said = " ".join(everything(make(("dining table", A), ("tv", B))))
+        assert "the table" in said and "the TV" in said and "The TV is" in said
+        assert "dining" not in said and "tv" not in said
+
+
 class TestWhatIsNotAsked:
     def test_absence_only_where_boxes_are_complete(self) -> None:
         assert [brief for _, brief in asked(make(("cat", A)), "presence")] == ["yes"]
@@ -173,12 +257,23 @@ class TestWhatIsNotAsked:
             ("cat", 10, "Cats.", None),
             ("donut", 4, "Three doughnuts.", None),
             ("donut", 4, "A couple of small doughnuts.", None),
-            ("person", 3, "Two men, and others.", 3),
+            ("person", 4, "Two men, and others.", 4),
+            ("person", 3, "Two men, and others.", None),
+            ("person", 3, "A man, a woman and other people.", None),
             ("person", 1, "Two men.", None),
             ("person", 1, "A man and a woman.", None),
             ("person", 3, "Two people.", None),
             ("dining table", 1, "Tables and chairs.", None),
             ("skis", 2, "Two people with skis.", None),
+            ("scissors", 1, "Scissors.", None),
+            ("broccoli", 1, "Broccoli.", None),
+            ("luggage", 1, "Luggage.", None),
+            ("trees", 1, "A park.", None),
+            ("sheep", 1, "A sheep.", 1),
+            ("sheep", 1, "Sheep in a field.", None),
+            ("person", 1, "A crowd watches.", None),
+            ("cow", 1, "Cattle graze.", None),
+            ("pizza", 2, "Two slices of pizza.", None),
         ],
     )
     def test_numbers_that_captions_speak_against(self, noun: str, boxes: int, said: str, count: int | None) -> None:
@@ -276,6 +371,40 @@ class TestWords:
             "a unicycle",
         ]
         assert [counted(n, "person") for n in (0, 1, 2, 13)] == ["no people", "one person", "two people", "13 people"]
+
+    def test_articles_by_sound(self) -> None:
+        words = (
+            "hour hand",
+            "uniform",
+            "unimportant man",
+            "SUV",
+            "TV",
+            "useful tool",
+            "one-way sign",
+            "umbrella",
+            "urinal",
+        )
+        assert [article(word).split()[0] for word in words] == ["an", "a", "an", "an", "a", "a", "a", "an", "a"]
+
+    def test_plurals_of_compounds(self) -> None:
+        words = (
+            "fireman",
+            "human",
+            "ottoman",
+            "bookshelf",
+            "steak knife",
+            "schoolchild",
+            "goldfish",
+            "TV",
+            "hair drier",
+        )
+        many = ["firemen", "humans", "ottomans", "bookshelves", "steak knives", "schoolchildren", "goldfish", "TVs"]
+        assert [plural(word) for word in words] == [*many, "hair driers"]
+
+    def test_captions_with_mistakes(self) -> None:
+        wrong = ("A man on a a bus.", "A apple on a table.", "Three giraffe's near a tree.", "A red an orange bus.")
+        assert not [text for text in (*wrong, "Two dogs laying down.", "Bus.") if well_formed(text)]
+        assert well_formed("An hour hand, a one-way sign and two sheep.")
 
     def test_sentences(self) -> None:
         assert sentence("a cat \n sits") == "A cat sits."

@@ -41,12 +41,16 @@ def planned(capsys: pytest.CaptureFixture[str], *line: str, status: int = 0) -> 
 def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_bytes((hf_layout / "config.json").read_bytes())
     found = planned(capsys, "--model", str(tmp_path), "--lora-r", "4", "--tokens-per-row", "300")
-    assert {"peak_bytes", "parts", "fits", "suggestion"} <= found.keys()
-    assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == found["peak_bytes"]
+    assert {"peak_bytes", "phases", "parts", "fits", "suggestion"} <= found.keys()
+    phases = found["phases"]
+    assert list(phases) == ["before", "step", "evaluation", "chat"] and found["peak_bytes"] == max(phases.values())
+    assert phases["evaluation"] == 0 < phases["before"]  # eval_strategy is no
+    assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == phases["step"]
     assert found["fits"] is None and found["suggestion"] == "A card of 4 GB is enough."
     setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), 4, tokens_per_row=300)
-    assert found["peak_bytes"] == memory.estimate(setup).peak_bytes
-    assert planned(capsys, "--model", str(tmp_path), "--lora-r", "0")["parts"]["LoRA"] == 0
+    assert phases["step"] == memory.estimate(setup).peak_bytes
+    alone = planned(capsys, "--model", str(tmp_path), "--lora-r", "0")
+    assert alone["parts"]["LoRA"] == alone["phases"]["chat"] == 0  # a projector cannot be asked
 
 
 def test_a_run_folder_is_planned_as_its_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +86,8 @@ def test_a_recipe_and_a_flag_above_it(llama: str, tmp_path: Path, capsys: pytest
 def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--tokens-per-row", "200"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in (*memory.PARTS, "peak"):
-        (line,) = [line for line in lines if line.startswith(name)]
+    for name in (*memory.PARTS, "before", "step", "evaluation", "chat", "peak"):
+        (line,) = [line for line in lines if line.split()[0] == name]
         assert " MB" in line or " GB" in line
     assert any("###" in line for line in lines)
     assert lines[-2].startswith("with rows of 200 tokens, 0 layers recomputed")  # nano's own settings
@@ -126,7 +130,7 @@ class TestTowersOfOpenClip:
     def test_llava_15(self, llama: str) -> None:
         config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=L336))
         own, known = config.vision_config, shapes.llava_7b().vision_config
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"):
             assert getattr(own, name) == getattr(known, name)  # type: ignore[union-attr]
         assert tokens_per_image(config) == 576
         assert config.text_config.vocab_size == 1024 and config.image_token_index == 1000
@@ -134,9 +138,9 @@ class TestTowersOfOpenClip:
     def test_siglip(self, llama: str) -> None:
         tower = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
         config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=tower))
-        own, known = config.vision_config, shapes.smollm2_siglip().vision_config
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            assert getattr(own, name) == getattr(known, name)  # type: ignore[union-attr]
+        own = config.vision_config
+        sizes = (own.hidden_size, own.intermediate_size, own.num_hidden_layers, own.num_attention_heads)
+        assert sizes == (1152, 4304, 27, 16)  # as the paper's authors published so400m
         assert tokens_per_image(config) == 729
 
     @pytest.mark.parametrize("arch", ["ViT-B-32", "ViT-S-32-alt"])
@@ -146,7 +150,14 @@ class TestTowersOfOpenClip:
         with torch.random.fork_rng(devices=[]):
             built = convert_open_clip(open_clip.create_model(arch).visual).config
         own = plan._of_open_clip(f"open_clip:{arch}/any")
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "patch_size",
+            "hidden_act",
+        ):
             assert getattr(own, name) == getattr(built, name), name
 
     def test_a_folder_that_is_missing(self) -> None:

@@ -1,11 +1,12 @@
 """Presets are commands of others: each is read as the recipes read it, and what is written about it is held against it.
 
-No model is downloaded here: a preset's names stand for the shapes of `benchmarks/shapes.py`.
+No model is downloaded here: the shapes of the models that presets name come with qllava.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import shapes
 from qllava.config import InputError
 from qllava.models import ledger
 from qllava.models.adapter import LORA_TARGETS
-from qllava.training import memory, run
+from qllava.models.known import known_names
+from qllava.training import memory, run, scores
+from qllava.training.plan import llava_config
 from qllava.training.settings import NO_EFFECT, Settings, TrainConfig, parse
 from tests.test_recipes import commands, understand
 
@@ -45,7 +48,19 @@ def load(path: Path, *flags: str) -> Settings:
 
 
 def shape_of(settings: Settings) -> LlavaConfig:
-    return SHAPES[settings.model.model_name_or_path or settings.model.language_model or ""]()
+    return llava_config(settings.model)
+
+
+@each_preset
+def test_a_preset_needs_no_network_for_its_plan(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a plan went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refused)
+    settings = load(path)
+    found, name = shape_of(settings), settings.model.model_name_or_path or settings.model.language_model or ""
+    assert found.to_dict() == SHAPES[name]().to_dict() and name in known_names()
 
 
 def comments(path: Path) -> str:
@@ -70,7 +85,7 @@ def test_there_is_one_for_every_card(gigabytes: int) -> None:
 
 @each_preset
 def test_a_preset_says_what_it_is_named_for(path: Path) -> None:
-    settings, given = load(path), yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = load(path)
     model, train = settings.model, settings.train
     assert not model.is_nano and shape_of(settings)
     assert train.fit_memory == re.findall(r"_(\d+)gb", path.stem)[0] + "GB"
@@ -78,7 +93,7 @@ def test_a_preset_says_what_it_is_named_for(path: Path) -> None:
     # The user's own, by flags; and what fit_memory and the card decide.
     left_out = {"train_file", "eval_file", "image_folder", "pretrain_file", "projector", "output_dir", "template"}
     left_out |= {"tokens_per_row", "recompute_layers", "optim", "gradient_checkpointing", "bf16", "fp16", *NO_EFFECT}
-    assert not left_out & given.keys()
+    assert not left_out & given(path).keys()
     assert train.activation_checkpointing, "nano's defaults are not a 7B's"
     assert (train.max_length, train.lr_scheduler_type, train.warmup_steps) == (2048, "cosine", 0.03)
 
@@ -229,16 +244,30 @@ def setup_of(settings: Settings, stage: str) -> memory.Setup:
     return memory.setup_of(settings.model, settings.train, shape_of(settings), lora_r=r)
 
 
-@each_preset
-def test_a_preset_fits_its_card(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [(path, stage) for path in PRESETS for stage in stages(path)],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
+def test_every_phase_of_a_preset_fits_its_card(path: Path, stage: str) -> None:
     """With rows of max_length and all layers recomputed, which is among what fit_memory chooses from."""
     settings = load(path)
-    setup = setup_of(settings, stages(path)[-1])
+    setup = setup_of(settings, stage)
     assert setup.tokens_per_row == settings.train.max_length and not memory.settled(settings.train)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
-    found = memory.estimate(setup)
-    assert found.peak_bytes <= limit, found
-    assert found.parts["optimizer"] > 0 and (found.parts["LoRA"] > 0) == (stages(path)[-1] == "finetune")
+    found = memory.plan_of(setup, memory.estimate(setup), limit, scores.asking_of(settings.train, lora_r=setup.lora_r))
+    tuned = stage == "finetune"
+    assert found.fits and found.peak_bytes <= limit, found
+    assert found.estimate.parts["optimizer"] > 0 and (found.estimate.parts["LoRA"] > 0) == tuned
+    assert [size > 0 for size in found.phases.values()] == [True, True, "eval_strategy" in given(path), tuned]
+    if tuned:  # questions are answered, and more than one at a time
+        assert found.phases["evaluation"] > found.phases["chat"] > found.estimate.resident["weights"]
+
+
+def given(path: Path) -> dict[str, Any]:
+    """The keys that a preset sets."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
 
 
 def test_a_card_that_is_too_small_is_found() -> None:
@@ -254,8 +283,10 @@ def test_a_card_that_is_too_small_is_found() -> None:
 def test_what_fit_memory_chooses_stays_under_the_limit(path: Path) -> None:
     settings = load(path)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
-    plan = memory.fit(setup_of(settings, "finetune"), limit, least_tokens=2048, fixed=memory.settled(settings.train))
-    assert plan.fits and plan.estimate.peak_bytes <= limit and plan.tokens_per_row >= 2048
+    asking = scores.asking_of(settings.train, lora_r=settings.model.lora_r)
+    fixed = memory.settled(settings.train)
+    plan = memory.fit(setup_of(settings, "finetune"), limit, asking=asking, least_tokens=2048, fixed=fixed)
+    assert plan.fits and plan.peak_bytes <= limit and plan.tokens_per_row >= 2048
 
 
 @pytest.mark.slow

@@ -54,8 +54,9 @@ class Room:
         device = model.device
         free = _free_on_gpu(device) if device.type == "cuda" else int(SHARE_OF_HOST * available())
         if self.limit is not None:
-            taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else _held_by(model)
-            free = min(free, self.limit - taken)
+            cuda = device.type == "cuda"
+            taken = torch.cuda.memory_allocated(device) if cuda else _held_by(model)
+            free = min(free, int((SHARE if cuda else 1) * (self.limit - taken)))
         return self.agree(max(free, 0))
 
     def halve(self, count: int) -> None:
@@ -87,7 +88,8 @@ class Batches:
         self._model, self._room, self._free = model, room, room.free(model)
         self._held = {
             "training": hasattr(model, "peft_config"),
-            "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)),
+            # Not `is_loaded_in_4bit`, a mark that is taken away before training.
+            "load_in_4bit": any(hasattr(weight, "quant_state") for weight in model.parameters()),
             "sampling": sampling,
         }
         self._dtype = model.get_output_embeddings().weight.dtype

@@ -1,11 +1,11 @@
 """`qllava plan`: what a run will need, before anything but a config.json is downloaded.
 
-A model's shapes come from its config, a tower's of open_clip from what open_clip itself knows of it.
+Shapes of the models that presets name come with qllava (`models.known`), those of any other from its config.json, and
+those of open_clip's towers from open_clip itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from qllava.config import NANO, InputError, ModelConfig
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import settings_folder
+from qllava.models.known import known_config
 from qllava.models.outline import LANGUAGE_MODELS, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
+from qllava.training.scores import asking_of
 from qllava.training.settings import parse
 
 _BAR = 30
@@ -60,12 +62,14 @@ def plan(
     settings = parse(line, output_dir="unused", nano=NANO_FINETUNE)
     train = settings.train
     setup = memory.setup_of(settings.model, train, llava_config(settings.model), lora_r=settings.model.lora_r)
+    asking = asking_of(train, lora_r=setup.lora_r)
     if not train.fit_memory:
-        return memory.plan_of(setup, memory.estimate(setup))
+        return memory.plan_of(setup, memory.estimate(setup), asking=asking)
     try:
         return memory.fit(
             setup,
             memory.parse_bytes(train.fit_memory),
+            asking=asking,
             least_tokens=setup.tokens_per_row,
             fixed=memory.settled(train),
         )
@@ -75,23 +79,30 @@ def plan(
 
 def as_json(plan: memory.Plan) -> dict[str, Any]:
     """The object that `--json` prints."""
-    return {**asdict(plan.estimate), **{k: v for k, v in asdict(plan).items() if k != "estimate"}}
+    chosen = {name: getattr(plan, name) for name in ("tokens_per_row", "recompute_layers", "optim")}
+    found = {"peak_bytes": plan.peak_bytes, "phases": plan.phases, "parts": plan.estimate.parts}
+    return {**found, **chosen, "fits": plan.fits, "suggestion": plan.suggestion}
 
 
 def as_text(plan: memory.Plan) -> str:
-    """A line with a bar for each part, the peak, and what to do."""
-    most = max(plan.estimate.parts.values())
-    lines = []
-    for name, size in plan.estimate.parts.items():
-        bar = "#" * round(_BAR * size / most)
-        lines.append(f"{name:<12} {memory.format_bytes(size):>9}  {bar}".rstrip())
-    lines.append(f"{'peak':<12} {memory.format_bytes(plan.estimate.peak_bytes):>9}")
+    """The peak of each phase, the parts of a step, and what to do."""
+    lines = ["phase"] + _bars(plan.phases) + ["part of a step"] + _bars(plan.estimate.parts)
+    lines.append(f"{'peak':<12} {memory.format_bytes(plan.peak_bytes):>9}")
     verdict = {None: "", True: "It fits. ", False: "It does not fit. "}[plan.fits]
     lines.append(
         f"with rows of {plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; GB are "
         "2^30 bytes, as cards are sold"
     )
     return "\n".join([*lines, f"{verdict}{plan.suggestion}"])
+
+
+def _bars(sizes: dict[str, int]) -> list[str]:
+    """A line with a bar for each size."""
+    most = max(sizes.values())
+    return [
+        f"{name:<12} {memory.format_bytes(size):>9}  {'#' * round(_BAR * size / most)}".rstrip()
+        for name, size in sizes.items()
+    ]
 
 
 def llava_config(model: ModelConfig) -> LlavaConfig:
@@ -143,11 +154,14 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
         image_token_index=image_token,
         vision_feature_layer=layer,
         vision_feature_select_strategy="default" if isinstance(vision, CLIPVisionConfig) else "full",
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
 
 
 def _read(name: str, what: str) -> Any:
+    if not Path(name).expanduser().is_dir() and (known := known_config(name)) is not None:
+        return known
     folder = settings_folder(name)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -173,9 +187,10 @@ def _of_open_clip(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
     name = spec.removeprefix("open_clip:")
     arch = name if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")[0]
     try:
-        known = (open_clip.get_model_config(arch) or {}).get("vision_cfg")
+        config = open_clip.get_model_config(arch) or {}
     except LOAD_ERRORS as error:
         raise InputError(f"open_clip could not read '{spec}': {one_line(error)}") from error
+    known = config.get("vision_cfg")
     if known is None:
         raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); open_clip.list_models() lists them.")
     timm_name = known.get("timm_model_name", "")
@@ -201,4 +216,5 @@ def _of_open_clip(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
         num_attention_heads=width // known.get("head_width", 64),
         image_size=known["image_size"],
         patch_size=known["patch_size"],
+        hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
     )

@@ -110,7 +110,7 @@ def finetune(settings: Settings) -> Path:
     if table:
         table.measure("stage1", assembled.model)
     model = _with_lora(settings, assembled, start)
-    shown = _some(held_out, evaluation, 12)
+    shown = _some(held_out, evaluation, scores.SHOWN)
     before = samples.before(folder, model, assembled, shown, room)
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr

@@ -32,12 +32,14 @@ from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import processes
 from qllava.training.checkpoints import write_whole
-from qllava.training.memory import CONTEXT, parse_bytes
+from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
 from qllava.training.settings import TrainConfig
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
 MAX_ANSWER_TOKENS = 48
+SHOWN = 12
+"""Held-out questions whose answers a report shows, from before the training and after it."""
 
 
 class _Pixels(Sequence[torch.Tensor | None]):
@@ -66,6 +68,21 @@ def room_for(config: TrainConfig) -> Room:
     if limit is not None and torch.cuda.is_available():
         limit -= CONTEXT
     return Room(limit=limit, agree=processes.lowest, halves=not processes.several())
+
+
+def asking_of(train: TrainConfig, *, lora_r: int) -> Asking:
+    """Return what a run with held-out rows asks its model, as far as memory is concerned.
+
+    Args:
+        train: The loop's settings. An `eval_strategy` of `no` means that no rows are held out.
+        lora_r: 0 for stage 1, which answers nothing.
+    """
+    if str(getattr(train.eval_strategy, "value", train.eval_strategy)) == "no":
+        return Asking()
+    held_out = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
+    if not lora_r:
+        return Asking(held_out_tokens=held_out)
+    return Asking(SHOWN, train.eval_questions, MAX_ANSWER_TOKENS, held_out)
 
 
 def answers(

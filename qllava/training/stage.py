@@ -240,10 +240,12 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     setup = replace(
         setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype), held=llava.dtype
     )
+    asking = scores.asking_of(config, lora_r=setup.lora_r) if stage.evaluation else None
     lengths = np.sort(stage.train.lengths)
     plan = fit(
         setup,
         limit,
+        asking=asking,
         least_tokens=int(lengths[-1]),
         most_tokens=max(int(lengths[-config.per_device_train_batch_size :].sum()), int(lengths[-1])),
         fixed=fixed,
@@ -256,7 +258,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     # From here on `recompute_layers` decides.
     config.gradient_checkpointing = config.activation_checkpointing = False
     line = (
-        f"memory: {format_bytes(plan.estimate.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
+        f"memory: {format_bytes(plan.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
         f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
     )
     return stage, [line]

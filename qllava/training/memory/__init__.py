@@ -1,11 +1,13 @@
 """Will it fit: the peak memory of a run before it starts, and the settings that make it fit."""
 
 from qllava.training.memory.fit import DoesNotFit, Plan, fit, plan_of, settled
+from qllava.training.memory.phases import PHASES, Asking, phases_of
 from qllava.training.memory.sizes import CARDS, GB, format_bytes, parse_bytes
 from qllava.training.memory.step import (
     CONTEXT,
     OPTIMS,
     PARTS,
+    ROWS,
     Estimate,
     Setup,
     estimate,
@@ -20,6 +22,9 @@ __all__ = [
     "GB",
     "OPTIMS",
     "PARTS",
+    "PHASES",
+    "ROWS",
+    "Asking",
     "DoesNotFit",
     "Estimate",
     "Plan",
@@ -28,6 +33,7 @@ __all__ = [
     "fit",
     "format_bytes",
     "parse_bytes",
+    "phases_of",
     "plan_of",
     "prepare",
     "recompute",

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.models.checkpoint import tokens_per_image
+from qllava.training.memory.phases import Asking, phases_of
 from qllava.training.memory.sizes import CARDS, GB, format_bytes
 from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
 from qllava.training.settings import TrainConfig
@@ -19,18 +20,24 @@ _PER_PASS = 300
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and what it comes to.
-
-    fits: under the limit; None where there is none.
-    suggestion: one sentence.
-    """
+    """What was chosen, and what it comes to."""
 
     tokens_per_row: int
     recompute_layers: int
     optim: str
     estimate: Estimate
+    """Of a step."""
+    phases: dict[str, int]
+    """Bytes of each phase of the run (`phases.PHASES`); 0 for one that it does not have."""
     fits: bool | None
+    """Whether every phase stays under the limit; None where there is none."""
     suggestion: str
+    """One sentence."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of the worst phase."""
+        return max(self.phases.values())
 
 
 class DoesNotFit(InputError):
@@ -52,14 +59,21 @@ def settled(train: TrainConfig) -> set[str]:
 
 
 def fit(
-    setup: Setup, limit: int, *, least_tokens: int = 0, most_tokens: int | None = None, fixed: Collection[str] = ()
+    setup: Setup,
+    limit: int,
+    *,
+    asking: Asking | None = None,
+    least_tokens: int = 0,
+    most_tokens: int | None = None,
+    fixed: Collection[str] = (),
 ) -> Plan:
-    """The fastest row size, recomputation and optimizer that stay under a limit.
+    """The fastest row size, recomputation and optimizer with which every phase of a run stays under a limit.
 
     The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a row): two passes
     or three, each of which makes the 4-bit weights whole once a row. The optimizer is changed only when nothing fits.
 
     limit: in bytes, CUDA's own context included.
+    asking: what the run asks its model; answers shrink their batches to what fits, to one question at least.
     least_tokens: of a row; the longest sample, which is not cut. most_tokens: a larger row would never be filled.
     fixed: which of tokens_per_row, recompute_layers and optim are taken from the setup as they are.
     Raises DoesNotFit, an InputError, which says by how much, and what would fit.
@@ -80,27 +94,45 @@ def fit(
                 found.sort(key=lambda one: one[0])
         if found:
             best = found[0][1]
-            return plan_of(best, known_estimate(best, known), limit)
+            plan = plan_of(best, known_estimate(best, known), limit, asking)
+            if plan.fits or optim == OPTIMS[-1] or "optim" in fixed:
+                break
+    if found:
+        if plan.fits:
+            return plan
+        raise DoesNotFit(plan)
     smallest = replace(trial, tokens_per_row=rows[-1])
     if "recompute_layers" not in fixed:
         smallest = replace(smallest, recompute_layers=None)
-    raise DoesNotFit(_refusal(smallest, known_estimate(smallest, known), limit, fixed))
+    nearest = known_estimate(smallest, known)
+    sentence = _refusal(smallest, nearest, limit, fixed)
+    plan = plan_of(smallest, nearest, limit, asking)
+    raise DoesNotFit(replace(plan, fits=False, suggestion=sentence))
 
 
-def plan_of(setup: Setup, found: Estimate, limit: int | None = None) -> Plan:
-    """A setup with its estimate, held against a limit."""
-    fits = None if limit is None else found.peak_bytes <= limit
-    card = next((size for size in CARDS if found.peak_bytes <= size * GB), None)
+def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Asking | None = None) -> Plan:
+    """A setup with its estimate and its phases, held against a limit; without one, on the smallest card that does."""
+    every = phases_of(setup, found, asking or Asking())
+    least = max(phase.peak(setup) for phase in every.values())
+    card = next((size for size in CARDS if least <= size * GB), None)
+    room = limit or (card * GB if card else None)
+    phases = {name: phase.peak(setup, room) for name, phase in every.items()}
+    fits = None if limit is None else max(phases.values()) <= limit
     kept, again = setup.layers
+    worst = max(phases, key=lambda name: phases[name])
     suggestion = (
         f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
         f"{setup.optim}, which fit_memory chooses by itself."
         if fits
+        else f"The phase '{worst}' needs {format_bytes(phases[worst])} even with one question at a time, "
+        f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} that it may take; set "
+        f"eval_strategy no, or take a smaller model{f' or a card of {card} GB' if card else ''}."
+        if limit
         else f"A card of {card} GB is enough."
         if card
         else "No single card that is sold is enough; take a smaller language model."
     )
-    return Plan(setup.tokens_per_row, again, setup.optim, found, fits, suggestion)
+    return Plan(setup.tokens_per_row, again, setup.optim, found, phases, fits, suggestion)
 
 
 def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
@@ -137,8 +169,8 @@ def _fewest(setup: Setup, limit: int, known: Known, *, fixed: bool) -> Setup | N
     return replace(setup, recompute_layers=high)
 
 
-def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> Plan:
-    """The plan that comes nearest, and in its suggestion by how much it misses and what would fit."""
+def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> str:
+    """By how much the smallest step misses the limit, and what would fit."""
     ways = [{"lora_r": r} for r in (16, 8) if r < setup.lora_r]
     least = tokens_per_image(setup.config) + 100
     if "tokens_per_row" not in fixed:
@@ -153,9 +185,8 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
             break
     kept, again = setup.layers
     card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
-    sentence = (
+    return (
         f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_row} tokens a row, {again} of "
         f"{kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
         f"{format_bytes(limit)} that it may take; {would}{card} would do."
     )
-    return Plan(setup.tokens_per_row, again, setup.optim, found, False, sentence)

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -57,6 +59,9 @@ OPTIMS = ("adamw_torch_fused", "paged_adamw_8bit")
 """What `fit` chooses from: the second, which rounds its moments, only where the first does not fit."""
 ROWS = (8192, 6144, 4096, 3072, 2048, 1024, 512)
 """What `fit` chooses from."""
+
+_RESIDENT, _BUCKETS = "resident", "buckets"
+"""What is measured besides the phases of a step: the model alone, and DDP's copies of gradients."""
 
 Known = dict[tuple[int, int, int], tuple[dict[str, Parts], Parts]]
 
@@ -114,10 +119,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The peak, in bytes, and what it consists of (`PARTS`); gradients count to their weights."""
+    """The peak of a step, and what is held before and after it."""
 
     peak_bytes: int
     parts: dict[str, int]
+    """What the peak consists of, by the names of `PARTS`; gradients count to their weights."""
+    resident: dict[str, int]
+    """Bytes of the model alone, without gradients: `weights`, `projector` and `LoRA`."""
+    buckets: int = 0
+    """What DDP holds beside the gradients."""
 
 
 def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bool = True) -> None:
@@ -177,7 +187,8 @@ def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estima
         for name, parts in phases.items():
             _extend(parts, base[0][name], one_more[0][name], missing)
         _extend(optimizer, base[1], one_more[1], missing)
-    parts = max(phases.values(), key=lambda found: found.total())
+    resident, buckets = phases.pop(_RESIDENT), phases.pop(_BUCKETS)
+    parts = max(phases.values(), key=lambda found: found.total()) + buckets
     if setup.device == "cuda":
         parts["workspace"] += (
             CONTEXT
@@ -186,7 +197,7 @@ def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estima
         )
     parts["optimizer"] = optimizer[setup.optim]
     named = {name: int(parts[name]) for name in PARTS}
-    return Estimate(sum(named.values()), named)
+    return Estimate(sum(named.values()), named, {name: int(size) for name, size in resident.items()}, buckets.total())
 
 
 def _extend(parts: Parts, base: Parts, further: Parts, times: int) -> None:
@@ -200,11 +211,27 @@ def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[s
     key = setup.tokens_per_row, kept, again
     if key in known:
         return known[key]
+    with measuring(setup, kept, again, setup.tokens_per_row) as (model, tracker, row):
+        step_of_rows(model, tracker, row, setup.dtype)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers = Counter({optim: held_by(optim, [p.numel() for p in learning]) for optim in {*OPTIMS, setup.optim}})
+    for parts in tracker.peaks.values():
+        optimizers[OPTIMS[0]] = parts.pop("optimizer")
+    for parameter in learning:
+        parameter.grad = None
+    tracker.peaks[_RESIDENT] = Counter({part: tracker.live[part] for part in ("weights", "projector", "LoRA")})
+    tracker.peaks[_BUCKETS] = _buckets(tracker, learning) if setup.processes > 1 else Counter()
+    known[key] = tracker.peaks, optimizers
+    return known[key]
+
+
+@contextmanager
+def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tuple[Any, Tracker, dict[str, Any]]]:
+    """Give a model of so many layers, as it is trained, a tracker that knows it, and a row, all of fake tensors."""
     config: Any = copy.deepcopy(setup.config)
     config.text_config.num_hidden_layers = kept + again
     row = tensors_of(
-        config,
-        example_row(config, setup.tokens_per_row, learned=setup.learned, samples_per_picture=setup.samples_per_picture),
+        config, example_row(config, tokens, learned=setup.learned, samples_per_picture=setup.samples_per_picture)
     )
     with FakeTensorMode():
         model = fake_llava(
@@ -224,23 +251,15 @@ def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[s
             track_model(tracker, model)
             for tensor in (value for value in fake_row.values() if isinstance(value, torch.Tensor)):
                 tracker.put(tensor, "activations")
-            step_of_rows(model, tracker, fake_row, setup.dtype)
-    if setup.processes > 1:
-        _add_buckets(tracker, model)
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = Counter({optim: held_by(optim, sizes) for optim in {*OPTIMS, setup.optim}})
-    for parts in tracker.peaks.values():
-        optimizers[OPTIMS[0]] = parts.pop("optimizer")
-    known[key] = tracker.peaks, optimizers
-    return known[key]
+            yield model, tracker, fake_row
 
 
-def _add_buckets(tracker: Tracker, model: Any) -> None:
+def _buckets(tracker: Tracker, learning: list[Any]) -> Parts:
     """Count the copies of gradients that DDP sends, which live from the first step to the last."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            for parts in tracker.peaks.values():
-                parts[tracker.part(parameter)] += parameter.nbytes
+    found: Parts = Counter()
+    for parameter in learning:
+        found[tracker.part(parameter)] += parameter.nbytes
+    return found
 
 
 def prepare(model: Any, setup: Setup, again: int) -> None:

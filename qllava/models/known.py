@@ -1,0 +1,36 @@
+"""Shapes of the models that presets name, so that a plan needs no network: what their config.json says of sizes.
+
+`known.json` holds them by their names on the hub. Sizes are those that the models' authors published; only what
+decides shapes and memory is there.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+_FILE = Path(__file__).with_name("known.json")
+
+
+def known_config(name: str) -> Any:
+    """Return the config of a model by its name on the hub, a new one each time; None for a name that is not here."""
+    values = _known().get(name)
+    if values is None:
+        return None
+    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def known_names() -> list[str]:
+    """Names of the models whose shapes are here."""
+    return sorted(_known())
+
+
+@cache
+def _known() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return found

@@ -164,7 +164,7 @@ class Chat:
         temperature: float = 0.0,
         room: Room | None = None,
         names: Sequence[str] = (),
-        done: Callable[[int], None] | None = None,
+        done: Callable[[int], object] | None = None,
     ) -> list[str]:
         """The answers to prompts that `prompt` made, in order; see `answer_prompts` for the arguments."""
         return answer_prompts(

@@ -100,7 +100,7 @@ def answer_prompts(
     temperature: float = 0.0,
     room: Room | None = None,
     names: Sequence[str] = (),
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int], object] | None = None,
 ) -> list[str]:
     """Answer encoded prompts on a model in memory: the trainer's held-out questions, and every batch of `Chat`.
 

@@ -181,7 +181,8 @@ class _Shape:
     @classmethod
     def of(cls, config: LlavaConfig, dtype: torch.dtype, training: bool) -> _Shape:
         """Read the config."""
-        text, vision = config.get_text_config(), config.vision_config
+        text: Any = config.get_text_config()
+        vision: Any = config.vision_config
         size = dtype.itemsize
         side = vision.image_size
         patches = (side // vision.patch_size) ** 2

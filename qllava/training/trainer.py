@@ -251,10 +251,10 @@ class LlavaTrainer(RowTrainer):
         first = control.should_save and control.should_evaluate and self.args.save_strategy != SaveStrategy.BEST
         if first:
             control.should_evaluate = False
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super()._maybe_log_save_evaluate(*args, **kwargs)
             control = self.control  # callbacks may have put another in its place
             control.should_evaluate, control.should_save = True, self.args.metric_for_best_model is not None
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, and the share of held-out questions that are answered right.

@@ -91,6 +91,20 @@ class _Mention:
     """Whether it says that there is one besides: "another", "other"."""
 
 
+@dataclass(frozen=True)
+class _Forms:
+    """The names of a thing, ready to be looked for."""
+
+    forms: dict[tuple[str, ...], tuple[str, bool, bool]]
+    """Words of a name -> the name in the singular, whether it means the thing itself, and whether it is a plural."""
+
+    lengths: tuple[int, ...]
+    """How many words the names have, the longest first."""
+
+    first: frozenset[str]
+    """Words that names begin with."""
+
+
 def speaks_against(captions: Sequence[str], noun: str, found: int) -> bool:
     """Return whether a caption speaks of more of a thing than were found, or of another number of it."""
     return any(
@@ -101,7 +115,7 @@ def speaks_against(captions: Sequence[str], noun: str, found: int) -> bool:
 
 def _number_said(caption: str, noun: str) -> int | None:
     """Return the number of a thing that a caption says in the thing's own name, if it is its only mention there."""
-    mentions = list(_mentions(_words(caption), _names(noun)))
+    mentions = list(_mentions(_words(caption), _forms(noun)))
     said = mentions[0].said if len(mentions) == 1 and mentions[0].own else None
     return said if said is not None and said > 1 else None
 
@@ -109,8 +123,8 @@ def _number_said(caption: str, noun: str) -> int | None:
 def disputed(caption: str, others: Sequence[str], noun: str) -> bool:
     """Return whether a caption says a number of a thing, or of a sort of it, and another says a different one."""
     # Several numbers in one caption are of parts: "one pizza is larger than two others" does not say two.
-    only = [found[0] for one in (caption, *others) if len(found := list(_mentions(_words(one), _names(noun)))) == 1]
-    if not only or len(list(_mentions(_words(caption), _names(noun)))) != 1:
+    only = [found[0] for one in (caption, *others) if len(found := list(_mentions(_words(one), _forms(noun)))) == 1]
+    if not only or len(list(_mentions(_words(caption), _forms(noun)))) != 1:
         return False
     mine = only[0]
     return (mine.said or 0) > 1 and any(one.name == mine.name and one.said not in (None, mine.said) for one in only)
@@ -120,11 +134,12 @@ def wider_speaks_against(captions: Sequence[str], counts: dict[str, int]) -> set
     """Return the categories whose wider word ("animals") is said of more than all of them together."""
     out: set[str] = set()
     for word, categories in WIDER.items():
-        here = {one for one in categories if one in counts}
+        if not (here := {one for one in categories if one in counts}):
+            continue
         together = sum(counts[one] for one in here)
         for caption in captions:
-            mentions = list(_mentions(_words(caption), {word: True}))
-            if here and mentions and _together(mentions) > together:
+            mentions = list(_mentions(_words(caption), _forms_of_word(word)))
+            if mentions and _together(mentions) > together:
                 out |= here
     return out
 
@@ -133,10 +148,15 @@ def in_pieces(captions: Sequence[str], noun: str) -> bool:
     """Return whether a caption speaks of pieces of a thing: then a box may be a piece, and not one of it."""
     if noun in LIVING:  # "a man cuts a cake into pieces"
         return False
+    return any(_pieces_of(noun).search(caption.lower()) for caption in captions)
+
+
+@lru_cache(maxsize=1 << 10)
+def _pieces_of(noun: str) -> re.Pattern[str]:
     names = "|".join(re.escape(form) for name in _names(noun) for form in {name, plural(name)})
     of = rf"\b(?:{'|'.join(sorted(_PIECES))}) of (?:\w+ ){{0,3}}(?:{names})\b"
     eaten = rf"\b(?:{names})\b[^.]* (?:pieces|slices)\b|\b(?:{names}) (?:pieces?|slices?)\b"
-    return any(re.search(f"{of}|{eaten}", caption.lower()) for caption in captions)
+    return re.compile(f"{of}|{eaten}")
 
 
 @lru_cache(maxsize=1 << 10)
@@ -152,7 +172,7 @@ def _names(noun: str) -> dict[str, bool]:
 
 def _least(words: tuple[str, ...], noun: str) -> int:
     """How many of a thing a caption speaks of at least."""
-    mentions = list(_mentions(words, _names(noun)))
+    mentions = list(_mentions(words, _forms(noun)))
     least = _together(mentions)
     if mentions and "others" in words[mentions[0].at :]:
         least += 2
@@ -165,17 +185,33 @@ def _together(mentions: Sequence[_Mention]) -> int:
     return sum(one.least for one in mentions) + (1 if mentions and not first else 0)
 
 
-def _mentions(words: tuple[str, ...], names: dict[str, bool]) -> Iterator[_Mention]:
-    """Every mention of a thing, the longest name first, from left to right."""
+# A category comes with every image of a data set; the bound is for what users call theirs.
+@lru_cache(maxsize=1 << 10)
+def _forms(noun: str) -> _Forms:
+    """Every name of a category as words, in the singular and the plural."""
+    return _forms_of(_names(noun))
+
+
+@lru_cache(maxsize=1 << 6)
+def _forms_of_word(word: str) -> _Forms:
+    """A word as it is, in the singular and the plural."""
+    return _forms_of({word: True})
+
+
+def _forms_of(names: dict[str, bool]) -> _Forms:
     forms: dict[tuple[str, ...], tuple[str, bool, bool]] = {}
     for name, own in names.items():
         forms.setdefault(tuple(plural(name).lower().split()), (name, own, True))
         forms[tuple(name.split())] = (name, own, False)
-    lengths = sorted({len(form) for form in forms}, reverse=True)
+    return _Forms(forms, tuple(sorted({len(form) for form in forms}, reverse=True)), frozenset(one[0] for one in forms))
+
+
+def _mentions(words: tuple[str, ...], forms: _Forms) -> Iterator[_Mention]:
+    """Every mention of a thing, the longest name first, from left to right."""
     at = 0
     while at < len(words):
-        for length in lengths:
-            if (found := forms.get(words[at : at + length])) is not None:
+        for length in forms.lengths if words[at] in forms.first else ():
+            if (found := forms.forms.get(words[at : at + length])) is not None:
                 name, own, many = found
                 yield _mention(words, at, length, name, own=own, many=many)
                 at += length - 1
@@ -232,5 +268,5 @@ def _they(words: tuple[str, ...], noun: str, mentioned: bool) -> int:
     """2 where a caption says "they" or "each other" and may mean this."""
     if noun not in LIVING or not ("they" in words or {"each", "other"} <= {*words} or {"one", "another"} <= {*words}):
         return 0
-    named = {one for one in LIVING if next(_mentions(words, _names(one)), None)}
+    named = {one for one in LIVING if next(_mentions(words, _forms(one)), None)}
     return 0 if len(named) > 1 or (named and not mentioned) else 2

@@ -18,6 +18,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 from qllava.synthesis.asserted import asserted, denied, lacks_article
@@ -90,7 +91,7 @@ class View:
         found = {noun: len(things) for noun, things in self.by_noun.items()}
         unsure = set() if self.complete else wider_speaks_against(self.captions, found)
         self._counts = {noun: None if noun in unsure else self._settled(noun, found[noun]) for noun in found}
-        self.sound_captions = list(context.captions) if self.complete else self._sound(context)
+        self._categories = context.categories
 
     def count(self, noun: str) -> int | None:
         """How many of a category there are; None where the annotation does not settle it."""
@@ -115,12 +116,15 @@ class View:
     def _pieces(self, noun: str) -> bool:
         return in_pieces(self.captions, noun)
 
-    def _sound(self, context: Context) -> list[str]:
+    @cached_property
+    def sound_captions(self) -> list[str]:
         """Captions in good English that nothing speaks against: the half that the others confirm most."""
+        if self.complete:
+            return list(self.captions)
         sound: list[tuple[float, str]] = []
-        for caption in context.captions:
-            others = [other for other in context.captions if other is not caption]
-            alone = bool(others) and unsupported(caption, others, context.categories)
+        for caption in self.captions:
+            others = [other for other in self.captions if other is not caption]
+            alone = bool(others) and unsupported(caption, others, self._categories)
             digits = [set(re.findall(r"\d+", one)) for one in (caption, " ".join(others))]
             wrong = any(
                 speaks_against([caption], noun, len(things)) or disputed(caption, others, noun)

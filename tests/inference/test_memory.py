@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from qllava.training.fake import Tracker, llava_of
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -24,6 +23,7 @@ from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
+from qllava.training.memory.fake import Tracker, llava_of
 
 
 def shapes(

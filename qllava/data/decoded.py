@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from PIL import Image
 from tqdm import tqdm
 
 from qllava.data.images import open_image
@@ -26,6 +27,8 @@ from qllava.data.problems import Place, Problem, RowError
 from qllava.data.table import lists
 
 _AT_ONCE = 64
+_SKETCH = (32, 32)
+"""Pixels of an image that are looked at first, in rows and columns: hashing all would double the time of decoding."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,12 @@ class Seen:
 
     name: str
     """Its path."""
-    pixels: str = ""
-    """A hash of its size and pixels; empty where it could not be decoded."""
+    sketch: str = ""
+    """A hash of its size and of some of its pixels; empty where it could not be decoded."""
     colour: str | None = None
     """The colour of all its pixels, where they have only one."""
+    pixels: str | None = None
+    """A hash of its size and of all its pixels; only where another image has the same sketch."""
     problem: Problem | None = None
     """Why it could not be decoded."""
 
@@ -64,24 +69,26 @@ def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
     with suppress(FileNotFoundError, ValueError):
         kept = json.loads(known.read_text(encoding="utf-8"))
     states = {name: _state(name) for name in names}
-    changed = [name for name, state in states.items() if state is None or kept.get(name, [])[:2] != state]
-    new: dict[str, Seen] = {}
-    if changed:
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(changed), desc="Decoding pictures", disable=not progress) as bar,
-        ):
-            for seen in in_order(pool, _decode, changed, ahead=_AT_ONCE):
-                new[seen.name] = seen
+    seen = {name: Seen(name, *kept[name][2:]) for name in names if name in kept and kept[name][:2] == states[name]}
+    changed = [name for name in names if name not in seen]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with tqdm(total=len(changed), desc="Decoding pictures", disable=not progress or not changed) as bar:
+            for one in in_order(pool, _decode, changed, ahead=_AT_ONCE):
+                seen[one.name] = one
                 bar.update()
-        for name, seen in new.items():
+        alike = Counter(one.sketch for one in seen.values() if one.problem is None and one.colour is None)
+        twins = [name for name, one in seen.items() if alike[one.sketch] > 1 and one.pixels is None]
+        for name, pixels in zip(twins, in_order(pool, _hash_of_all, twins, ahead=_AT_ONCE), strict=True):
+            seen[name] = replace(seen[name], pixels=pixels)
+    if changed or twins:
+        for name, one in seen.items():
             state = states[name]
-            if state is not None and seen.problem is None:
-                kept[name] = [*state, seen.pixels, seen.colour]
+            if state is not None and one.problem is None:
+                kept[name] = [*state, one.sketch, one.colour, one.pixels]
         aside = known.with_suffix(f".{os.getpid()}.partial")
         aside.write_text(json.dumps(kept), encoding="utf-8")
         aside.replace(known)
-    return [new[name] if name in new else Seen(name, *kept[name][2:]) for name in names]
+    return [seen[name] for name in names]
 
 
 def _state(name: str) -> list[int] | None:
@@ -98,11 +105,29 @@ def _decode(name: str) -> Seen:
         image = open_image(Path(name))
     except RowError as error:
         return Seen(name, problem=error.problem)
+    some = image.resize(_SKETCH, Image.Resampling.NEAREST)
+    colour = None
+    if _is_flat(some) and _is_flat(image):
+        colour = "#" + some.tobytes()[:3].hex()
+    return Seen(name, _hash(image, some), colour)
+
+
+def _is_flat(image: Image.Image) -> bool:
     ranges: Any = image.getextrema()
-    flat = all(low == high for low, high in ranges)
-    colour = "#" + "".join(f"{low:02x}" for low, _ in ranges) if flat else None
-    pixels = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12)
-    return Seen(name, pixels.hexdigest(), colour)
+    return all(low == high for low, high in ranges)
+
+
+def _hash_of_all(name: str) -> str | None:
+    """A hash of all pixels; takes as long as decoding, so it is asked for only where sketches are equal."""
+    try:
+        image = open_image(Path(name))
+    except RowError:  # removed meanwhile
+        return None
+    return _hash(image, image)
+
+
+def _hash(image: Image.Image, shown: Image.Image) -> str:
+    return blake2b(repr(image.size).encode() + shown.tobytes(), digest_size=12).hexdigest()
 
 
 def at_their_rows(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]) -> Iterator[Problem]:
@@ -127,7 +152,7 @@ def _about(seen: Sequence[Seen]) -> Iterator[tuple[str, Problem]]:
         elif one.colour is not None:
             problem, hint = f"every pixel has the colour {one.colour}", "look at it: its content may be lost"
             yield one.name, Problem("one colour", problem, hint, place, severity="note")
-        elif first.setdefault(one.pixels, one.name) != one.name:
+        elif one.pixels is not None and first.setdefault(one.pixels, one.name) != one.name:
             problem = f"it is the same image as {first[one.pixels]}"
             hint = "name one of the files in all records, if that is meant"
             yield one.name, Problem("same image", problem, hint, place, severity="note")

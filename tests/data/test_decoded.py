@@ -55,3 +55,21 @@ def test_one_colour_and_the_same_image_are_noted(
     monkeypatch.setattr(decoded, "_decode", lambda name: pytest.fail(f"{name} is decoded again"))
     assert noted(tmp_path, encoder, *names) == first
     assert noted(tmp_path, encoder, "b.bmp", "c.png") == []
+
+
+def test_images_that_differ_in_one_pixel_are_not_the_same(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large white page with a word on it, for one: most pixels are alike."""
+    monkeypatch.setenv("QLLAVA_CACHE", str(tmp_path / "cache"))
+    page = Image.new("RGB", (400, 300), "white")
+    page.putpixel((1, 1), (0, 0, 0))
+    for n, name in enumerate(("a.png", "b.png", "c.png")):
+        page.putpixel((201 + (n > 0), 101), (0, 0, 0))
+        page.save(tmp_path / name)
+    found = noted(tmp_path, encoder, "a.png", "b.png", "c.png")
+    assert len(found) == 1 and f"{tmp_path}/c.png: it is the same image as {tmp_path}/b.png" in found[0]
+    Image.new("RGB", (400, 300), "white").save(tmp_path / "d.png")
+    monkeypatch.setattr(decoded, "_hash_of_all", lambda name: pytest.fail(f"{name} is hashed again"))
+    assert noted(tmp_path, encoder, "a.png", "b.png", "c.png") == found
+    assert "every pixel has the colour #ffffff" in noted(tmp_path, encoder, "d.png")[0]

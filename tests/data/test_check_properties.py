@@ -306,7 +306,11 @@ def changed_file(draw: st.DrawFn) -> bytes:
     data = bytearray(FILES[draw(st.sampled_from([*FILES]))])
     for _ in range(draw(st.sampled_from([0, 1, 1, 2, 3]))):
         at = draw(st.integers(0, len(data)))
-        match draw(st.sampled_from(["set", "insert", "cut", "end", "again"])):
+        match draw(st.sampled_from(["word", "word", "word", "set", "insert", "cut", "end", "again"])):
+            case "word":  # the file stays sound, and another one: unchanged ones are only drawn once each
+                found = max(data.find(word) for word in (b"bus", b"Yes"))
+                if found >= 0:
+                    data[found : found + 3] = draw(st.text("abcdefgh", min_size=3, max_size=3)).encode()
             case "set":
                 new = draw(st.binary(min_size=1, max_size=4))
                 data[at : at + len(new)] = new

@@ -23,6 +23,7 @@ import base64
 import binascii
 import os
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def read_some(path: Path, image_folder: Path | None, count: int, total: int) -> 
     step = max(1, -(-total // count)) if count else total + 1
     rows = enumerate(read_rows(path))
     return [to_example(row, place, pictures) for index, (place, row) in rows if index % step == 0 and count]
+
+
+def read_these(path: Path, image_folder: Path | None, wanted: Collection[int]) -> list[Example]:
+    """The rows of a file with these numbers, from 0, in the file's order."""
+    pictures = Pictures(image_folder if image_folder is not None else folder_of(path))
+    return [to_example(row, place, pictures) for number, (place, row) in enumerate(read_rows(path)) if number in wanted]
 
 
 def folder_of(path: Path) -> Path:

@@ -30,6 +30,7 @@ from qllava.data.images import open_image
 from qllava.data.problems import RowError
 from qllava.evaluation.vqa import is_correct
 from qllava.page import Bar, Html, Series
+from qllava.training import outcome
 from qllava.training.numbers import SPIKES_FILE, shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
@@ -58,7 +59,7 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
     stages, damaged = read_metrics(folder / "metrics.jsonl")
     spikes, _ = read_metrics(folder / SPIKES_FILE)
     sections = [
-        *_results_section(results if isinstance(results, dict) else None),
+        *_results_section(folder, results if isinstance(results, dict) else None),
         *(_stage_section(name, records, spikes.get(name, [])) for name, records in stages.items()),
         *_samples_section(folder, _read_json(folder / "samples.json")),
         *_files_section(folder),
@@ -115,6 +116,9 @@ def _read_json(path: Path) -> Any | None:
 
 
 def _lead(results: Any) -> str:
+    if isinstance(results, dict) and _finite(results.get("eval_exact_match")) and "stage2" not in results:
+        share = page.percent(results["eval_exact_match"])
+        return f"The trained model answers {share} of {results.get('n', 0):,} held-out questions right."
     if isinstance(results, dict) and _finite(results.get("stage2")):
         return f"After both stages {page.percent(results['stage2'])} of the held-out questions are answered right."
     return "What was trained, how the loss fell, and what the model answers before and after."
@@ -124,11 +128,16 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _results_section(results: Mapping[str, Any] | None) -> list[Html]:
-    """Headline figures and the two bar charts, from `results.json`."""
+def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Html]:
+    """What the run came to, headline figures and the two bar charts, from `results.json`."""
     if results is None:
         return []
-    parts = []
+    rows = [[label, value] for label, value in outcome.figures(folder, results)]
+    following = page.code("\n".join(outcome.next_commands(folder)))
+    parts: list[Html] = []
+    result = page.section(
+        "Result", page.table(["", ""], rows), page.paragraph("What to do next:", muted=True), following
+    )
     tiles = [
         (label, page.percent(results[key]))
         for key, label in (("stage2", "After stage 2"), ("unseen_pairs", "Unseen pairs"), ("blind", "Blind"))
@@ -136,14 +145,12 @@ def _results_section(results: Mapping[str, Any] | None) -> list[Html]:
     ]
     if _finite(results.get("n")):
         tiles.append(("Held-out questions", f"{results['n']:,}"))
-    if _finite(results.get("seconds")):
-        tiles.append(("Time", duration(results["seconds"])))
     if tiles:
         parts.append(page.tiles(tiles))
     ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
     if ladder:
         parts.append(page.bar_chart(ladder))
-    sections = [page.section("Held-out answers", *parts)] if parts else []
+    sections = [result, page.section("Held-out answers", *parts)] if ladder else [result]
     by_type = results.get("by_type")
     if isinstance(by_type, dict):
         bars = [Bar(str(name), value) for name, value in by_type.items() if _finite(value)]
@@ -152,16 +159,6 @@ def _results_section(results: Mapping[str, Any] | None) -> list[Html]:
             remark = page.paragraph("Share of right answers after stage 2, the best type first.", muted=True)
             sections.append(page.section("By type of question", remark, page.bar_chart(bars)))
     return sections
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "48 s", "7 min 12 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> Html:
@@ -177,9 +174,7 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
     charts = [page.line_chart("Loss", lines)]
     exact = _points(records, "eval_exact_match")
     if exact:
-        charts.append(
-            page.line_chart("Held-out answers that match exactly", [Series("exact match", exact)], share=True)
-        )
+        charts.append(page.line_chart(_exact_title(records), [Series("exact match", exact)], share=True))
     further = [
         page.line_chart(title, [Series(title, points)], log=log)
         for key, title, log in (("grad_norm", "Gradient norm", True), ("learning_rate", "Learning rate", False))
@@ -194,6 +189,15 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
     if further:
         parts.append(page.details("Gradient norm and learning rate", page.grid(*further)))
     return page.section(STAGES.get(name, f"Stage {name}"), *parts)
+
+
+def _exact_title(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the curve of exact match counts: other questions than a table of final figures, and fewer."""
+    counts = sorted({int(record["eval_exact_match_n"]) for record in records if "eval_exact_match_n" in record})
+    if not counts:
+        return "Exact match on held-out questions during the run"
+    count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} (at the end {counts[-1]:,})"
+    return f"Exact match on {count} validation questions during the run"
 
 
 def _spikes_table(spikes: Sequence[Mapping[str, Any]], most: int = 50) -> Html:

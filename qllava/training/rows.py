@@ -177,12 +177,22 @@ class RowTrainer(SFTTrainer):
         So they depend neither on the batch size nor on the number of processes.
         """
         self._held_out = torch.zeros(4, dtype=torch.float64)
-        output = super().evaluation_loop(*arguments, **named)
+        output: Any = super().evaluation_loop(*arguments, **named)
         *sums, tokens = processes.total(self._held_out.tolist())
         loss, entropy, right = (value / tokens for value in sums)
         output.metrics[f"{named.get('metric_key_prefix', 'eval')}_loss"] = loss
         self._metrics["eval"] |= {"entropy": [entropy], "mean_token_accuracy": [right]}
         return output
+
+
+def prepare_for_rows(config: TrainConfig) -> None:
+    """Set what batches of rows need of TRL and transformers."""
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    config.remove_unused_columns = False
+    config.logging_nan_inf_filter = False
+    config.use_cache = False
+    # Every row uses all that learns: DDP need not look for what is left out.
+    config.ddp_find_unused_parameters = False
 
 
 def _evened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

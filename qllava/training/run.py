@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from transformers import set_seed
 from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
-from qllava.data.formats import Example, read_some
+from qllava.data.formats import Example, read_some, read_these
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     adapter_at,
@@ -38,7 +39,7 @@ from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
-from qllava.training import disk, folders, processes, samples, scores
+from qllava.training import disk, folders, outcome, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.memory.allocator import keep_freed_memory
@@ -97,6 +98,7 @@ def finetune(settings: Settings) -> Path:
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="train")
     held_out = folders.held_out(settings)
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
+    processes.by_main(partial(outcome.keep_command, folder))
     assembled = _assemble(settings)
     own_table = settings.model.is_nano and not settings.data.train_file
     room = scores.room_for(settings.train)
@@ -115,7 +117,8 @@ def finetune(settings: Settings) -> Path:
     config = _with_rate(settings.train, 2e-4)
     config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
     questions = _some(held_out, evaluation, config.eval_questions)
-    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun)
+    final = [] if table else _drawn(held_out, evaluation, config)
+    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun, final)
     trained = train_stage(stage, model, assembled)
     after = scores.answers(model, assembled, shown, room) if shown else []
     measured = table.finish(model) if table else {}
@@ -124,7 +127,7 @@ def finetune(settings: Settings) -> Path:
     processes.by_main(partial(folders.finish, folder, results))
     if table:
         print("\n" + scores.format_table(measured))
-    _say_done(folder, shown)
+    _say_done(folder, results)
     return folder
 
 
@@ -157,16 +160,13 @@ def _with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> 
     return model
 
 
-def _say_done(folder: Path, shown: list[Example]) -> None:
-    """Print what a finished run may be used for next."""
-    picture = shown[0].images[0] if shown and shown[0].images else "photo.jpg"
+def _say_done(folder: Path, results: dict[str, Any]) -> None:
+    """Print what a finished run came to, and what it may be used for next."""
+    print("\nResult")
+    for label, value in outcome.figures(folder, results):
+        print(f"  {label:<19}{value}")
     folders.say_next(
-        f"The run is done: {folder} (open {folder / 'report.html'} in a browser)",
-        [
-            f'qllava chat {folder} --image {picture} --prompt "{scores.asked(shown[0]) if shown else "What is this?"}"',
-            f"qllava merge {folder} {folder}-merged",
-            f"python demo/app.py --model {folder}",
-        ],
+        f"The run is done: {folder} (open {folder / 'report.html'} in a browser)", outcome.next_commands(folder)
     )
 
 
@@ -333,6 +333,21 @@ def _some(held_out: list[Part], prepared: Prepared | None, count: int) -> list[E
     each = -(-count // len(held_out))
     read = zip(held_out, prepared.parts, strict=True)
     return [e for part, found in read for e in read_some(part.path, part.image_folder, each, found.summary.rows)]
+
+
+def _drawn(held_out: list[Part], prepared: Prepared | None, config: TrainConfig) -> list[Example]:
+    """At most `eval_questions_final` held-out rows, drawn by the seed, to be asked when training has ended."""
+    if prepared is None:
+        return []
+    sizes = [part.summary.rows for part in prepared.parts]
+    count = min(config.eval_questions_final, sum(sizes))
+    wanted = set(random.Random(config.seed).sample(range(sum(sizes)), count))
+    found, start = [], 0
+    for part, size in zip(held_out, sizes, strict=True):
+        mine = {number - start for number in wanted if start <= number < start + size}
+        found += read_these(part.path, part.image_folder, mine)
+        start += size
+    return found
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:

@@ -29,9 +29,9 @@ from qllava.inference import Room
 from qllava.models.assemble import Assembled
 from qllava.training import processes, scores
 from qllava.training.checkpoints import checkpoints, write_whole
+from qllava.training.outcome import SAMPLES_FILE
 
 BEFORE_FILE = "before.json"
-SAMPLES_FILE = "samples.json"
 
 
 def before(

@@ -26,6 +26,7 @@ from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_examples
 from qllava.data.images import open_image
 from qllava.evaluation import vqa
+from qllava.evaluation.intervals import wilson
 from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
@@ -120,9 +121,9 @@ def answers(
         )
 
 
-def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room) -> float:
-    """The share of rows whose last question is answered as the row answers it."""
-    return vqa.score(examples, answers(model, assembled, examples, room, title="Evaluating")).accuracy
+def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room) -> vqa.VqaResult:
+    """Score the answers to the last question of each row, by exact match with the row's own answer."""
+    return vqa.score(examples, answers(model, assembled, examples, room, title="Evaluating"))
 
 
 def spaced(rows: Sequence[T], count: int) -> list[T]:
@@ -181,6 +182,11 @@ class Table:
                 self.test, frequent_answers(read_examples(data.train, data.folder), self.test)
             ).accuracy,
             "blind": vqa.score(self.test, self._answers(model, swapped, "blind")).accuracy,
+            "counts": {
+                **dict.fromkeys(("frequent_answer", "blind", "untrained", "stage1", "stage2"), len(self.test)),
+                "unseen_pairs": len(self.unseen),
+                "by_type": {name: share.n for name, share in result.types.items()},
+            },
             "unseen_pairs": vqa.score(self.unseen, self._answers(model, self.unseen, "unseen pairs")).accuracy,
         }
         return self.found
@@ -230,11 +236,19 @@ def format_table(found: dict[str, Any]) -> str:
         ("after stage 2", "stage2"),
         ("unseen pairs", "unseen_pairs"),
     ]
-    lines = [f"Right answers to {found['n']:,} held-out questions"]
-    lines += [f"  {label:<26}{found[key]:>7.1%}  {_bar(found[key])}" for label, key in rows]
+    counts = found["counts"]
+    lines = [f"Right answers to {found['n']:,} held-out questions (unseen pairs: {counts['unseen_pairs']:,}), 95 %"]
+    lines += [_line(label, found[key], counts[key]) for label, key in rows]
     lines += ["By type, after stage 2"]
-    lines += [f"  {label:<26}{value:>7.1%}  {_bar(value)}" for label, value in found["by_type"].items()]
+    lines += [_line(label, value, counts["by_type"][label]) for label, value in found["by_type"].items()]
     return "\n".join(lines)
+
+
+def _line(label: str, share: float, n: int) -> str:
+    """A share with its 95 % interval."""
+    low, high = wilson(round(share * n), n)
+    between = f"{100 * low:.1f}-{100 * high:.1f}"
+    return f"  {label:<26}{share:>7.1%}  {between:>10}  {_bar(share)}"
 
 
 def _bar(share: float) -> str:

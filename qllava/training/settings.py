@@ -109,6 +109,10 @@ class TrainConfig(SFTConfig):
     eval_questions: int = field(
         default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
     )
+    eval_questions_final: int = field(
+        default=1000,
+        metadata={"help": "How many rows of eval_file are answered at the end, drawn by the seed."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Begin anew where a finished run lies; an unfinished one goes on."}
     )

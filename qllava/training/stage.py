@@ -6,6 +6,8 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,8 @@ class Stage:
     """The loop's settings."""
     begun_with: dict[str, Any]
     """What decides the run (`checkpoints.begun_with`): kept with every checkpoint."""
+    final: Sequence[Example] = ()
+    """Held-out rows whose questions are answered when training has ended."""
 
 
 class Begin(TrainerCallback):
@@ -107,6 +111,9 @@ class Progress(TrainerCallback):
         """Show the numbers that people look at."""
         shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_exact_match": "exact match"}
         found = {label: f"{logs[key]:.3f}" for key, label in shown.items() if logs and key in logs}
+        if logs and "eval_exact_match" in logs:
+            low, high = (round(100 * logs[f"eval_exact_match_{end}"]) for end in ("low", "high"))
+            found["exact match"] += f" of {int(logs['eval_exact_match_n'])} ({low}-{high} %)"
         if found and self.bar is not None:
             self.bar.set_postfix(found)
 
@@ -120,7 +127,7 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, float]:
+def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
     """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
     held_out = stage.evaluation.dataset if stage.evaluation else None
     _settle_evaluation(stage.config, held_out is not None)
@@ -162,13 +169,27 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         model.train()
     if trainer.is_deepspeed_enabled:
         read_tensors_only()
+    began, tokens = time.monotonic(), trainer.tokens_seen
     _train(trainer, start, stop, progress)
+    seconds = time.monotonic() - began - trainer.evaluating
+    speed = {"tokens_per_second": round((trainer.tokens_seen - tokens) / seconds, 1)}
     model.eval()
-    last = trainer.evaluate() if held_out else {}
     check_weights(model, trainer.state.global_step)
     with processes.together(), saving(f"The result {stage.folder}"):
         trainer.save_model(str(stage.folder))
-    return {key: value for key, value in last.items() if key in ("eval_loss", "eval_exact_match")}
+    return {**speed, **(_measured(trainer, stage, model, assembled) if held_out else {})}
+
+
+def _measured(trainer: LlavaTrainer, stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
+    """The held-out figures of the trained model, for results.json: the loss, and the score of the final questions."""
+    ask = partial(scores.exact_match, model, assembled, stage.final, scores.room_for(stage.config))
+    trainer.exact_match = ask if stage.final else None
+    last = trainer.evaluate()
+    found: dict[str, Any] = {"eval_loss": last["eval_loss"]}
+    if stage.final:
+        found |= {"eval_exact_match": last["eval_exact_match"], "n": int(last["eval_exact_match_n"])}
+        found["ci95"] = [last["eval_exact_match_low"], last["eval_exact_match_high"]]
+    return found
 
 
 def _train(trainer: LlavaTrainer, start: Path | None, stop: SaveAndStop, progress: Progress) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -37,6 +38,7 @@ from transformers.trainer_utils import SaveStrategy
 from qllava.config import InputError
 from qllava.data.collate import RowCollator
 from qllava.data.encode import IGNORE_INDEX
+from qllava.evaluation.vqa import VqaResult
 from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
 from qllava.training import processes
@@ -46,7 +48,7 @@ from qllava.training.kernels import choose, choose_layers
 from qllava.training.memory.paged import keep_paged
 from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
 from qllava.training.order import InOrder, PictureOrder, loader
-from qllava.training.rows import RowTrainer
+from qllava.training.rows import RowTrainer, prepare_for_rows
 from qllava.training.settings import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,6 +74,8 @@ class LlavaTrainer(RowTrainer):
     model: Any
     passed_over: Sequence[Path] = ()
     """Checkpoints that are not whole: the run goes on from one before them, and they go when the next is saved."""
+    evaluating = 0.0
+    """Seconds that evaluations have taken."""
     _saved = 0
 
     def __init__(
@@ -83,7 +87,7 @@ class LlavaTrainer(RowTrainer):
         train: Dataset,
         evaluation: Dataset | None,
         pictures: np.ndarray,
-        exact_match: Callable[[], float] | None,
+        exact_match: Callable[[], VqaResult] | None,
         callbacks: list[TrainerCallback],
         begun_with: Mapping[str, Any] | None = None,
         kept: Mapping[str, Any] = MappingProxyType({}),
@@ -93,7 +97,7 @@ class LlavaTrainer(RowTrainer):
         assembled: the model's parts, for its tokenizer and its record.
         train, evaluation: rows as `RowCollator` takes them.
         pictures: a hash of the pictures of each row of train, 0 for none.
-        exact_match: answers held-out questions and returns the share that is right.
+        exact_match: answers held-out questions and returns their score.
         begun_with: what decides the run; every checkpoint's manifest keeps it.
         kept: `computed` of the checkpoint that is resumed.
         """
@@ -108,7 +112,7 @@ class LlavaTrainer(RowTrainer):
         kind_of_stage = "finetune" if isinstance(model, PeftModel) else "pretrain"
         self._spikes = Spikes(Path(str(config.output_dir)) / SPIKES_FILE, kind_of_stage)
         tokenizer = assembled.processor.tokenizer
-        _settle(config)
+        prepare_for_rows(config)
         llava: Any = assembled.model
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
@@ -169,7 +173,7 @@ class LlavaTrainer(RowTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """This process's share of the held-out samples, each of them once."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         return loader(rows, InOrder(len(rows), self.args), self.data_collator, self.args, again=False)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -261,12 +265,21 @@ class LlavaTrainer(RowTrainer):
 
         The random state is as before: a run that resumes behind an evaluation draws what it would have drawn.
         """
+        began = time.monotonic()
         with same_draws():
             if self.exact_match is not None:
-                # TRL averages what it finds here into the next evaluation report.
-                self._metrics["eval"]["exact_match"].append(self.exact_match())
+                found = self.exact_match()
+                figures = {"": found.accuracy, "_n": found.n, "_low": found.ci95[0], "_high": found.ci95[1]}
+                for name, value in figures.items():  # TRL averages what it finds here into the next evaluation report
+                    self._metrics["eval"][f"exact_match{name}"].append(value)
             result: dict[str, float] = super().evaluate(*args, **kwargs)
+        self.evaluating += time.monotonic() - began
         return result
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of all packs that were trained on, in all processes, since this process began."""
+        return int(self._total_train_tokens)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Adapter or projector, tokenizer and record: what `load_run` needs; state_dict: of a sharded model."""
@@ -360,16 +373,6 @@ class LlavaTrainer(RowTrainer):
         """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
-
-
-def _settle(config: TrainConfig) -> None:
-    """Set what batches of rows need of TRL and transformers."""
-    config.dataset_kwargs = {"skip_prepare_dataset": True}
-    config.remove_unused_columns = False
-    config.logging_nan_inf_filter = False
-    config.use_cache = False
-    # Every row uses all that learns: DDP need not look for what is left out.
-    config.ddp_find_unused_parameters = False
 
 
 @contextmanager

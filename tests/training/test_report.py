@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qllava.training.report import duration, read_metrics, smooth, write_report
+from qllava.training.outcome import duration
+from qllava.training.report import read_metrics, smooth, write_report
 
 RESULTS = {
     "frequent_answer": 0.312, "blind": 0.334, "untrained": 0.051, "stage1": 0.287, "stage2": 0.931,
@@ -49,7 +50,7 @@ def test_a_whole_run(run: Path) -> None:
     for expected in (
         "Run my_run", "93.1\u00a0%", "87.4\u00a0%", "1,960", "8 min 32 s",
         "Most frequent answer", "Blind", "Untrained", "After stage 1", "After stage 2", "Unseen pairs",
-        "Stage 1: the projector learns", "Stage 2: projector and LoRA learn", "match exactly", "Learning rate",
+        "Stage 1: the projector learns", "Stage 2: projector and LoRA learn", "Exact match on", "Learning rate",
         "62,016", "model_name_or_path: nano", "<details>",
     ):  # fmt: skip
         assert expected in html, expected
@@ -64,6 +65,18 @@ def test_one_s_own_data_has_no_table_and_the_page_none_either(run: Path) -> None
     html = write_report(run).read_text(encoding="utf-8")
     assert "Most frequent answer" not in html and "Held-out answers</h2>" not in html
     assert "Stage 2" in html and 'class="callout' not in html
+
+
+def test_own_data_begins_with_what_it_came_to(run: Path) -> None:
+    (run / "adapter_config.json").write_text("{}")
+    (run / "command.json").write_text(json.dumps({"command": "python x.py --lr 1", "versions": {"torch": "9.9"}}))
+    results = {"eval_exact_match": 0.58, "n": 500, "ci95": [0.536, 0.622], "eval_loss": 1.25, "seconds": 432}
+    html = write_report(run, {**results, "tokens_per_second": 1234.4}).read_text(encoding="utf-8")
+    said = ("58.0% of 500 questions, exact match (95 % interval 53.6% to 62.2%)", "1.2500 per learned token",
+            "7 min 12 s", "1,234 tokens/s", "python x.py --lr 1", "torch 9.9", f"qllava merge {run}")  # fmt: skip
+    places = [html.index(text) for text in said]
+    assert places == sorted(places) and places[-1] < html.index("Stage 2: projector")
+    assert "answers 58.0" in html
 
 
 @pytest.mark.parametrize("gone", ["metrics.jsonl", "samples.json", "ledger.txt", "run.yaml", "scene.png"])

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.models.adapter import load_run, read_record
+from qllava.training import run as run_module
 from qllava.training import scores
 from qllava.training.checkpoints import fault
+from qllava.training.data import Part
 from qllava.training.run import finetune, main, pretrain
 from qllava.training.scores import spaced
 from qllava.training.settings import Settings
@@ -265,7 +268,7 @@ class TestFolder:
         assert names >= {
             "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "ledger.txt",
             "metrics.jsonl", "probes.safetensors", "projector.safetensors", "qllava.json", "report.html",
-            "before.json", "results.json", "run.yaml", "samples.json", "tokenizer.json",
+            "before.json", "command.json", "results.json", "run.yaml", "samples.json", "tokenizer.json",
         }  # fmt: skip
         assert not [name for name in names if name.startswith(".")]
         kept = set(load_file(tiny.stage2 / "adapter_model.safetensors"))
@@ -284,7 +287,11 @@ class TestFolder:
         assert all(m["total_steps"] == 4 and m["stage"] == "finetune" for m in written)
         assert {m["step"] for m in written if "eval_loss" in m and "eval_exact_match" in m} == {2, 4}
         results = json.loads((tiny.stage2 / "results.json").read_text(encoding="utf-8"))
-        assert results.keys() == {"seconds", "eval_loss", "eval_exact_match"}
+        assert results.keys() == {"seconds", "eval_loss", "eval_exact_match", "n", "ci95", "tokens_per_second"}
+        low, high = results["ci95"]
+        assert results["n"] == 8 and low <= results["eval_exact_match"] <= high and high - low > 0.1
+        exact = [m for m in written if "eval_exact_match" in m]
+        assert all(m["eval_exact_match_n"] == 8 and "eval_exact_match_low" in m for m in exact)
         samples = json.loads((tiny.stage2 / "samples.json").read_text(encoding="utf-8"))
         assert len(samples) == 8 and all(s.keys() == {"image", "question", "truth", "before", "after"} for s in samples)
         assert samples[1]["question"] == "What colour is it?" and samples[1]["truth"] == "green"
@@ -308,6 +315,10 @@ class TestFolder:
             ["qllava", "merge", str(folder)],
             ["python", "demo/app.py", "--model"],
         ]
+        said = captured.out[captured.out.index("\nResult\n") :]
+        for label in ("Held-out accuracy", "Held-out loss", "Time", "Training speed", "Command", "Versions"):
+            assert f"  {label} " in said
+        assert " of 8 questions, exact match (95 % interval " in said
         assert "Stage 2: 100%" in captured.err and captured.err.count("1/1") >= 1
         assert "{'loss'" not in captured.out + captured.err  # transformers' own report beside our bar
 
@@ -443,6 +454,32 @@ class TestSettingsThatContradict:
     def test_evaluation_without_rows_is_left_out(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = finetune(stage2_settings(tiny, tmp_path / "run", eval_file=None, max_steps=1, save_strategy="no"))
         assert not [m for m in lines(folder) if "eval_loss" in m]
+
+
+def test_final_questions_are_drawn_by_the_seed(tiny: Tiny) -> None:
+    """Over all held-out files, and all of them where there are no more."""
+    prepared: Any = SimpleNamespace(parts=[SimpleNamespace(summary=SimpleNamespace(rows=8))] * 2)
+    parts = [Part(tiny.rows, None)] * 2
+
+    def drawn(seed: int, count: int) -> list[str]:
+        config: Any = SimpleNamespace(seed=seed, eval_questions_final=count)
+        return [str(example.id) for example in run_module._drawn(parts, prepared, config)]
+
+    assert drawn(0, 6) == drawn(0, 6) != drawn(1, 6) and len(drawn(0, 6)) == 6
+    assert drawn(0, 1000) == drawn(5, 16) and len(drawn(0, 1000)) == 16
+    assert run_module._drawn(parts, None, SimpleNamespace(seed=0, eval_questions_final=5)) == []  # type: ignore[arg-type]
+
+
+def test_the_table_says_how_far_each_share_can_be_believed() -> None:
+    names = ("frequent_answer", "blind", "untrained", "stage1", "stage2")
+    found = {**dict.fromkeys((*names, "unseen_pairs"), 0.5), "by_type": {"colour": 0.9}, "n": 1000}
+    counts = {**dict.fromkeys(names, 1000), "unseen_pairs": 100, "by_type": {"colour": 100}}
+    text = scores.format_table({**found, "counts": counts})
+    assert text.startswith("Right answers to 1,000 held-out questions (unseen pairs: 100), 95 %")
+    by_label = {" ".join(line.split()[:-3]): line.split()[-3:-1] for line in text.splitlines()[1:] if "#" in line}
+    assert by_label["after stage 2"] == ["50.0%", "46.9-53.1"]
+    assert by_label["unseen pairs"] == ["50.0%", "40.4-59.6"]
+    assert by_label["colour"] == ["90.0%", "82.6-94.5"]
 
 
 def test_spaced() -> None:

@@ -45,6 +45,8 @@ IMAGES = 4
 WORDS = "The small red circle is left of the large blue square. "
 BOUND = 0.1
 STATUS = Path("/proc/self/status")
+NEW_TOKENS = 16
+"""Of every answer, in place of the run's and the chat's own: random weights never end one."""
 
 
 class Watch:
@@ -61,14 +63,14 @@ class Watch:
             ctypes.CDLL(None).malloc_trim(0)
         self.phase = phase
 
-    def inside(self, phase: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Call as this phase, and go back to the one before."""
+    def inside(self, phase: str, call: Callable[..., Any], *given: Any, after: str | None = None, **named: Any) -> Any:
+        """Call as this phase, and go on with another, or with the one before; "" is none."""
         before = self.phase
         self.enter(phase)
         try:
             return call(*given, **named)
         finally:
-            self.enter(before)
+            self.enter(before if after is None else after)
 
     def end(self) -> dict[str, int]:
         """Bytes by phase."""
@@ -138,6 +140,7 @@ def settings_of(folder: Path, tokens: int) -> Settings:
 
 def measure(folder: Path, shape: str, tokens: int) -> dict[str, int]:
     """Peak anonymous memory of each phase of a run and of a chat with it, in this process."""
+    scores.MAX_ANSWER_TOKENS = NEW_TOKENS
     make_parts(folder, shape)
     settings = settings_of(folder, tokens)
     settings.model.projector = None
@@ -149,7 +152,7 @@ def measure(folder: Path, shape: str, tokens: int) -> dict[str, int]:
     settings = settings_of(folder, tokens)
     watch = Watch()
     train, evaluate = run.train_stage, LlavaTrainer.evaluate
-    run.train_stage = partial(watch.inside, "step", train)  # type: ignore[assignment]
+    run.train_stage = partial(watch.inside, "step", train, after="")  # type: ignore[assignment]
     LlavaTrainer.evaluate = lambda own, *a, **k: watch.inside("evaluation", evaluate, own, *a, **k)  # type: ignore[method-assign]
     watch.inside("before", run.finetune, settings)
     watch.inside("chat", ask, folder)
@@ -158,7 +161,7 @@ def measure(folder: Path, shape: str, tokens: int) -> dict[str, int]:
 
 def ask(folder: Path) -> None:
     """One question to the finished run."""
-    qllava.load(str(folder / "run")).answer(folder / "0.png", WORDS * 4)
+    qllava.load(str(folder / "run")).answer(folder / "0.png", WORDS * 4, max_new_tokens=NEW_TOKENS)
 
 
 def planned(folder: Path, tokens: int) -> dict[str, int]:
@@ -166,8 +169,10 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
     settings = settings_of(folder, tokens)
     setup = memory.setup_of(settings.model, settings.train, llava_config(settings.model), lora_r=settings.model.lora_r)
     asking = scores.asking_of(settings.train, lora_r=setup.lora_r)
-    asking = replace(asking, before=IMAGES, during=IMAGES)
-    return memory.plan_of(setup, memory.estimate(setup), 64 << 30, asking).phases
+    asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
+    found = memory.phases_of(setup, memory.estimate(setup), asking)
+    found["chat"] = replace(found["chat"], new_tokens=NEW_TOKENS)
+    return {name: phase.peak(setup, 64 << 30) for name, phase in found.items()}
 
 
 def compared(shape: str, tokens: int) -> list[dict[str, Any]]:

@@ -297,4 +297,6 @@ def test_proposed_flags_fit_their_card(path: Path) -> None:
         settings = load(path, *flags)
         limit = memory.parse_bytes(str(settings.train.fit_memory))
         for stage in stages(path):
-            assert memory.estimate(setup_of(settings, stage)).peak_bytes <= limit, flags
+            setup = setup_of(settings, stage)
+            asking = scores.asking_of(settings.train, lora_r=setup.lora_r)
+            assert memory.plan_of(setup, memory.estimate(setup), limit, asking).fits, flags

@@ -6,6 +6,7 @@ decides shapes and memory is there.
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,8 @@ def known_config(name: str) -> Any:
     values = _known().get(name)
     if values is None:
         return None
-    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    fields: dict[str, Any] = copy.deepcopy(values)
+    return AutoConfig.for_model(str(fields.pop("model_type")), **fields)
 
 
 def known_names() -> list[str]:

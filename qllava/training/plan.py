@@ -144,7 +144,7 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
         raise InputError(
             f"The language model {language_model} is of type '{text.model_type}'; supported are: {supported}."
         )
-    vision = _tower(vision_tower)
+    vision: Any = _tower(vision_tower)
     # `<image>` becomes one more token, and the table a multiple of 64.
     image_token = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // 64) * 64

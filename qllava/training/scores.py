@@ -83,7 +83,8 @@ def asking_of(train: TrainConfig, *, lora_r: int) -> Asking:
     held_out = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
     if not lora_r:
         return Asking(held_out_tokens=held_out)
-    return Asking(SHOWN, train.eval_questions, MAX_ANSWER_TOKENS, held_out)
+    during = max(train.eval_questions, train.eval_questions_final)
+    return Asking(SHOWN, during, MAX_ANSWER_TOKENS, held_out)
 
 
 def answers(

@@ -114,7 +114,7 @@ def _loading(setup: Setup) -> int:
     text: Any = setup.config.text_config
     table = text.vocab_size * text.hidden_size * setup.weights_in.itemsize
     packed = int(_QUANTIZING[setup.device] * text.hidden_size * text.intermediate_size) if setup.load_in_4bit else 0
-    return max(table, packed)
+    return max(int(table), packed)
 
 
 def _held_out_loss(setup: Setup, tokens: int) -> int:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app
 from demo.guard import EXAMPLES, MAX_UPLOAD, Guard
 from qllava.config import NANO, InputError
 from qllava.data.votes import VoteFile
-from qllava.inference import Chat, load, same_model
+from qllava.inference import Chat, has_base, load, same_model
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
 through a server of Gradio's. Pictures and questions of others reach this machine."""
@@ -165,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)"
     )
     parser.add_argument(
+        "--base-model",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="where the base of a run is now, if it has moved; checked by its fingerprint",
+    )
+    parser.add_argument(
         "--load-in-4bit",
         action=argparse.BooleanOptionalAction,
         help="keep the language model in NF4 (default: on CUDA; a run is loaded as it was trained)",
@@ -176,7 +183,8 @@ def _load(model: str, options: argparse.Namespace) -> Chat:
     import torch
 
     four_bit = torch.cuda.is_available() if options.load_in_4bit is None else options.load_in_4bit
-    return load(model, load_in_4bit=four_bit, dtype=options.dtype)
+    base = options.base_model if has_base(model) or options.compare is None else ()
+    return load(model, load_in_4bit=four_bit, dtype=options.dtype, base_model=base)
 
 
 def _make_folder(path: Path) -> None:

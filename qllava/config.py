@@ -74,6 +74,11 @@ class ModelConfig:
         metadata={"help": "Dropout before LoRA; questions that share an image then share the mask of its tokens."},
     )
 
+    base_model: list[str] | None = field(
+        default=None,
+        metadata={"help": "Where the base of the run in model_name_or_path is now, if it has moved."},
+    )
+
     @property
     def is_nano(self) -> bool:
         """Whether these are nano's own parts."""

@@ -30,6 +30,7 @@ from transformers import LlavaForConditionalGeneration
 
 from qllava.config import InputError
 from qllava.models.adapter import PROBES_FILE, RECORD_FILE, read_record
+from qllava.models.bases import at_its_base, located
 from qllava.models.card import base_of, results_of, write_card
 from qllava.models.checkpoint import load_config, names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.delta import Delta
@@ -82,23 +83,28 @@ class Accounting:
     """In the base's files, and no part of a LLaVA."""
 
 
-def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, verify: bool) -> MergeResult:
+def merge(
+    run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, verify: bool, base_model: Sequence[str] = ()
+) -> MergeResult:
     """Write the model of a run folder, or of one of its checkpoints, as one LLaVA in llava-hf's layout.
 
     Args:
         base: `nf4` for the weights that training saw, `original` for the 16-bit ones.
         dtype: of the result: bfloat16, float16 or float32.
+        base_model: where the parts of its base are now, if they have moved.
 
     Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, there is no room
     for it, or the result does not agree with the adapter model; nothing is written then.
     """
     run = run.resolve()
-    record = _record(run)
+    record = _record(run, base_model)
     four_bit = record.load_in_4bit
     result = MergeResult(base, None, None, None, False)
     with write_aside(out) as aside:
         probes = read_probes(run) if verify else []
-        plan, delta = outline(record), Delta(run)
+        with at_its_base(run):
+            plan = outline(record)
+        delta = Delta(run)
         delta.check(names_on_disk(plan.model), projector=record.model is None)
         plan.base.spill(aside / _TOWER_FILE)
         plan.tower = None
@@ -131,7 +137,7 @@ def merge(run: Path, out: Path, *, base: str, dtype: str, max_shard_size: str, v
     return result
 
 
-def _record(run: Path) -> Recipe:
+def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
     if not run.is_dir():
         raise InputError(f"There is no folder {run}; give a run of finetune_lora or its checkpoint.")
@@ -145,12 +151,12 @@ def _record(run: Path) -> Recipe:
             f"{run} is a run that has not finished: give the training command again to go on, or merge its newest "
             f"checkpoint, {newest}."
         )
-    found = read_record(run)
+    read_record(run)
     if not adapter.is_file():
         raise InputError(
             f"{run} holds no adapter (a stage 1 has only a projector); give a run of finetune_lora or its checkpoint."
         )
-    return found
+    return located(run, base_model)
 
 
 def _write(

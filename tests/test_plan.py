@@ -98,7 +98,7 @@ def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     ("line", "said"),
     [
         (["--model", "{empty}"], "no readable config.json"),
-        (["--model", "{llama}"], "of type 'llama', not 'llava'"),
+        (["--model", "{llama}"], "of type 'llama'; expected a LLaVA"),
         (["--language-model", "{llama}"], "needs both"),
         (["--model", "x", "--language-model", "{llama}"], "not both"),
         (["--language-model", "{empty}", "--vision-tower", L336], "no readable config.json"),

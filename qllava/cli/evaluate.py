@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.cli import judging
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, positive, quietly, rank
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, rank
 from qllava.config import InputError
 
 
@@ -35,6 +35,7 @@ def add(verbs: Verbs) -> None:
         "--read", metavar="PATTERN", help="what of a long answer counts: a regular expression with one group"
     )
     _batch_flag(vqa)
+    base_flag(vqa)
     json_flag(vqa)
     _add_scienceqa(kinds)
     judging.add(kinds)
@@ -53,6 +54,7 @@ def _add_scienceqa(kinds: Verbs) -> None:
     )
     _batch_flag(science)
     science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
+    base_flag(science)
     json_flag(science)
 
 
@@ -83,6 +85,7 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
             choose=arguments.choose,
             seed=arguments.seed,
             read=arguments.read,
+            base_model=arguments.base_model,
             batch_size=arguments.batch_size,
         ),
         arguments.json,
@@ -123,6 +126,7 @@ def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
             arguments.order,
             split=arguments.split,
             batch_size=arguments.batch_size,
+            base_model=arguments.base_model,
         )
 
     result = quietly(run, arguments.json)

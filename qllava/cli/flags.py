@@ -41,6 +41,17 @@ def reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", metavar="N", type=positive, default=2048, help="(default: 2048)")
 
 
+def base_flag(parser: argparse.ArgumentParser) -> None:
+    """`--base-model`."""
+    parser.add_argument(
+        "--base-model",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="where the base of a run is now, if it has moved; checked by its fingerprint",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)

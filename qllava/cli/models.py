@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, json_flag, positive, quietly, temperature
+from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, temperature
 from qllava.config import InputError
 
 
@@ -31,6 +31,7 @@ def _add_merge(verbs: Verbs) -> None:
     merge.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
+    base_flag(merge)
     json_flag(merge)
 
 
@@ -55,6 +56,7 @@ def _add_chat(verbs: Verbs) -> None:
     chat.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help="0 is greedy (default: 0)")
     chat.add_argument("--seed", metavar="N", type=int, help="makes draws above temperature 0 the same each time")
     chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
+    base_flag(chat)
     chat.add_argument("--compare", metavar="MODEL", help="put every question to both, blindly, and vote")
     chat.add_argument("--votes", metavar="FILE", type=Path, default=Path("votes.jsonl"), help="(default: votes.jsonl)")
 
@@ -72,6 +74,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
             verify=verify,
+            base_model=arguments.base_model,
         ),
         arguments.json,
     )
@@ -113,6 +116,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
             settings=settings,
             load_in_4bit=arguments.load_in_4bit,
             dtype=arguments.dtype,
+            base_model=arguments.base_model,
         )
     if arguments.prompt is not None:
         raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
@@ -123,4 +127,5 @@ def run_chat(arguments: argparse.Namespace) -> int:
         settings=settings,
         load_in_4bit=arguments.load_in_4bit,
         dtype=arguments.dtype,
+        base_model=arguments.base_model,
     )

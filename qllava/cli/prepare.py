@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
+from qllava.cli.flags import Verbs, add_verb, base_flag, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
 
 
@@ -54,6 +54,7 @@ def _add_plan(verbs: Verbs) -> None:
     plan.add_argument("--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 for stage 1, the projector alone")
     plan.add_argument("--tokens-per-row", metavar="N", type=positive, help="tokens that go through the model at once")
     plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
+    base_flag(plan)
     json_flag(plan)
 
 
@@ -125,6 +126,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
             lora_r=arguments.lora_r,
             tokens_per_row=arguments.tokens_per_row,
             limit=arguments.fit,
+            base_model=arguments.base_model,
         ),
         arguments.json,
     )

@@ -168,7 +168,7 @@ def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
         _VERSION, tokenizers.__version__,
         str(path.absolute()), str((image_folder or folder_of(path)).absolute()),
         blake2b(core.encode()).hexdigest(), encoder.tokenizer.bos_token, encoder.tokenizer.eos_token, encoder.template,
-        encoder.image_token_id, encoder.tokens_per_image, encoder.max_length, encoder.too_long,
+        encoder.image_token_id, encoder.tokens_per_image, encoder.max_length, encoder.positions, encoder.too_long,
     )  # fmt: skip
     digest = blake2b(repr(decides).encode(), digest_size=16)
     for file in row_files(path):

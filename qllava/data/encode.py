@@ -67,6 +67,7 @@ class Encoder:
     image_token_id: the id of `<image>`.
     tokens_per_image: how many image tokens a picture takes.
     max_length: the most tokens of a sample, image tokens counted.
+    positions: how many the language model reads, which bounds `max_length`; None where no model is known.
     too_long: a longer one is an error; or it is dropped; or it loses whole turns at its end, never a picture and
         never a part of an answer, and is dropped where that does not suffice.
 
@@ -79,6 +80,7 @@ class Encoder:
     tokens_per_image: int
     max_length: int = 2048
     too_long: Literal["error", "drop", "trim"] = "error"
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -200,16 +202,14 @@ class Encoder:
         if pictures != len(example.images):
             problem = f"the text holds {pictures} {IMAGE_TOKEN} for {count_of(len(example.images))}"
             raise example.problem("pictures", problem, "make them equal")
-        spare = self.max_length - pictures * (self.tokens_per_image - 1)
+        most, limit, hint = self._limit
+        spare = most - pictures * (self.tokens_per_image - 1)
         if len(tokens.ids) <= spare:
             return len(tokens.ids)
-        length = len(tokens.ids) - spare + self.max_length
-        too_long = (
-            f"{length} tokens ({count_of(pictures)} of {self.tokens_per_image}) are more than max_length "
-            f"{self.max_length}"
-        )
+        length = len(tokens.ids) - spare + most
+        too_long = f"{length} tokens ({count_of(pictures)} of {self.tokens_per_image}) are more than {limit}"
         if self.too_long == "error":
-            raise example.problem("too long", too_long, "raise max_length, or set too_long to drop or trim")
+            raise example.problem("too long", too_long, f"{hint}, or set too_long to drop or trim")
         if self.too_long == "trim":
             # A control token or a newline ends every round, so the text is never cut inside a token.
             learned = _learned(example)
@@ -226,8 +226,15 @@ class Encoder:
         on_problem(self._changed(example, f"{too_long}, so the row is dropped"))
         return None
 
+    @property
+    def _limit(self) -> tuple[int, str, str]:
+        """The most tokens of a sample, what says so, and what keeps a longer one."""
+        if self.positions is not None and self.positions < self.max_length:
+            return self.positions, f"the {self.positions} positions that the language model reads", "shorten it"
+        return self.max_length, f"max_length {self.max_length}", "raise max_length"
+
     def _changed(self, example: Example, problem: str) -> Problem:
-        return Problem("dropped", problem, "raise max_length to keep it", example.place, example.id, "warning")
+        return Problem("dropped", problem, f"{self._limit[2]} to keep it", example.place, example.id, "warning")
 
     def _sample(self, example: Example, rendered: Rendered, tokens: _Tokens, end: int) -> Sample:
         ids = tokens.ids[:end]

@@ -207,6 +207,7 @@ def answer_problems(
     *,
     split: str = "test",
     batch_size: int | None = None,
+    base_model: Sequence[str] = (),
 ) -> ScienceResult:
     """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
 
@@ -220,7 +221,7 @@ def answer_problems(
     images = find_images(asked, image_folder or problems.parent)
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
-    chat = load(model)
+    chat = load(model, base_model=base_model)
     settings = {"model": chat.name, "order": order}
     answers = answered_before(out, settings)
     missing = [problem for problem in asked if problem.id not in answers]

@@ -28,6 +28,7 @@ from qllava.evaluation.intervals import Share, wilson
 from qllava.evaluation.pages import write
 from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
 from qllava.inference import MOST, Chat, Room, load
+from qllava.models.positions import positions_of
 
 ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
 FAILURES_SHOWN = 200  # on a page; more would make it too heavy to open
@@ -173,6 +174,7 @@ def evaluate_file(
     seed: int = 0,
     read: str | None = None,
     batch_size: int | None = None,
+    base_model: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
 
@@ -191,7 +193,7 @@ def evaluate_file(
     for path in (out, html):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path} cannot be written, because there is no folder {path.parent}; make it first.")
-    chat = load(model)
+    chat = load(model, base_model=base_model)
     asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
     result = evaluate(chat, asked, batch_size=batch_size or MOST)
     said, unread = result.answers, {}
@@ -232,7 +234,7 @@ def _told(shots: int, choose: Choose) -> str:
 
 
 def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> AnswerFn:
-    context = chat.model.config.get_text_config().max_position_embeddings
+    context = positions_of(chat.model.config.get_text_config())
     room = Room(batch_size)  # one for all windows: what was learned when memory ran out is kept
 
     def ask(examples: Sequence[Example]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from qllava.inference.chat import Chat
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.card import base_of, results_of
+from qllava.models.positions import positions_of
 
 _SCORES = {
     "stage2": "Held-out questions",
@@ -41,7 +42,7 @@ def about(chat: Chat) -> dict[str, str]:
         "Size": f"{_short(parameters)} parameters, {text.num_hidden_layers} layers of {text.hidden_size}",
         "Pictures": f"{vision.image_size} x {vision.image_size} pixels, "
         f"{(vision.image_size // vision.patch_size) ** 2} tokens each",
-        "Context": f"{text.max_position_embeddings:,} tokens",
+        "Context": f"{positions_of(text):,} tokens",
         "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
     }
     if (folder / RECORD_FILE).is_file():

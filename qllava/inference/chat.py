@@ -10,17 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from PIL import Image
 from transformers import GenerationConfig, LlavaProcessor
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.data.images import as_rgb, open_image
 from qllava.inference.batches import MOST, Batches, Room, attempt
 from qllava.inference.generate import (
     Pieces,
@@ -29,8 +26,7 @@ from qllava.inference.generate import (
     continue_prompts,
     generation_settings,
 )
-
-Picture = str | Path | Image.Image
+from qllava.inference.given import Picture, as_list, open_picture
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Chat:
         system: str | None = None,
     ) -> str:
         """Answer one question about no, one or several pictures. Raises InputError for a broken picture or question."""
-        pictures = _as_list(images)
+        pictures = as_list(images)
         conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
         prompt = self.prompt(conversation, pictures)
         return self.complete([prompt], max_new_tokens=max_new_tokens, temperature=temperature)[0]
@@ -74,7 +70,7 @@ class Chat:
         system: str | None = None,
     ) -> Iterator[str]:
         """`answer`, piece by piece. Closing the iterator ends the computation."""
-        pictures = _as_list(images)
+        pictures = as_list(images)
         conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
         return self.reply(conversation, pictures, max_new_tokens=max_new_tokens, temperature=temperature)
 
@@ -121,7 +117,7 @@ class Chat:
         """
         prompts = []
         for images, question in pairs:
-            pictures = _as_list(images)
+            pictures = as_list(images)
             conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
             prompts.append(self.prompt(conversation, pictures))
         return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
@@ -150,7 +146,7 @@ class Chat:
         bos = self.processor.tokenizer.bos_token
         encoded = self.processor(
             text=[text],
-            images=[_open(image) for image in images] or None,
+            images=[open_picture(image) for image in images] or None,
             add_special_tokens=not (bos and text.startswith(bos)),  # else a template that writes BOS gets two
             return_tensors="pt",
         )
@@ -225,24 +221,6 @@ def user_turn(question: str, pictures: int) -> Turn:
     if IMAGE_TOKEN in question:
         raise InputError(f"The question contains {IMAGE_TOKEN}, which stands for a picture; leave it out.")
     return Turn(role="user", content=ask(question, pictures))
-
-
-def _as_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
-    if images is None:
-        return []
-    if isinstance(images, str | Path | Image.Image):
-        return [images]
-    return list(images)
-
-
-def _open(image: Picture) -> Image.Image:
-    """An image from a file or from memory, by the rules of the data's own reader: what training saw."""
-    if isinstance(image, Image.Image):
-        try:
-            return as_rgb(image)
-        except (ValueError, OSError) as error:
-            raise InputError(f"The image cannot be converted to RGB: {error}.") from error
-    return open_image(Path(image))
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:

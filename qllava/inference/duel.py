@@ -21,7 +21,8 @@ from qllava.config import InputError
 from qllava.conversation import Conversation
 from qllava.data.votes import Side, Verdict, Vote
 from qllava.inference.about import label
-from qllava.inference.chat import Chat, Picture, user_turn
+from qllava.inference.chat import Chat, user_turn
+from qllava.inference.given import Picture
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qllava.config import InputError
 from qllava.inference.batches import Batches, Room, attempt
+from qllava.models.positions import positions_of
 
 
 class StopOn(StoppingCriteria):
@@ -171,7 +172,7 @@ def generation_settings(
     """How to generate for these prompts. Raises InputError when the longest leaves no room for an answer."""
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise InputError("An answer needs at least 1 token, and a temperature of at least 0; change them.")
-    context = model.config.get_text_config().max_position_embeddings
+    context = positions_of(model.config.get_text_config())
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest >= context:
         raise InputError(

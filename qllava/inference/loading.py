@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,21 +14,29 @@ from qllava.inference.chat import Chat
 RUNS = Path("runs")
 
 
-def load(model: str, *, load_in_4bit: bool = False, dtype: str | None = None) -> Chat:
+def load(
+    model: str,
+    *,
+    load_in_4bit: bool = False,
+    dtype: str | None = None,
+    base_model: str | Path | Sequence[str | Path] = (),
+) -> Chat:
     """Load `nano` (the newest finished nano run in ./runs), a merged folder, a run folder, or a hub name.
 
     fp32 on the CPU, bf16 on CUDA (fp16 where the card has no bf16), or `dtype` by its name in torch; `load_in_4bit`
     keeps the language model in NF4. Neither changes a run folder: it is its base, exactly as it was trained (in 4 bit
-    if it was), plus the adapter.
+    if it was), plus the adapter; `base_model` says where the parts of its base are now, if they have moved.
 
-    Raises InputError when there is no such model.
+    Raises InputError when there is no such model, or its base is another one.
     """
     folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
     if (folder / "adapter_config.json").is_file():
         from qllava.models.adapter import load_run
 
-        network, processor = load_run(folder)
+        network, processor = load_run(folder, [base_model] if isinstance(base_model, str | Path) else base_model)
         return Chat(network.eval(), processor, str(folder))
+    if base_model:
+        raise InputError(f"{model} is no run with an adapter, so it has no base elsewhere; leave --base-model out.")
     if (folder / "run.yaml").is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
     from qllava.models.assemble import nf4
@@ -43,6 +52,12 @@ def load(model: str, *, load_in_4bit: bool = False, dtype: str | None = None) ->
         device_map={"": "cuda:0"} if cuda else None,
     )
     return Chat(network.eval(), processor, model)
+
+
+def has_base(model: str) -> bool:
+    """Whether a name means a run, whose base may be elsewhere."""
+    folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
+    return (folder / "adapter_config.json").is_file()
 
 
 def same_model(first: str, second: str) -> bool:

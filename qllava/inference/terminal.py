@@ -24,7 +24,7 @@ from qllava.data.votes import Verdict, VoteFile
 from qllava.inference.about import about
 from qllava.inference.chat import Chat
 from qllava.inference.duel import Contender, Duel, contenders
-from qllava.inference.loading import load, same_model
+from qllava.inference.loading import has_base, load, same_model
 from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
 
@@ -41,11 +41,18 @@ _VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_
 
 
 def chat_loop(
-    model: str, *, images: Sequence[Path], prompt: str | None, settings: Settings, load_in_4bit: bool, dtype: str | None
+    model: str,
+    *,
+    images: Sequence[Path],
+    prompt: str | None,
+    settings: Settings,
+    load_in_4bit: bool,
+    dtype: str | None,
+    base_model: Sequence[str] = (),
 ) -> int:
     """Load the model and talk; returns the exit status. Raises InputError for what cannot be loaded or asked."""
     _look_at(images)
-    chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype)
+    chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base_model)
     terminal = _Terminal(chat, list(images), settings)
     if prompt is not None:
         terminal.ask(prompt)
@@ -63,12 +70,18 @@ def compare_loop(
     settings: Settings,
     load_in_4bit: bool,
     dtype: str | None,
+    base_model: Sequence[str] = (),
 ) -> int:
     """Load two models (or one twice), put every question to both, and keep the votes; returns the exit status."""
     _look_at(images)
     file = VoteFile(votes)
-    first = load(models[0], load_in_4bit=load_in_4bit, dtype=dtype)
-    second = first if same_model(*models) else load(models[1], load_in_4bit=load_in_4bit, dtype=dtype)
+
+    def loaded(model: str) -> Chat:
+        base = base_model if has_base(model) else ()
+        return load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base)
+
+    first = loaded(models[0])
+    second = first if same_model(*models) else loaded(models[1])
     # One model twice is compared with itself where it draws.
     cold = 0.0 if second is first else settings.temperature
     pair = contenders((first, second), (cold, settings.temperature))

@@ -7,10 +7,8 @@ qllava.json                                    the `Recipe` of the base, with it
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,18 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from qllava.config import InputError
 from qllava.models.assemble import Assembled, assemble
+from qllava.models.bases import at_its_base, located
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.layouts import projector_advice
 from qllava.models.outline import Recipe
+from qllava.models.record import RECORD_FILE as RECORD_FILE
+from qllava.models.record import read_record as read_record
+from qllava.models.record import save_record as save_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
 PROJECTOR_FILE = "projector.safetensors"
-RECORD_FILE = "qllava.json"
 BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
 """Settings that an adapter was trained with, and is useless without."""
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
@@ -132,20 +133,6 @@ def refuse_not_finite(state: Mapping[str, torch.Tensor], path: Path, hint: str) 
             raise InputError(f"{path} cannot be trained on: values of {name} are not finite; {hint}.")
 
 
-def save_record(recipe: Recipe, folder: Path) -> None:
-    """Write what the model was built from beside its adapter."""
-    (folder / RECORD_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> Recipe:
-    """What the model of a run or checkpoint was built from. Raises InputError when the folder does not say."""
-    path = folder / RECORD_FILE
-    try:
-        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
-
-
 def adapter_at(name: str | None) -> Path | None:
     """The folder of a run or checkpoint with an adapter; None for any other model."""
     folder = Path(name).expanduser() if name else None
@@ -204,11 +191,18 @@ def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
     return model
 
 
-def load_run(folder: Path) -> tuple[Any, LlavaProcessor]:
-    """The model of a run folder or one of its checkpoints as it was trained, in eval mode.
+def load_run(folder: Path, base_model: Sequence[str | Path] = ()) -> tuple[Any, LlavaProcessor]:
+    """Load the model of a run folder or one of its checkpoints as it was trained, in eval mode.
 
-    That is the base, in NF4 if it was, plus the adapter. Raises InputError when parts are missing or the base is
-    another one.
+    That is the base, in NF4 if it was, plus the adapter.
+
+    Args:
+        folder: The run or checkpoint.
+        base_model: Where its base is now, if that has moved.
+
+    Raises:
+        InputError: Parts are missing, or the base is another one.
     """
-    assembled = assemble(read_record(folder))
+    with at_its_base(folder):
+        assembled = assemble(located(folder, base_model))
     return load_adapter(assembled, folder), assembled.processor

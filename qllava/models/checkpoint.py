@@ -37,12 +37,17 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
-from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
+from qllava.models import agreement
+from qllava.models.errors import check_loading, one_line, one_sentence, out_of_memory
 from qllava.models.hub import model_folder, settings_folder
-from qllava.models.layouts import INDEX
+from qllava.models.layouts import INDEX, find_weights
 from qllava.models.vision import Tower
 from qllava.models.weights import EMBEDDING, HEAD, llava_name, open_weights
 
+_TOKENIZERS_AND_PROCESSORS = (
+    ("tokenizer.json", "tokenizer.model"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
 # Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -165,7 +170,9 @@ def load_llava(
             ignore_mismatched_sizes=True,
             **loading,
         )
-    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"The LLaVA {folder_or_name} cannot be loaded ({one_line(error)}).") from error
     model, report = loaded
     check_loading(report, f"The LLaVA {folder_or_name}")
@@ -173,21 +180,54 @@ def load_llava(
 
 
 def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
-    """What `load_llava` loads but for the weights: config and processor, which belong together. Raises InputError."""
-    folder = settings_folder(folder_or_name)
-    if Path(folder_or_name).expanduser().is_dir():
+    """What `load_llava` loads but for the weights: config and processor.
+
+    Raises:
+        InputError: Something is missing, or parts of the model do not agree (`agreement.py`), its weights included.
+    """
+    if (folder := Path(folder_or_name).expanduser()).is_dir():
         _check_folder(folder)
+    config, processor = look_at(folder_or_name)
+    if processor is None:
+        raise InputError(f"{folder_or_name} lacks its tokenizer or processor files; download the model again.")
+    if not folder.is_dir():  # those of a folder have been compared
+        agreement.check_weights(folder_or_name, config, open_weights(folder_or_name))
+    return config, processor
+
+
+def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
+    """The config of a LLaVA, and its processor where one is there; whatever else is there is compared with them.
+
+    Nothing is fetched from the hub but small files.
+
+    Raises:
+        InputError: It is no LLaVA, a file cannot be read, or parts of it do not agree.
+    """
+    name = folder_or_name
+    folder = settings_folder(name)
+    files = [path.name for path in folder.iterdir()]
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise InputError(f"{folder_or_name} has no readable config.json ({one_line(error)}).") from error
+    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
+        raise InputError(f"{name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type != "llava":
-        raise InputError(f"{folder_or_name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
-    try:
-        processor: Any = LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
-        raise InputError(f"The LLaVA {folder_or_name} cannot be loaded ({one_line(error)}).") from error
-    _settle_image_tokens(processor, config, folder_or_name)
+        raise InputError(f"{name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
+    with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
+        agreement.check_llava_config(name, config)
+    processor: Any = None
+    if all(any(file in files for file in either) for either in _TOKENIZERS_AND_PROCESSORS):
+        try:
+            processor = LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(f"The processor of {name} cannot be loaded ({one_line(error)}).") from error
+        agreement.check_tokenizer(name, config, processor.tokenizer)
+        agreement.check_processor(name, config, processor)
+        _settle_image_tokens(processor, config, name)
+    generation = agreement.read_generation(folder, name)
+    if generation is not None:
+        agreement.check_generation(name, config.text_config, generation)
+    if Path(name).expanduser().is_dir() and find_weights(files, name):
+        agreement.check_weights(name, config, open_weights(name))
     return config, processor
 
 
@@ -311,7 +351,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
         raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
-    for either in (("tokenizer.json", "tokenizer.model"), ("preprocessor_config.json", "processor_config.json")):
+    for either in _TOKENIZERS_AND_PROCESSORS:
         if not any((folder / name).is_file() for name in either):
             raise InputError(f"{folder} lacks {' or '.join(either)}; copy or download the model again.")
     open_weights(str(folder))  # reads the headers and compares them with the files' lengths

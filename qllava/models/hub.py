@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 
 from qllava.config import InputError, cache_folder
 from qllava.models.errors import one_line
@@ -209,7 +210,7 @@ def _conversion(name: str, files: Sequence[str]) -> tuple[str, Found | None]:
 def _content(api: HfApi, name: str, revision: str, files: Sequence[str]) -> dict[str, str]:
     """What identifies the bytes of files at a revision."""
     infos = api.get_paths_info(name, list(files), revision=revision)
-    return {info.path: info.lfs.sha256 if info.lfs else info.blob_id for info in infos if hasattr(info, "blob_id")}
+    return {info.path: info.lfs.sha256 if info.lfs else info.blob_id for info in infos if isinstance(info, RepoFile)}
 
 
 def _cached(name: str) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +24,11 @@ from transformers import (
 
 from qllava.config import NANO_WEIGHTS, InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
+from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
-from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
+from qllava.models.layouts import find_weights
 from qllava.models.vision import Tower, load_tower
 from qllava.models.weights import Base, language_model_name, open_weights, tower_name
 
@@ -94,36 +97,13 @@ def outline(recipe: Recipe) -> Outline:
         generation = _generation_config(recipe.model, config)
         base = Base(open_weights(recipe.model), dtype)
     else:
-        if recipe.language_model is None or recipe.vision_tower is None:
-            raise InputError(
-                "A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path."
-            )
-        name = nano_part(recipe.language_model, "llama")
-        text, tokenizer = _language_model_config(name)
-        weights = open_weights(name, language_model_name)
-        spec = nano_part(recipe.vision_tower, "tower")
-        on_disk = not spec.startswith("open_clip:")
-        tower = load_tower(spec, image_aspect=recipe.image_aspect, weights=not on_disk)
-        held = {}
-        if on_disk:
-            weights.join(open_weights(spec, tower_name))
-        else:  # open_clip's, which was converted
-            held = {tower_name(key): tensor for key, tensor in tower.model.state_dict().items()}
-        text.vocab_size = grown(text.vocab_size, len(tokenizer))
-        config = llava_config(recipe, text, tower, tokenizer)
-        processor = build_processor(tokenizer, tower)
-        generation = _generation_config(name, text)
-        base = Base(weights, dtype, held, rows=text.vocab_size)
+        config, processor, generation, base, tower = _of_parts(recipe, dtype)
     config.dtype = dtype
-    if getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None):
-        raise InputError(
-            f"{recipe.model or recipe.language_model} is quantized already; give the model in 16 bit, which qllava "
-            "quantizes itself."
-        )
-    with torch.device("meta"):
+    name = recipe.model or recipe.language_model or ""
+    agreement.refuse_quantized(name, config)
+    with one_sentence(f"{name}: config.json", "correct it"), torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     model.generation_config = generation
-    name = recipe.model or recipe.language_model or ""
     tied = bool(config.text_config.tie_word_embeddings)
     base.check(names_on_disk(model), tied=tied, built=recipe.model is None, what=name)
     saved = processor.chat_template if recipe.model is not None else None
@@ -134,12 +114,37 @@ def outline(recipe: Recipe) -> Outline:
         other = ", ".join(what for wanted, given, what in parts if wanted != given)
         raise InputError(
             f"The base {name} is not the one that this adapter was trained on (another {other or 'kind'}); give the "
-            "base that the run used."
+            "base that the run used, with --base-model DIR if it is elsewhere now."
         )
     filled = replace(recipe, fingerprint=found, dtype=str(dtype).removeprefix("torch."))
     plan = Outline(model.eval(), processor, filled, base, tower)
     settle_template(plan.model, processor, TEMPLATES[filled.template])
     return plan
+
+
+def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, GenerationConfig, Base, Tower]:
+    """Config, processor, generation config, weights and tower of a LLaVA that is built from parts."""
+    if recipe.language_model is None or recipe.vision_tower is None:
+        raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
+    name = nano_part(recipe.language_model, "llama")
+    text, tokenizer = language_model_config(name)
+    assert tokenizer is not None  # `whole` has seen to it
+    weights = open_weights(name, language_model_name)
+    spec = nano_part(recipe.vision_tower, "tower")
+    on_disk = not spec.startswith("open_clip:")
+    tower = load_tower(spec, image_aspect=recipe.image_aspect, weights=not on_disk)
+    agreement.check_feature_layer(spec, recipe.vision_feature_layer, tower.model.config)
+    held = {}
+    if on_disk:
+        weights.join(open_weights(spec, tower_name))
+    else:  # open_clip's, which was converted
+        held = {tower_name(key): tensor for key, tensor in tower.model.state_dict().items()}
+    text.vocab_size = grown(text.vocab_size, len(tokenizer))
+    config = llava_config(recipe, text, tower, tokenizer)
+    processor = build_processor(tokenizer, tower)
+    generation = _generation_config(name, text)
+    base = Base(weights, dtype, held, rows=text.vocab_size)
+    return config, processor, generation, base, tower
 
 
 def settle_template(model: Any, processor: LlavaProcessor, template: Template) -> None:
@@ -207,7 +212,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
-    except (*LOAD_ERRORS, TypeError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -216,17 +221,37 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _language_model_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Config and tokenizer of a LLaMA-family model. Raises InputError when it is no such model."""
+def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """Config and tokenizer of a LLaMA-family model, compared with each other and with what else is there.
+
+    Args:
+        name: A folder, or a name on the hub.
+        whole: Whether a tokenizer has to be there; else it is None where there is none.
+
+    Raises:
+        InputError: It is no such model, or its parts do not agree.
+    """
     folder = settings_folder(name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
         raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
     if config.model_type not in LANGUAGE_MODELS:
         supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
         raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
-    return config, load_tokenizer(name)
+    with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
+        agreement.check_text_config(name, config)
+    files = [path.name for path in folder.iterdir()]
+    tokenizer = None
+    if whole or any(file in files for file in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(name)
+        agreement.check_language_model(name, config, tokenizer)
+    generation = agreement.read_generation(folder, name)
+    if generation is not None:
+        agreement.check_generation(name, config, generation)
+    if Path(name).expanduser().is_dir() and find_weights(files, name):
+        agreement.check_table(name, config, open_weights(name, language_model_name))
+    return config, tokenizer
 
 
 def grown(rows: int, tokens: int) -> int:

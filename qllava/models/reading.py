@@ -16,10 +16,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from qllava.config import NANO, InputError
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models.adapter import RECORD_FILE, read_record
-from qllava.models.checkpoint import build_processor
-from qllava.models.errors import LOAD_ERRORS, one_line
+from qllava.models.agreement import refuse_quantized
+from qllava.models.checkpoint import build_processor, look_at
+from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
-from qllava.models.outline import load_tokenizer, nano_part, template_of
+from qllava.models.outline import Recipe, language_model_config, load_tokenizer, nano_part, template_of
+from qllava.models.positions import positions_of
 from qllava.models.vision import ImageAspect, load_tower
 
 LLAVA_TOKENS_PER_IMAGE = 576
@@ -34,12 +36,14 @@ class Reader:
     template: how a conversation is written.
     tokens_per_image: how many image tokens a picture takes.
     image_processor: turns a picture into pixels; None where only the tokenizer is known.
+    positions: how many tokens the language model reads; None where it is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     tokens_per_image: int
     image_processor: BaseImageProcessor | None
+    positions: int | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -56,20 +60,38 @@ def read_model(model: str) -> Reader:
     if model == NANO:
         return read_parts(NANO, NANO)
     folder = settings_folder(model)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        return _of_processor(processor, _template_of_folder(folder, processor))
-    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{model} cannot be read as a model ({one_line(error)}); name a LLaVA's folder, or give --tokenizer."
-        ) from error
+    advice = "name a LLaVA's folder, or give --tokenizer"
+    if (folder / RECORD_FILE).is_file():  # a run: its processor is its own, and its base lies elsewhere
+        record = read_record(folder)
+        positions = _positions_of_base(record)
+        with one_sentence(model, advice):
+            processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    elif not (folder / "config.json").is_file():
+        raise InputError(f"{model} cannot be read as a model (it has no config.json); {advice}.")
+    else:
+        config, processor = look_at(model)
+        refuse_quantized(model, config)
+        positions = positions_of(config.text_config)
+        if processor is None:
+            raise InputError(f"{model} cannot be read as a model (it has no tokenizer or processor files); {advice}.")
+    with one_sentence(model, advice):
+        return _of_processor(processor, _template_of_folder(folder, processor), positions)
+
+
+def _positions_of_base(record: Recipe) -> int | None:
+    """How many positions the base of a run reads, whose parts are compared; None where it is not here."""
+    if record.model is not None:
+        return positions_of(look_at(record.model)[0].text_config) if Path(record.model).is_dir() else None
+    name = nano_part(record.language_model or "", "llama")
+    return positions_of(language_model_config(name)[0]) if Path(name).is_dir() else None
 
 
 def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAspect = "pad") -> Reader:
     """The reader of a LLaVA that is yet to be built from these parts."""
-    tokenizer = load_tokenizer(nano_part(language_model, "llama"))
+    text, tokenizer = language_model_config(nano_part(language_model, "llama"))
+    assert tokenizer is not None  # it has to be there
     tower = load_tower(nano_part(vision_tower, "tower"), image_aspect=image_aspect)
-    return _of_processor(build_processor(tokenizer, tower), TEMPLATES[template_of(tokenizer)])
+    return _of_processor(build_processor(tokenizer, tower), TEMPLATES[template_of(tokenizer)], positions_of(text))
 
 
 def read_tokenizer(path: Path) -> Reader:
@@ -95,11 +117,11 @@ def _alone(tokenizer: PreTrainedTokenizerBase) -> Reader:
     return Reader(tokenizer, TEMPLATES[template_of(tokenizer)], LLAVA_TOKENS_PER_IMAGE, None)
 
 
-def _of_processor(processor: Any, template: Template) -> Reader:
+def _of_processor(processor: Any, template: Template, positions: int | None) -> Reader:
     # Counted, not computed: whatever the processor does with a picture, this is what it writes for it.
     written = processor(images=Image.new("RGB", (64, 64)), text=IMAGE_TOKEN)["input_ids"][0]
     image = processor.tokenizer.get_vocab()[IMAGE_TOKEN]
-    return Reader(processor.tokenizer, template, list(written).count(image), processor.image_processor)
+    return Reader(processor.tokenizer, template, list(written).count(image), processor.image_processor, positions)
 
 
 def _template_of_folder(folder: Path, processor: Any) -> Template:

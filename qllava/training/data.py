@@ -137,7 +137,9 @@ def prepare(
     print(verdict.text(verbose=False))
     if not any(part.summary.samples for part in checked):
         rows = sum(part.summary.rows for part in checked)
-        raise InputError(f"No sample is left to train on: all {rows} are longer than max_length; raise it.")
+        raise InputError(
+            f"No sample is left to train on: all {rows} are longer than max_length, or than the model reads."
+        )
     trained = _open(checked, [p.repeat for p in parts], [p.weight for p in parts], seed)
     return trained, _open(held_out, [1.0] * len(held_out), [None] * len(held_out), seed) if held_out else None
 

@@ -6,6 +6,7 @@ those of open_clip's towers from open_clip itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
 from qllava.config import NANO, InputError, ModelConfig
-from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.adapter import RECORD_FILE
+from qllava.models.agreement import check_feature_layer, refuse_quantized
+from qllava.models.bases import located
+from qllava.models.checkpoint import look_at
 from qllava.models.errors import LOAD_ERRORS, one_line
-from qllava.models.hub import settings_folder
 from qllava.models.known import known_config
-from qllava.models.outline import LANGUAGE_MODELS, nano_part
+from qllava.models.outline import language_model_config, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
 from qllava.training.scores import asking_of
@@ -37,6 +40,7 @@ def plan(
     lora_r: int | None = None,
     tokens_per_row: int | None = None,
     limit: str | None = None,
+    base_model: Sequence[str] = (),
 ) -> memory.Plan:
     """What a run on a card comes to.
 
@@ -59,6 +63,7 @@ def plan(
     }
     for name, value in given.items():
         line += [f"--{name}", str(value)] if value is not None else []
+    line += ["--base_model", *base_model] if base_model else []
     settings = parse(line, output_dir="unused", nano=NANO_FINETUNE)
     train = settings.train
     setup = memory.setup_of(settings.model, train, llava_config(settings.model), lora_r=settings.model.lora_r)
@@ -112,7 +117,7 @@ def llava_config(model: ModelConfig) -> LlavaConfig:
     if model.model_name_or_path:
         if model.language_model or model.vision_tower:
             raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
-        return _of_model(model.model_name_or_path)
+        return _of_model(model)
     if not (model.language_model and model.vision_tower):
         raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
     return _of_parts(
@@ -120,31 +125,28 @@ def llava_config(model: ModelConfig) -> LlavaConfig:
     )
 
 
-def _of_model(name: str) -> LlavaConfig:
+def _of_model(model: ModelConfig) -> LlavaConfig:
     """The config of a LLaVA, or of the one that a run's adapter belongs to."""
+    name = str(model.model_name_or_path)
     folder = Path(name).expanduser()
     if (folder / RECORD_FILE).is_file():
-        base = read_record(folder)
+        base = located(folder, model.base_model or ())
         return llava_config(
             ModelConfig(
                 base.model, base.language_model, base.vision_tower, vision_feature_layer=base.vision_feature_layer
             )
         )
-    config = _read(name, "model")
-    if not isinstance(config, LlavaConfig):
-        raise InputError(f"The model {name} is of type '{config.model_type}', not 'llava'; give a LLaVA, or two parts.")
+    config: LlavaConfig = _known(name) or look_at(name)[0]
+    refuse_quantized(name, config)
     return config
 
 
 def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig:
     """The config of a LLaVA that is yet to be built."""
-    text = _read(language_model, "language model")
-    if text.model_type not in LANGUAGE_MODELS:
-        supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
-        raise InputError(
-            f"The language model {language_model} is of type '{text.model_type}'; supported are: {supported}."
-        )
+    if (text := _known(language_model)) is None:
+        text, _ = language_model_config(language_model, whole=False)
     vision: Any = _tower(vision_tower)
+    check_feature_layer(vision_tower, layer, vision)
     # `<image>` becomes one more token, and the table a multiple of 64.
     image_token = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // 64) * 64
@@ -159,14 +161,9 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
     )
 
 
-def _read(name: str, what: str) -> Any:
-    if not Path(name).expanduser().is_dir() and (known := known_config(name)) is not None:
-        return known
-    folder = settings_folder(name)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise InputError(f"The {what} {name} has no readable config.json ({one_line(error)}).") from error
+def _known(name: str) -> Any:
+    """The shapes that come with qllava, unless a folder has this name; None where there are none."""
+    return None if Path(name).expanduser().is_dir() else known_config(name)
 
 
 def _tower(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
@@ -176,7 +173,10 @@ def _tower(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         raise InputError(f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED.")
-    config = _read(str(folder), "vision tower")
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
+        raise InputError(f"The vision tower {spec} has no readable config.json ({one_line(error)}).") from error
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig | SiglipVisionConfig):
         raise InputError(f"The vision tower {spec} is a model of type '{config.model_type}'; {SUPPORTED}.")

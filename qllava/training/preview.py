@@ -48,6 +48,7 @@ class Source:
             reader.tokens_per_image,
             self.max_length,
             self.too_long,  # type: ignore[arg-type]
+            reader.positions,
         )
 
 

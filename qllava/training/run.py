@@ -31,14 +31,15 @@ from qllava.models.adapter import (
     add_lora,
     continue_adapter,
     load_projector,
-    read_record,
     train_projector_only,
 )
 from qllava.models.assemble import Assembled, assemble
+from qllava.models.bases import at_its_base, located
 from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
+from qllava.models.positions import positions_of
 from qllava.training import disk, folders, outcome, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
@@ -270,7 +271,10 @@ def _assemble(settings: Settings) -> Assembled:
     # `plain` is for captions; the model itself keeps the template in which it will be asked.
     template = model.template if model.template != "plain" else None
     if start:
-        return assemble(_same_base(settings, start), seed=settings.train.seed)
+        with at_its_base(start):
+            return assemble(_same_base(settings, start), seed=settings.train.seed)
+    if model.base_model:
+        raise InputError("The setting base_model says where the base of a run is that is trained on; leave it out.")
     recipe = Recipe(
         model=None if built or model.is_nano else _absolute(model.model_name_or_path),
         language_model=NANO if model.is_nano else _absolute(model.language_model),
@@ -292,7 +296,7 @@ def _absolute(name: str | None) -> str | None:
 
 def _same_base(settings: Settings, start: Path) -> Recipe:
     """The base of an adapter that is trained on. Raises InputError for a setting that would make it another one."""
-    record = read_record(start)
+    record = located(start, settings.model.base_model or ())
     for name in BELONGS_TO_BASE:
         if getattr(settings.model, name) != getattr(record, name):
             raise InputError(
@@ -321,6 +325,7 @@ def _prepare(
         tokens_per_image(assembled.model.config),
         settings.train.max_length or 1 << 30,
         settings.data.too_long,  # type: ignore[arg-type]
+        positions_of(assembled.model.config.text_config),
     )
     seed, skip = settings.train.seed, settings.data.skip_check
     return processes.main_first(partial(prepare, files, encoder, seed=seed, evaluation=held_out, skip_check=skip))

@@ -449,7 +449,7 @@ def test_broken_folders(saved: Path, tmp_path: Path, model: Any, processor: Any)
     tensors = load_file(incomplete / "model.safetensors")
     del tensors["multi_modal_projector.linear_2.bias"]
     save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 of its weights, model.multi_modal_projector.linear_2.bias" in load_refused(incomplete)
+    assert "lacks weights, multi_modal_projector.linear_2.bias" in load_refused(incomplete)
 
     narrow = copy("narrow")
     tensors = load_file(narrow / "model.safetensors")

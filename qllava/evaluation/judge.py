@@ -45,7 +45,9 @@ PROMPT = (
     '{"first": SCORE, "second": SCORE, "reason": "a sentence or two"}'
 )
 
-_TWO_NUMBERS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*[,\s/]\s*(\d+(?:\.\d+)?)\s*")
+# Never "8/10", "8-9" or "8,5": each may be one score (out of ten, a range, a decimal comma).
+_SCORE = r"(\d+(?:\.\d+)?)(?: ?/ ?10| out of 10)?"
+_TWO_SCORES = re.compile(rf"{_SCORE}(?:\s*,)?\s+{_SCORE}")
 
 
 @dataclass(frozen=True)
@@ -229,14 +231,16 @@ def rate(cases: Sequence[Case], judge: Judge) -> JudgeResult:
 def read_scores(text: str) -> tuple[float, float] | None:
     """The two scores of a reply, in the order of the answers; None unless there are two from 1 to 10.
 
-    >>> [read_scores(text) for text in ('{"first": 8, "second": 7.5, "reason": "-"}', "8 7\\nThe first ...", "8")]
+    A score may be written "8/10" or "8 out of 10"; one of them alone is one score, not two.
+
+    >>> [read_scores(text) for text in ('{"first": 8, "second": 7.5, "reason": "-"}', "8 7\\nThe first ...", "8/10")]
     [(8.0, 7.5), (8.0, 7.0), None]
     """
     found = json_object(text, {"first", "second"})
     if found is not None:
         both: list[Any] = [found["first"], found["second"]]
     else:
-        numbers = _TWO_NUMBERS.fullmatch(text.strip().partition("\n")[0])
+        numbers = _TWO_SCORES.fullmatch(text.strip().partition("\n")[0])
         both = [float(number) for number in numbers.groups()] if numbers else []
     if len(both) != 2 or not all(isinstance(n, int | float) and not isinstance(n, bool) and 1 <= n <= 10 for n in both):
         return None

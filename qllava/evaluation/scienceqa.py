@@ -9,7 +9,11 @@ rules of the LLaVA papers and by nothing else; what they do not cover is not par
 
     C                                          a bare letter, A to E
     C. Dover                                   a letter, a full stop and a space at the start
-    ... Dover. The answer is C.                "The answer is X." exactly once
+    ... Dover. The answer is C.                "The answer is X", and a character behind it, exactly once
+
+The third rule takes any character behind the letter, as the released scorer does, whose full stop is a wildcard: "The
+answer is C, because ..." is read, and so is the D of "The answer is Dover". "The answer is C" at the end of a line,
+without a full stop, is not.
 
 Besides the accuracy in all there is the one on questions with a picture (what the later papers call SQA-IMG), and one
 by subject, context and grade, as in the table of the first paper.
@@ -40,9 +44,10 @@ Order = Literal["answer-first", "reason-first"]
 LETTERS = string.ascii_uppercase[:5]
 REASON_TOKENS = 512  # lecture and solution of the longest problem fit
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+NO_IMAGES = "none of the problems has an image"
 GROUPS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 
-_STATED = re.compile(r"The answer is ([A-Z])\.")
+_STATED = re.compile(r"The answer is ([A-Z]).")  # any character, as in the released scorer
 _INSTRUCTION: dict[str, str] = {
     "answer-first": "Begin with the words `The answer is X.`, X being the letter of the right option, then say why.",
     "reason-first": "Reason first, then end with the words `The answer is X.`, X being the letter of the right option.",
@@ -99,15 +104,18 @@ class ScienceResult:
 
     def to_json(self) -> dict[str, Any]:
         """The figures, under the names that `qllava eval scienceqa --json` promises."""
+        shown = self.with_image
+        missing = {} if shown.n else {"undefined": dict.fromkeys(("accuracy_image", "ci95_image"), NO_IMAGES)}
         return {
             "accuracy": self.total.value,
             "ci95": list(self.total.ci95),
-            "accuracy_image": self.with_image.value,
-            "ci95_image": list(self.with_image.ci95),
+            "accuracy_image": shown.value,
+            "ci95_image": list(shown.ci95) if shown.n else None,
+            **missing,
             "n": self.total.n,
-            "n_image": self.with_image.n,
+            "n_image": shown.n,
             "correct": self.total.count,
-            "correct_image": self.with_image.count,
+            "correct_image": shown.count,
             "unparsed": self.unparsed,
             "unanswered": self.unanswered,
             "not_a_choice": self.not_a_choice,
@@ -119,7 +127,8 @@ class ScienceResult:
 
     def text(self) -> str:
         """The figures for the terminal, a line each."""
-        shares = {"all": self.total, "with a picture": self.with_image, **self.groups}
+        image = self.with_image if self.with_image.n else f"undefined: {NO_IMAGES}"
+        shares = {"all": self.total, "with a picture": image, **self.groups}
         notes = [f"{self.unparsed} of {self.total.n} answers could not be read, and count as wrong."]
         if self.unanswered:
             notes.append(f"{self.unanswered} of these were not given at all.")

@@ -62,9 +62,42 @@ def oracle(text: str) -> str | None:
     for letter in "ABCDE":
         if text == letter or text.startswith(letter + ". "):
             return letter
-    pieces = text.split("The answer is ")[1:]
-    stated = [p[0] for p in pieces if len(p) > 1 and "A" <= p[0] <= "Z" and p[1] == "."]
+    words, stated, at = "The answer is ", [], 0
+    while (at := text.find(words, at)) >= 0:
+        letter, behind = text[at + len(words) :][:1], text[at + len(words) + 1 :][:1]
+        found = "A" <= letter <= "Z" and behind not in ("", "\n")
+        stated += [letter] if found else []
+        at += len(words) + 2 if found else 1
     return stated[0] if len(stated) == 1 else None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("C", "C"),
+        ("C.", None),
+        ("C. Dover", "C"),
+        ("F. x", None),
+        (" C", None),
+        ("(C)", None),
+        ("The answer is C.", "C"),
+        ("The answer is C", None),
+        ("The answer is C\n", None),
+        ("The answer is C, because it is.", "C"),
+        ("The answer is C because it is.", "C"),
+        ("The answer is (C).", None),
+        ("The answer is Dover.", "D"),
+        ("The answer is Dover. The answer is C.", None),
+        ("The answer is C. The answer is C.", None),
+        ("The answer is BThe answer is C.", "B"),
+        ("the answer is C.", None),
+        ("It is so. The answer is F.", "F"),
+        ("The answer is  C.", None),
+    ],
+)
+def test_letters_are_those_of_the_released_scorer(text: str, letter: str | None) -> None:
+    # What the released scorer gives for these texts; it was run by itself, and is not part of qllava.
+    assert read_letter(text) == letter
 
 
 PIECES = [
@@ -89,6 +122,7 @@ PIECES = [
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)))
 @example("The answer is A. The answer is A.")
 @example("The answer is B")
+@example("The answer is BThe answer is C.")
 @example("A.")
 @example(" A")
 def test_no_letter_is_read_outside_the_three_rules(text: str) -> None:
@@ -133,6 +167,10 @@ def test_groups(problems: Path) -> None:
     assert score(read_problems(problems), {"1": "E"}).not_a_choice == 1
     only_train = score(read_problems(problems, "train"), answers)
     assert only_train.total.value == 1.0 and only_train.with_image.value is None
+    found = only_train.to_json()
+    assert found["accuracy_image"] is None and found["ci95_image"] is None
+    assert found["undefined"]["accuracy_image"] == "none of the problems has an image"
+    assert "undefined" not in result.to_json() and "undefined: none of" in only_train.text()
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,11 @@ from qllava.training import disk, folders, outcome, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.memory.allocator import keep_freed_memory
+from qllava.training.nano_start import take_projector
 from qllava.training.numbers import SPIKES_FILE
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled
-from qllava.training.stage import Stage, train_stage
+from qllava.training.stage import Stage, steps_of, train_stage
 from qllava.training.trainer import METRICS_FILE
 
 
@@ -94,6 +95,7 @@ def finetune(settings: Settings) -> Path:
     """Both stages, or the second alone where a projector is given. Returns the run's folder."""
     start = _start(settings)
     folder = folders.open_folder(settings)
+    take_projector(settings, folder)
     started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="train")
@@ -204,6 +206,7 @@ def _align(
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = 1e-3
+    config.eval_strategy, config.do_eval = "no", False  # eval_file is for stage 2
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
@@ -215,6 +218,8 @@ def _align(
         folder: disk.needed(model, settings.train, tokenizer, count, lora=disk.lora_of(model, settings.model.lora_r)),
     }
     processes.by_main(partial(disk.check, needs))
+    number = len(captions.lengths)
+    print(f"Stage 1: {steps_of(config, number):,} steps on {number:,} captions; the bar shows the time left.")
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     seconds = round(time.monotonic() - started, 1)
@@ -252,7 +257,6 @@ NANO_FINETUNE: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 100,
     "save_steps": 200,
     "save_total_limit": 2,
 }

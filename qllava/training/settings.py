@@ -133,7 +133,11 @@ class TrainConfig(SFTConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         # A page that cannot be swapped helps a copy to a GPU; without one torch only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        evenly = self.eval_steps is None
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if evenly:
+            # transformers would put logging_steps there; the stage chooses (`stage._evaluations`).
+            self.eval_steps = None
         if self.n_gpu > 1:
             # One process takes one card: several are for several processes, not for torch's DataParallel.
             self._n_gpu = 1

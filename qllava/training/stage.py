@@ -6,6 +6,7 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from qllava.training.data import Prepared
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
 from qllava.training.numbers import check_weights
+from qllava.training.order import samples_per_step
 from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
 from qllava.training.signals import SaveAndStop, Stopped, handled
@@ -130,7 +132,7 @@ class Progress(TrainerCallback):
 def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
     """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
     held_out = stage.evaluation.dataset if stage.evaluation else None
-    _settle_evaluation(stage.config, held_out is not None)
+    _settle_evaluation(stage)
     _check_lengths(stage, assembled)
     start = processes.by_main(partial(_start, stage.folder, assembled))
     stage, memory = fitted(stage, model, assembled, start)
@@ -285,11 +287,44 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     return stage, [line]
 
 
-def _settle_evaluation(config: TrainConfig, held_out: bool) -> None:
-    """Without held-out rows nothing is measured during the run; transformers would refuse it with a stack trace."""
-    if not held_out and config.eval_strategy != "no":
+def _settle_evaluation(stage: Stage) -> None:
+    """When the held-out rows are measured; without any, transformers would refuse it with a stack trace."""
+    config = stage.config
+    if config.eval_strategy == "no":
+        return
+    if stage.evaluation is None:
         print("No eval_file: nothing is measured during the run.")
         config.eval_strategy, config.do_eval = "no", False
+    elif config.eval_strategy == "steps" and not config.eval_steps:
+        steps, count = steps_of(config, len(stage.train.lengths)), _evaluations(stage)
+        if count:
+            config.eval_steps = -(-steps // count)
+        else:
+            print("One evaluation would cost more than the training: the held-out rows are measured at the end alone.")
+            config.eval_strategy = "no"
+
+
+def steps_of(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a stage."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
+
+
+def _evaluations(stage: Stage) -> int:
+    """Return how often to evaluate where the user has not set eval_steps: ten times, or less where that costs much.
+
+    Counted in tokens, so that a resumed run evaluates at the same steps: a token that is trained on counts three times
+    (forward, and twice that backward), one of a held-out sample once, and a question as its sample and the most tokens
+    of an answer. All evaluations together may cost as much as the training: each a tenth of it, or they are fewer.
+    """
+    config, lengths = stage.config, stage.train.lengths
+    assert stage.evaluation is not None
+    share = steps_of(config, len(lengths)) * samples_per_step(config) / len(lengths)
+    training = 3 * int(lengths.sum()) * share
+    question = float(np.mean(stage.evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
+    once = int(stage.evaluation.lengths.sum()) + len(stage.questions) * question
+    return min(10, int(training / once))
 
 
 def _start(folder: Path, assembled: Assembled) -> Path | None:

@@ -39,6 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(stage: Any, model: Any, assembled: Any) -> dict[str, float]:
         if stage.name == "finetune":
             raise StopHereError
+        assert stage.config.eval_strategy == "no", "eval_file is for stage 2, and nothing is said about it here"
         with torch.no_grad():
             for parameter in assembled.model.model.multi_modal_projector.parameters():
                 parameter.fill_(0.5)
@@ -76,7 +77,7 @@ class TestBefore:
         captions = [{"image": "0.png", "question": "<image>", "answer": "red"}]
         chosen = settings(
             tiny, tmp_path / "run", pretrain_file=write_rows(tmp_path / "captions.json", captions),
-            image_folder=tiny.rows.parent, eval_file=tiny.rows,
+            image_folder=tiny.rows.parent, eval_file=tiny.rows, eval_strategy="steps",
         )  # fmt: skip
         shapes = load_file(tiny.stage1 / "projector.safetensors")
         assert begun(chosen) == (weights({name: torch.full_like(x, 0.5) for name, x in shapes.items()}), NOTHING)

@@ -1,0 +1,52 @@
+"""Where a run of one's own data on nano's parts gets its projector: from the newest finished nano run.
+
+LoRA begins new. Which run was taken is written to `run.yaml`, so that a resumed run takes the same one when a newer
+nano run has finished since. Where there is none, stage 1 comes first, on nano's own captions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from qllava.config import InputError
+from qllava.inference.loading import RUNS, newest_nano_run
+from qllava.training import processes
+from qllava.training.folders import RUN_FILE
+from qllava.training.settings import Settings
+
+
+def take_projector(settings: Settings, folder: Path) -> None:
+    """Set `projector` for a run of own data on nano's parts that gives none, and say which; see the head of this file.
+
+    folder: the run's, before its settings are written.
+    """
+    if not (settings.model.is_nano and settings.data.train_file):
+        return
+    if settings.model.projector or settings.data.pretrain_file:
+        return
+    found = processes.by_main(partial(_projector, folder))
+    if found is None:
+        print(
+            f"There is no finished nano run in {RUNS}/ whose projector could be taken, so stage 1 comes first, on "
+            "nano's own captions."
+        )
+        return
+    settings.model.projector = found
+    print(f"The projector is that of {found}, a finished nano run; LoRA begins new.")
+
+
+def _projector(folder: Path) -> str | None:
+    if (folder / RUN_FILE).is_file():  # resumed: as it began
+        try:
+            given = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")).get("projector")
+        except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
+            raise InputError(f"{folder / RUN_FILE} cannot be read; remove it or choose another output_dir.") from error
+        return str(given) if given else None
+    try:
+        newest = newest_nano_run(RUNS).absolute()
+    except InputError:
+        return None
+    return None if newest.resolve() == folder.resolve() else str(newest)

@@ -1,0 +1,56 @@
+"""How often a stage evaluates where the user has not said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qllava.training import stage as stages
+from qllava.training.settings import TrainConfig
+
+
+def a_stage(*, train: int, held_out: int | None, questions: int = 0, **fields: Any) -> Any:
+    """Samples of 100 tokens each."""
+    values = {"output_dir": "x", "eval_strategy": "steps", "per_device_train_batch_size": 4, "use_cpu": True, **fields}
+    return SimpleNamespace(
+        config=TrainConfig(**values),
+        train=SimpleNamespace(lengths=np.full(train, 100)),
+        evaluation=None if held_out is None else SimpleNamespace(lengths=np.full(held_out, 100)),
+        questions=[None] * questions,
+    )
+
+
+def settled(**values: Any) -> tuple[str, int | None]:
+    stage = a_stage(**values)
+    stages._settle_evaluation(stage)
+    return str(getattr(stage.config.eval_strategy, "value", stage.config.eval_strategy)), stage.config.eval_steps
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({"train": 400, "held_out": 100}, 10),  # 100 steps, ten times: an evaluation costs a twelfth
+        ({"train": 400, "held_out": 100, "num_train_epochs": 2}, 20),
+        ({"train": 400, "held_out": 300}, 25),  # a quarter of the training: four times
+        ({"train": 400, "held_out": 100, "questions": 100}, 25),  # an answer is 148 tokens: 4.8 times
+        ({"train": 400, "held_out": 100, "max_steps": 30}, 10),  # 30 of 100 steps: three times
+        ({"train": 400, "held_out": 100, "eval_steps": 7}, 7),  # as asked
+    ],
+)
+def test_about_ten_times(values: dict[str, Any], steps: int) -> None:
+    assert settled(**values) == ("steps", steps)
+
+
+def test_at_the_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert settled(train=10, held_out=100)[0] == "no"
+    assert "measured at the end alone" in capsys.readouterr().out
+
+
+def test_without_held_out_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert settled(train=10, held_out=None)[0] == "no"
+    assert "No eval_file" in capsys.readouterr().out
+    assert settled(train=10, held_out=None, eval_strategy="no")[0] == "no"
+    assert capsys.readouterr().out == ""

@@ -1,7 +1,7 @@
-"""What a recipe's YAML and flags may say about model and data, and the one error that a user is meant to read.
+"""What a recipe's YAML and flags may say, and the one error that a user is meant to read.
 
-The settings of the loop itself are TRL's `SFTConfig`; `training/settings.py` joins the three. Standard library only,
-so that the command line stays instant.
+Most settings of the training loop are TRL's own (`SFTConfig`); `training/settings.py` joins them with these. Standard
+library only, so that the command line stays instant.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ class InputError(Exception):
     The message is one sentence that names the file, line or id, says what was expected and what to do. Commands
     print it without a stack trace and end with status 1.
     """
+
+
+def expanded(name: str) -> str:
+    """A path as the user typed it, with `~` replaced by the home folder; any other name as it is.
+
+    The one place where `~` is read: a shell leaves it alone in `--flag=~/x`, and a YAML has no shell.
+    """
+    # Not Path's: without a home folder that one raises, and the name is then refused in words like any other.
+    return os.path.expanduser(name) if name.startswith("~") else name  # noqa: PTH111
 
 
 @dataclass
@@ -113,4 +122,71 @@ class DataConfig:
     )
     skip_check: bool = field(
         default=False, metadata={"help": "Do not look at the pictures before the run, and compare no rows."}
+    )
+
+
+@dataclass
+class LoopConfig:
+    """Settings of the training loop: our own, and those of TRL's whose default is another one here."""
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Of LoRA in stage 2 (2e-4) or of the projector in stage 1 (1e-3)."}
+    )
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."}
+    )
+    max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a sample, image tokens counted."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "How often the data is gone through."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    share_image_prefix: bool = field(
+        default=True,
+        metadata={"help": "Let samples about one image share its tokens; without dropout the loss is the same."},
+    )
+    tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that go through the model at once, by memory if not given. Without dropout the loss "
+            "is the same."
+        },
+    )
+    fit_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A limit such as 12GB: choose rows and recomputation to stay under it; else what the GPU has."
+        },
+    )
+    recompute_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many decoder layers are recomputed on the way back; all when gradient_checkpointing is set."
+        },
+    )
+    stop_tower: bool = field(
+        default=True, metadata={"help": "Compute no layer of the tower behind the one in use; the loss is the same."}
+    )
+    prune_last_layer: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the last layer only where something is predicted; without dropout the loss is the same."
+        },
+    )
+    lora_first: bool = field(
+        default=True, metadata={"help": "Compute LoRA before its base layer, which recomputation then saves."}
+    )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile norms and gates of the decoder layers; when not given, where a trial on CUDA is faster."
+        },
+    )
+    eval_questions: int = field(
+        default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
+    )
+    eval_questions_final: int = field(
+        default=1000,
+        metadata={"help": "How many rows of eval_file are answered at the end, drawn by the seed."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Begin anew where a finished run lies; an unfinished one goes on."}
     )

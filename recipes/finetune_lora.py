@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from qllava.training.run import NANO_FINETUNE, finetune, main
-from qllava.training.settings import parse
+from qllava.training.begin import finetune
 
 if __name__ == "__main__":
-    sys.exit(main(finetune, lambda: parse(None, output_dir="runs/finetune_lora", nano=NANO_FINETUNE)))
+    sys.exit(finetune())

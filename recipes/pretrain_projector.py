@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from qllava.training.run import NANO_PRETRAIN, main, pretrain
-from qllava.training.settings import parse
+from qllava.training.begin import pretrain
 
 if __name__ == "__main__":
-    sys.exit(main(pretrain, lambda: parse(None, output_dir="runs/pretrain_projector", nano=NANO_PRETRAIN)))
+    sys.exit(pretrain())

@@ -24,15 +24,16 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.layouts import projector_advice
-from qllava.models.outline import Recipe
+from qllava.models.record import PROJECTOR_FILE as PROJECTOR_FILE
 from qllava.models.record import RECORD_FILE as RECORD_FILE
+from qllava.models.record import Recipe
+from qllava.models.record import adapter_at as adapter_at
 from qllava.models.record import read_record as read_record
 from qllava.models.record import save_record as save_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
-PROJECTOR_FILE = "projector.safetensors"
 BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
 """Settings that an adapter was trained with, and is useless without."""
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
@@ -131,13 +132,6 @@ def refuse_not_finite(state: Mapping[str, torch.Tensor], path: Path, hint: str) 
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path} cannot be trained on: values of {name} are not finite; {hint}.")
-
-
-def adapter_at(name: str | None) -> Path | None:
-    """The folder of a run or checkpoint with an adapter; None for any other model."""
-    folder = Path(name).expanduser() if name else None
-    found = folder is not None and all((folder / file).is_file() for file in (RECORD_FILE, "adapter_config.json"))
-    return folder if found else None
 
 
 def read_lora(folder: Path) -> LoraConfig:

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from qllava.models.adapter import DATA_FILE
-from qllava.models.outline import Recipe
+from qllava.models.record import RESULTS_FILE as RESULTS_FILE
+from qllava.models.record import Recipe
 
-RESULTS_FILE = "results.json"
 SETTINGS_FILE = "run.yaml"
 _TOLD = (
     "model_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -29,36 +29,11 @@ from qllava.models.checkpoint import build_processor, load_config, names_on_disk
 from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
 from qllava.models.layouts import find_weights
+from qllava.models.record import Recipe as Recipe
 from qllava.models.vision import Tower, load_tower
 from qllava.models.weights import Base, language_model_name, open_weights, tower_name
 
 LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a model is built from; written beside every adapter, so that the folder needs nothing else."""
-
-    model: str | None
-    """A LLaVA's folder or hub name; None when it is built from the two parts below."""
-    language_model: str | None
-    """Folder or hub name of the language model."""
-    vision_tower: str | None
-    """`open_clip:ARCH/PRETRAINED` or a folder."""
-    projector_type: Literal["mlp2x_gelu", "linear"]
-    """Shape of the projector of a LLaVA that is built from parts."""
-    vision_feature_layer: int
-    """Index into the tower's hidden states."""
-    image_aspect: Literal["pad", "crop"]
-    """How a picture becomes a square."""
-    template: str
-    """Name of the conversation template; empty: chosen by the language model's tokenizer."""
-    load_in_4bit: bool
-    """Whether the language model is held in NF4."""
-    fingerprint: str = ""
-    """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
-    dtype: str = ""
-    """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
 
 
 def compute_dtype() -> torch.dtype:

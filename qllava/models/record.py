@@ -1,16 +1,48 @@
-"""The record of a base beside its adapter: `qllava.json`, the `Recipe` with its fingerprint."""
+"""What a run's folder says about its model, read without torch: the recipe of its base, and the shape of its LoRA."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.models.errors import one_line
-from qllava.models.outline import Recipe
 
 RECORD_FILE = "qllava.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+PROJECTOR_FILE = "projector.safetensors"
+RESULTS_FILE = "results.json"
+"""Written last: a folder that has it holds a finished run."""
+RUN_FILE = "run.yaml"
+"""The settings that a run began with."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is built from; written beside every adapter, so that the folder needs nothing else."""
+
+    model: str | None
+    """A LLaVA's folder or hub name; None when it is built from the two parts below."""
+    language_model: str | None
+    """Folder or hub name of the language model."""
+    vision_tower: str | None
+    """`open_clip:ARCH/PRETRAINED` or a folder."""
+    projector_type: Literal["mlp2x_gelu", "linear"]
+    """Shape of the projector of a LLaVA that is built from parts."""
+    vision_feature_layer: int
+    """Index into the tower's hidden states."""
+    image_aspect: Literal["pad", "crop"]
+    """How a picture becomes a square."""
+    template: str
+    """Name of the conversation template; empty: chosen by the language model's tokenizer."""
+    load_in_4bit: bool
+    """Whether the language model is held in NF4."""
+    fingerprint: str = ""
+    """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
+    dtype: str = ""
+    """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
 
 
 def save_record(recipe: Recipe, folder: Path) -> None:
@@ -25,3 +57,20 @@ def read_record(folder: Path) -> Recipe:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
+
+
+def adapter_at(name: str | None) -> Path | None:
+    """The folder of a run or checkpoint with an adapter; None for any other model."""
+    folder = Path(expanded(name)) if name else None
+    found = folder is not None and all((folder / file).is_file() for file in (RECORD_FILE, ADAPTER_CONFIG_FILE))
+    return folder if found else None
+
+
+def lora_shape(folder: Path) -> dict[str, Any]:
+    """The settings `lora_r` and `lora_alpha` of a run's LoRA. Raises InputError when the folder does not say."""
+    path = folder / ADAPTER_CONFIG_FILE
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return {"lora_r": int(read["r"]), "lora_alpha": int(read["lora_alpha"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"The adapter in {folder} cannot be loaded ({path.name}: {one_line(error)}).") from error

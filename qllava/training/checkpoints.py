@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
+from qllava.training.fields import deciding
 from qllava.training.order import samples_per_step
 from qllava.training.settings import Settings
 
@@ -29,24 +30,6 @@ MANIFEST_FILE = "manifest.json"
 BEGUN_FILE = "begun.json"
 """In a finished stage 1, whose checkpoints may be gone: what the run was begun with."""
 PARTIAL = ".partial"
-
-# Settings, or beginnings that end in _, that do not decide what is learned: where things lie, what is shown, measured
-# and kept, how the same is computed. Paths are not compared, because a run may be carried to another machine: rows are
-# known by their bytes, the base by its fingerprint.
-_FREE = (
-    *("model_name_or_path", "language_model", "vision_tower", "projector", "output_dir", "overwrite_output_dir"),
-    *("train_file", "eval_file", "pretrain_file", "image_folder", "skip_check"),
-    *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub", "disable_tqdm"),
-    *("eval_", "do_", "save_", "per_device_eval_batch_size", "dataloader_", "resume_from_checkpoint", "debug"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes decides
-    *("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "tf32", "use_cpu"),
-    *("local_rank", "ddp_", "fsdp", "fsdp_config", "deepspeed"),
-    *("accelerator_config", "parallelism_config", "torch_", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    *("activation_", "auto_find_batch_size", "use_cache"),
-    *("tokens_per_row", "fit_memory", "recompute_layers", "stop_tower", "prune_last_layer", "lora_first"),
-    *("compile_layers", "include_", "skip_memory_metrics", "enable_jit_checkpoint"),
-    *("batch_eval_metrics", "prediction_loss_only", "full_determinism", "dataset_kwargs", "remove_unused_columns"),
-)
 
 
 @contextmanager
@@ -93,7 +76,7 @@ def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, An
     decide nothing.
     """
     every = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
-    chosen = {name: value for name, value in every.items() if not _is_free(name)}
+    chosen = {name: every[name] for name in deciding(every)}
     hashes = {
         f"file {number} of {field}": entry["sha256"]
         for field, files in rows.items()
@@ -102,10 +85,6 @@ def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, An
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
     batch = {"samples_per_step": samples_per_step(settings.train)}
     return json.loads(json.dumps({**chosen, **batch, **mixture, **hashes}, default=str))  # type: ignore[no-any-return]
-
-
-def _is_free(name: str) -> bool:
-    return name in _FREE or name.startswith(tuple(word for word in _FREE if word.endswith("_")))
 
 
 def _mixture(given: Any) -> Any:

@@ -17,15 +17,16 @@ import yaml
 
 from qllava.config import NANO, InputError
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
-from qllava.models.card import RESULTS_FILE, write_card
+from qllava.models.card import write_card
+from qllava.models.record import RESULTS_FILE, RUN_FILE
 from qllava.nano import dataset as nano
 from qllava.training import processes
+from qllava.training.before import check_output
 from qllava.training.checkpoints import begun_with, flush, refuse_changes, write_whole
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.report import write_report
 from qllava.training.settings import Settings
 
-RUN_FILE = "run.yaml"
 ABOUT_ADAPTER = (
     "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
     "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
@@ -42,12 +43,11 @@ def open_folder(settings: Settings) -> Path:
 
 def _opened(settings: Settings) -> Path:
     folder = Path(str(settings.train.output_dir))
-    for given in (settings.model.model_name_or_path, settings.model.projector):
-        if given and Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{given} lies in output_dir, which is {folder}; choose another output_dir.")
+    # Again, where it was looked at before: another command may have begun or finished here since then.
+    check_output(
+        {**asdict(settings.model), "output_dir": folder, "overwrite_output_dir": settings.train.overwrite_output_dir}
+    )
     finished = (folder / RESULTS_FILE).is_file()
-    if finished and not settings.train.overwrite_output_dir:
-        raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
     try:
         if finished:  # an unfinished one is continued: schedulers give the same command again
             _clear(folder)
@@ -60,13 +60,8 @@ def _opened(settings: Settings) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a finished run. What marks it as one goes last: killed in between, it is none that could be continued.
-
-    Raises InputError for a folder that holds something else.
-    """
+    """Remove a finished run. What marks it as one goes last: killed in between, it is none that could be continued."""
     results, settings = folder / RESULTS_FILE, folder / RUN_FILE
-    if not settings.is_file():
-        raise InputError(f"{folder} has a {RESULTS_FILE} and no {RUN_FILE}, so it is no run; choose another one.")
     for path in folder.iterdir():
         if path in (results, settings):
             continue

@@ -25,6 +25,7 @@ from qllava.models.known import known_config
 from qllava.models.outline import language_model_config, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
+from qllava.training.defaults import NANO_FINETUNE
 from qllava.training.scores import asking_of
 from qllava.training.settings import parse
 
@@ -49,9 +50,6 @@ def plan(
 
     Raises InputError when a config cannot be read.
     """
-    # Imported here: a run plans too, and these are its defaults.
-    from qllava.training.run import NANO_FINETUNE
-
     line = ["--config", config] if config else []
     given: dict[str, Any] = {
         "model_name_or_path": model,

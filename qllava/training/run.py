@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from qllava.arguments import explain
 from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
@@ -43,6 +44,7 @@ from qllava.models.positions import positions_of
 from qllava.training import disk, folders, outcome, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
+from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
 from qllava.training.numbers import SPIKES_FILE
@@ -69,7 +71,7 @@ def pretrain(settings: Settings) -> Path:
         parts_of(settings.data.eval_file, folders.images(settings), "eval_file") if settings.data.eval_file else []
     )
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
-    config = _with_rate(settings.train, 1e-3)
+    config = _with_rate(settings.train, PRETRAIN_RATE)
     stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
     results = {"seconds": round(time.monotonic() - started, 1), **trained}
@@ -117,8 +119,8 @@ def finetune(settings: Settings) -> Path:
     model = _with_lora(settings, assembled, start)
     shown = _some(held_out, evaluation, scores.SHOWN)
     before = samples.before(folder, model, assembled, shown, room)
-    config = _with_rate(settings.train, 2e-4)
-    config.projector_lr = 2e-5 if config.projector_lr is None else config.projector_lr
+    config = _with_rate(settings.train, FINETUNE_RATE)
+    config.projector_lr = PROJECTOR_RATE if config.projector_lr is None else config.projector_lr
     questions = _some(held_out, evaluation, config.eval_questions)
     final = [] if table else _drawn(held_out, evaluation, config)
     stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun, final)
@@ -205,7 +207,7 @@ def _align(
     processes.by_main(partial(stage1.mkdir, exist_ok=True))
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
-    config.learning_rate = 1e-3
+    config.learning_rate = PRETRAIN_RATE
     config.eval_strategy, config.do_eval = "no", False  # eval_file is for stage 2
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
@@ -235,31 +237,6 @@ def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> 
             with (folder / name).open("a", encoding="utf-8") as file:
                 file.write((stage1 / name).read_text(encoding="utf-8"))
     folders.finish(stage1, {"seconds": seconds})
-
-
-# What nano needs, found by trying: it is a thousandth of a 7B and learns at higher rates, without recomputation.
-NANO_PRETRAIN: dict[str, Any] = {
-    "learning_rate": 3e-3,
-    "per_device_train_batch_size": 32,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1.0,
-    "gradient_checkpointing": False,
-    "logging_steps": 10,
-    "save_strategy": "no",
-}
-NANO_FINETUNE: dict[str, Any] = {
-    "lora_r": 32,
-    "lora_alpha": 64,
-    "learning_rate": 1e-3,
-    "projector_lr": 1e-3,
-    "per_device_train_batch_size": 24,
-    "num_train_epochs": 1.0,
-    "gradient_checkpointing": False,
-    "logging_steps": 10,
-    "eval_strategy": "steps",
-    "save_steps": 200,
-    "save_total_limit": 2,
-}
 
 
 def _assemble(settings: Settings) -> Assembled:
@@ -387,9 +364,6 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
         )
         return 1
     except OSError as error:
-        print(
-            f"qllava: {error.filename or 'a file'} cannot be written or read: {error.strerror or error}.",
-            file=sys.stderr,
-        )
+        print(f"qllava: {explain(error)}", file=sys.stderr)
         return 1
     return 0

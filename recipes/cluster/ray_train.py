@@ -23,10 +23,9 @@ def work(config: dict[str, Any]) -> None:
 
     Ray has set RANK, WORLD_SIZE and what else torch.distributed reads.
     """
-    from qllava.training.run import NANO_FINETUNE, finetune, main
-    from qllava.training.settings import parse
+    from qllava.training.begin import finetune
 
-    status = main(finetune, lambda: parse(config["words"], output_dir="runs/finetune_lora", nano=NANO_FINETUNE))
+    status = finetune(config["words"])
     if status:
         raise RuntimeError(f"The recipe ended with status {status}; its own words stand above.")
 

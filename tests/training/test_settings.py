@@ -11,8 +11,8 @@ import torch
 from trl import SFTConfig
 
 from qllava.config import InputError
-from qllava.training.run import NANO_FINETUNE, NANO_PRETRAIN
-from qllava.training.settings import NO_EFFECT, Settings, TrainConfig, parse
+from qllava.training.defaults import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.training.settings import Settings, TrainConfig, parse
 from tests.tiny_runs import refusal
 
 
@@ -76,17 +76,17 @@ def test_config_with_an_equals_sign(config: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lora_rank: 8", "unknown key 'lora_rank'; did you mean 'lora_"),
-        ("learningrate: 1", "unknown key 'learningrate'; did you mean 'learning_rate'?"),
-        ("zzz: 1", "unknown key 'zzz'; see --help for all keys"),
+        ("lora_rank: 8", "unknown key 'lora_rank'; did you mean lora_r?"),
+        ("learningrate: 1", "unknown key 'learningrate'; did you mean learning_rate?"),
+        ("zzz: 1", "unknown key 'zzz'; see --help for all names"),
         ("template: vicuna", "template is 'vicuna'; possible are plain, vicuna_v1"),
         ("too_long: cut", "too_long is 'cut'; possible are error, drop, trim"),
         ("- 1\n- 2", "`key: value` lines"),
         ("just words", "`key: value` lines"),
         ("1: 2", "`key: value` lines"),
-        ("a: [1", "is no YAML"),
-        ("eval_strategy: sometimes", "do not fit together"),
-        ("packing: true", "packing has no effect in qllava: rows are laid out by qllava"),
+        ("a: [1", "is not YAML"),
+        ("eval_strategy: sometimes", "eval_strategy is 'sometimes'; possible are no, steps, epoch"),
+        ("packing: true", "packing has no effect in qllava: qllava packs the samples itself"),
         ("resume_from_checkpoint: there", "resume_from_checkpoint has no effect"),
         ("push_to_hub: true", "push_to_hub has no effect in qllava: nothing is published while"),
         ("data_seed: 3", "data_seed has no effect"),
@@ -100,10 +100,10 @@ def test_a_yaml_that_cannot_be_used(config: Any, text: str, expected: str) -> No
 
 
 def test_a_yaml_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="does not exist"):
         read("--config", str(tmp_path / "none.yaml"))
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not YAML"):
         read("--config", str(tmp_path / "bytes.yaml"))
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as caught:
             read(*line)
         assert caught.value.code == 2
-    assert "did you mean 'lora_" in capsys.readouterr().err
+    assert "did you mean --lora_r?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [["--packing", "true"], ["--packing=true"], ["--padding_free", "true"]])
@@ -123,11 +123,6 @@ def test_flags_without_effect_are_refused(line: list[str]) -> None:
 
 def test_a_field_without_effect_may_be_given_its_default(config: Any) -> None:
     read(*config("packing: false\nassistant_only_loss: false\n"))
-
-
-def test_fields_without_effect_are_fields() -> None:
-    names = {own.name for own in dataclasses.fields(SFTConfig)}
-    assert set(NO_EFFECT) <= names
 
 
 def test_every_field_of_ours_has_a_help() -> None:

@@ -1,0 +1,293 @@
+"""What a command line names, looked at before torch is imported: flags, files, folders, models and packages.
+
+Everything here takes milliseconds. It finds what is certainly wrong; what only reading a file or loading a model can
+show is found later, by what reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qllava.config import NANO, InputError, expanded
+
+# Words of other toolkits and of habit, and what is meant here: the first that the program has is suggested.
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "model": ("model_name_or_path", "language_model"),
+    "model_name": ("model_name_or_path",),
+    "model_path": ("model_name_or_path",),
+    "base_model": ("model_name_or_path", "language_model"),
+    "pretrained_model_name_or_path": ("model_name_or_path",),
+    "llm": ("language_model",),
+    "tower": ("vision_tower",),
+    "vision_model": ("vision_tower",),
+    "mm_projector_type": ("projector_type",),
+    "pretrain_mm_mlp_adapter": ("projector",),
+    "mm_projector_lr": ("projector_lr",),
+    "mm_vision_select_layer": ("vision_feature_layer",),
+    "image_aspect_ratio": ("image_aspect",),
+    "conv_mode": ("template",),
+    "version": ("template",),
+    "chat_template": ("template",),
+    "prompt_template": ("template",),
+    "rank": ("lora_r",),
+    "r": ("lora_r",),
+    "lora_rank": ("lora_r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "bits": ("load_in_4bit",),
+    "quantization_bit": ("load_in_4bit",),
+    "qlora": ("load_in_4bit",),
+    "4bit": ("load_in_4bit",),
+    "data": ("train_file",),
+    "data_path": ("train_file", "data"),
+    "data_file": ("train_file", "data"),
+    "dataset": ("train_file",),
+    "dataset_name": ("train_file",),
+    "datasets": ("train_file",),
+    "train_data": ("train_file",),
+    "train_dataset": ("train_file",),
+    "eval_data": ("eval_file",),
+    "eval_dataset": ("eval_file",),
+    "validation_file": ("eval_file",),
+    "val_file": ("eval_file",),
+    "test_file": ("eval_file",),
+    "image_dir": ("image_folder",),
+    "image_root": ("image_folder",),
+    "images": ("image_folder", "image"),
+    "media_dir": ("image_folder",),
+    "output": ("output_dir", "out"),
+    "out": ("output_dir",),
+    "out_dir": ("output_dir", "out"),
+    "output_path": ("output_dir", "out"),
+    "save_dir": ("output_dir", "out"),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "n_epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "batch_size": ("per_device_train_batch_size",),
+    "micro_batch_size": ("per_device_train_batch_size",),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "per_device_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "eval_batch_size": ("per_device_eval_batch_size",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "grad_acc_steps": ("gradient_accumulation_steps",),
+    "accumulation_steps": ("gradient_accumulation_steps",),
+    "lr": ("learning_rate",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "scheduler": ("lr_scheduler_type",),
+    "warmup_ratio": ("warmup_steps",),
+    "optimizer": ("optim",),
+    "wd": ("weight_decay",),
+    "max_seq_length": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "model_max_length": ("max_length",),
+    "cutoff_len": ("max_length",),
+    "sequence_len": ("max_length",),
+    "truncation": ("too_long",),
+    "evaluation_strategy": ("eval_strategy",),
+    "overwrite": ("overwrite_output_dir",),
+    "gpu_memory": ("fit_memory", "fit"),
+    "grad_checkpointing": ("gradient_checkpointing",),
+    "question": ("prompt",),
+    "max_tokens": ("max_new_tokens", "max_tokens_total"),
+    "temp": ("temperature",),
+}
+
+
+def meant(word: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one was likely meant to be; None where nothing is close.
+
+    Args:
+        word: The name as it was typed, without leading hyphens.
+        known: All names that are possible, with `_` or `-` between words.
+    """
+    names: dict[str, str] = {}
+    for name in known:
+        names.setdefault(name.replace("-", "_"), name)  # of two spellings the one that help shows first
+    word = word.replace("-", "_").lower()
+    if word in names:
+        return names[word]
+    for name in ALIASES.get(word, ()):
+        if name in names:
+            return names[name]
+    parts = set(word.split("_"))
+
+    def score(name: str) -> float:
+        """How alike two names are: by letters, and by whole words, which people remember."""
+        other = set(name.split("_"))
+        shared = len(parts & other) / len(parts | other)
+        return difflib.SequenceMatcher(None, word, name).ratio() + shared
+
+    best = max(names, key=score, default=None)
+    return names[best] if best is not None and score(best) >= 0.75 else None
+
+
+def suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name; `prefix` is `--` for a flag."""
+    name = meant(word, known)
+    return f"; did you mean {prefix}{name}?" if name else "; see --help for all names."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations, and says which flag an unknown one may have been."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but an unknown argument ends the process here, where the flags of the verb are known."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            word = str(rest[0]).split("=")[0]
+            if not word.startswith("-"):
+                self.error(f"unexpected argument {word}; see --help.")
+            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {word}{suggestion(word.lstrip('-'), known, '--')}")
+        return found, rest
+
+
+def path(text: str) -> Path:
+    """A flag's path, `~` expanded. An address is refused: as a path it would lose one of its slashes."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text} is an address on the web; download it, and give the file or folder")
+    return Path(expanded(text))
+
+
+def name(text: str) -> str:
+    """A flag's model or data set, which is a folder or a name on the hub; `~` expanded."""
+    return expanded(text)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is a URL."""
+    return re.match(r"[a-zA-Z][\w+.-]*://", text) is not None
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether a name cannot be one on the hub, which has the form NAME or OWNER/NAME."""
+    return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
+
+
+def check_data(text: str | Path, what: str) -> None:
+    """Raise InputError when a file or folder of data does not exist, or is an address."""
+    if is_address(str(text)):
+        raise InputError(f"{what}: {text} is an address on the web; download it, and give the file or folder.")
+    _check_there(Path(expanded(str(text))), what)
+
+
+def check_folder(text: str | Path, what: str) -> None:
+    """Raise InputError when a folder does not exist, or is a file."""
+    check_data(text, what)
+    if not Path(expanded(str(text))).is_dir():
+        raise InputError(f"{what}: {text} is not a folder; give the folder.")
+
+
+def check_file(text: str | Path, what: str) -> None:
+    """Raise InputError when a file does not exist, or is a folder."""
+    check_data(text, what)
+    if Path(expanded(str(text))).is_dir():
+        raise InputError(f"{what}: {text} is a folder; give a file.")
+
+
+def check_model(text: str, what: str) -> None:
+    """Raise InputError for a model that cannot be one: a missing folder, a file, an address.
+
+    A name that may be one on the hub passes.
+    """
+    if text == NANO:
+        return
+    if is_address(text):
+        found = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text)
+        better = f"its name on the hub is {found[1]}" if found else "give a folder, or a name on the hub (OWNER/NAME)"
+        raise InputError(f"{what}: {text} is an address; {better}.")
+    folder = Path(expanded(text))
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise InputError(f"{what}: the folder {text} is empty; give a folder that holds a model.")
+    elif folder.exists():
+        raise InputError(f"{what}: {text} is a file; give the folder that holds the model.")
+    elif looks_like_a_path(text):
+        raise InputError(f"{what}: {text} does not exist; give a folder that holds a model, or a name on the hub.")
+
+
+def check_written(text: str | Path, what: str, *, folder: bool = False) -> None:
+    """Raise InputError when a file or folder cannot be made where it shall be written.
+
+    Args:
+        text: The file or folder.
+        what: The flag or setting, for the message.
+        folder: Whether it is a folder, which is made with those above it; a file needs its folder to be there.
+    """
+    if is_address(str(text)):
+        raise InputError(f"{what}: {text} is an address; give a place on this machine.")
+    place = Path(expanded(str(text)))
+    if folder and place.exists() and not place.is_dir():
+        raise InputError(f"{what}: {text} is a file; choose a folder.")
+    if not folder and place.is_dir():
+        raise InputError(f"{what}: {text} is a folder; name a file.")
+    above = place if place.exists() else place.parent
+    if not folder and not above.exists():
+        raise InputError(f"{what}: {text} cannot be written, because the folder {above} does not exist; make it first.")
+    while not above.exists():
+        above = above.parent
+    if above.is_file() and above != place:
+        raise InputError(f"{what}: {text} cannot be written, because {above} is a file; choose another place.")
+    if not os.access(above, os.W_OK | (os.X_OK if above.is_dir() else 0)):
+        raise InputError(f"{what}: {text} cannot be written ({os.strerror(errno.EACCES)}); choose another place.")
+
+
+def missing(modules: Iterable[str]) -> list[str]:
+    """Those of some modules that are not installed; nothing is imported but the packages above them."""
+    return [module for module in modules if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the package above it is missing, or it was taken out of `sys.modules`
+        return False
+
+
+def _check_there(place: Path, what: str) -> None:
+    try:
+        place.stat()
+    except OSError as error:
+        reason = (
+            "does not exist" if error.errno in (errno.ENOENT, errno.ENOTDIR) else f"cannot be read ({error.strerror})"
+        )
+        raise InputError(f"{what}: {place} {reason}; give one that does.") from error
+
+
+Check: TypeAlias = Callable[[Any, str], None]
+
+
+def looks(parser: argparse.ArgumentParser, **checks: Check) -> None:
+    """Say what looks at the values of a parser's arguments, by their `dest`; `check_arguments` does it."""
+    labels = {a.dest: a.option_strings[0] if a.option_strings else str(a.metavar or a.dest) for a in parser._actions}
+    parser.set_defaults(checks={labels[dest]: (dest, check) for dest, check in checks.items()})
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Look at what the arguments of a parsed command line name. Raises InputError for the first that is wrong."""
+    for label, (dest, check) in arguments.checks.items():
+        value = getattr(arguments, dest)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                check(one, label)
+
+
+def explain(error: OSError) -> str:
+    """One sentence about a file that an operating system's error names."""
+    named = error.filename or "A file"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"{named} does not exist."
+    return f"{named} cannot be written or read: {error.strerror or error}."

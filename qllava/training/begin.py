@@ -1,0 +1,41 @@
+"""The entrance of both recipes: what is wrong with a command line is said before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qllava.config import InputError
+from qllava.training import command
+from qllava.training.before import look
+from qllava.training.defaults import FINETUNE, PRETRAIN, Defaults
+
+
+def pretrain(args: Sequence[str] | None = None) -> int:
+    """Run `pretrain_projector` with a command line (the process's own by default); returns the exit status."""
+    return _begin(PRETRAIN, args)
+
+
+def finetune(args: Sequence[str] | None = None) -> int:
+    """Run `finetune_lora` with a command line (the process's own by default); returns the exit status."""
+    return _begin(FINETUNE, args)
+
+
+def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
+    line = list(sys.argv[1:] if args is None else args)
+    try:
+        if command.show_help(line, defaults):
+            return 0
+        given = command.read(line, **defaults.for_parsing())
+        look(given, stage1=defaults is PRETRAIN)
+    except InputError as error:
+        # Each machine of a run looks at its own disk, and one of its processes speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"qllava: {error}", file=sys.stderr)
+        return 1
+    # Here begin the seconds of importing.
+    from qllava.training import run
+    from qllava.training.settings import resolve
+
+    return run.main(run.pretrain if defaults is PRETRAIN else run.finetune, lambda: resolve(given))

@@ -19,14 +19,27 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app.py` puts demo/ there, not its parent
 
 from demo.guard import EXAMPLES, MAX_UPLOAD, Guard
+from qllava.arguments import (
+    Parser,
+    check_arguments,
+    check_file,
+    check_kept,
+    check_model,
+    check_written_folder,
+    file_path,
+    looks,
+    model_name,
+)
 from qllava.config import NANO, InputError
 from qllava.data.votes import VoteFile
-from qllava.inference import Chat, has_base, load, same_model
+
+if TYPE_CHECKING:
+    from qllava.inference import Chat
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
 through a server of Gradio's. Pictures and questions of others reach this machine."""
@@ -37,16 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Load the models, serve the page until Ctrl-C; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        check_arguments(options)
         passwords = read_passwords(options.auth) if options.auth else None
         if options.keep_pictures is not None:
             _make_folder(options.keep_pictures)
         votes = VoteFile(options.votes)
-        chat = _load(options.model, options)
-        other = (
-            chat
-            if options.compare is None or same_model(options.model, options.compare)
-            else _load(options.compare, options)
-        )
+        chat, other = _load_both(options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
@@ -149,17 +158,19 @@ def nano_examples(folder: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Chat about pictures in the browser.")
+def _parser() -> Parser:
+    parser = Parser(description="Chat about pictures in the browser.")
     model = "nano (the newest finished nano run), a merged folder, a run folder, or a hub name"
-    parser.add_argument("--model", metavar="MODEL", default=NANO, help=model)
-    parser.add_argument("--compare", metavar="MODEL", help="a second model (default: the same at two temperatures)")
+    parser.add_argument("--model", metavar="MODEL", type=model_name, default=NANO, help=model)
+    parser.add_argument(
+        "--compare", metavar="MODEL", type=model_name, help="a second model (default: the same at two temperatures)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1 (default: 7860)")
     parser.add_argument(
-        "--votes", metavar="FILE", type=Path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
+        "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
     )
-    parser.add_argument("--keep-pictures", metavar="DIR", type=Path, help="keep the pictures of votes here")
-    parser.add_argument("--auth", metavar="FILE", type=Path, help="ask for a password; lines of NAME:PASSWORD")
+    parser.add_argument("--keep-pictures", metavar="DIR", type=file_path, help="keep the pictures of votes here")
+    parser.add_argument("--auth", metavar="FILE", type=file_path, help="ask for a password; lines of NAME:PASSWORD")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's server")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)"
@@ -167,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base-model",
         metavar="DIR",
+        type=model_name,
         nargs="+",
         default=[],
         help="where the base of a run is now, if it has moved; checked by its fingerprint",
@@ -176,11 +188,30 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="keep the language model in NF4 (default: on CUDA; a run is loaded as it was trained)",
     )
+    looks(
+        parser,
+        model=check_model,
+        compare=check_model,
+        votes=check_kept,
+        keep_pictures=check_written_folder,
+        auth=check_file,
+    )
     return parser
+
+
+def _load_both(options: argparse.Namespace) -> tuple[Chat, Chat]:
+    """The model, and the one it is compared with: itself where no other is named."""
+    from qllava.inference import same_model
+
+    chat = _load(options.model, options)
+    alone = options.compare is None or same_model(options.model, options.compare)
+    return chat, chat if alone else _load(options.compare, options)
 
 
 def _load(model: str, options: argparse.Namespace) -> Chat:
     import torch
+
+    from qllava.inference import has_base, load
 
     four_bit = torch.cuda.is_available() if options.load_in_4bit is None else options.load_in_4bit
     base = options.base_model if has_base(model) or options.compare is None else ()

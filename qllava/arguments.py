@@ -155,14 +155,14 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def path(text: str) -> Path:
+def file_path(text: str) -> Path:
     """A flag's path, `~` expanded. An address is refused: as a path it would lose one of its slashes."""
     if is_address(text):
         raise argparse.ArgumentTypeError(f"{text} is an address on the web; download it, and give the file or folder")
     return Path(expanded(text))
 
 
-def name(text: str) -> str:
+def model_name(text: str) -> str:
     """A flag's model or data set, which is a folder or a name on the hub; `~` expanded."""
     return expanded(text)
 
@@ -219,13 +219,30 @@ def check_model(text: str, what: str) -> None:
         raise InputError(f"{what}: {text} does not exist; give a folder that holds a model, or a name on the hub.")
 
 
-def check_written(text: str | Path, what: str, *, folder: bool = False) -> None:
+def check_part(text: str, what: str) -> None:
+    """As `check_model`, for a vision tower too, which may be one of open_clip's."""
+    if not text.startswith("open_clip:"):
+        check_model(text, what)
+
+
+def check_written_folder(text: str | Path, what: str) -> None:
+    """As `check_written`, for a folder, which is made with those above it."""
+    check_written(text, what, folder=True)
+
+
+def check_kept(text: str | Path, what: str) -> None:
+    """As `check_written`, for a file whose folder is made where it is missing."""
+    check_written(text, what, made=True)
+
+
+def check_written(text: str | Path, what: str, *, folder: bool = False, made: bool = False) -> None:
     """Raise InputError when a file or folder cannot be made where it shall be written.
 
     Args:
         text: The file or folder.
         what: The flag or setting, for the message.
-        folder: Whether it is a folder, which is made with those above it; a file needs its folder to be there.
+        folder: Whether it is a folder, which is made with those above it.
+        made: Whether a file's folder is made too; otherwise it has to be there.
     """
     if is_address(str(text)):
         raise InputError(f"{what}: {text} is an address; give a place on this machine.")
@@ -235,7 +252,7 @@ def check_written(text: str | Path, what: str, *, folder: bool = False) -> None:
     if not folder and place.is_dir():
         raise InputError(f"{what}: {text} is a folder; name a file.")
     above = place if place.exists() else place.parent
-    if not folder and not above.exists():
+    if not folder and not made and not above.exists():
         raise InputError(f"{what}: {text} cannot be written, because the folder {above} does not exist; make it first.")
     while not above.exists():
         above = above.parent

@@ -18,11 +18,11 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from qllava import __version__
+from qllava.arguments import Parser, check_arguments, explain
 from qllava.cli import concepts, evaluate, models, prepare, synthesize
 from qllava.config import InputError
 
@@ -31,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status (argparse itself ends a wrong one with status 2)."""
     arguments = _parser().parse_args(argv)
     try:
+        check_arguments(arguments)
         status: int = arguments.run(arguments)
     except InputError as error:
         print(f"qllava: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"qllava: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("qllava: interrupted", file=sys.stderr)
@@ -41,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qllava", description="Build, tune and use LLaVA on one consumer GPU.")
+def _parser() -> Parser:
+    parser = Parser(prog="qllava", description="Build, tune and use LLaVA on one consumer GPU.")
     parser.add_argument("--version", action="version", version=f"qllava {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (prepare, models, synthesize, concepts, evaluate):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
+from qllava.arguments import check_data, check_written, file_path, looks
 from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
 
 
@@ -13,9 +13,9 @@ def add(verbs: Verbs) -> None:
     """Add `filter`."""
     verb = add_verb(verbs, "filter", run_filter, "balance a file of captions: all of what is rare, less of what is not")
     verb.add_argument(
-        "captions", metavar="CAPTIONS.json", type=Path, help="LLaVA JSON or JSONL, or rows with a caption"
+        "captions", metavar="CAPTIONS.json", type=file_path, help="LLaVA JSON or JSONL, or rows with a caption"
     )
-    verb.add_argument("out", metavar="OUT.json", type=Path, help="where the rows that are kept go, as a JSON list")
+    verb.add_argument("out", metavar="OUT.json", type=file_path, help="where the rows that are kept go, as a JSON list")
     verb.add_argument(
         "--min-count", metavar="N", type=positive, default=3, help="pass over concepts of fewer captions (default: 3)"
     )
@@ -32,8 +32,9 @@ def add(verbs: Verbs) -> None:
         choices=("spacy", "simple"),
         help="how noun phrases are found (default: spacy where it and en_core_web_sm are installed, else simple)",
     )
-    verb.add_argument("--html", metavar="FILE", type=Path, help="write tables and a plot as a page")
+    verb.add_argument("--html", metavar="FILE", type=file_path, help="write tables and a plot as a page")
     json_flag(verb)
+    looks(verb, captions=check_data, out=check_written, html=check_written)
 
 
 def run_filter(arguments: argparse.Namespace) -> int:

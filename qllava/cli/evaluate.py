@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from qllava.arguments import (
+    check_data,
+    check_file,
+    check_folder,
+    check_model,
+    check_written,
+    file_path,
+    looks,
+    model_name,
+)
 from qllava.cli import judging
 from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, rank
 from qllava.config import InputError
@@ -17,13 +26,15 @@ def add(verbs: Verbs) -> None:
     evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
     vqa = add_verb(kinds, "vqa", run_eval_vqa, "short answers to questions about pictures, exact match")
-    vqa.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    vqa.add_argument("data", metavar="DATA", type=Path, help="LLaVA JSON, or rows of question, image, answer and type")
-    vqa.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
-    vqa.add_argument("--out", metavar="FILE", type=Path, help="write every question with its answer, as JSONL")
-    vqa.add_argument("--html", metavar="FILE", type=Path, help="write a page with the failures and their pictures")
+    vqa.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
+    vqa.add_argument(
+        "data", metavar="DATA", type=file_path, help="LLaVA JSON, or rows of question, image, answer and type"
+    )
+    vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="where the pictures' names begin")
+    vqa.add_argument("--out", metavar="FILE", type=file_path, help="write every question with its answer, as JSONL")
+    vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their pictures")
     vqa.add_argument("--shots", metavar="K", type=rank, default=0, help="examples before each question (default: 0)")
-    vqa.add_argument("--pool", metavar="DATA", type=Path, help="where the examples come from: rows as DATA's")
+    vqa.add_argument("--pool", metavar="DATA", type=file_path, help="where the examples come from: rows as DATA's")
     vqa.add_argument(
         "--choose",
         choices=("random", "text", "picture"),
@@ -37,25 +48,36 @@ def add(verbs: Verbs) -> None:
     _batch_flag(vqa)
     base_flag(vqa)
     json_flag(vqa)
+    written = {"out": check_written, "html": check_written}
+    looks(vqa, model=check_model, data=check_data, image_folder=check_folder, pool=check_data, **written)
     _add_scienceqa(kinds)
     judging.add(kinds)
 
 
 def _add_scienceqa(kinds: Verbs) -> None:
     science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "ScienceQA, by subject, context and grade")
-    science.add_argument("--problems", metavar="P.json", type=Path, required=True, help="ScienceQA's problems.json")
+    science.add_argument(
+        "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
+    )
     science.add_argument("--split", default="test", help="which of the problems (default: test)")
     whose = science.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--answers", metavar="A.jsonl", type=Path, help="answers that were given: question_id and text")
-    whose.add_argument("--model", metavar="MODEL", help=f"who answers: {MODEL_HELP}")
-    science.add_argument("--image-folder", metavar="DIR", type=Path, help="with the pictures, as DIR/ID/image.png")
+    whose.add_argument(
+        "--answers", metavar="A.jsonl", type=file_path, help="answers that were given: question_id and text"
+    )
+    whose.add_argument("--model", metavar="MODEL", type=model_name, help=f"who answers: {MODEL_HELP}")
+    science.add_argument("--image-folder", metavar="DIR", type=file_path, help="with the pictures, as DIR/ID/image.png")
     science.add_argument(
-        "--out", metavar="A.jsonl", type=Path, help="where the model's answers go; given again, it goes on from there"
+        "--out",
+        metavar="A.jsonl",
+        type=file_path,
+        help="where the model's answers go; given again, it goes on from there",
     )
     _batch_flag(science)
     science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
     base_flag(science)
     json_flag(science)
+    read = {"problems": check_file, "answers": check_file}
+    looks(science, model=check_model, image_folder=check_folder, out=check_written, **read)
 
 
 def _batch_flag(parser: argparse.ArgumentParser) -> None:

@@ -6,21 +6,21 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+from qllava.arguments import Parser, file_path, model_name
+
 T = TypeVar("T")
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+N = TypeVar("N", int, float)
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
 
 
-def add_verb(
-    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int], summary: str
-) -> argparse.ArgumentParser:
+def add_verb(verbs: Verbs, verb_name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Parser:
     """A verb that `run` carries out; `summary` is its line in the help."""
-    verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    verb.set_defaults(run=run)
+    verb = verbs.add_parser(verb_name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    verb.set_defaults(run=run, checks={})
     return verb
 
 
@@ -31,11 +31,16 @@ def json_flag(parser: argparse.ArgumentParser) -> None:
 
 def reading_flags(parser: argparse.ArgumentParser) -> None:
     """Which model will read the data; nano's own parts where nothing is said."""
-    parser.add_argument("--image-folder", metavar="DIR", type=Path, help="where the pictures' names begin")
+    parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="where the pictures' names begin")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", metavar="MODEL", default="nano", help=f"{MODEL_HELP}; its weights are not loaded")
     which.add_argument(
-        "--tokenizer", metavar="T", type=Path, help="a tokenizer's file or folder; pictures then count as LLaVA-1.5's"
+        "--model", metavar="MODEL", type=model_name, default="nano", help=f"{MODEL_HELP}; its weights are not loaded"
+    )
+    which.add_argument(
+        "--tokenizer",
+        metavar="T",
+        type=file_path,
+        help="a tokenizer's file or folder; pictures then count as LLaVA-1.5's",
     )
     parser.add_argument("--template", choices=("plain", "vicuna_v1", "llama_2", "llama_3", "chatml"))
     parser.add_argument("--max-length", metavar="N", type=positive, default=2048, help="(default: 2048)")
@@ -46,6 +51,7 @@ def base_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="DIR",
+        type=name,
         nargs="+",
         default=[],
         help="where the base of a run is now, if it has moved; checked by its fingerprint",
@@ -54,25 +60,27 @@ def base_flag(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
-    return value
+    return _number(text, int, 1)
 
 
 def rank(text: str) -> int:
     """A whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
-    return value
+    return _number(text, int, 0)
 
 
 def temperature(text: str) -> float:
     """A number of at least 0, and finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
+    return _number(text, float, 0)
+
+
+def _number(text: str, kind: Callable[[str], N], least: int) -> N:
+    expected = f"expected a {'whole ' if kind is int else ''}number of at least {least}, not {text}"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(expected) from None
+    if not least <= value < float("inf"):
+        raise argparse.ArgumentTypeError(expected)
     return value
 
 

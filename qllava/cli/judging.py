@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qllava.arguments import check_file, check_folder, check_kept, check_written, file_path, looks
 from qllava.cli.flags import Verbs, add_verb, json_flag, quietly
 from qllava.config import InputError
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 def add(kinds: Verbs) -> None:
     """Add these evaluations to `eval`."""
     ensemble = add_verb(kinds, "ensemble", run_eval_ensemble, "two sets of ScienceQA answers as one, and what it gains")
-    ensemble.add_argument("--problems", metavar="P.json", type=Path, required=True, help="ScienceQA's problems.json")
+    ensemble.add_argument(
+        "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
+    )
     ensemble.add_argument("--split", default="test", help="which of the problems (default: test)")
-    ensemble.add_argument("--answers", metavar="A.jsonl", type=Path, required=True, help="of the first")
-    ensemble.add_argument("--partner", metavar="B.jsonl", type=Path, required=True, help="of the second")
+    ensemble.add_argument("--answers", metavar="A.jsonl", type=file_path, required=True, help="of the first")
+    ensemble.add_argument("--partner", metavar="B.jsonl", type=file_path, required=True, help="of the second")
     ensemble.add_argument(
         "--rule",
         choices=("complement", "judge"),
@@ -29,39 +31,54 @@ def add(kinds: Verbs) -> None:
     )
     _judge_flags(ensemble)
     json_flag(ensemble)
+    looks(ensemble, problems=check_file, answers=check_file, partner=check_file, store=check_kept)
     _add_judge(kinds)
     agreement = add_verb(kinds, "agreement", run_eval_agreement, "does a judge decide as people do, with intervals")
-    agreement.add_argument("--votes", metavar="V.jsonl", type=Path, required=True, help="people's, as the demo wrote")
     agreement.add_argument(
-        "--judgments", metavar="J.jsonl", type=Path, required=True, help="the judge's, by `qllava eval judge --votes`"
+        "--votes", metavar="V.jsonl", type=file_path, required=True, help="people's, as the demo wrote"
     )
-    agreement.add_argument("--html", metavar="FILE", type=Path, help="write a page with a plot")
+    agreement.add_argument(
+        "--judgments",
+        metavar="J.jsonl",
+        type=file_path,
+        required=True,
+        help="the judge's, by `qllava eval judge --votes`",
+    )
+    agreement.add_argument("--html", metavar="FILE", type=file_path, help="write a page with a plot")
     json_flag(agreement)
+    looks(agreement, votes=check_file, judgments=check_file, html=check_written)
 
 
 def _add_judge(kinds: Verbs) -> None:
     judge = add_verb(kinds, "judge", run_eval_judge, "a language model rates answers beside a reference, or votes")
     what = judge.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--questions", metavar="Q.jsonl", type=Path, help="rate answers: question_id, text, category, image"
+        "--questions", metavar="Q.jsonl", type=file_path, help="rate answers: question_id, text, category, image"
     )
-    what.add_argument("--votes", metavar="V.jsonl", type=Path, help="vote on the pairs of answers that people voted on")
-    judge.add_argument("--reference", metavar="R.jsonl", type=Path, help="the answers to be compared with")
-    judge.add_argument("--answers", metavar="A.jsonl", type=Path, help="the answers to be rated")
-    judge.add_argument("--contexts", metavar="C.jsonl", type=Path, help="the pictures in captions and boxes")
+    what.add_argument(
+        "--votes", metavar="V.jsonl", type=file_path, help="vote on the pairs of answers that people voted on"
+    )
+    judge.add_argument("--reference", metavar="R.jsonl", type=file_path, help="the answers to be compared with")
+    judge.add_argument("--answers", metavar="A.jsonl", type=file_path, help="the answers to be rated")
+    judge.add_argument("--contexts", metavar="C.jsonl", type=file_path, help="the pictures in captions and boxes")
     judge.add_argument(
-        "--pictures", metavar="DIR", type=Path, help="with --votes, for a judge that sees: kept pictures"
+        "--pictures", metavar="DIR", type=file_path, help="with --votes, for a judge that sees: kept pictures"
     )
     _judge_flags(judge)
-    judge.add_argument("--out", metavar="J.jsonl", type=Path, required=True, help="where every reply is written")
+    judge.add_argument("--out", metavar="J.jsonl", type=file_path, required=True, help="where every reply is written")
     json_flag(judge)
+    read = dict.fromkeys(("questions", "votes", "reference", "answers", "contexts"), check_file)
+    looks(judge, pictures=check_folder, store=check_kept, out=check_written, **read)
 
 
 def _judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="NAME", help="a model's name, as its server calls it")
     parser.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server (default: OPENAI_BASE_URL)")
     parser.add_argument(
-        "--store", metavar="FILE", type=Path, help="where replies are kept, so that none is asked twice (the cache)"
+        "--store",
+        metavar="FILE",
+        type=file_path,
+        help="where replies are kept, so that none is asked twice (the cache)",
     )
     parser.add_argument(
         "--parameters",

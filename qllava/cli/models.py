@@ -7,6 +7,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from qllava.arguments import (
+    check_file,
+    check_folder,
+    check_kept,
+    check_model,
+    check_written_folder,
+    file_path,
+    looks,
+    model_name,
+)
 from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, temperature
 from qllava.config import InputError
 
@@ -20,8 +30,10 @@ def add(verbs: Verbs) -> None:
 
 def _add_merge(verbs: Verbs) -> None:
     merge = add_verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
-    merge.add_argument("folder", metavar="RUN", type=Path, help="folder of a finished run or of one of its checkpoints")
-    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write the merged model into")
+    merge.add_argument(
+        "folder", metavar="RUN", type=file_path, help="folder of a finished run or of one of its checkpoints"
+    )
+    merge.add_argument("out", metavar="OUT", type=file_path, help="folder to write the merged model into")
     merge.add_argument(
         "--base",
         choices=("nf4", "original"),
@@ -33,21 +45,23 @@ def _add_merge(verbs: Verbs) -> None:
     merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
     base_flag(merge)
     json_flag(merge)
+    looks(merge, folder=check_folder, out=check_written_folder)
 
 
 def _add_export(verbs: Verbs) -> None:
     export = add_verb(verbs, "export", run_export, "write a merged model in the format of llama.cpp and Ollama")
-    export.add_argument("model", metavar="MODEL", help="a merged folder, or the hub name of a LLaVA")
-    export.add_argument("out", metavar="OUT", type=Path, help="folder to write the files into")
+    export.add_argument("model", metavar="MODEL", type=model_name, help="a merged folder, or the hub name of a LLaVA")
+    export.add_argument("out", metavar="OUT", type=file_path, help="folder to write the files into")
     export.add_argument("--format", choices=("gguf",), required=True, help="gguf: llama.cpp, Ollama, LM Studio")
     export.add_argument("--quantize", choices=("f16", "bf16", "q8_0"), default="f16", help="(default: f16)")
+    looks(export, model=check_model, out=check_written_folder)
 
 
 def _add_chat(verbs: Verbs) -> None:
     chat = add_verb(verbs, "chat", run_chat, "ask a model about pictures")
-    chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    chat.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
     chat.add_argument(
-        "--image", metavar="FILE", type=Path, nargs="+", action="extend", default=[], help="show this first"
+        "--image", metavar="FILE", type=file_path, nargs="+", action="extend", default=[], help="show this first"
     )
     chat.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer, and leave")
     chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
@@ -56,9 +70,13 @@ def _add_chat(verbs: Verbs) -> None:
     chat.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help="0 is greedy (default: 0)")
     chat.add_argument("--seed", metavar="N", type=int, help="makes draws above temperature 0 the same each time")
     chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
-    base_flag(chat)
-    chat.add_argument("--compare", metavar="MODEL", help="put every question to both, blindly, and vote")
-    chat.add_argument("--votes", metavar="FILE", type=Path, default=Path("votes.jsonl"), help="(default: votes.jsonl)")
+    chat.add_argument(
+        "--compare", metavar="MODEL", type=model_name, help="put every question to both, blindly, and vote"
+    )
+    chat.add_argument(
+        "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
+    )
+    looks(chat, model=check_model, compare=check_model, image=check_file, votes=check_kept)
 
 
 def run_merge(arguments: argparse.Namespace) -> int:

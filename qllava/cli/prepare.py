@@ -9,6 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qllava.arguments import (
+    check_data,
+    check_file,
+    check_folder,
+    check_model,
+    check_part,
+    check_written,
+    file_path,
+    looks,
+    model_name,
+)
 from qllava.cli.flags import Verbs, add_verb, base_flag, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
 
@@ -24,38 +35,52 @@ def add(verbs: Verbs) -> None:
 
 def _add_check(verbs: Verbs) -> None:
     check = add_verb(verbs, "check", run_check, "read a whole data set before training, and say what is wrong with it")
-    check.add_argument("data", metavar="DATA", type=Path, nargs="*", help="files or folders of one data set")
+    check.add_argument("data", metavar="DATA", type=file_path, nargs="*", help="files or folders of one data set")
     reading_flags(check)
     check.add_argument(
-        "--eval-file", metavar="FILE", type=Path, help="held-out rows: checked too, and looked for in DATA"
+        "--eval-file", metavar="FILE", type=file_path, help="held-out rows: checked too, and looked for in DATA"
     )
-    check.add_argument("--config", metavar="RECIPE.yaml", help="the data and model of a recipe, in place of the flags")
+    check.add_argument(
+        "--config", metavar="RECIPE.yaml", type=model_name, help="the data and model of a recipe, in place of the flags"
+    )
     json_flag(check)
+    reading = {"image_folder": check_folder, "model": check_model, "tokenizer": check_data}
+    looks(check, data=check_data, eval_file=check_data, config=check_file, **reading)
 
 
 def _add_inspect(verbs: Verbs) -> None:
     inspect = add_verb(
         verbs, "inspect", run_inspect, "show samples as the model gets them: pictures, tokens, what is learned"
     )
-    inspect.add_argument("data", metavar="DATA", type=Path, help="a file or folder of rows")
+    inspect.add_argument("data", metavar="DATA", type=file_path, help="a file or folder of rows")
     reading_flags(inspect)
     inspect.add_argument("--rows", metavar="N", type=positive, help="the first N (default: 8; with --json, all)")
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--html", metavar="FILE", type=Path, help="write a page with the pictures")
+    how.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the pictures")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
+    reading = {"image_folder": check_folder, "model": check_model, "tokenizer": check_data}
+    looks(inspect, data=check_data, html=check_written, **reading)
 
 
 def _add_plan(verbs: Verbs) -> None:
     plan = add_verb(verbs, "plan", run_plan, "say how much memory a run will need, by part, and what would fit")
-    plan.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; the flags below are above it")
-    plan.add_argument("--model", metavar="MODEL", help="nano (default), a LLaVA's folder or hub name, or a run folder")
-    plan.add_argument("--language-model", metavar="L", help="of a new LLaVA; only config.json is read")
-    plan.add_argument("--vision-tower", metavar="V", help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder")
+    plan.add_argument("--config", metavar="RECIPE.yaml", type=model_name, help="a recipe; the flags below are above it")
+    plan.add_argument(
+        "--model",
+        metavar="MODEL",
+        type=model_name,
+        help="nano (default), a LLaVA's folder or hub name, or a run folder",
+    )
+    plan.add_argument("--language-model", metavar="L", type=model_name, help="of a new LLaVA; only config.json is read")
+    plan.add_argument(
+        "--vision-tower", metavar="V", type=model_name, help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder"
+    )
     plan.add_argument("--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 for stage 1, the projector alone")
     plan.add_argument("--tokens-per-row", metavar="N", type=positive, help="tokens that go through the model at once")
     plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
     base_flag(plan)
     json_flag(plan)
+    looks(plan, config=check_file, model=check_model, language_model=check_model, vision_tower=check_part)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

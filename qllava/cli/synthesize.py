@@ -7,8 +7,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qllava.arguments import (
+    check_data,
+    check_file,
+    check_folder,
+    check_kept,
+    check_written,
+    file_path,
+    looks,
+    model_name,
+)
 from qllava.cli.flags import Verbs, add_verb, json_flag, positive, rank
-from qllava.config import InputError
+from qllava.config import NANO, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,25 +44,38 @@ def add(verbs: Verbs) -> None:
     """Add the verb of this module."""
     verb = add_verb(verbs, "synthesize", run_synthesize, "write instruction data from captions and boxes")
     verb.add_argument(
-        "contexts", metavar="CONTEXTS", help="JSONL of image, captions and boxes; COCO's annotations; nano"
+        "contexts",
+        metavar="CONTEXTS",
+        type=model_name,
+        help="JSONL of image, captions and boxes; COCO's annotations; nano",
     )
-    verb.add_argument("out", metavar="OUT", type=Path, help="rows to write: .json, or .jsonl for a row a line")
+    verb.add_argument("out", metavar="OUT", type=file_path, help="rows to write: .json, or .jsonl for a row a line")
     verb.add_argument("--teacher", metavar="NAME", required=True, help="rules, or the name of a language model")
     verb.add_argument("--types", metavar="T,...", type=_types, help=f"of {', '.join(_TYPES)} (default: all but naive)")
     verb.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="part I of N, from 1/N to N/N")
-    verb.add_argument("--report", metavar="FILE", type=Path, help="page about the rows (default: report.html by OUT)")
-    verb.add_argument("--image-folder", metavar="DIR", type=Path, help="the pictures, for the report's samples")
+    verb.add_argument(
+        "--report", metavar="FILE", type=file_path, help="page about the rows (default: report.html by OUT)"
+    )
+    verb.add_argument("--image-folder", metavar="DIR", type=file_path, help="the pictures, for the report's samples")
     rules = verb.add_argument_group("with --teacher rules")
     rules.add_argument("--seed", metavar="N", type=rank, help="of wording and choice (default: 0)")
     rules.add_argument("--brief", action="store_true", help="conversations with answers of a word or two")
     _add_asking(verb.add_argument_group("with a language model"))
     json_flag(verb)
+    written = {"out": check_written, "report": check_written, "export_batch": check_written, "store": check_kept}
+    read = {"contexts": _check_contexts, "image_folder": check_folder, "prompts": check_folder}
+    looks(verb, import_batch=check_file, **written, **read)
+
+
+def _check_contexts(given: str, what: str) -> None:
+    if given != NANO:
+        check_data(given, what)
 
 
 def _add_asking(asking: argparse._ArgumentGroup) -> None:
     asking.add_argument("--base-url", metavar="URL", help="of its server (default: OPENAI_BASE_URL, else OpenAI's)")
     asking.add_argument("--style", metavar="S,...", type=_styles, help=f"of instructions: {', '.join(_STYLES)}")
-    asking.add_argument("--prompts", metavar="DIR", type=Path, help="changed copies of the prompts' files")
+    asking.add_argument("--prompts", metavar="DIR", type=file_path, help="changed copies of the prompts' files")
     asking.add_argument(
         "--parameters",
         metavar="JSON",
@@ -62,7 +85,9 @@ def _add_asking(asking: argparse._ArgumentGroup) -> None:
     asking.add_argument(
         "--replies", choices=("schema", "blocks"), help="their form (default: JSON by a schema where the server can)"
     )
-    asking.add_argument("--store", metavar="FILE", type=Path, help="where replies are kept (default: OUT.calls.jsonl)")
+    asking.add_argument(
+        "--store", metavar="FILE", type=file_path, help="where replies are kept (default: OUT.calls.jsonl)"
+    )
     asking.add_argument("--concurrency", metavar="N", type=positive, help="calls at a time (default: 16)")
     asking.add_argument("--retries", metavar="N", type=rank, help="attempts after the first (default: 6)")
     asking.add_argument("--timeout", metavar="S", type=positive, help="seconds to wait for a reply (default: 300)")
@@ -73,10 +98,10 @@ def _add_asking(asking: argparse._ArgumentGroup) -> None:
     how = asking.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="estimate calls and tokens, and ask nobody")
     how.add_argument(
-        "--export-batch", metavar="FILE", type=Path, help="write the calls that are needed as a batch file"
+        "--export-batch", metavar="FILE", type=file_path, help="write the calls that are needed as a batch file"
     )
     how.add_argument(
-        "--import-batch", metavar="FILE", type=Path, nargs="+", help="keep the replies of batches, and write OUT"
+        "--import-batch", metavar="FILE", type=file_path, nargs="+", help="keep the replies of batches, and write OUT"
     )
 
 

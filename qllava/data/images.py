@@ -60,7 +60,7 @@ def open_image(path: Path) -> Image.Image:
     except RowError:
         raise
     except FileNotFoundError:
-        raise _broken(path, "there is no such picture", "check the name and the image folder") from None
+        raise _broken(path, "there is no such picture", "check the name") from None
     except UnidentifiedImageError:
         raise _broken(path, "this is no picture that can be read", "replace it, or remove its rows") from None
     except Image.DecompressionBombError:  # Pillow refuses what has more pixels than a square of this side

@@ -1,0 +1,58 @@
+"""What is wrong with a command line is said before torch, or anything else that takes seconds, is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.wrong_commands import WRONG, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wrong")
+    prepare(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Any:
+    """All of them in one process, from a folder where nothing else is."""
+    lines = [(program, words.format(folder=folder).split()) for program, words, _, _ in WRONG]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.wrong_commands"],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        cwd=folder / "empty",
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[f"{program} {words}" for program, words, _, _ in WRONG])
+def test_a_wrong_command_is_one_sentence(number: int, outcome: Any, folder: Path) -> None:
+    _, _, status, expected = WRONG[number]
+    found = outcome["results"][number]
+    assert expected.format(folder=folder) in found["said"] and "Traceback" not in found["said"], found
+    assert found["status"] == status
+    if status == 1:
+        assert found["said"].count("\n") == 1 and found["said"].endswith((".\n", "?\n")), found["said"]
+
+
+def test_nothing_heavy_was_imported(outcome: Any) -> None:
+    assert outcome["heavy"] == []
+
+
+def test_nothing_was_made(outcome: Any, folder: Path) -> None:
+    made = {"rows.json", "key.yaml", "type.yaml", "choice.yaml", "empty", "finished"}
+    assert {path.name for path in folder.iterdir()} == made and not list((folder / "empty").iterdir())

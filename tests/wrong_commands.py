@@ -1,0 +1,109 @@
+"""Command lines that cannot work, each with its exit status and a part of what is said; no library is needed for it.
+
+As a program it runs those that are given to it as JSON on stdin, in one process, and prints as JSON what came of each,
+and which heavy libraries were imported meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "gradio", "PIL")
+
+FINETUNE, PRETRAIN, QLLAVA, DEMO = "finetune", "pretrain", "qllava", "demo"
+
+# Program, words, status, what is said. {folder} is that of `prepare`.
+WRONG: tuple[tuple[str, str, int, str], ...] = (
+    (FINETUNE, "--per_device_batch_size 4", 2, "did you mean --per_device_train_batch_size?"),
+    (FINETUNE, "--lora_rank 8", 2, "did you mean --lora_r?"),
+    (FINETUNE, "--lora_r many", 2, "expected a whole number, not 'many'"),
+    (FINETUNE, "--template vicuna", 2, "invalid choice: 'vicuna'"),
+    (FINETUNE, "--learning_rate fast", 2, "expected a number, not 'fast'"),
+    (FINETUNE, "--config {folder}/none.yaml", 1, "none.yaml does not exist"),
+    (FINETUNE, "--config {folder}/key.yaml", 1, "unknown key 'model'; did you mean model_name_or_path?"),
+    (FINETUNE, "--config {folder}/type.yaml", 1, "lora_r in {folder}/type.yaml: expected a whole number, not 'many'"),
+    (FINETUNE, "--config {folder}/choice.yaml", 1, "too_long is 'cut'; possible are error, drop, trim"),
+    (FINETUNE, "--train_file {folder}/none.json", 1, "none.json does not exist"),
+    (FINETUNE, "--train_file https://example.org/a.json", 1, "https://example.org/a.json is an address"),
+    (FINETUNE, "--train_file {folder}/rows.json --eval_file {folder}/no.json", 1, "eval_file: {folder}/no.json"),
+    (FINETUNE, "--train_file {folder}/rows.json --image_folder {folder}/no", 1, "image_folder: {folder}/no does not"),
+    (FINETUNE, "--train_file {folder}/rows.json --image_folder {folder}/rows.json", 1, "is not a folder"),
+    (FINETUNE, "--output_dir {folder}/finished", 1, "holds a finished run"),
+    (FINETUNE, "--output_dir {folder}/rows.json", 1, "is a file; choose a folder"),
+    (FINETUNE, "--output_dir {folder}/rows.json/run", 1, "cannot be written, because {folder}/rows.json is a file"),
+    (FINETUNE, "--model_name_or_path ./no-llava --train_file {folder}/rows.json", 1, "./no-llava does not exist"),
+    (FINETUNE, "--model_name_or_path https://huggingface.co/llava-hf/x-7b", 1, "its name on the hub is llava-hf/x-7b"),
+    (FINETUNE, "--language_model {folder}/empty --train_file {folder}/rows.json", 1, "empty is empty"),
+    (FINETUNE, "--projector {folder}/empty", 1, "has no projector.safetensors"),
+    (FINETUNE, "--report_to no_such_tracker", 1, "report_to is 'no_such_tracker'; possible are none, all, azure_ml"),
+    (FINETUNE, "--optim adamw_anyprecision", 1, "pip install torchdistx"),
+    (FINETUNE, "--optim galore_adamw", 1, "only LoRA and the projector are trained"),
+    (FINETUNE, "--packing true", 1, "packing has no effect in qllava"),
+    (FINETUNE, "--neftune_noise_alpha 5", 1, "neftune_noise_alpha has no effect in qllava"),
+    (FINETUNE, "--per_device_train_batch_size 0", 1, "per_device_train_batch_size is 0; give a number of at least 1"),
+    (FINETUNE, "--num_train_epochs 0", 1, "nothing would be trained"),
+    (FINETUNE, "--max_steps 0", 1, "nothing would be trained"),
+    (FINETUNE, "--max_steps 5 --num_train_epochs 2", 1, "max_steps alone would count"),
+    (FINETUNE, "--lr_scheduler_type cosine_with_min_lr", 1, "needs lr_scheduler_kwargs with min_lr or min_lr_rate"),
+    (FINETUNE, "--bf16 true --fp16 true", 1, "bf16 and fp16 are both set"),
+    (PRETRAIN, "--train_file {folder}/none.json", 1, "none.json does not exist"),
+    (PRETRAIN, "--langauge_model x", 2, "did you mean --language_model?"),
+    (PRETRAIN, "--language_model some/llama", 1, "train_file is missing"),
+    (QLLAVA, "chekc", 2, "invalid choice: 'chekc'"),
+    (QLLAVA, "check {folder}/none.json", 1, "DATA: {folder}/none.json does not exist"),
+    (QLLAVA, "check https://example.org/a.json", 2, "https://example.org/a.json is an address"),
+    (QLLAVA, "check {folder}/rows.json --image-dir x", 2, "did you mean --image-folder?"),
+    (QLLAVA, "inspect {folder}/rows.json --model ./none", 1, "./none does not exist"),
+    (QLLAVA, "inspect {folder}/rows.json --rows none", 2, "expected a whole number of at least 1, not none"),
+    (QLLAVA, "plan --config {folder}/none.yaml", 1, "none.yaml does not exist"),
+    (QLLAVA, "merge {folder}/none {folder}/out", 1, "RUN: {folder}/none does not exist"),
+    (QLLAVA, "export {folder}/none/ {folder}/out --format gguf", 1, "MODEL: {folder}/none/ does not exist"),
+    (QLLAVA, "chat nano --image {folder}/none.jpg", 1, "--image: {folder}/none.jpg does not exist"),
+    (QLLAVA, "synthesize {folder}/none.jsonl {folder}/o.json --teacher rules", 1, "CONTEXTS: {folder}/none.jsonl"),
+    (QLLAVA, "filter {folder}/none.json {folder}/o.json", 1, "none.json does not exist"),
+    (QLLAVA, "filter {folder}/rows.json {folder}/no/o.json", 1, "the folder {folder}/no does not exist"),
+    (QLLAVA, "eval vqa nano {folder}/none.json", 1, "DATA: {folder}/none.json does not exist"),
+    (QLLAVA, "eval scienceqa --problems {folder}/p.json --answers {folder}/a.jsonl", 1, "--problems: {folder}/p.json"),
+    (QLLAVA, "eval agreement --votes {folder}/v.jsonl --judgments {folder}/j.jsonl", 1, "--votes: {folder}/v.jsonl"),
+    (DEMO, "--model ./none", 1, "./none does not exist"),
+    (DEMO, "--prot 7861", 2, "did you mean --port?"),
+    (DEMO, "--auth {folder}/none.txt", 1, "none.txt does not exist"),
+)
+
+
+def prepare(folder: Path) -> None:
+    """Files and folders that the command lines name."""
+    (folder / "rows.json").write_text("[]")
+    (folder / "key.yaml").write_text("model: x\n")
+    (folder / "type.yaml").write_text("lora_r: many\n")
+    (folder / "choice.yaml").write_text("too_long: cut\n")
+    (folder / "empty").mkdir()
+    (folder / "finished").mkdir()
+    (folder / "finished" / "results.json").write_text("{}")
+    (folder / "finished" / "run.yaml").write_text("{}")
+
+
+def run(program: str, words: list[str]) -> dict[str, Any]:
+    """One command line, in this process: its status, and what it said on stderr."""
+    from demo import app
+    from qllava import cli
+    from qllava.training import begin
+
+    main = {FINETUNE: begin.finetune, PRETRAIN: begin.pretrain, QLLAVA: cli.main, DEMO: app.main}[program]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            status: Any = main(words)
+        except SystemExit as end:
+            status = end.code
+    return {"status": status, "said": said.getvalue()}
+
+
+if __name__ == "__main__":
+    results = [run(program, words) for program, words in json.load(sys.stdin)]
+    print(json.dumps({"results": results, "heavy": [name for name in HEAVY if name in sys.modules]}))

@@ -36,8 +36,13 @@ $(STAMP): pyproject.toml
 	  || { echo "The installation failed; trying once more." >&2; sleep 5; $(PIP) install -e '.[dev]'; }
 	@touch $@
 
+# The recipe refuses a finished run; who types this again wants to know where the result is, and has made no mistake.
+FINISHED = runs/finetune_lora
 finetune: env
-	@$(BIN)/python recipes/finetune_lora.py $(ARGS)
+	@if [ -z "$(ARGS)" ] && [ -f $(FINISHED)/results.json ]; then \
+	  echo "The run in $(FINISHED) is finished: open $(FINISHED)/report.html in a browser."; \
+	  echo "To begin again: make finetune ARGS=--overwrite_output_dir"; \
+	else $(BIN)/python recipes/finetune_lora.py $(ARGS); fi
 
 # One test process for each core, of one thread: torch's threads would wait for each other in turn.
 SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile

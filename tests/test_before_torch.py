@@ -56,3 +56,28 @@ def test_nothing_heavy_was_imported(outcome: Any) -> None:
 def test_nothing_was_made(outcome: Any, folder: Path) -> None:
     made = {"rows.json", "key.yaml", "type.yaml", "choice.yaml", "empty", "finished"}
     assert {path.name for path in folder.iterdir()} == made and not list((folder / "empty").iterdir())
+
+
+def test_make_finetune_after_a_finished_run(tmp_path: Path) -> None:
+    """Status 0, and where the result is; with arguments, or before it has finished, the recipe runs."""
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "recipe: $*"\n')
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".qllava-installed").touch()
+
+    def make(*words: str) -> str:
+        line = ["make", "-s", "-f", str(ROOT / "Makefile"), "VENV=venv", "finetune", *words]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    assert make() == "recipe: recipes/finetune_lora.py\n"
+    results = tmp_path / "runs" / "finetune_lora" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    said = make()
+    assert "is finished" in said and "runs/finetune_lora/report.html" in said and "--overwrite_output_dir" in said
+    again = "--overwrite_output_dir"
+    assert make(f"ARGS={again}") == f"recipe: recipes/finetune_lora.py {again}\n"

@@ -115,7 +115,8 @@ def _add(group: Any, own: Field, applies: Any) -> None:
         kind |= {"nargs": "+"}
     elif own.choices:
         kind |= {"choices": own.choices, "metavar": None}
-    default = "" if applies is None else f"(default: {applies})".replace("%", "%%")
+    value = f"{applies:g}" if isinstance(applies, float) else applies
+    default = "" if applies is None else f"(default: {value})".replace("%", "%%")
     about = argparse.SUPPRESS if own.refused else f"{own.help} {default}".strip() or None
     group.add_argument(*options, default=argparse.SUPPRESS, help=about, **kind)
     if own.kind == "bool" and own.default is True:

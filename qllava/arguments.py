@@ -259,7 +259,9 @@ def check_written(text: str | Path, what: str, *, folder: bool = False, made: bo
     if above.is_file() and above != place:
         raise InputError(f"{what}: {text} cannot be written, because {above} is a file; choose another place.")
     if not os.access(above, os.W_OK | (os.X_OK if above.is_dir() else 0)):
-        raise InputError(f"{what}: {text} cannot be written ({os.strerror(errno.EACCES)}); choose another place.")
+        read_only = bool(os.statvfs(above).f_flag & os.ST_RDONLY) if hasattr(os, "statvfs") else False
+        reason = os.strerror(errno.EROFS if read_only else errno.EACCES)
+        raise InputError(f"{what}: {text} cannot be written ({reason}); choose another place.")
 
 
 def missing(modules: Iterable[str]) -> list[str]:

@@ -51,7 +51,7 @@ def base_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="DIR",
-        type=name,
+        type=model_name,
         nargs="+",
         default=[],
         help="where the base of a run is now, if it has moved; checked by its fingerprint",

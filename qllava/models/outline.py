@@ -26,6 +26,7 @@ from qllava.config import NANO_WEIGHTS, InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
+from qllava.models.decided import decided
 from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
 from qllava.models.layouts import find_weights
@@ -91,6 +92,8 @@ def outline(recipe: Recipe) -> Outline:
             f"The base {name} is not the one that this adapter was trained on (another {other or 'kind'}); give the "
             "base that the run used, with --base-model DIR if it is elsewhere now."
         )
+    if recipe.model is not None:
+        recipe = replace(recipe, **decided(config, processor))
     filled = replace(recipe, fingerprint=found, dtype=str(dtype).removeprefix("torch."))
     plan = Outline(model.eval(), processor, filled, base, tower)
     settle_template(plan.model, processor, TEMPLATES[filled.template])

@@ -107,6 +107,8 @@ def _check_scheduler(given: Given) -> None:
         raise InputError(
             f"lr_scheduler_type {name} needs lr_scheduler_kwargs with {' or '.join(needed)}, such as {example}."
         )
+    if arguments and name in ("constant", "constant_with_warmup"):
+        raise InputError(f"lr_scheduler_kwargs has no effect with lr_scheduler_type {name}; remove it.")
     if arguments is not None and not isinstance(arguments, dict):
         raise InputError(f"lr_scheduler_kwargs is {arguments!r}; give a mapping, such as {{'num_cycles': 2}}.")
     if name in ("reduce_lr_on_plateau", "greedy") and (given.get("eval_strategy") == "no" or not _held_out(given)):

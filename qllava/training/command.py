@@ -196,6 +196,8 @@ def _scalar(own: Field, text: Any) -> Any:
             return json.loads(text)
         except ValueError as error:
             raise ValueError(f"expected {_EXPECTED[kind]}; {text} is not JSON ({error})") from error
+    if own.name == "fsdp" and text.lower() in ("true", "false"):  # a text to TRL, and in a YAML a plain yes or no
+        return text.lower() == "true"
     return expanded(text) if own.name in PATHS else text
 
 

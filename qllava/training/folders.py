@@ -18,6 +18,7 @@ import yaml
 from qllava.config import NANO, InputError
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import write_card
+from qllava.models.decided import decided_by
 from qllava.models.record import RESULTS_FILE, RUN_FILE
 from qllava.nano import dataset as nano
 from qllava.training import processes
@@ -26,6 +27,7 @@ from qllava.training.checkpoints import begun_with, flush, refuse_changes, write
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.report import write_report
 from qllava.training.settings import Settings
+from qllava.training.trial import try_out
 
 ABOUT_ADAPTER = (
     "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
@@ -35,10 +37,33 @@ ABOUT_ADAPTER = (
 
 def open_folder(settings: Settings) -> Path:
     """Make or reopen the run's folder. Raises InputError for a finished run."""
+    with processes.together():
+        try_out(settings.train)
+    settle_model(settings)
     folder = processes.by_main(partial(_opened, settings))
     if settings.model.is_nano:
         settings.model.model_name_or_path = NANO
     return folder
+
+
+def settle_model(settings: Settings) -> None:
+    """Take what a ready LLaVA decides itself from the model, so that everything that is recorded is what was done.
+
+    Raises:
+        InputError: When the user set one of these settings to something else.
+    """
+    name = settings.model.model_name_or_path
+    parts = settings.model.language_model or settings.model.vision_tower
+    if settings.model.is_nano or not name or parts or adapter_at(name):
+        return
+    for setting, value in processes.main_first(partial(decided_by, name)).items():
+        given = getattr(settings.model, setting)
+        if setting in settings.explicit and given != value:
+            raise InputError(
+                f"The setting {setting} is {given}, and the model {name} has {value}, which training does not change; "
+                "leave it out, or build a new LLaVA from language_model and vision_tower."
+            )
+        setattr(settings.model, setting, value)
 
 
 def _opened(settings: Settings) -> Path:

@@ -29,7 +29,10 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
             cuda = torch.cuda.is_available()
             self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = cuda and not self.bf16
-        if not _has_gpu() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not several:
+            self.ddp_backend = None  # one process has no group, and accelerate would look for it
+        if not _has_gpu() and (self.bf16 or several):
             # transformers wants to be told that bf16 is meant for the CPU. And accelerate, when it is not told, would
             # take each of several processes for one that is alone.
             self.use_cpu = True
@@ -98,6 +101,8 @@ def resolve(given: Given) -> Settings:
         raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error
     if train.fp16 and not _has_gpu():
         raise InputError("The setting fp16 needs a GPU, and there is none here; leave it out (a CPU computes in fp32).")
+    if train.activation_offloading and not _has_gpu():
+        raise InputError("The setting activation_offloading is for a GPU, and there is none here; leave it out.")
     return Settings(model, data, train, frozenset(given.values))
 
 

@@ -90,7 +90,7 @@ class TestRefusals:
         before = sorted(run.rglob("*"))
         for start in (run, run / "checkpoint-2"):
             chosen = from_run(tiny, run, model_name_or_path=start, overwrite_output_dir="true")
-            assert "lies in output_dir" in self.refused(chosen)
+            assert "is inside output_dir" in self.refused(chosen)
         assert sorted(run.rglob("*")) == before
 
     def test_an_adapter_with_other_layers(self, tiny: Tiny, tmp_path: Path) -> None:

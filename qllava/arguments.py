@@ -141,7 +141,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations, and says which flag an unknown one may have been."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, but an unknown argument ends the process here, where the flags of the verb are known."""

@@ -92,12 +92,10 @@ def outline(recipe: Recipe) -> Outline:
             f"The base {name} is not the one that this adapter was trained on (another {other or 'kind'}); give the "
             "base that the run used, with --base-model DIR if it is elsewhere now."
         )
-    if recipe.model is not None:
-        recipe = replace(recipe, **decided(config, processor))
-    filled = replace(recipe, fingerprint=found, dtype=str(dtype).removeprefix("torch."))
-    plan = Outline(model.eval(), processor, filled, base, tower)
-    settle_template(plan.model, processor, TEMPLATES[filled.template])
-    return plan
+    own = decided(config, processor) if recipe.model is not None else {}
+    filled = replace(recipe, **own, fingerprint=found, dtype=str(dtype).removeprefix("torch."))
+    settle_template(model, processor, TEMPLATES[filled.template])
+    return Outline(model.eval(), processor, filled, base, tower)
 
 
 def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, GenerationConfig, Base, Tower]:

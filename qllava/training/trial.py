@@ -33,6 +33,7 @@ def try_out(config: TrainConfig) -> None:
     config.learning_rate = 1e-4 if config.learning_rate is None else config.learning_rate
     weight = torch.nn.Parameter(torch.zeros(_SIDE, _SIDE, device=config.device))
     weight.grad = torch.ones_like(weight)
+    shape: Any = config.lr_scheduler_kwargs
     setting = f"optim {config.optimizer}"
     try:
         with warnings.catch_warnings():
@@ -46,7 +47,7 @@ def try_out(config: TrainConfig) -> None:
                 optimizer,
                 num_warmup_steps=1,
                 num_training_steps=1000,
-                scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+                scheduler_specific_kwargs=dict(shape or {}),
             )
             scheduler.step(*([1.0] if _follows_the_loss(config) else []))
     except _ERRORS as error:

@@ -43,7 +43,7 @@ class TypedLoader(yaml.SafeLoader):
                 found[key.value] = loader._typed(value, key.value in list_like)
             return found
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
 
     def _typed(self, node: yaml.Node, list_like: bool) -> Any:
         if isinstance(node, yaml.ScalarNode):
@@ -51,7 +51,7 @@ class TypedLoader(yaml.SafeLoader):
             return None if node.tag == "tag:yaml.org,2002:null" else node.value
         if list_like and isinstance(node, yaml.SequenceNode):
             return [self._typed(one, False) for one in node.value]
-        return self.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return self.construct_object(node, deep=True)
 
 
 # As YAML 1.2 has it: a number may have an exponent without a point before it.

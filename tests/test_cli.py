@@ -33,6 +33,17 @@ class Merged:
     verified: bool
 
 
+@pytest.fixture(autouse=True)
+def named(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command lines below name is there: it is looked at before a verb begins."""
+    folder = tmp_path_factory.mktemp("named")
+    for name in ("run", "pics"):
+        (folder / name).mkdir()
+    for name in ("q.jsonl", "p.json", "a.png", "b.png", "c.png"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, function: Callable[..., Any]) -> list[Any]:
     """Put a function in the place of the one that does the work; returns the list of its calls."""
     calls: list[Any] = []

@@ -97,17 +97,17 @@ def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["--model", "{empty}"], "no readable config.json"),
+        (["--model", "{empty}"], "is empty; give a folder"),
         (["--model", "{llama}"], "of type 'llama'; expected a LLaVA"),
         (["--language-model", "{llama}"], "needs both"),
         (["--model", "x", "--language-model", "{llama}"], "not both"),
-        (["--language-model", "{empty}", "--vision-tower", L336], "no readable config.json"),
+        (["--language-model", "{empty}", "--vision-tower", L336], "is empty; give a folder"),
         (["--language-model", "{llama}", "--vision-tower", "open_clip:ViT-Z/x"], "no architecture 'ViT-Z'"),
         (["--language-model", "{llama}", "--vision-tower", "open_clip:RN50/openai"], "cannot be used"),
         (["--language-model", "{llama}", "--vision-tower", "somewhere"], "neither a folder nor"),
         (["--language-model", "{llama}", "--vision-tower", "{llama}"], "of type 'llama'"),
         (["--fit", "much"], "write it as 12GB"),
-        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "nowhere.yaml"], "does not exist"),
     ],
 )
 def test_errors(line: list[str], said: str, llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

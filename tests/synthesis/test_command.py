@@ -129,7 +129,7 @@ def test_rules_write_what_their_own_module_writes(tmp_path: Path) -> None:
         ("m", ["--brief"], "--brief has no effect with --teacher m"),
         ("m", ["--style", "steps", "--types", "detail"], "--style has no effect on detail"),
         ("m", [], "https://api.openai.com/v1 needs a key"),
-        ("m", ["--prompts", "nowhere"], "nowhere is not a folder"),
+        ("m", ["--prompts", "nowhere"], "nowhere does not exist"),
         ("m", ["--store", "nowhere/calls.jsonl"], "the replies cannot be kept here"),
     ],
 )

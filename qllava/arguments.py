@@ -23,7 +23,6 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "language_model"),
     "model_name": ("model_name_or_path",),
     "model_path": ("model_name_or_path",),
-    "base_model": ("model_name_or_path", "language_model"),
     "pretrained_model_name_or_path": ("model_name_or_path",),
     "llm": ("language_model",),
     "tower": ("vision_tower",),

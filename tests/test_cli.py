@@ -114,13 +114,19 @@ def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["merge", "run", "out"]) == 0
     assert calls[0] == (
         (Path("run"), Path("out")),
-        {"base": "nf4", "dtype": "bfloat16", "max_shard_size": "5GB", "verify": True},
+        {"base": "nf4", "dtype": "bfloat16", "max_shard_size": "5GB", "verify": True, "base_model": []},
     )
     said = capsys.readouterr().out
     assert "verified" in said and "1.70e-05" in said and "99.90 %" in said and "97.0 %" in said
     line = "merge run out --base original --dtype float32 --max-shard-size 1GB --no-verify"
     assert cli.main(line.split()) == 0
-    assert calls[1][1] == {"base": "original", "dtype": "float32", "max_shard_size": "1GB", "verify": False}
+    assert calls[1][1] == {
+        "base": "original",
+        "dtype": "float32",
+        "max_shard_size": "1GB",
+        "verify": False,
+        "base_model": [],
+    }
 
 
 def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +202,7 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "settings": Settings("Brief", 0.2, 5, 3),
         "load_in_4bit": True,
         "dtype": "bfloat16",
+        "base_model": [],
     }
     assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
     assert calls[2][0] == (("m", "n"),) and calls[2][1]["votes"] == Path("v.jsonl")
@@ -208,7 +215,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     result["by_type_ci95"] = {"form": [0.15, 0.85], "colour": [0.51, 1.0]}
     calls = stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", lambda *a, **k: result)
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--image-folder", "pics", "--out", "a.jsonl"]) == 0
-    given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None}
+    given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None, "base_model": []}
     assert calls[0] == (
         ("nano", Path("q.jsonl")),
         {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0, "read": None, "batch_size": None},
@@ -232,6 +239,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         "seed": 3,
         "read": "(x)",
         "batch_size": 4,
+        "base_model": [],
     }
     assert "3 answers could not be read" in capsys.readouterr().out
     for half in ("--shots 2", "--pool p.json"):

@@ -76,6 +76,7 @@ def _add_chat(verbs: Verbs) -> None:
     chat.add_argument(
         "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
     )
+    base_flag(chat)
     looks(chat, model=check_model, compare=check_model, image=check_file, votes=check_kept)
 
 

@@ -150,6 +150,8 @@ def _check_parts(given: Given, *, stage1: bool) -> None:
         value = given.get(name)
         if value and not value.startswith("open_clip:"):
             check_model(value, name)
+    for base in given.get("base_model") or ():
+        check_model(base, "base_model")
     if not stage1 and given.get("lora_r") < 1:
         raise InputError("lora_r is 0, so that nothing of the language model would be trained; give at least 1.")
     projector = given.get("projector")

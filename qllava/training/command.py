@@ -219,7 +219,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         if key not in FIELDS:
             raise InputError(f"The configuration has the unknown key {key!r}{suggestion(key, FIELDS)}")
         try:
-            values[key] = value_of(FIELDS[key], value)
+            found = value_of(FIELDS[key], value)
+            values[key] = [found] if FIELDS[key].kind == "list" and isinstance(found, str) else found
         except ValueError as error:
             raise InputError(f"The setting {key} in {path}: {error}.") from error
     return values

@@ -241,6 +241,7 @@ _OURS_FREE = frozenset(
         *("train_file", "eval_file", "pretrain_file", "image_folder", "tokens_per_row", "fit_memory"),
         *("recompute_layers", "stop_tower", "prune_last_layer", "lora_first", "compile_layers", "eval_questions"),
         "eval_questions_final",
+        "base_model",
     )
 )
 """Paths are not compared, because a run may be carried to another machine: data is known by its bytes, the base by its
@@ -249,7 +250,7 @@ fingerprint. The others say how the same is computed, and what is measured."""
 PATHS = frozenset(
     (
         *("model_name_or_path", "language_model", "vision_tower", "projector", "train_file", "eval_file"),
-        *("pretrain_file", "image_folder", "output_dir", "deepspeed", "fsdp_config"),
+        *("pretrain_file", "image_folder", "output_dir", "deepspeed", "fsdp_config", "base_model"),
     )
 )
 """Settings that hold a path, or may: `~` is expanded in each."""
@@ -295,6 +296,8 @@ def _kind(hint: Any) -> Kind:
     """The kind of an annotation: `int`, `float | None` and the like."""
     some = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (plain,) = (one for one in some if one is not type(None))
+    if get_origin(plain) is list:
+        return "list"
     if plain is bool and len(some) == 2:
         return "switch"
     return {int: "int", float: "float", bool: "bool", str: "str"}[plain]  # type: ignore[return-value]

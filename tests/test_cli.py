@@ -189,7 +189,7 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     settings = Settings(None, 0.0, 256, None)
     assert calls[0] == (
         ("nano",),
-        {"images": [], "prompt": None, "settings": settings, "load_in_4bit": False, "dtype": None},
+        {"images": [], "prompt": None, "settings": settings, "load_in_4bit": False, "dtype": None, "base_model": []},
     )
     line = (
         "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2 "

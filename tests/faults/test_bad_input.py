@@ -117,9 +117,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("learning_rates: 1e-4", "'learning_rates'; did you mean 'learning_rate'?"),
-            ("image_dir: photos", "'image_dir'; did you mean 'image_"),
-            ("packing: true", "packing has no effect in qllava: rows are laid out by qllava"),
+            ("learning_rates: 1e-4", "'learning_rates'; did you mean learning_rate?"),
+            ("image_dir: photos", "'image_dir'; did you mean image_folder?"),
+            ("packing: true", "packing has no effect in qllava: qllava packs the samples itself"),
         ],
     )
     def test_a_key_of_the_yaml(self, refused: Refused, tmp_path: Path, text: str, expected: str) -> None:

@@ -217,7 +217,7 @@ def test_help_shows_the_defaults_that_apply(tmp_path: Path, capsys: pytest.Captu
 
     nano = shown()
     assert default(nano, "lora_r") == "32" and default(nano, "learning_rate") == "0.001"
-    assert default(nano, "eval_steps") == "100" and default(nano, "output_dir") == "runs/finetune_lora"
+    assert default(nano, "save_steps") == "200" and default(nano, "output_dir") == "runs/finetune_lora"
     other = shown("--config", str(tmp_path / "x.yaml"))
     assert default(other, "lora_r") == "8" and default(other, "learning_rate") == "0.0002"
     assert default(other, "eval_steps") == "77" and default(other, "projector_lr") == "2e-05"

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,12 @@ def _parser() -> Parser:
         help="where the base of a run is now, if it has moved; checked by its fingerprint",
     )
     parser.add_argument(
+        "--sampling",
+        choices=("asked", "recommended"),
+        default="asked",
+        help="asked: by the page's temperature alone (default); recommended: with the values that the model brings",
+    )
+    parser.add_argument(
         "--load-in-4bit",
         action=argparse.BooleanOptionalAction,
         help="keep the language model in NF4 (default: on CUDA; a run is loaded as it was trained)",
@@ -215,7 +222,8 @@ def _load(model: str, options: argparse.Namespace) -> Chat:
 
     four_bit = torch.cuda.is_available() if options.load_in_4bit is None else options.load_in_4bit
     base = options.base_model if has_base(model) or options.compare is None else ()
-    return load(model, load_in_4bit=four_bit, dtype=options.dtype, base_model=base)
+    chat = load(model, load_in_4bit=four_bit, dtype=options.dtype, base_model=base)
+    return replace(chat, recommended_sampling=options.sampling == "recommended")
 
 
 def _make_folder(path: Path) -> None:

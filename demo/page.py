@@ -70,7 +70,8 @@ def _chat_tab(talk: Talk) -> None:
     )
     pace = gr.HTML(elem_id="pace")
     textbox = _textbox("question", "Ask about your picture: add it with the clip, paste it, or drop it here")
-    drawer = _drawer(talk.chat, ("Temperature",), (0.0,))
+    warm = talk.chat.recommended.temperature if talk.chat.recommended_sampling else 0.0
+    drawer = _drawer(talk.chat, ("Temperature",), (min(warm, 2.0),))
     shown = [chatbot, textbox, pace]
     answer: dict[str, Any] = {
         "fn": talk.answer,

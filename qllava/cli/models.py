@@ -67,7 +67,13 @@ def _add_chat(verbs: Verbs) -> None:
     chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
     chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)")
     chat.add_argument("--max-new-tokens", metavar="N", type=positive, default=256, help="(default: 256)")
-    chat.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help="0 is greedy (default: 0)")
+    chat.add_argument("--temperature", metavar="T", type=temperature, help="0 is greedy (default: 0)")
+    chat.add_argument(
+        "--sampling",
+        choices=("asked", "recommended"),
+        default="asked",
+        help="asked: by --temperature alone (default); recommended: with the values that the model brings",
+    )
     chat.add_argument("--seed", metavar="N", type=int, help="makes draws above temperature 0 the same each time")
     chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
     chat.add_argument(
@@ -136,6 +142,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
             load_in_4bit=arguments.load_in_4bit,
             dtype=arguments.dtype,
             base_model=arguments.base_model,
+            recommended_sampling=arguments.sampling == "recommended",
         )
     if arguments.prompt is not None:
         raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
@@ -147,4 +154,5 @@ def run_chat(arguments: argparse.Namespace) -> int:
         load_in_4bit=arguments.load_in_4bit,
         dtype=arguments.dtype,
         base_model=arguments.base_model,
+        recommended_sampling=arguments.sampling == "recommended",
     )

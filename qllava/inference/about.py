@@ -13,6 +13,7 @@ from qllava.inference.chat import Chat
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.card import base_of, results_of
 from qllava.models.positions import positions_of
+from qllava.models.recommended import recommendation
 
 _SCORES = {
     "stage2": "Held-out questions",
@@ -45,6 +46,9 @@ def about(chat: Chat) -> dict[str, str]:
         "Context": f"{positions_of(text):,} tokens",
         "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
     }
+    said = recommendation(chat.model.generation_config)
+    if said:
+        facts["Recommended sampling"] = said
     if (folder / RECORD_FILE).is_file():
         record, adapter = read_record(folder), _read(folder / "adapter_config.json")
         facts["Base"] = base_of(record) + (", language model in 4 bit" if record.load_in_4bit else "")

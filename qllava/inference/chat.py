@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jinja2
 import torch
-from transformers import GenerationConfig, LlavaProcessor
+from transformers import GenerationConfig, LlavaProcessor, LogitsProcessorList
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
 from qllava.inference.batches import MOST, Batches, Room, attempt
 from qllava.inference.generate import (
     Pieces,
-    SeededSampling,
     answer_prompts,
+    choosers,
     continue_prompts,
     generation_settings,
 )
 from qllava.inference.given import Picture, as_list, open_picture
+from qllava.models.recommended import Decoding, recommended
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Chat:
     model: Any  # LlavaForConditionalGeneration, bare or inside peft, in eval mode on its device
     processor: LlavaProcessor  # its tokenizer, image processor and saved chat template
     name: str  # what was loaded, for people
+    recommended_sampling: bool = False  # whether `reply` decodes as the model recommends; all else never does
 
     def answer(
         self,
@@ -80,7 +82,7 @@ class Chat:
         images: Sequence[Picture],
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         seed: int | None = None,
         stop: threading.Event | None = None,
     ) -> Iterator[str]:
@@ -91,17 +93,21 @@ class Chat:
         the loop by an exception) stops it at the next token, and so does `stop`, set by anyone, even if nobody reads
         on. An error in the thread is raised here. Above temperature 0, the same `seed` gives the same answer whatever
         else the process computes.
+
+        Tokens are chosen by `temperature` alone (None: 0, the likeliest), except where `recommended_sampling` is set:
+        then the model's own limits and penalties hold as well, and None takes its own temperature.
         """
         prompt = self.prompt(conversation, images)
-        sampling = SeededSampling(temperature, seed) if seed is not None and temperature > 0 else None
-        settings = generation_settings(
-            self.model,
-            self.processor.tokenizer,
-            [prompt.input_ids],
-            max_new_tokens,
-            temperature if sampling is None else 0.0,
-        )
-        return self._stream(prompt, settings, sampling, stop or threading.Event())
+        decoding = self.recommended if self.recommended_sampling else Decoding()
+        decoding = decoding if temperature is None else replace(decoding, temperature=temperature)
+        ids = [prompt.input_ids]
+        settings = generation_settings(self.model, self.processor.tokenizer, ids, max_new_tokens, decoding.temperature)
+        return self._stream(prompt, settings, choosers(decoding, seed), stop or threading.Event())
+
+    @property
+    def recommended(self) -> Decoding:
+        """How the model's `generation_config` recommends to decode; nothing of it is used unless it is asked for."""
+        return recommended(self.model.generation_config)
 
     def answer_batch(
         self,
@@ -176,7 +182,7 @@ class Chat:
         )
 
     def _stream(
-        self, prompt: Prompt, settings: GenerationConfig, sampling: SeededSampling | None, stop: threading.Event
+        self, prompt: Prompt, settings: GenerationConfig, choose: LogitsProcessorList, stop: threading.Event
     ) -> Iterator[str]:
         closed = threading.Event()
         pieces = Pieces(self.processor.tokenizer)
@@ -192,7 +198,7 @@ class Chat:
                     settings,
                     stop=(stop, closed),
                     pieces=pieces,
-                    sampling=sampling,
+                    choose=choose,
                 )
                 if attempt(call) is None:
                     batches = Batches(self.model, [prompt.input_ids], settings.max_new_tokens, Room())

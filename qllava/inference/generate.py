@@ -7,6 +7,7 @@ Shapes in this file:
 
 from __future__ import annotations
 
+import copy
 import math
 import queue
 import threading
@@ -16,12 +17,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from qllava.config import InputError
 from qllava.inference.batches import Batches, Room, attempt
 from qllava.models.positions import positions_of
+from qllava.models.recommended import Decoding
 
 
 class StopOn(StoppingCriteria):
@@ -47,15 +62,43 @@ class SeededSampling(LogitsProcessor):
     the generator that all of a process shares, so that two answers side by side could not be repeated.
     """
 
-    def __init__(self, temperature: float, seed: int) -> None:
+    def __init__(self, temperature: float, seed: int | None = None) -> None:
+        """Args:
+        temperature: What the logits are divided by.
+        seed: Of the draws; None takes one from torch's own generator.
+        """
         self.temperature = temperature
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+        drawn = int(torch.randint(2**62, ())) if seed is None else seed
+        self.generator = torch.Generator().manual_seed(drawn)  # on the CPU: the same draws on every device
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) with noise; the largest of a row is its sample."""
-        uniform = torch.rand(scores.shape, generator=self.generator, dtype=torch.float64).clamp_min(1e-300)
-        noise = -torch.log(-torch.log(uniform))
-        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
+        noise = torch.rand(scores.shape, generator=self.generator, dtype=torch.float64).clamp_min_(1e-300)
+        noise = noise.log_().neg_().log_().neg_().to(scores.device, torch.float32)
+        return noise.add_(scores.float() / self.temperature)
+
+
+def choosers(decoding: Decoding, seed: int | None) -> LogitsProcessorList:
+    """What is done to the logits before the largest is taken; nothing for the likeliest token.
+
+    Seeded or not, a draw comes from the same distribution. Raises InputError for values that cannot be.
+    """
+    found: list[LogitsProcessor] = []
+    try:
+        if decoding.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+        if decoding.no_repeat_ngram_size:
+            found.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
+        if decoding.temperature > 0:
+            found.append(TemperatureLogitsWarper(float(decoding.temperature)))
+            found += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
+            found += [TopPLogitsWarper(float(decoding.top_p))] if decoding.top_p < 1 else []
+            found += [MinPLogitsWarper(float(decoding.min_p))] if decoding.min_p else []
+            found += [TypicalLogitsWarper(float(decoding.typical_p))] if decoding.typical_p < 1 else []
+            found.append(SeededSampling(1.0, seed))
+    except ValueError as error:
+        raise InputError(f"The model recommends what cannot be done ({error}); leave --sampling out.") from error
+    return LogitsProcessorList(found)
 
 
 class Pieces(BaseStreamer):
@@ -117,8 +160,8 @@ def answer_prompts(
         pixel_values: Per prompt (I, 3, H, W) or None; a lazy sequence is read one batch at a time.
         max_new_tokens: The most tokens of an answer; fewer where the model's context ends before.
         temperature: 0 for the likeliest answer.
-        room: How much memory may be used, and how many prompts at once. Pass the same one to several calls, and what
-            was learned when memory ran out is kept.
+        room: How much memory may be used, and how many prompts at once; one object for several calls keeps what was
+            learned when memory ran out.
         names: What to call each prompt in a message; "question 3" where it is empty.
         done: Called with the number of prompts answered after each batch.
 
@@ -132,16 +175,16 @@ def answer_prompts(
         raise ValueError(f"{len(prompts)} prompts but {len(pixel_values)} entries of pixel_values")
     if not prompts:
         return []
-    # Whatever cannot be answered is refused before the first question is asked.
+    # Refuses whatever cannot be answered before the first question is asked.
     generation_settings(model, tokenizer, prompts, max_new_tokens, temperature)
-    answers = [""] * len(prompts)
+    choose, answers = choosers(Decoding(temperature), None), [""] * len(prompts)
     batches = Batches(model, prompts, max_new_tokens, room or Room(), sampling=temperature > 0)
     with _eval_mode(model):
         while batches.waiting:
             batch, new_tokens = batches.next()
             some = [prompts[i] for i in batch]
             settings = generation_settings(model, tokenizer, some, new_tokens, temperature)
-            rows = attempt(partial(_continue_some, model, some, pixel_values, batch, settings))
+            rows = attempt(partial(_continue_some, model, some, pixel_values, batch, settings, choose))
             if rows is None:
                 batches.too_large(batch, names)
                 continue
@@ -159,9 +202,10 @@ def _continue_some(
     pixel_values: Sequence[torch.Tensor | None],
     batch: Sequence[int],
     settings: GenerationConfig,
+    choose: LogitsProcessorList,
 ) -> list[list[int]]:
     """The new ids of a batch of prompts, whose pixels are read now."""
-    rows = continue_prompts(model, prompts, [pixel_values[i] for i in batch], settings)
+    rows = continue_prompts(model, prompts, [pixel_values[i] for i in batch], settings, choose=choose)
     found: list[list[int]] = rows.tolist()
     return found
 
@@ -169,7 +213,10 @@ def _continue_some(
 def generation_settings(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """How to generate for these prompts. Raises InputError when the longest leaves no room for an answer."""
+    """How long to generate for these prompts, and where to end; the choice of tokens is `choosers`'.
+
+    Raises InputError when the longest leaves no room for an answer, or `temperature` is none.
+    """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise InputError("An answer needs at least 1 token, and a temperature of at least 0; change them.")
     context = positions_of(model.config.get_text_config())
@@ -181,14 +228,13 @@ def generation_settings(
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": float(temperature)} if temperature > 0 else {"do_sample": False}
     return GenerationConfig(
         max_new_tokens=min(max_new_tokens, context - longest),
         eos_token_id=sorted(ends - {None}) or None,
         pad_token_id=pad if pad is not None else 0,
+        do_sample=False,
         num_beams=1,
         use_cache=True,
-        **sampling,
     )
 
 
@@ -200,11 +246,11 @@ def continue_prompts(
     *,
     stop: Sequence[threading.Event] = (),
     pieces: Pieces | None = None,
-    sampling: SeededSampling | None = None,
+    choose: LogitsProcessorList | None = None,
 ) -> torch.Tensor:
     """Generate after a batch of prompts; returns the new ids (B, at most max_new_tokens), padded after the end.
 
-    With `sampling`, `settings` are to be greedy: the noise makes the choice.
+    The likeliest token is taken of what `choose` makes of the logits (see `choosers`).
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
@@ -218,14 +264,27 @@ def continue_prompts(
         inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower takes them to its own dtype
     criteria = StoppingCriteriaList([StopOn(*stop)] if stop else [])
     with torch.no_grad():
-        out: torch.Tensor = model.generate(
+        out: torch.Tensor = _without_habits(model).generate(
             **inputs,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([sampling] if sampling is not None else []),
+            logits_processor=LogitsProcessorList() if choose is None else choose,
             stopping_criteria=criteria,
             streamer=pieces,
         )
     return out[:, width:]
+
+
+def _without_habits(model: Any) -> Any:
+    """The same model with an empty `generation_config`.
+
+    `generate` fills whatever it was not told (penalties, limits of sampling, forced tokens) from the model's own, and
+    most of it has no value that says "none". A shallow copy, so that other threads and a later `save_pretrained` find
+    the model as it is; peft's wrapper would write into the model inside it, and its layers work without it.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = copy.copy(inner)
+    bare.generation_config = GenerationConfig()
+    return bare
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:

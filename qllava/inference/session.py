@@ -23,7 +23,8 @@ class Settings:
     """How to answer."""
 
     system: str | None = None
-    temperature: float = 0.0
+    temperature: float | None = None
+    """0 for the likeliest token; None for 0, or for the model's own where its chat takes what it recommends."""
     max_new_tokens: int = 512
     seed: int | None = None
 

@@ -27,6 +27,7 @@ from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.loading import has_base, load, same_model
 from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
+from qllava.models.recommended import recommendation
 
 HELP = """/image FILE      shows a picture with your next question
 /again           asks the last question anew
@@ -34,9 +35,11 @@ HELP = """/image FILE      shows a picture with your next question
 /clear           begins a new conversation
 /system TEXT     tells the model how to answer; without TEXT no longer
 /temperature T   0 gives the likeliest answer, 1 draws freely
+/sampling WHAT   recommended: as the model recommends; asked: the likeliest, or by /temperature
 /length N        the most tokens of an answer
 /model           what is loaded
 /quit            leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+SAMPLING = ("asked", "recommended")
 _VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
 
 
@@ -49,15 +52,17 @@ def chat_loop(
     load_in_4bit: bool,
     dtype: str | None,
     base_model: Sequence[str] = (),
+    recommended_sampling: bool = False,
 ) -> int:
     """Load the model and talk; returns the exit status. Raises InputError for what cannot be loaded or asked."""
     _look_at(images)
     chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base_model)
+    chat = replace(chat, recommended_sampling=recommended_sampling)
     terminal = _Terminal(chat, list(images), settings)
     if prompt is not None:
         terminal.ask(prompt)
         return 0
-    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.")
+    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.{_recommends(chat)}")
     _read_lines(terminal.handle)
     return 0
 
@@ -71,6 +76,7 @@ def compare_loop(
     load_in_4bit: bool,
     dtype: str | None,
     base_model: Sequence[str] = (),
+    recommended_sampling: bool = False,
 ) -> int:
     """Load two models (or one twice), put every question to both, and keep the votes; returns the exit status."""
     _look_at(images)
@@ -78,16 +84,33 @@ def compare_loop(
 
     def loaded(model: str) -> Chat:
         base = base_model if has_base(model) else ()
-        return load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base)
+        chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base)
+        return replace(chat, recommended_sampling=recommended_sampling)
 
     first = loaded(models[0])
     second = first if same_model(*models) else loaded(models[1])
     # One model twice is compared with itself where it draws.
-    cold = 0.0 if second is first else settings.temperature
-    pair = contenders((first, second), (cold, settings.temperature))
+    warm = tuple(_temperature(chat, settings) for chat in (first, second))
+    cold = 0.0 if second is first else warm[0]
+    pair = contenders((first, second), (cold, warm[1]))
     _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows a picture, /quit leaves.")
     _read_lines(_Comparison(pair, list(images), settings, file).handle)
     return 0
+
+
+def _temperature(chat: Chat, settings: Settings) -> float:
+    if settings.temperature is None:
+        return chat.recommended.temperature if chat.recommended_sampling else 0.0
+    return settings.temperature
+
+
+def _recommends(chat: Chat) -> str:
+    """A line for the greeting; empty where the model recommends nothing."""
+    said = recommendation(chat.model.generation_config)
+    if not said:
+        return ""
+    used = "used" if chat.recommended_sampling else "not used; /sampling recommended does"
+    return f"\nThe model recommends for sampling: {said} ({used})."
 
 
 def _look_at(images: Iterable[Path]) -> None:
@@ -154,7 +177,7 @@ class _Terminal:
         elif command == "/edit":
             self.session.ask_again(question=argument)
             self._answer()
-        elif command in ("/system", "/temperature", "/length"):
+        elif command in ("/system", "/temperature", "/length", "/sampling"):
             self._set(command, argument)
         elif command == "/model":
             print("\n".join(f"{name:<28}{value}" for name, value in about(self.chat).items()))
@@ -190,6 +213,11 @@ class _Terminal:
         try:
             if command == "/system":
                 self.settings = replace(self.settings, system=argument or None)
+            elif command == "/sampling":
+                if argument not in SAMPLING:
+                    raise InputError(f"/sampling takes {' or '.join(SAMPLING)}, not {argument!r}.")
+                self.chat = replace(self.chat, recommended_sampling=argument == "recommended")
+                self.settings = replace(self.settings, temperature=None)
             elif command == "/length":
                 length = int(argument)
                 if length < 1:

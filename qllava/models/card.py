@@ -10,10 +10,14 @@ from typing import Any
 
 import yaml
 
+from qllava.config import NANO, InputError
 from qllava.models.adapter import DATA_FILE
+from qllava.models.hub import settings_folder
+from qllava.models.recommended import recommendation
 from qllava.models.record import RESULTS_FILE as RESULTS_FILE
 from qllava.models.record import Recipe
 
+GENERATION_FILE = "generation_config.json"
 SETTINGS_FILE = "run.yaml"
 _TOLD = (
     "model_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "projector_lr", "num_train_epochs",
@@ -66,11 +70,25 @@ def write_card(
     for paragraph in told:
         lines += [paragraph, ""]
     lines += [f"Base: {base_of(record)} (identity {record.fingerprint}); template {record.template}.", ""]
+    if said := _recommends(folder, record):
+        lines += [f"The base model recommends for sampling: {said}. qllava uses it only when asked to.", ""]
     lines += _facts(run_folder)
     if results := results or results_of(run):
         lines += ["Results:", "", "```json", json.dumps(results, indent=2), "```", ""]
     lines += ["The licences of the base model and of the data apply.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _recommends(folder: Path, record: Recipe) -> str:
+    """What the model's `generation_config.json` recommends: a merged folder's own, or that of a run's base."""
+    try:
+        base = str(record.model or record.language_model)
+        if not (folder / GENERATION_FILE).is_file() and base != NANO:
+            folder = settings_folder(base)
+        found = json.loads((folder / GENERATION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, InputError):  # most have none, and a base may be gone by now
+        return ""
+    return recommendation(found) if isinstance(found, dict) else ""
 
 
 def _facts(run: Path) -> list[str]:

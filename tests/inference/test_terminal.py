@@ -121,3 +121,16 @@ def test_two_models_are_compared_and_the_vote_kept(
     out = capsys.readouterr().out
     assert vote.vote == "left" and set(vote.models.values()) == {"tiny", "tiny (temperature 0.7)"}
     assert out.count("left was") == 1 and len(vote.pictures) == 1, "a question that is skipped has no vote"
+
+
+def test_sampling_as_the_model_recommends_is_asked_for(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.model.generation_config.do_sample, chat.model.generation_config.temperature = True, 9.0
+    lines = ["What?", "/sampling recommended", "/again", "/sampling asked", "/again", "/sampling odd", "/model"]
+    assert talk(lines, monkeypatch) == 0
+    captured = capsys.readouterr()
+    plain, with_it, again = captured.out.splitlines()[:3]
+    assert plain == again == chat.answer(None, "What?", max_new_tokens=8) != with_it
+    assert "/sampling takes asked or recommended, not 'odd'" in captured.err
+    assert any(line.split()[-2:] == ["temperature", "9"] for line in captured.out.splitlines())

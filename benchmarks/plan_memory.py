@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -59,6 +60,7 @@ class Watch:
 
     def enter(self, phase: str) -> None:
         """Begin a phase with what lives, and nothing that was freed."""
+        gc.collect()
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).malloc_trim(0)
         self.phase = phase
@@ -138,8 +140,13 @@ def settings_of(folder: Path, tokens: int) -> Settings:
     return parse(line, output_dir=str(folder / "run"), nano={})
 
 
-def measure(folder: Path, shape: str, tokens: int) -> dict[str, int]:
-    """Peak anonymous memory of each phase of a run and of a chat with it, in this process."""
+def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> dict[str, int]:
+    """Peak anonymous memory of each phase of a run and of a chat with it, in this process.
+
+    Without `keep` the system's allocator is left as it is, and gives freed memory back earlier.
+    """
+    if not keep:
+        run.keep_freed_memory = lambda: False
     scores.MAX_ANSWER_TOKENS = NEW_TOKENS
     make_parts(folder, shape)
     settings = settings_of(folder, tokens)
@@ -175,13 +182,13 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
     return {name: phase.peak(setup, 64 << 30) for name, phase in found.items()}
 
 
-def compared(shape: str, tokens: int) -> list[dict[str, Any]]:
+def compared(shape: str, tokens: int, flags: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A line for each phase: planned, measured beyond a model of no size, and their ratio."""
     found: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
     for name in ("tiny", shape):
         with tempfile.TemporaryDirectory() as text:
             line = [sys.executable, "-m", "benchmarks.plan_memory", "--measure", text, "--shape", name]
-            done = subprocess.run([*line, "--tokens", str(tokens)], capture_output=True, text=True, check=True)
+            done = subprocess.run([*line, "--tokens", str(tokens), *flags], capture_output=True, text=True, check=True)
             found[name] = (planned(Path(text), tokens), json.loads(done.stdout.splitlines()[-1]))
     (none, base), (said, taken) = found["tiny"], found[shape]
     return [
@@ -202,14 +209,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="cpu_bench", help="a function of shapes.py")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.json"))
+    parser.add_argument("--give-back", action="store_true", help="do not keep freed memory, as a run does")
     parser.add_argument("--measure", type=Path, help="a folder: measure here, and print bytes by phase")
     given = parser.parse_args(arguments)
     if given.measure:
-        print(json.dumps(measure(given.measure, given.shape, given.tokens)))
+        print(json.dumps(measure(given.measure, given.shape, given.tokens, keep=not given.give_back)))
         return 0
-    lines = compared(given.shape, given.tokens)
+    lines = compared(given.shape, given.tokens, ["--give-back"] if given.give_back else [])
     print(format_table(lines))
-    result = {**provenance("cpu"), "shape": given.shape, "tokens": given.tokens, "phases": lines}
+    result = {
+        **provenance("cpu"),
+        "shape": given.shape,
+        "tokens": given.tokens,
+        "kept": not given.give_back,
+        "phases": lines,
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 1 if any(abs(line["ratio"] - 1) > BOUND for line in lines) else 0

@@ -13,8 +13,8 @@ import yaml
 
 from qllava.config import InputError
 from qllava.inference.loading import RUNS, newest_nano_run
+from qllava.models.record import RUN_FILE
 from qllava.training import processes
-from qllava.training.folders import RUN_FILE
 from qllava.training.settings import Settings
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from qllava.config import InputError, ModelConfig
 from qllava.conversation import Template
 from qllava.data.collate import Collator
 from qllava.data.formats import Example
+from qllava.evaluation.vqa import VqaResult
 from qllava.models import ledger
 from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
@@ -137,6 +138,8 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     start = processes.by_main(partial(_start, stage.folder, assembled))
     stage, memory = fitted(stage, model, assembled, start)
     progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths, stage.train.pictures), SaveAndStop()
+    # One room for all evaluations: each size that did not fit is met once.
+    ask = partial(scores.exact_match, model, assembled, room=scores.room_for(stage.config))
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -144,9 +147,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         train=stage.train.dataset,
         evaluation=held_out,
         pictures=stage.train.pictures,
-        exact_match=partial(scores.exact_match, model, assembled, stage.questions, scores.room_for(stage.config))
-        if stage.questions
-        else None,
+        exact_match=partial(ask, stage.questions) if stage.questions else None,
         callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop],
         begun_with=stage.begun_with,
         kept=processes.by_main(partial(computed_in, start)) if start else {},
@@ -179,13 +180,12 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     check_weights(model, trainer.state.global_step)
     with processes.together(), saving(f"The result {stage.folder}"):
         trainer.save_model(str(stage.folder))
-    return {**speed, **(_measured(trainer, stage, model, assembled) if held_out else {})}
+    return {**speed, **(_measured(trainer, stage, ask) if held_out else {})}
 
 
-def _measured(trainer: LlavaTrainer, stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
+def _measured(trainer: LlavaTrainer, stage: Stage, ask: Callable[[Sequence[Example]], VqaResult]) -> dict[str, Any]:
     """The held-out figures of the trained model, for results.json: the loss, and the score of the final questions."""
-    ask = partial(scores.exact_match, model, assembled, stage.final, scores.room_for(stage.config))
-    trainer.exact_match = ask if stage.final else None
+    trainer.exact_match = partial(ask, stage.final) if stage.final else None
     last = trainer.evaluate()
     found: dict[str, Any] = {"eval_loss": last["eval_loss"]}
     if stage.final:

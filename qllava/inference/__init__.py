@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from qllava.inference.about import about, label
 from qllava.inference.batches import MOST, Room, attempt
-from qllava.inference.chat import Chat, Prompt, user_turn
+from qllava.inference.chat import Chat
 from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
 from qllava.inference.given import Picture
 from qllava.inference.loading import has_base, load, newest_nano_run, same_model
 from qllava.inference.pictures import keep_picture
+from qllava.inference.prompts import Prompt, user_turn
 from qllava.inference.session import Exchange, Session, Settings
 from qllava.inference.terminal import chat_loop, compare_loop
 

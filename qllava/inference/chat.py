@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jinja2
-import torch
 from transformers import GenerationConfig, LlavaProcessor, LogitsProcessorList
 
-from qllava.config import InputError
-from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
+from qllava.conversation import Conversation
 from qllava.inference.batches import MOST, Batches, Room, attempt
 from qllava.inference.generate import (
     Pieces,
@@ -26,16 +23,9 @@ from qllava.inference.generate import (
     continue_prompts,
     generation_settings,
 )
-from qllava.inference.given import Picture, as_list, open_picture
+from qllava.inference.given import Picture, as_list
+from qllava.inference.prompts import Prompt, prompt_of, user_turn
 from qllava.models.recommended import Decoding, recommended
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question as the model reads it: what a chat template and a processor make of a conversation."""
-
-    input_ids: list[int]  # S ids, the image tokens expanded
-    pixel_values: torch.Tensor | None  # (I, 3, H, W), None without pictures
 
 
 @dataclass(frozen=True)
@@ -129,34 +119,8 @@ class Chat:
         return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
 
     def prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
-        """What the model reads: ids with the image tokens expanded, and the pixels.
-
-        Raises InputError when the text spells one of the tokenizer's control tokens (it would become one), when
-        pictures and `<image>` marks differ in number, or when a picture cannot be opened.
-        """
-        if conversation.turns[-1].role != "user":
-            raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
-        control = _control_tokens(self.processor.tokenizer)
-        if IMAGE_TOKEN in (conversation.system or ""):
-            raise InputError(f"The instructions contain {IMAGE_TOKEN}, which stands for a picture; leave it out.")
-        for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
-            spelled = [token for token in control if token in text.replace(IMAGE_TOKEN, "")]
-            if spelled:
-                raise InputError(
-                    f"The text contains {spelled[0]!r}, a control token of this model; spell it differently."
-                )
-        marks = sum(turn.content.count(IMAGE_TOKEN) for turn in conversation.turns)
-        if marks != len(images):
-            raise InputError(f"The questions hold {marks} {IMAGE_TOKEN} for {len(images)} pictures; make them equal.")
-        text = _render(self.processor, conversation)
-        bos = self.processor.tokenizer.bos_token
-        encoded = self.processor(
-            text=[text],
-            images=[open_picture(image) for image in images] or None,
-            add_special_tokens=not (bos and text.startswith(bos)),  # else a template that writes BOS gets two
-            return_tensors="pt",
-        )
-        return Prompt(encoded["input_ids"][0].tolist(), encoded.get("pixel_values"))
+        """What the model reads: ids with the image tokens expanded, and the pixels. See `prompt_of`."""
+        return prompt_of(self.processor, conversation, images)
 
     def complete(
         self,
@@ -218,49 +182,3 @@ class Chat:
             thread.join()
         if failure:
             raise failure[0]
-
-
-def user_turn(question: str, pictures: int) -> Turn:
-    """A question after its pictures, as a turn. Raises InputError for an empty one, or one that spells `<image>`."""
-    if not question.strip():
-        raise InputError("The question is empty; write what you want to know.")
-    if IMAGE_TOKEN in question:
-        raise InputError(f"The question contains {IMAGE_TOKEN}, which stands for a picture; leave it out.")
-    return Turn(role="user", content=ask(question, pictures))
-
-
-def _control_tokens(tokenizer: Any) -> list[str]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens, IMAGE_TOKEN})
-
-
-def _render(processor: LlavaProcessor, conversation: Conversation) -> str:
-    """The text of a conversation with a generation prompt, by the chat template that was saved with the model.
-
-    Our templates take a turn as one string, as it was learned. llava-hf's take a list of parts and put a line break
-    after each picture themselves. A probe tells which kind it is.
-    """
-    if not processor.chat_template:
-        raise InputError("This model has no chat template; add the one it was trained with as chat_template.jinja.")
-    probe = f"{IMAGE_TOKEN}\nprobe"
-    try:
-        whole = probe in processor.apply_chat_template([{"role": "user", "content": probe}])
-    except (jinja2.TemplateError, TypeError):
-        whole = False
-    said: list[tuple[str, str]] = [] if conversation.system is None else [("system", conversation.system)]
-    said += [(turn.role, turn.content) for turn in conversation.turns]
-    messages: list[Any] = [{"role": role, "content": text if whole else _parts(text)} for role, text in said]
-    rendered: str = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return rendered
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """`<image>\\nWhat?` as the list of parts that llava-hf's chat templates take."""
-    first, *rest = text.split(IMAGE_TOKEN)
-    parts = [{"type": "text", "text": first}] if first else []
-    for piece in rest:
-        parts.append({"type": "image"})
-        piece = piece.removeprefix("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts

@@ -18,11 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qllava.config import InputError
-from qllava.conversation import Conversation
+from qllava.conversation import Conversation, ask
 from qllava.data.votes import Side, Verdict, Vote
 from qllava.inference.about import label
-from qllava.inference.chat import Chat, user_turn
+from qllava.inference.chat import Chat
 from qllava.inference.given import Picture
+from qllava.inference.prompts import user_turn
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class Duel:
             self._begun = True
         turn = user_turn(question, len(images))
         said = [("system", system)] if system else []
-        self._turns = tuple({"role": role, "content": text} for role, text in [*said, (turn.role, turn.content)])
+        self._turns = tuple(
+            {"role": role, "content": text} for role, text in [*said, (turn.role, ask(question, len(images)))]
+        )
         self._question, self._hashes = question, tuple(hashes)
         conversation = Conversation(turns=(turn,), system=system)
         streams = {

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qllava.config import InputError
-from qllava.conversation import IMAGE_TOKEN, Conversation, Turn
-from qllava.inference.chat import Chat, user_turn
+from qllava.conversation import Conversation, Turn
+from qllava.inference.chat import Chat
+from qllava.inference.prompts import user_turn
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Session:
         before = [done for done in self.exchanges if done.answered and done is not exchange]
         turns: list[Turn] = []
         for done in before:
-            turns += [user_turn(done.question, len(done.pictures)), Turn(role="assistant", content=_plain(done.answer))]
+            turns += [user_turn(done.question, len(done.pictures)), Turn(role="assistant", content=done.answer)]
         turns.append(user_turn(exchange.question, len(exchange.pictures)))
         pieces = chat.reply(
             Conversation(turns=tuple(turns), system=settings.system or None),
@@ -121,11 +122,6 @@ class Session:
                 exchange.answer += piece
                 yield exchange.answer
         exchange.pace = _pace(chat, exchange.answer, first, time.perf_counter() - begun)
-
-
-def _plain(answer: str) -> str:
-    """An answer as the model may read it again: the mark of a picture, spelled by a model, is none."""
-    return answer.replace(IMAGE_TOKEN, "(image)")
 
 
 def _pace(chat: Chat, answer: str, first: float, seconds: float) -> str:

@@ -25,7 +25,7 @@ from qllava.conversation import Conversation
 from qllava.data.formats import read_examples
 from qllava.export.gguf import export
 from qllava.export.gguf_tokenizer import read_vocabulary, write_vocabulary
-from qllava.inference.chat import Chat, user_turn
+from qllava.inference import Chat, user_turn
 from qllava.inference.loading import RUNS, load, newest_nano_run
 from qllava.merge import merge
 from qllava.models.checkpoint import save_llava

@@ -81,3 +81,21 @@ def test_make_finetune_after_a_finished_run(tmp_path: Path) -> None:
     assert "is finished" in said and "runs/finetune_lora/report.html" in said and "--overwrite_output_dir" in said
     again = "--overwrite_output_dir"
     assert make(f"ARGS={again}") == f"recipe: recipes/finetune_lora.py {again}\n"
+
+
+def test_check_and_inspect_need_neither_peft_nor_bitsandbytes(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    program = """
+import sys
+for name in ("peft", "bitsandbytes"):
+    sys.modules[name] = None  # as if it were not installed
+from qllava.cli import main
+sys.exit(main(["check", "rows.json"]) or main(["inspect", "rows.json", "--json"]))
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ready" in done.stdout and '"input_ids"' in done.stdout

@@ -15,13 +15,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import NANO, InputError
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
-from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.agreement import refuse_quantized
 from qllava.models.checkpoint import build_processor, look_at
 from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
 from qllava.models.outline import Recipe, language_model_config, load_tokenizer, nano_part, template_of
 from qllava.models.positions import positions_of
+from qllava.models.record import RECORD_FILE, read_record
 from qllava.models.vision import ImageAspect, load_tower
 
 LLAVA_TOKENS_PER_IMAGE = 576

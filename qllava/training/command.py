@@ -150,13 +150,19 @@ def value_of(own: Field, given: Any) -> Any:
         raise ValueError(f"expected {_EXPECTED[own.kind]}, not nothing")
     if isinstance(given, list):
         if own.kind == "list" or own.name in LISTS:
-            return [value if isinstance(value, dict) else _scalar(own, value) for value in given]
+            return [_part(value) if isinstance(value, dict) else _scalar(own, value) for value in given]
         raise ValueError(f"expected {_EXPECTED[own.kind]}, not a list")
     if isinstance(given, dict):
         if own.kind in ("dict", "object"):
             return given
         raise ValueError(f"expected {_EXPECTED[own.kind]}, not a mapping")
     return _scalar(own, given)
+
+
+def _part(given: dict[str, Any]) -> dict[str, Any]:
+    """One file of a mixture, `~` expanded in its paths."""
+    paths = ("path", "image_folder")
+    return {key: expanded(one) if key in paths and isinstance(one, str) else one for key, one in given.items()}
 
 
 _MAY_BE_NONE = ("max_length", "template", "max_grad_norm")

@@ -155,6 +155,14 @@ def test_a_home_folder_is_expanded_in_every_path(
     assert found.get(name) == ([there] if FIELDS[name].kind == "list" else there)
 
 
+def test_a_home_folder_is_expanded_in_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("train_file: [{path: ~/a.json, image_folder: ~/i, repeat: 2}, ~/b.json]\n")
+    found = command.read(["--config", "~/x.yaml"], output_dir="runs/x", nano={}).values["train_file"]
+    first = {"path": f"{tmp_path}/a.json", "image_folder": f"{tmp_path}/i", "repeat": 2}
+    assert found == [first, f"{tmp_path}/b.json"]
+
+
 def test_every_setting_that_holds_a_path_is_known() -> None:
     """By its name or its help; one that is new has to be sorted into `PATHS`, or here."""
     words = ("file", "folder", "dir", "path", "config")

@@ -3,11 +3,16 @@
     {"question_id": "92", "text": "Dover is the capital of Delaware. The answer is C."}
 
 Other keys are let stand. The id may be a number; it is read as text.
+
+What qllava writes says in each line who was asked how: `model` is a name for people, `fingerprint` is the model itself
+(`inference.identity`), `asked` a hash of the question as it was asked, with its image. An interrupted run is continued
+only where all of them agree; a file without a fingerprint is of an older qllava, which went by the model's path.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +41,16 @@ def _answer(row: Any, place: Place) -> tuple[str, str]:
     return id, row_text(row, "text", place, id)
 
 
-def answered_before(path: Path, settings: dict[str, str]) -> dict[str, str]:
+def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> dict[str, str]:
     """What an interrupted run has answered in `path` by now; a last line that it left half written is cut off.
 
-    `settings` (model, order of the prompt) stand in every line. Raises InputError when the file is not one that these
-    settings have written; it is then left as it is.
+    Args:
+        path: The file; it need not exist.
+        settings: What stands in every line, `fingerprint` among it; `model` is a name, and may be another.
+        asked: By the ids of the questions, hashes of what they ask.
+
+    Raises:
+        InputError: A line is of another model, other settings or another question; the file is left as it is.
     """
     try:
         raw = path.read_bytes()
@@ -56,9 +66,10 @@ def answered_before(path: Path, settings: dict[str, str]) -> dict[str, str]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or {key: row.get(key) for key in settings} != settings:
-            wanted = ", ".join(f"{key} {value}" for key, value in settings.items())
-            raise InputError(f"{place}: this is no answer of this run ({wanted}); name another file for --out.")
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: this is no answer; name another file for --out.")
+        if other := _other(row, settings, asked):
+            raise InputError(f"{place}: {other}; name another file for --out.")
         id, text = _answer(row, place)
         answers[id] = text
     half = raw[end:]
@@ -70,9 +81,32 @@ def answered_before(path: Path, settings: dict[str, str]) -> dict[str, str]:
     return answers
 
 
-def append_answers(path: Path, answers: dict[str, str], settings: dict[str, str]) -> None:
+def _other(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, str]) -> str:
+    """Why a line is not one that these settings have written; empty where it is."""
+    if "fingerprint" not in row:
+        return "the answer does not say which model gave it (an older qllava went by the model's path)"
+    for name, value in settings.items():
+        if name == "model" or row.get(name) == value:
+            continue
+        if name == "fingerprint":
+            return (
+                f"another model gave this answer (fingerprint {row[name]}, called {row.get('model')}; now {value}, "
+                f"called {settings.get('model')})"
+            )
+        return f"the answer was given with {name} {row.get(name)}, and this run has {name} {value}"
+    if row.get("asked") != asked.get(str(row.get("question_id"))):
+        return f"question {row.get('question_id')} was asked in other words, or with another image"
+    return ""
+
+
+def append_answers(
+    path: Path, answers: Mapping[str, str], settings: Mapping[str, Any], asked: Mapping[str, str]
+) -> None:
     """Append answers by id, so that an interruption loses none. Raises InputError when the file cannot be written."""
-    lines = [json.dumps({"question_id": id, "text": text, **settings}) + "\n" for id, text in answers.items()]
+    lines = [
+        json.dumps({"question_id": id, "text": text, **settings, "asked": asked[id]}) + "\n"
+        for id, text in answers.items()
+    ]
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

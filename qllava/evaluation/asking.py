@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
-from qllava.synthesis.address import without_secrets
+from qllava.synthesis.address import OPENAI, without_secrets
 from qllava.synthesis.store import Call, Message, Reply, Store
 from qllava.synthesis.teacher import Teacher
 from qllava.synthesis.thoughts import answer_of
@@ -46,8 +47,16 @@ class Judge:
             content = [{"type": "text", "text": text}]
             content += [{"type": "image_url", "image_url": {"url": image}} for image in images]
         messages: tuple[Message, ...] = ({"role": "system", "content": prompt}, {"role": "user", "content": content})
-        version = f"judge-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
+        version = f"judge-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}{self._place()}"
         return Call(self.name, messages, self.parameters, version)
+
+    def _place(self) -> str:
+        """A mark of the server, part of what a kept reply is found by; none for OpenAI's own.
+
+        Behind one name stand other models at other addresses: many local servers call whatever they serve the same.
+        """
+        address = (self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
+        return "" if address == OPENAI else f"-{hashlib.sha256(without_secrets(address).encode()).hexdigest()[:8]}"
 
     def ask(self, calls: Sequence[Call]) -> Answered:
         """The replies in the order of the calls. Raises InputError where no call can succeed."""

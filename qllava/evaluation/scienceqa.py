@@ -21,6 +21,7 @@ by subject, context and grade, as in the table of the first paper.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
@@ -220,9 +221,10 @@ def answer_problems(
 ) -> ScienceResult:
     """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
 
-    Raises InputError for a model, problem or picture that cannot be used, or an `out` of another model or order.
+    Raises InputError for a model, problem or picture that cannot be used, or an `out` whose answers another model gave,
+    or the same one when it was asked otherwise.
     """
-    from qllava.inference import MOST, Room, load
+    from qllava.inference import MOST, Room, fingerprint_of, load
 
     asked = read_problems(problems, split)
     if image_folder is None and any(problem.image for problem in asked):
@@ -231,15 +233,18 @@ def answer_problems(
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
     chat = load(model, base_model=base_model)
-    settings = {"model": chat.name, "order": order}
-    answers = answered_before(out, settings)
+    settings = {
+        "model": chat.name, "fingerprint": fingerprint_of(chat), "order": order, "max_new_tokens": REASON_TOKENS,
+    }  # fmt: skip
+    hashes = {problem.id: _hash(problem.prompt(order), images.get(problem.id)) for problem in asked}
+    answers = answered_before(out, settings, hashes)
     missing = [problem for problem in asked if problem.id not in answers]
     room = Room(batch_size or MOST)
     window = 2 * room.most  # sorted by length inside, written when it is done
     with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="problems", unit="q", disable=None) as bar:
         for start in range(0, len(missing), window):
             found = _ask(chat, missing[start : start + window], images, order, room, bar.update)
-            append_answers(out, found, settings)
+            append_answers(out, found, settings, hashes)
             answers |= found
     return score(asked, answers)
 
@@ -273,6 +278,14 @@ def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, P
             raise InputError(f"Problem {problem.id}: there is no picture {path}; check --image-folder.")
         found[problem.id] = path
     return found
+
+
+def _hash(words: str, image: Path | None) -> str:
+    """A problem as it is asked, in 16 digits."""
+    digest = hashlib.sha256(words.encode())
+    if image is not None:
+        digest.update(image.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _ask(

@@ -28,7 +28,7 @@ from qllava.data.images import open_image
 from qllava.evaluation.intervals import Share, wilson
 from qllava.evaluation.pages import write
 from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
-from qllava.inference import MOST, Chat, Room, load
+from qllava.inference import MOST, Chat, Room, fingerprint_of, load
 from qllava.models.positions import positions_of
 
 ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
@@ -197,9 +197,10 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
 
-    With `out`, one JSON line per question: id, question, images, answer, truth, correct, type. With `html`, a page with
-    the failures. With `shots`, so many examples of the `pool` stand before each question (see `shots`). With `read`,
-    the answer is what this pattern finds in what is said (see `reader`), and `unread` counts where it finds none.
+    With `out`, one JSON line per question: id, question, images, answer, truth, correct, type, and who answered how
+    (fingerprint of the model, max_new_tokens, shots). With `html`, a page with the failures. With `shots`, so many
+    examples of the `pool` stand before each question (see `shots`). With `read`, the answer is what this pattern finds
+    in what is said (see `reader`), and `unread` counts where it finds none.
 
     Raises InputError for unreadable data, a row without an answer, a missing picture, a question that does not fit
     into the model, or a file that cannot be written.
@@ -220,7 +221,11 @@ def evaluate_file(
         found = [read_answer(pattern, answer) for answer in said]
         result, unread = score(asked, [answer or "" for answer in found]), {"unread": found.count(None)}
     if out is not None:
-        lines = [_line(*line) for line in zip(examples, result.answers, said, strict=True)]
+        by = {
+            "fingerprint": fingerprint_of(chat), "max_new_tokens": ANSWER_TOKENS, "shots": shots,
+            **({"choose": choose, "seed": seed} if shots else {}),
+        }  # fmt: skip
+        lines = [_line(*line, by) for line in zip(examples, result.answers, said, strict=True)]
         try:
             out.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
@@ -318,7 +323,7 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
     return page.page(title, note, [page.tiles(figures), *chart, page.section(which, page.gallery(cards))])
 
 
-def _line(example: Example, answer: str, said: str) -> str:
+def _line(example: Example, answer: str, said: str, by: dict[str, Any]) -> str:
     row = {
         "id": example.id,
         "question": last_question(example),
@@ -328,5 +333,6 @@ def _line(example: Example, answer: str, said: str) -> str:
         "truth": truth(example),
         "correct": is_correct(answer, truth(example)),
         "type": example.type,
+        **by,
     }
     return json.dumps(row, ensure_ascii=False) + "\n"

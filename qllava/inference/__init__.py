@@ -16,6 +16,7 @@ from qllava.inference.chat import Chat
 from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
 from qllava.inference.given import Picture
+from qllava.inference.identity import fingerprint_of
 from qllava.inference.loading import has_base, load, newest_nano_run, same_model
 from qllava.inference.pictures import keep_picture
 from qllava.inference.prompts import Prompt, user_turn
@@ -39,6 +40,7 @@ __all__ = [
     "chat_loop",
     "compare_loop",
     "contenders",
+    "fingerprint_of",
     "has_base",
     "keep_picture",
     "label",

@@ -265,6 +265,26 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
         ("--questions q --answers a --reference r --judge j --pictures p", "--pictures belongs to --votes"),
     ],
 )
-def test_flags_that_do_not_go_together(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_do_not_go_together(
+    flags: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "qvar":
+        Path(name).touch()  # files are looked at before flags
+    Path("p").mkdir()
     assert cli.main(["eval", "judge", "--out", "j.jsonl", *flags.split()]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_name_at_another_server_is_another_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def key(base_url: str | None) -> str:
+        return Judge("default", base_url).call("Judge.", "this").key
+
+    here, there, hosted = key("http://127.0.0.1:8000/v1"), key("http://127.0.0.1:8001/v1"), key(None)
+    assert len({here, there, hosted}) == 3
+    assert key("http://me:secret@127.0.0.1:8000/v1/") == key("http://***@127.0.0.1:8000/v1")
+    assert key("https://api.openai.com/v1") == hosted
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8001/v1")
+    assert key(None) == there

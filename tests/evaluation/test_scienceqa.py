@@ -247,11 +247,39 @@ def test_answers_of_another_run_are_not_continued(
     out = tmp_path / "out.jsonl"
     with pytest.raises(InputError, match=r"out\.jsonl, line 1: .*order answer-first.*another file"):
         answering("answer-first")
+    whole = out.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    for key, said in (("fingerprint", "does not say which model"), ("asked", "asked in other words")):
+        without = [{name: value for name, value in row.items() if name != key} for row in rows]
+        out.write_text("".join(json.dumps(row) + "\n" for row in without))  # as an older qllava wrote it
+        with pytest.raises(InputError, match=f"line 1: .*{said}.*; name another file for --out"):
+            answering()
+    out.write_text(whole)
+    make_picture("blue").save(tmp_path / "pictures" / "3" / "image.png")
+    with pytest.raises(InputError, match="question 3 was asked in other words, or with another image"):
+        answering()
+    out.write_text(whole)
     for foreign in ("precious text without a line's end", '{"question_id": "1", "text": "C"}\n', "no json\n"):
         out.write_text(foreign)
         with pytest.raises(InputError, match="another file for --out"):
             answering()
         assert out.read_text() == foreign
+
+
+def test_another_model_behind_the_same_path_is_noticed(answering: Callable[..., Any], tmp_path: Path) -> None:
+    answering()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    make_tiny_llava(tmp_path / "model", seed=1)
+    with pytest.raises(
+        InputError, match=r"line 1: another model gave this answer \(fingerprint .*another file for --out"
+    ):
+        answering()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    make_tiny_llava(tmp_path / "model", seed=0)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    (tmp_path / "model").symlink_to("moved")
+    answering()  # the same model, wherever it is
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_the_prompt_of_each_order(problems: Path) -> None:

@@ -1,7 +1,8 @@
 """Pictures that people hand in: opened, looked at, written anew, so that what is kept is a picture and nothing else.
 
 A file's name says nothing of its content, and its content may hold more than a picture (a place, a second file). What
-`keep_picture` writes is the upright RGB pixels as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes.
+`keep_picture` writes is the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes:
+no EXIF, no text, and no colour profile, which may hold anything too. Pixels of another RGB space are converted first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import io
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from qllava.config import InputError
 from qllava.data.images import open_image
@@ -20,7 +21,8 @@ LONGEST = 2048
 """Pixels on the longer side of a kept picture: six times what the largest CLIP tower looks at."""
 MAX_PIXELS = 50_000_000
 """Of a picture that is handed in: decoded, 150 MB."""
-
+MAX_PROFILE = 2**20
+"""Bytes of a colour profile that is applied; those of cameras and screens have some thousand."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is opened for others. Pillow knows more, and hands some of it to other programs (EPS to Ghostscript)."""
@@ -44,9 +46,11 @@ def keep_picture(picture: Path, folder: Path, name: str) -> Path:
 
 def _written_anew(picture: Path, name: str) -> bytes:
     Image.init()
+    profile: object = None
     try:
         with Image.open(picture, formats=[f for f in FORMATS if f in Image.OPEN]) as image:  # reads the header only
             too_large = image.width * image.height > MAX_PIXELS
+            profile = image.info.get("icc_profile")
     except UnidentifiedImageError:
         raise InputError(f"{name} is no picture that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
     except Image.DecompressionBombError:
@@ -61,5 +65,20 @@ def _written_anew(picture: Path, name: str) -> bytes:
         raise InputError(f"{name} cannot be used: {error.problem.problem}.") from error
     pixels.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     written = io.BytesIO()
-    pixels.save(written, "png", compress_level=1)
+    bare = Image.frombytes("RGB", pixels.size, _as_srgb(pixels, profile).tobytes())  # `save` writes what `info` holds
+    bare.save(written, "png", compress_level=1)
     return written.getvalue()
+
+
+def _as_srgb(pixels: Image.Image, profile: object) -> Image.Image:
+    """Convert RGB pixels from the space of a colour profile; without one that is for RGB they are sRGB already."""
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE:
+        return pixels
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != "RGB":  # of CMYK or grey, which are RGB by now
+            return pixels
+        converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a damaged profile
+        return pixels
+    return converted or pixels

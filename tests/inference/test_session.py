@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from qllava.config import InputError
 from qllava.conversation import Conversation
@@ -116,6 +117,34 @@ def test_a_kept_picture_is_upright_pixels_under_their_hash(tmp_path: Path) -> No
     Image.new("RGB", (5000, 1000)).save(tmp_path / "wide.png")
     with Image.open(keep_picture(tmp_path / "wide.png", tmp_path, "wide.png")) as image:
         assert image.size == (LONGEST, round(LONGEST / 5))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_kept_image_is_its_pixels_in_srgb_and_nothing_else(tmp_path: Path, form: str) -> None:
+    """A colour profile, EXIF and text may hold anything, a place or a name; the profile's colours are applied."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = profile.index(b"rXYZ", 128)
+    place = int.from_bytes(profile[at + 4 : at + 8], "big")  # of the red primary: X, Y, Z behind 8 bytes
+    profile[place + 8 : place + 20] = profile[place + 12 : place + 20] + profile[place + 8 : place + 12]
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x010F] = "the secret"
+    text.add_text("Comment", "the secret")
+    more = {"pnginfo": text} if form == "PNG" else {}
+    original = Image.new("RGB", (40, 20), (200, 30, 60))
+    original.save(tmp_path / "in", form, icc_profile=bytes(profile) + b"the secret", exif=exif, **more)
+    kept = keep_picture(tmp_path / "in", tmp_path, "in")
+    content = kept.read_bytes()
+    chunks, at = [], 8
+    while at < len(content):
+        chunks.append(content[at + 4 : at + 8])
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+    assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
+    with Image.open(kept) as image:
+        change = [abs(a - b) for a, b in zip(image.getpixel((5, 5)), (200, 30, 60), strict=True)]
+    assert max(change) > 20, "the colours are those of the profile"
+    original.save(tmp_path / "damaged", form, icc_profile=b"the secret" * 50)
+    with Image.open(keep_picture(tmp_path / "damaged", tmp_path, "in")) as image:
+        assert max(abs(a - b) for a, b in zip(image.getpixel((5, 5)), (200, 30, 60), strict=True)) < 6
 
 
 @pytest.mark.parametrize("name", ["letter.png", "script.png"])

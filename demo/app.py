@@ -5,8 +5,8 @@
     python demo/app.py --compare runs/other             # its second page puts questions to both, blindly
 
 The page is served on 127.0.0.1 and asks nobody else for anything: no statistics, no fonts, no scripts from elsewhere,
-and a policy in every answer of the server that forbids the browser to. Pictures are written anew into a folder of this
-process, shown to nobody but who uploaded them, and deleted when their page is closed.
+and a policy in every answer of the server that forbids the browser to. Of images only the pixels are kept, in a folder
+of this process; they are shown to nobody but who uploaded them, and deleted when their page is closed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app.py` puts demo/ there, not its parent
 
-from demo.guard import EXAMPLES, MAX_UPLOAD, Guard
 from qllava.arguments import (
     Parser,
     check_arguments,
@@ -68,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
         os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it notices that a page was closed
-        examples = nano_examples(Path(folder).resolve() / EXAMPLES) if options.model == NANO else []
+        from demo.uploads import EXAMPLES
+
+        # nano sees 96 x 96 pixels; other towers more, in which a small drawing is no more than a blur.
+        examples = drawn_examples(Path(folder).resolve() / EXAMPLES, 1 if options.model == NANO else 4)
         return serve(chat, other, votes, Path(folder).resolve(), examples, passwords, options)
 
 
@@ -85,12 +87,16 @@ def serve(
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from demo.access import Cookies, Hosts
+    from demo.guard import Guard
     from demo.page import STYLE, build_page
+    from demo.uploads import MAX_UPLOAD, Uploads
     from demo.visitors import Visitors
 
     font = ["system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]  # plain names: Gradio's themes ask Google for their fonts otherwise
-    visitors = Visitors(folder)
+    uploads, cookies, hosts = Uploads(folder), Cookies(), Hosts(options.port)
+    visitors = Visitors(uploads, cookies)
     page = build_page(chat, other, visitors, examples, votes, options.keep_pictures)
     try:
         page.launch(
@@ -106,13 +112,16 @@ def serve(
             quiet=True,
             prevent_thread_lock=True,
             enable_monitoring=False,
-            app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
+            app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, cookies=cookies, hosts=hosts)]},
         )
     except OSError as error:
         print(
             f"the page cannot be served on port {options.port} ({error}): choose another with --port", file=sys.stderr
         )
         return 1
+    if page.share_url:
+        hosts.share(page.share_url)
+    visitors.sweep_for_ever()
     print(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.", flush=True)
     try:
         page.block_thread()
@@ -141,8 +150,15 @@ def read_passwords(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def nano_examples(folder: Path) -> list[dict[str, Any]]:
-    """Three drawn pictures that no training has seen, each with a question about it, as Gradio's examples."""
+def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
+    """Draw three images that no training has seen, each with a question about it, as Gradio's examples.
+
+    Args:
+        folder: Where they are written.
+        scale: How many times as large as nano's images.
+    """
+    from PIL import Image
+
     from qllava.nano import language, scenes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +170,8 @@ def nano_examples(folder: Path) -> list[dict[str, Any]]:
             scene = scenes.sample_scene(rng, "test")
             question = language.ask(scene, type_, rng)
         path = folder / f"{type_}.png"
-        scenes.render(scene).save(path)
+        drawn = scenes.render(scene)
+        drawn.resize((drawn.width * scale, drawn.height * scale), Image.Resampling.LANCZOS).save(path)
         examples.append({"text": question.text, "files": [str(path)]})
     return examples
 

@@ -1,4 +1,4 @@
-"""Blind comparison: two models answer one question side by side, and their names are told after the vote."""
+"""Blind comparison: two models answer one question side by side, and their names are shown after the vote."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ import gradio as gr
 from demo.talk import ASKING, NOTHING, TROUBLE, WAITING, as_text, begin, in_words, visitor_of
 from demo.visitors import Visitor, Visitors
 from qllava.config import InputError
-from qllava.data.votes import Verdict, VoteFile, tally
+from qllava.data.votes import Tally, Verdict, VoteFile, tally
 from qllava.evaluation.intervals import wilson
 from qllava.inference import Chat, Duel, Session, contenders
 
 BUTTONS: dict[Verdict, str] = {"left": "Left is better", "tie": "Equally good", "both_bad": "Both are bad",
                               "right": "Right is better"}  # fmt: skip
-View = tuple[Any, ...]  # left chatbot, right chatbot, text box, vote buttons (4), result
+ENOUGH = 10
+"""Votes from which on the tally is shown: of fewer it says nothing."""
+View = tuple[Any, ...]  # question, left answer, right answer (chatbots), text box, vote buttons (4), result
 
 
 class Compare:
     """The handlers of the comparison."""
 
-    def __init__(self, chats: tuple[Chat, Chat], visitors: Visitors, votes: VoteFile, keep: Path | None) -> None:
+    def __init__(
+        self,
+        chats: tuple[Chat, Chat],
+        visitors: Visitors,
+        votes: VoteFile,
+        keep: Path | None,
+        examples: list[dict[str, Any]],
+    ) -> None:
         self.chats = chats
+        self.examples = examples
         self.visitors = visitors
         self.votes = votes
         self.keep = keep
@@ -40,12 +50,17 @@ class Compare:
         exchange = begin(Session(), self.visitors, visitor, message)
         visitor.question, visitor.pictures = exchange.question, exchange.pictures
         visitor.trouble, visitor.duel = exchange.trouble, None
+        visitor.tidy()
         if not visitor.trouble:
             try:
                 visitor.duel = Duel(contenders(self.chats, (first, second)), random.randrange(2**31))
             except InputError as error:
                 visitor.trouble = str(error)
         return self._view(visitor, gr.update(**ASKING))
+
+    def example(self, first: float, second: float, event: gr.SelectData, request: gr.Request) -> View:
+        """An example was clicked, to be answered at these temperatures."""
+        return self.ask(self.examples[event.index], first, second, request)
 
     def answer(self, system: str, length: float, request: gr.Request) -> Iterator[View]:
         """Both answers, piece by piece."""
@@ -87,6 +102,7 @@ class Compare:
             except InputError:
                 duel.voted = False
                 raise
+            visitor.voted = duel
         except InputError as error:
             raise gr.Error(str(error)) from error
         return self._view(visitor, gr.skip())
@@ -102,35 +118,58 @@ class Compare:
         duel = visitor.duel
         ready = duel is not None and duel.whole and not duel.voted and not visitor.trouble
         buttons = [gr.update(interactive=ready)] * len(BUTTONS)
-        return *self._sides(visitor), textbox, *buttons, self._result(duel) if duel is not None and duel.voted else ""
-
-    def _sides(self, visitor: Visitor) -> tuple[list[Any], list[Any]]:
-        pictures = [{"path": str(picture)} for picture in visitor.pictures if picture.is_file()]
-        asked = {"role": "user", "content": [*pictures, as_text(visitor.question)]}
-        if visitor.trouble:
-            trouble = gr.ChatMessage(content=as_text(visitor.trouble), metadata={"title": TROUBLE})
-            return [asked, trouble], [asked, trouble]
-        left, right = ([asked], [asked])
-        duel = visitor.duel
-        if duel is not None:
-            over = duel.whole or duel.stopped.is_set()
-            for side, shown in (("left", left), ("right", right)):
-                said = duel.answers["left" if side == "left" else "right"]
-                if said or over:
-                    shown.append({"role": "assistant", "content": as_text(said) or NOTHING})
-        return left, right
+        # `duel.voted` is true while the vote is written, and a write can fail: until it is done no name is shown.
+        result = self._result(duel) if duel is not None and visitor.voted is duel else ""
+        return _asked(visitor), *_answers(visitor), textbox, *buttons, result
 
     def _result(self, duel: Duel) -> str:
-        """Who was who, and how the two stand."""
+        """Who was who, and how the two compare."""
         left, right = duel.contenders["left"].name, duel.contenders["right"].name
         first, second = sorted((left, right))
-        found = tally(self.votes.votes, (first, second))
-        decided = sum(found.wins)
-        votes = decided + found.ties + found.both_bad
-        count = f"After {votes} {'vote' if votes == 1 else 'votes'}: {escape(first)} is better {found.wins[0]} times, "
-        count += f"{escape(second)} {found.wins[1]} times; equally good {found.ties}, both bad {found.both_bad}."
-        if decided:
-            low, high = wilson(found.wins[0], decided)
-            count += f" Where one was better it was {escape(first)} in {100 * found.wins[0] / decided:.0f} % "
-            count += f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
-        return f"<p>Left was <b>{escape(left)}</b>, right was <b>{escape(right)}</b>.</p><p>{count}</p>"
+        named = f"<p>Left was <b>{escape(left)}</b>, right was <b>{escape(right)}</b>.</p>"
+        return named + tally_bar(tally(self.votes.votes, (first, second)), (first, second))
+
+
+def tally_bar(found: Tally, names: tuple[str, str]) -> str:
+    """Votes on two models as a bar with a caption, in HTML; nothing before there are `ENOUGH`."""
+    parts = [
+        (f"{names[0]} better", found.wins[0], "first"),
+        ("equally good", found.ties, "tie"),
+        ("both bad", found.both_bad, "bad"),
+        (f"{names[1]} better", found.wins[1], "second"),
+    ]
+    votes, decided = sum(count for _, count, _ in parts), sum(found.wins)
+    if votes < ENOUGH:
+        return ""
+    bar = "".join(f'<span class="{kind}" style="flex-grow:{count}"></span>' for _, count, kind in parts if count)
+    key = "".join(f'<li class="{kind}">{escape(name)}: {count}</li>' for name, count, kind in parts)
+    note = f"{votes} votes"
+    if decided:
+        low, high = wilson(found.wins[0], decided)
+        note += f"; where one was better it was {escape(names[0])} in {100 * found.wins[0] / decided:.0f} % "
+        note += f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    return (
+        f'<div class="tally"><div class="bar" aria-hidden="true">{bar}</div><ul>{key}</ul><small>{note}.</small></div>'
+    )
+
+
+def _asked(visitor: Visitor) -> list[Any]:
+    """The question with its images, and why it cannot be answered."""
+    images = [{"path": str(image)} for image in visitor.pictures if image.is_file()]
+    asked: list[Any] = [{"role": "user", "content": [*images, as_text(visitor.question)]}]
+    if visitor.trouble:
+        asked.append(gr.ChatMessage(content=as_text(visitor.trouble), metadata={"title": TROUBLE}))
+    return asked
+
+
+def _answers(visitor: Visitor) -> tuple[list[Any], list[Any]]:
+    """What was answered so far, left and right."""
+    duel = visitor.duel
+    if duel is None or visitor.trouble:
+        return [], []
+    over = duel.whole or duel.stopped.is_set()
+    left, right = (
+        [{"role": "assistant", "content": as_text(said) or NOTHING}] if said or over else []
+        for said in (duel.answers["left"], duel.answers["right"])
+    )
+    return left, right

@@ -17,8 +17,8 @@ from qllava.data.votes import Verdict, VoteFile
 from qllava.inference import Chat, about, label
 
 STYLE = Path(__file__).with_name("style.css")
-MAX_WAITING = 1000
-"""Questions in line; the next one is told that it is full."""
+MAX_WAITING = 100
+"""Questions of all visitors in line, besides the one that is answered; the next one is refused."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -38,16 +38,16 @@ def build_page(
     page: gr.Blocks
     with gr.Blocks(title="qllava", analytics_enabled=False, fill_height=True) as page:
         gr.HTML(
-            f"<header><h1>qllava</h1><p>Ask <b>{escape(label(chat))}</b> about your pictures.</p></header>",
+            f"<header><h1>qllava</h1><p>Ask <b>{escape(label(chat))}</b> about your images.</p></header>",
             elem_id="head",
         )
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat"):
                 _chat_tab(Talk(chat, visitors, examples))
             with gr.Tab("Compare"):
-                _compare_tab(Compare((chat, other), visitors, votes, keep))
-        with gr.Sidebar(position="right", open=False, width=340, elem_id="card"):
-            gr.HTML(_card(chat) + (_card(other) if other is not chat else ""))
+                _compare_tab(Compare((chat, other), visitors, votes, keep, examples))
+            with gr.Tab("About"):  # a tab covers nothing, on a phone neither
+                gr.HTML(_card(chat) + (_card(other) if other is not chat else ""), elem_id="card")
         page.unload(visitors.leave)
     page.queue(max_size=MAX_WAITING, api_open=False)
     return page
@@ -58,7 +58,7 @@ def _chat_tab(talk: Talk) -> None:
         elem_id="chat",
         show_label=False,
         height="60vh",
-        placeholder="<h3>Add a picture and ask about it.</h3>",
+        placeholder=_hint(talk.examples),
         examples=talk.examples or None,  # type: ignore[arg-type]
         editable="user",
         buttons=["copy"],
@@ -69,7 +69,7 @@ def _chat_tab(talk: Talk) -> None:
         layout="bubble",
     )
     pace = gr.HTML(elem_id="pace")
-    textbox = _textbox("question", "Ask about your picture: add it with the clip, paste it, or drop it here")
+    textbox = _textbox("question", "Ask about an image: add, paste or drop it here")
     warm = talk.chat.recommended.temperature if talk.chat.recommended_sampling else 0.0
     drawer = _drawer(talk.chat, ("Temperature",), (min(warm, 2.0),))
     shown = [chatbot, textbox, pace]
@@ -92,16 +92,21 @@ def _compare_tab(compare: Compare) -> None:
     same = compare.chats[0] is compare.chats[1]
     what = "the model at two temperatures" if same else "two models"
     gr.HTML(
-        f"<p>Your question goes to {what}. Which one answers on which side is drawn anew each time, and told after "
-        "your vote.</p>",
+        f"<p>Your question goes to {what}. Which one answers on which side is drawn at random for each question, and "
+        "shown after your vote.</p>",
         elem_id="told",
     )
+    asked = gr.Chatbot(
+        elem_id="asked", show_label=False, label="Question", height="auto", buttons=[],
+        placeholder=_hint(compare.examples), examples=compare.examples or None,  # type: ignore[arg-type]
+        render_markdown=False, allow_tags=False, feedback_options=None, layout="bubble", allow_file_downloads=False,
+    )  # fmt: skip
     with gr.Row(elem_id="sides"):
         left, right = (
             gr.Chatbot(
-                elem_id=side, label=side.capitalize(), height="40vh", min_width=260, buttons=["copy"],
+                elem_id=side, label=side.capitalize(), height="30vh", min_width=140, buttons=["copy"],
                 render_markdown=False, allow_tags=False, feedback_options=None, layout="bubble",
-                allow_file_downloads=False, placeholder="<p>The answer will stand here.</p>",
+                allow_file_downloads=False, placeholder=f"<p>Answer on the {side}</p>",
             )
             for side in ("left", "right")
         )  # fmt: skip
@@ -111,17 +116,26 @@ def _compare_tab(compare: Compare) -> None:
             for choice, text in BUTTONS.items()
         }
     result = gr.HTML(elem_id="result")
-    textbox = _textbox("pair", "Ask both about your picture")
+    textbox = _textbox("pair", "Ask both about an image")
     names = ("Temperature of one", "Temperature of the other")
     drawer = _drawer(compare.chats[0], names, (0.0, 0.8 if same else 0.0))
-    shown = [left, right, textbox, *buttons.values(), result]
-    textbox.submit(compare.ask, [textbox, *drawer.temperatures], shown, queue=False, **HIDDEN).success(
-        compare.answer, [drawer.system, drawer.length], shown, **_in_line(result)
-    )
+    shown = [asked, left, right, textbox, *buttons.values(), result]
+    answer: dict[str, Any] = {
+        "fn": compare.answer,
+        "inputs": [drawer.system, drawer.length],
+        "outputs": shown,
+        **_in_line(result),
+    }
+    textbox.submit(compare.ask, [textbox, *drawer.temperatures], shown, queue=False, **HIDDEN).success(**answer)
+    asked.example_select(compare.example, [*drawer.temperatures], shown, queue=False, **HIDDEN).success(**answer)
     textbox.stop(compare.stop, None, shown, queue=False, **HIDDEN)
     for choice, button in buttons.items():
         button.click(_vote(compare, choice), None, shown, queue=False, **HIDDEN)
     _camera(textbox)
+
+
+def _hint(examples: list[dict[str, Any]]) -> str:
+    return f"<h2>Add an image and ask about it{', or try one of these' if examples else ''}.</h2>"
 
 
 def _in_line(place: gr.HTML) -> dict[str, Any]:
@@ -162,11 +176,11 @@ def _drawer(chat: Chat, names: tuple[str, ...], values: tuple[float, ...]) -> Dr
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(
             label="Instructions",
-            info="Told to the model before the conversation; models that learned without may not heed them.",
+            info="Given to the model before the conversation; models that were trained without may ignore them.",
         )
         with gr.Row():
             temperatures = tuple(
-                gr.Slider(0, 2, value, step=0.1, label=name, info="0: the likeliest answer; higher: more varied")
+                gr.Slider(0, 2, value, step=0.1, label=name, info="0: the most likely answer; higher: more varied")
                 for name, value in zip(names, values, strict=True)
             )
             length = gr.Slider(
@@ -192,7 +206,7 @@ def _camera(textbox: gr.MultimodalTextbox) -> None:
         said = message or {}
         return {"text": said.get("text") or "", "files": [*(said.get("files") or []), picture]}
 
-    # Gradio is not to open the picture: it is looked at when its question is asked, as any other.
+    # Gradio is not to open the image: it was decoded when it was uploaded, as any other.
     camera.input(taken, [camera, textbox], textbox, queue=False, preprocess=False, postprocess=False, **HIDDEN)
 
 

@@ -84,8 +84,10 @@ class Talk:
         return messages(session), gr.update(**WAITING)
 
     def clear(self, request: gr.Request) -> tuple[Any, str]:
-        """Begin anew. Text box, pace."""
-        visitor_of(self.visitors, request).session.clear()
+        """Begin a new conversation; the images of the last one are deleted. Text box, pace."""
+        visitor = visitor_of(self.visitors, request)
+        visitor.session.clear()
+        visitor.tidy()
         return gr.update(**WAITING), ""
 
 

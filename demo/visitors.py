@@ -6,18 +6,19 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
 
-from demo.guard import COOKIE, EXAMPLES, MAX_PICTURES, owner_of
+from demo.access import Cookies
+from demo.uploads import EXAMPLES, MAX_PICTURES, PAGELESS, Uploads
 from qllava.config import InputError
 from qllava.inference import Duel, Session, keep_picture
 
 IDLE = 3600
-"""Seconds after which a visitor who is not heard of is forgotten, should the page's end go unnoticed."""
+"""Seconds after which an open page that nothing is asked on is forgotten."""
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Visitor:
     question: str = ""  # of the comparison, with its pictures
     pictures: tuple[Path, ...] = ()
     trouble: str = ""
+    voted: Duel | None = None  # the comparison whose vote is on the disk
     seen: float = field(default_factory=time.monotonic)
 
     def leave(self) -> None:
@@ -41,29 +43,34 @@ class Visitor:
             self.duel.stopped.set()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def tidy(self) -> None:
+        """Delete the images that neither the conversation nor the comparison shows any more."""
+        shown = {path for exchange in self.session.exchanges for path in exchange.pictures} | set(self.pictures)
+        for path in self.folder.glob("*"):
+            if path not in shown:
+                path.unlink(missing_ok=True)
+
 
 class Visitors:
-    """All visitors of the process, and the pictures they hand in."""
+    """All visitors of the process, and the images they hand in."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, uploads: Uploads, cookies: Cookies) -> None:
+        self.uploads = uploads
+        self.cookies = cookies
         self._visitors: dict[tuple[str, str], Visitor] = {}
         self._lock = threading.Lock()
-        self._one_picture = threading.Lock()
 
     def of(self, request: gr.Request) -> Visitor:
         """The visitor behind a `gr.Request`. Raises InputError for one without the page's cookie."""
-        owner = owner_of(request.cookies.get(COOKIE))
+        owner = self.cookies.owner(request.headers.get("cookie"))
         if owner is None:
             raise InputError("This page needs its cookie; allow it, and load the page again.")
         page = re.sub(r"\W", "", str(request.session_hash))[:64]
         with self._lock:
-            for key, visitor in list(self._visitors.items()):
-                if time.monotonic() - visitor.seen > IDLE:
-                    self._visitors.pop(key).leave()
             if (owner, page) not in self._visitors:
                 rater = request.username or f"anonymous-{owner[:8]}"
-                self._visitors[owner, page] = Visitor(owner, rater, self.folder / owner / f"page-{page}")
+                folder = self.uploads.folder / owner / f"page-{page}"
+                self._visitors[owner, page] = Visitor(owner, rater, folder)
             visitor = self._visitors[owner, page]
             visitor.seen = time.monotonic()
         return visitor
@@ -71,37 +78,54 @@ class Visitors:
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""
         page = re.sub(r"\W", "", str(request.session_hash))[:64]
-        with self._lock:
-            gone = [self._visitors.pop(key) for key in list(self._visitors) if key[1] == page]
-            here = {visitor.owner for visitor in self._visitors.values()}
-        for visitor in gone:
-            visitor.leave()
-            if visitor.owner not in here:  # with the last page go uploads that were never asked about
-                shutil.rmtree(self.folder / visitor.owner, ignore_errors=True)
+        owner = self.cookies.owner(request.headers.get("cookie"))
+        self._forget(lambda key, _: key == (owner, page))
 
     def leave_all(self) -> None:
         """The process ends; a model that still computes would be torn out of its thread."""
+        self._forget(lambda *_: True)
+
+    def sweep(self) -> None:
+        """Forget pages that are not heard of: soon if they hold no connection, later if they do."""
+        self.uploads.sweep()
+        now = time.monotonic()
+        self._forget(
+            lambda key, visitor: now - visitor.seen > (IDLE if self.uploads.is_open(*key) else min(PAGELESS, IDLE))
+        )
+
+    def sweep_for_ever(self, seconds: float = 15) -> None:
+        """Call `sweep` again and again, in a thread of its own that ends with the process."""
+
+        def run() -> None:
+            while True:
+                time.sleep(seconds)
+                self.sweep()
+
+        threading.Thread(target=run, name="qllava-sweep", daemon=True).start()
+
+    def _forget(self, wanted: Callable[[tuple[str, str], Visitor], bool]) -> None:
         with self._lock:
-            gone, self._visitors = list(self._visitors.values()), {}
+            keys = [key for key, visitor in self._visitors.items() if wanted(key, visitor)]
+            gone = [self._visitors.pop(key) for key in keys]
         for visitor in gone:
             visitor.leave()
+            self.uploads.remove_empty(visitor.folder.parent)
 
     def take(self, visitor: Visitor, files: Sequence[str]) -> tuple[Path, ...]:
-        """Pictures that were handed in, written anew into the visitor's folder; what was sent is deleted.
+        """Move images that were handed in into the visitor's folder.
 
-        Raises InputError when one is not the visitor's own, is no picture, or they are too many.
+        Raises InputError when one is not the visitor's own, is not there any more, or they are too many.
         """
-        mine, examples = self.folder / visitor.owner, self.folder / EXAMPLES
+        mine, examples = self.uploads.folder / visitor.owner, self.uploads.folder / EXAMPLES
         paths = [Path(file).resolve() for file in files]
         if not all(path.is_relative_to(mine) or path.is_relative_to(examples) for path in paths):
-            raise InputError("This picture is not yours; upload it again.")
-        try:
-            if len(paths) > MAX_PICTURES:
-                raise InputError(f"{len(paths)} pictures are too many for one question; at most {MAX_PICTURES}.")
-            visitor.folder.mkdir(parents=True, exist_ok=True)
-            with self._one_picture:  # decoded one after the other, so that many visitors need no more memory than one
-                return tuple(keep_picture(path, visitor.folder, path.name) for path in paths)
-        finally:
-            for path in paths:
-                if path.is_relative_to(mine / "uploads"):
-                    shutil.rmtree(path.parent, ignore_errors=True)
+            raise InputError("This image is not yours; upload it again.")
+        if len(paths) > MAX_PICTURES:
+            raise InputError(f"{len(paths)} images are too many for one question; at most {MAX_PICTURES}.")
+        visitor.folder.mkdir(parents=True, exist_ok=True)
+        return tuple(
+            self.uploads.take(visitor.owner, path, visitor.folder)
+            if path.is_relative_to(mine)
+            else keep_picture(path, visitor.folder, path.name)
+            for path in paths
+        )

@@ -41,8 +41,8 @@ sys.exit(main())
 def served(model: Path, *flags: str, watched: bool = False) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`python demo/app.py --model MODEL FLAGS` on a free port: its address and its process.
 
-    It runs in the folder that the model lies in; its output is `demo.log` there. `computes` can tell what a watched
-    one is doing.
+    It runs in the folder of the model; its output is `demo.log` there, and `kept_by` lists its images. `computes` can
+    tell what a watched one is doing.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,7 +50,9 @@ def served(model: Path, *flags: str, watched: bool = False) -> Iterator[tuple[st
     log = model.parent / "demo.log"
     program = ["-c", WATCHED] if watched else [str(ROOT / "demo" / "app.py")]
     command = [sys.executable, *program, "--model", str(model), "--port", str(port), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    temporary = model.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=model.parent)
     address = f"http://127.0.0.1:{port}"
@@ -66,6 +68,12 @@ def served(model: Path, *flags: str, watched: bool = False) -> Iterator[tuple[st
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def kept_by(model: Path) -> list[Path]:
+    """The files that the demo of a model has on the disk, its own examples excepted."""
+    files = [path for path in (model.parent / "tmp").rglob("*") if path.is_file()]
+    return [path for path in files if "examples" not in path.parts]
 
 
 def wait_until(true: Callable[[], bool], seconds: float, explain: Callable[[], str] = str) -> None:
@@ -127,7 +135,8 @@ class Visitor:
     def ask(self, text: str, *uploads: str, box: str = "question") -> list[Any]:
         """Send a question as the text box does, and let it be answered; the outputs of the last step.
 
-        Of the chat these are chatbot, text box, pace; of the comparison both chatbots, text box, buttons, result.
+        Of the chat these are chatbot, text box, pace; of the comparison the question, both answers, text box, buttons,
+        result.
         """
         message = {"text": text, "files": [self.file(path) for path in uploads]}
         submit = self._handler(box, "submit")

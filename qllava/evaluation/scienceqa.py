@@ -106,13 +106,14 @@ class ScienceResult:
     def to_json(self) -> dict[str, Any]:
         """The figures, under the names that `qllava eval scienceqa --json` promises."""
         shown = self.with_image
-        missing = {} if shown.n else {"undefined": dict.fromkeys(("accuracy_image", "ci95_image"), NO_IMAGES)}
+        reasons = {} if self.total.n else dict.fromkeys(("accuracy", "ci95"), "there are no problems")
+        reasons |= {} if shown.n else dict.fromkeys(("accuracy_image", "ci95_image"), NO_IMAGES)
         return {
             "accuracy": self.total.value,
-            "ci95": list(self.total.ci95),
+            "ci95": list(self.total.ci95) if self.total.n else None,
             "accuracy_image": shown.value,
             "ci95_image": list(shown.ci95) if shown.n else None,
-            **missing,
+            **({"undefined": reasons} if reasons else {}),
             "n": self.total.n,
             "n_image": shown.n,
             "correct": self.total.count,

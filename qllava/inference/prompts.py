@@ -68,7 +68,7 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
         raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in conversation.turns if turn.role == "user")
     if marks != len(images):
-        raise InputError(f"The questions hold {marks} {IMAGE_TOKEN} for {len(images)} pictures; make them equal.")
+        raise InputError(f"The questions hold {marks} {IMAGE_TOKEN} for {len(images)} images; make them equal.")
     text = render(processor, _without_control(conversation, _control_tokens(processor.tokenizer)))
     bos = processor.tokenizer.bos_token
     special = not (bos and text.startswith(bos))  # else a template that writes BOS gets two
@@ -107,7 +107,7 @@ def render(processor: LlavaProcessor, conversation: Conversation) -> str:
         text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
         return text
 
-    turns = [(turn.role, turn.content) for turn in conversation.turns]
+    turns: list[tuple[str, str]] = [(turn.role, turn.content) for turn in conversation.turns]
     instructions = [] if conversation.system is None else [("system", conversation.system)]
     try:
         rendered = written([*instructions, *turns])

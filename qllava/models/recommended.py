@@ -18,7 +18,7 @@ _UNUSED = (
     "guidance_scale", "min_length", "min_new_tokens", "num_beams", "penalty_alpha", "sequence_bias", "suppress_tokens",
     "top_h",
 )  # fmt: skip
-_NEUTRAL = (None, 0, 0.0, 1, 1.0, [], {})
+_NEUTRAL: tuple[Any, ...] = (None, 0, 0.0, 1, 1.0, [], {})
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,7 @@ def test_groups(problems: Path) -> None:
     found = only_train.to_json()
     assert found["accuracy_image"] is None and found["ci95_image"] is None
     assert found["undefined"]["accuracy_image"] == "none of the problems has an image"
+    assert set(score([], {}).to_json()["undefined"]) == {"accuracy", "ci95", "accuracy_image", "ci95_image"}
     assert "undefined" not in result.to_json() and "undefined: none of" in only_train.text()
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from demo.compare import tally_bar
+from demo.page import STYLE
 from qllava import page as pages
+from qllava.data.votes import Tally
 from qllava.page import Bar, Series, write_page
 from tests.demo.server import ARTIFACTS, served, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
@@ -131,6 +134,25 @@ def test_the_demo_can_be_read_by_all(
     page.close()
     broken = [f"{state}: {line}" for state, lines in found.items() for line in lines]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_tally_can_be_read_by_all(browser: Any, scheme: str) -> None:
+    """It is shown from ten votes on; here without a server that would have to collect them."""
+    bar = tally_bar(Tally(("mine", "the other"), (9, 4), 2, 3), ("mine", "the other"))
+    style = STYLE.read_text(encoding="utf-8")
+    body = f"<main class='gradio-container'><h1>Compare</h1><div id='result'>{bar}</div></main>"
+    page = browser.new_page(viewport=PHONE)
+    page.set_content(
+        f"<html lang='en' class='{scheme}'><title>Tally</title><style>{style}</style><body>{body}</body></html>"
+    )
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"tally-{scheme}.png", clip={"x": 0, "y": 0, "width": 390, "height": 200})
+    found = violations(page)
+    widths = page.evaluate("[...document.querySelectorAll('.tally .bar span')].map(one => one.offsetWidth)")
+    assert not found and fits(page)
+    assert widths == pytest.approx([sum(widths) * share / 18 for share in (9, 2, 3, 4)], abs=1)
+    page.close()
 
 
 def covered(page: Any, selector: str) -> bool:

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qllava.surroundings import prepare_process
+
 STARTS, ENDS = ("b", "st", "c", "tr", "gr", "l", "wh", "m"), ("at", "ing", "ere", "ou")
 WORDS = [f"{start}{end}" for start in STARTS for end in ENDS]
 
@@ -148,4 +150,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -25,6 +25,7 @@ from qllava.evaluation.shots import Choose, Shots, with_shots
 from qllava.evaluation.vqa import VqaResult, evaluate, is_correct, truth
 from qllava.inference import Chat, load
 from qllava.nano import dataset
+from qllava.surroundings import prepare_process
 
 COUNTS = (1, 2, 4)
 
@@ -88,4 +89,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

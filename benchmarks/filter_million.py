@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.command import measured
 from benchmarks.machine import provenance
+from qllava.surroundings import prepare_process
 
 SECONDS, BYTES = 300, 1.5e9
 
@@ -140,4 +141,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import provenance
+from qllava.surroundings import prepare_process
 
 APP = Path(__file__).resolve().parents[1] / "demo" / "app.py"
 # Resolves with the milliseconds between the click and the first letter of a further answer.
@@ -121,4 +122,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -32,6 +32,7 @@ from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
 from qllava.models.checkpoint import tokens_per_image
+from qllava.surroundings import prepare_process
 from qllava.training.attention import looking_at
 from qllava.training.exact import take_shortcuts, teach_rows
 from qllava.training.memory import recompute as recompute_layers
@@ -188,4 +189,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -30,6 +30,7 @@ from benchmarks.tables import format_table
 from benchmarks.throughput import MIXTURES, Plan, compare, disagreement
 from benchmarks.turns import Failed, Worker
 from qllava.data.packing import Group
+from qllava.surroundings import prepare_process
 from qllava.training.attention import Sight, row_attention
 
 CAPS_GB = (8, 12, 16, 24)
@@ -188,4 +189,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

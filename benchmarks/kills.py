@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import provenance
 from qllava.nano.dataset import prepare
+from qllava.surroundings import prepare_process
 from qllava.training.checkpoints import PARTIAL, checkpoints, fault
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,4 +209,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

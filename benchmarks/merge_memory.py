@@ -34,6 +34,7 @@ from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import ADAPTER_FILE, LORA_TARGETS, PROBES_FILE, save_record
 from qllava.models.checkpoint import write_weights
 from qllava.models.outline import Recipe, load_tokenizer
+from qllava.surroundings import prepare_process
 
 RANK, PROBES, WORDS, PIXELS = 16, 32, 60, 224
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -156,4 +157,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -36,6 +36,7 @@ from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import save_projector
+from qllava.surroundings import prepare_process
 from qllava.training import memory, run, scores
 from qllava.training.memory.phases import PHASES
 from qllava.training.plan import llava_config
@@ -230,4 +231,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

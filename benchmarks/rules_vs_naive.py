@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.machine import provenance
 from qllava.nano.dataset import NanoData, prepare
+from qllava.surroundings import prepare_process
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.rules import write
 
@@ -111,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     main()

@@ -33,6 +33,7 @@ from qllava.models.nf4 import as_quantized
 from qllava.models.outline import outline
 from qllava.models.stream import Stored
 from qllava.models.weights import TABLES
+from qllava.surroundings import prepare_process
 
 
 class Rounded(Mapping[str, Tensor]):
@@ -106,4 +107,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from qllava.surroundings import prepare_process
 from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.pipeline import Job
@@ -138,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     main()

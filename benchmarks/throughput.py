@@ -28,6 +28,7 @@ from benchmarks.samples import make_texts, write_texts
 from benchmarks.systems import SYSTEMS, Job
 from benchmarks.tables import format_table
 from benchmarks.turns import Failed, Step, Worker, interleave
+from qllava.surroundings import prepare_process
 
 MIXTURES = (1.0, 1.95, 3.0)
 AGREEMENT = 0.01
@@ -258,4 +259,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

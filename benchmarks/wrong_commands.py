@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qllava.surroundings import prepare_process
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "wrong_commands.json"
 
@@ -103,4 +105,5 @@ def _measure(program: str, words: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

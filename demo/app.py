@@ -37,6 +37,7 @@ from qllava.arguments import (
 )
 from qllava.config import NANO, InputError
 from qllava.data.votes import VoteFile
+from qllava.surroundings import prepare_process
 
 if TYPE_CHECKING:
     from qllava.inference import Chat
@@ -48,6 +49,7 @@ OPEN = "Without --auth there is no password on it."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load the models, serve the page until Ctrl-C; returns the exit status."""
+    prepare_process()
     options = _parser().parse_args(arguments)
     try:
         check_arguments(options)

@@ -18,7 +18,12 @@ NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 def cache_folder() -> Path:
     """Where data that can be made again is kept: `$QLLAVA_CACHE`, else `~/.cache/qllava`."""
     given = os.environ.get("QLLAVA_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "qllava"
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "qllava"
+    except RuntimeError as error:
+        raise InputError(
+            "This user has no home folder; set QLLAVA_CACHE to a folder for what is kept between runs."
+        ) from error
 
 
 class InputError(Exception):

@@ -11,7 +11,7 @@ A grid names keys of pretrain_projector.py and finetune_lora.py, and what `qllav
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from qllava.config import InputError, cache_folder
+from qllava.files import made_once
 from qllava.nano import dataset, orders
+from qllava.surroundings import prepare_process
 from qllava.training import ablation_report
 from qllava.training.ablation import Grid, read_grid, run_grid
 
@@ -30,7 +32,14 @@ def run(words: Sequence[str], log: Path) -> str:
     """Run a recipe, or `qllava eval`, as a user would; what it says goes into `log`."""
     program = ["-m", "qllava", *words] if words[0] == "eval" else [str(HERE / f"{words[0]}.py"), *words[1:]]
     with log.open("a", encoding="utf-8") as said:
-        done = subprocess.run([sys.executable, *program], stdout=subprocess.PIPE, stderr=said, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *program],
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},  # whatever a pipe is on this system
+            encoding="utf-8",
+            check=False,
+        )
         said.write(done.stdout)
     if done.returncode != 0:
         lines = log.read_text(encoding="utf-8").split("\n")
@@ -43,14 +52,11 @@ def small_llama() -> Path:
     """The LLaMA with half of nano's layers; made when it is first needed."""
     folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
     if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        print("Making nano's smaller LLaMA, once: this takes minutes.", file=sys.stderr)
-        build = [sys.executable, str(HERE / "build_nano.py"), "--small", "--out", str(aside)]
-        if subprocess.run(build, stdout=sys.stderr, check=False).returncode != 0:
-            raise InputError("nano's smaller LLaMA could not be made; see above.")
-        aside.rename(folder)
+        with made_once(folder) as aside:
+            print("Making nano's smaller LLaMA, once: this takes minutes.", file=sys.stderr)
+            build = [sys.executable, str(HERE / "build_nano.py"), "--small", "--out", str(aside)]
+            if subprocess.run(build, stdout=sys.stderr, check=False).returncode != 0:
+                raise InputError("nano's smaller LLaMA could not be made; see above.")
     return folder
 
 
@@ -97,4 +103,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessor, LlamaForCausalLM, PreTrainedModel, 
 from qllava.config import NANO_WEIGHTS
 from qllava.models.vision import convert_open_clip
 from qllava.nano import llama, scenes, tower
+from qllava.surroundings import prepare_process
 
 
 def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
@@ -95,4 +96,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qllava.config import InputError
 from qllava.evaluation.scienceqa import Order, read_problems, training_rows
+from qllava.surroundings import prepare_process
 
 ORDERS: tuple[Order, ...] = ("answer-first", "reason-first")
 
@@ -61,4 +62,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

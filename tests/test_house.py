@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
 ROWS = (
-    {"conversation", "config", "page"},
-    {"arguments"},
+    {"conversation", "config", "page", "surroundings"},
+    {"arguments", "files"},
     {"data", "models", "nano"},
     {"inference", "synthesis"},
     {"evaluation"},
@@ -222,6 +222,23 @@ def test_a_module_that_is_imported_says_nothing_on_stdout() -> None:
         [sys.executable, "-c", "import qllava.cli"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert out.stdout == ""
+
+
+def prepares(path: Path) -> bool:
+    """Whether a program prepares its process: itself, or in the `main` that it takes from a module of ours."""
+    source = path.read_text(encoding="utf-8")
+    if "prepare_process()" in source:
+        return True
+    modules = {target.rpartition(".")[0].replace(".", "/") for _, target in imports(ast.parse(source))}
+    files = [p for m in modules if m.startswith("qllava") for p in (ROOT / f"{m}.py", ROOT / m / "__init__.py")]
+    return any("prepare_process()" in p.read_text(encoding="utf-8") for p in files if p.is_file())
+
+
+def test_every_program_prepares_its_process() -> None:
+    """Or it fails on an output that is not UTF-8, and for a user without a home folder, after its work."""
+    programs = [p for p in CODE if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+    assert len(programs) >= 20
+    assert [name(p) for p in programs if not prepares(p)] == []
 
 
 def test_version_of_citation_and_package_agree() -> None:

@@ -25,10 +25,12 @@ from qllava import __version__
 from qllava.arguments import Parser, check_arguments, explain
 from qllava.cli import concepts, evaluate, models, prepare, synthesize
 from qllava.config import InputError
+from qllava.surroundings import prepare_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status (argparse itself ends a wrong one with status 2)."""
+    prepare_process()
     arguments = _parser().parse_args(argv)
     try:
         check_arguments(arguments)

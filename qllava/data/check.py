@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +40,7 @@ from qllava.data.formats import Example, Pictures, folder_of, no_rows, to_exampl
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_files
 from qllava.data.table import Layout, batch_of, open_table, quantiles, writing
+from qllava.files import made_once
 
 _VERSION = 3
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
@@ -120,15 +120,8 @@ def check(
     folder = root / _key(path, image_folder, encoder)
     try:
         if not _is_settled(folder):
-            aside = root / f".{folder.name}.{os.getpid()}.partial"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            try:
+            with made_once(folder, _is_settled) as aside:
                 _read(path, aside, _Reader(encoder, Pictures(image_folder or folder_of(path))), progress)
-                shutil.rmtree(folder, ignore_errors=True)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
         table = open_table(folder / _SAMPLES)
         pictured = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
         known = root / f"images-{pictured.hexdigest()}.json"

@@ -11,6 +11,7 @@ line leaves is cut off when the file is next opened for writing; the lines befor
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -79,7 +80,7 @@ class VoteFile:
         content = json.dumps(asdict(vote), ensure_ascii=False).encode() + b"\n"
         try:
             with self._appending, self.path.open("ab", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another process may have the same file
+                _lock(file.fileno())
                 end = file.seek(0, os.SEEK_END)
                 try:
                     if file.write(content) < len(content):
@@ -153,11 +154,18 @@ def _vote(row: Any, place: Place) -> Vote:
     )
 
 
+def _lock(file: int) -> None:
+    """Keep other processes out until the file is closed. A file system without locks loses no vote."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def _end_last_line(path: Path) -> None:
     """Cut off a last line that was not written to its end; end one that lacks its line break only."""
     if not path.is_file():
         return
     with path.open("r+b") as file:
+        _lock(file.fileno())  # or the line that another process is just writing would be cut
         content = file.read()
         if not content or content.endswith(b"\n"):
             return

@@ -11,6 +11,7 @@ aside and renamed, so it is whole or not there.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def _read(model: str) -> _Source:
     """Everything but the weights. Raises InputError for a run, and for what is no LLaVA."""
     folder = newest_nano_run() if model == NANO else Path(model).expanduser()
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
-        raise InputError(f"{folder} is a run, not a whole model; merge it first: qllava merge {folder} OUT.")
+        raise InputError(
+            f"{folder} is a run, not a whole model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."
+        )
     folder = model_folder(str(folder) if folder.is_dir() else model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -10,7 +10,6 @@ second model every question is put to both, on sides that nobody knows, and asks
 
 from __future__ import annotations
 
-import getpass
 import math
 import random
 import sys
@@ -28,6 +27,7 @@ from qllava.inference.loading import has_base, load, same_model
 from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
 from qllava.models.recommended import recommendation
+from qllava.surroundings import user_name
 
 HELP = """/image FILE      shows a picture with your next question
 /again           asks the last question anew
@@ -279,6 +279,6 @@ class _Comparison:
             if said is None or said.strip().lower()[:1] == "s":
                 return
             choice = _VOTES.get(said.strip().lower()[:1])
-        self.votes.append(duel.vote(choice, getpass.getuser()))
+        self.votes.append(duel.vote(choice, user_name()))
         print(f"left was {duel.contenders['left'].name}, right was {duel.contenders['right'].name}", flush=True)
         self.waiting = []

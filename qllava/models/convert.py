@@ -27,6 +27,7 @@ from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import fetch, repository_files
 from qllava.models.layouts import INDEX, PICKLES, WEIGHTS, read_index
+from qllava.surroundings import prepare_process
 
 # Beside the weights in many repositories, and no weights.
 _OTHER = ("training_args.bin", "optimizer.", "scheduler.", "rng_state", "non_lora_trainables.bin", "scaler.")
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write the converted model into")
+    prepare_process()
     given = parser.parse_args(arguments)
     try:
         folder = convert(given.model, given.out)

@@ -15,9 +15,7 @@ They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`)
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qllava.config import cache_folder
+from qllava.files import made_once
 from qllava.nano import language
 from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_colour, render, sample_scene
 
@@ -84,10 +83,8 @@ def prepare(folder: Path | None = None) -> NanoData:
     folder = folder or cache_folder() / f"nano-{VERSION}"
     if folder.is_dir():
         return NanoData(folder)
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "images").mkdir(parents=True)
-    try:
+    with made_once(folder) as aside:
+        (aside / "images").mkdir()
         with ProcessPoolExecutor() as pool:
             train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)
             nameless = _draw(pool, aside, "nameless", NAMELESS_PICTURES, _nameless_row)
@@ -101,10 +98,6 @@ def prepare(folder: Path | None = None) -> NanoData:
             }
             for name, (count, row) in held_out.items():
                 _write(aside / f"{name}.json", _draw(pool, aside, name, count, row))
-        if not folder.is_dir():
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return NanoData(folder)
 
 

@@ -14,13 +14,12 @@ before answers in its texts, though in other words than these.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 from qllava.config import cache_folder
+from qllava.files import made_once
 from qllava.nano import dataset, language
 
 VERSION = 1
@@ -39,10 +38,7 @@ def prepare() -> Path:
     folder = cache_folder() / f"nano-{dataset.VERSION}-orders-{VERSION}"
     if folder.is_dir():
         return folder
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with made_once(folder) as aside:
         rows = json.loads(nano.train.read_text(encoding="utf-8"))
         files = {"short": rows[::EVERY]}
         for name, reason_first in (("answer-first", False), ("reason-first", True)):
@@ -51,10 +47,6 @@ def prepare() -> Path:
         files["test"] = [{**row, "question": ask(row["question"])} for row in test]
         for name, wanted in files.items():
             (aside / f"{name}.json").write_text(json.dumps(wanted), encoding="utf-8")
-        if not folder.is_dir():
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

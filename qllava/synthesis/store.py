@@ -18,7 +18,6 @@ ends. A store that is deleted while it is in use is written again, as a whole, w
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -33,9 +32,11 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from qllava.config import InputError
+from qllava.files import Lock
 
 Message: TypeAlias = dict[str, Any]
 
+_ADVICE = "wait until it ends, or give this run a store of its own"
 _LONGEST_LINE = 1 << 32  # bytes
 _PIECE = 1 << 20  # bytes that are copied at a time
 
@@ -124,7 +125,7 @@ class Store:
         """Release the file."""
         if self._file >= 0:
             os.close(self._file)
-        _free_lock(self._lock, self.path)
+        self._lock.free()
 
     def get(self, key: str) -> Reply | None:
         """The reply to a call, if it was ever given."""
@@ -278,39 +279,19 @@ def _record(line: bytes) -> _Record:
     return _Record(key, reply, failed, requests, lost)
 
 
-def _lock_path(path: Path) -> Path:
-    """The file beside a store that is locked; the same for every name that links lead from."""
+def _take_lock(path: Path) -> Lock:
+    """Lock a hidden file beside a store, the same for every name that links lead from.
+
+    Raises:
+        InputError: Another process has it, or it cannot be made.
+    """
     real = path.resolve()
-    return real.with_name(f".{real.name}.lock")
-
-
-def _take_lock(path: Path) -> int:
-    """Lock the file beside a store. Raises InputError when another process has it, or it cannot be made."""
-    lock = _lock_path(path)
-    while True:
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise _no_place(path, error) from error
-        try:
-            _lock_file(file, path)
-            if os.path.samestat(os.fstat(file), lock.stat()):
-                return file
-        except FileNotFoundError:  # who had it has just ended, and removed it
-            pass
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
-
-
-def _free_lock(file: int, path: Path) -> None:
-    """Remove the file beside a store, if it is still the one that is held, and then release it."""
-    lock = _lock_path(path)
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(file), lock.stat()):
-            lock.unlink()
-    os.close(file)
+    lock = Lock(real.with_name(f".{real.name}.lock"), real.with_name(f".{real.name}.holder"))
+    try:
+        lock.take(str(path), _ADVICE)
+    except OSError as error:
+        raise _no_place(path, error) from error
+    return lock
 
 
 def _write(file: int, content: bytes) -> None:
@@ -323,9 +304,7 @@ def _lock_file(file: int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise InputError(
-            f"{path} is in use by another run; wait for its end, or give this one a file of its own."
-        ) from error
+        raise InputError(f"{path} is in use by another process; {_ADVICE}.") from error
 
 
 def _no_place(path: Path, error: OSError) -> InputError:

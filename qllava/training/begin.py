@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qllava.config import InputError
+from qllava.surroundings import prepare_process
 from qllava.training import command
 from qllava.training.before import look
 from qllava.training.defaults import FINETUNE, PRETRAIN, Defaults
@@ -23,6 +24,7 @@ def finetune(args: Sequence[str] | None = None) -> int:
 
 
 def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
+    prepare_process()
     line = list(sys.argv[1:] if args is None else args)
     try:
         if command.show_help(line, defaults):

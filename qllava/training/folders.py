@@ -7,7 +7,9 @@ results.json                  written last: a folder that has it holds a finishe
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 
 from qllava.config import NANO, InputError
+from qllava.files import HIDDEN, locked_folder
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import write_card
 from qllava.models.decided import decided_by
@@ -35,12 +38,16 @@ ABOUT_ADAPTER = (
 )
 
 
-def open_folder(settings: Settings) -> Path:
-    """Make or reopen the run's folder. Raises InputError for a finished run."""
+def open_folder(settings: Settings, held: ExitStack) -> Path:
+    """Make or reopen the run's folder, which belongs to this run until `held` is closed.
+
+    Raises:
+        InputError: The folder holds a finished run, or another process is writing to it.
+    """
     with processes.together():
         try_out(settings.train)
     settle_model(settings)
-    folder = processes.by_main(partial(_opened, settings))
+    folder = processes.by_main(partial(_opened, settings, held))
     if settings.model.is_nano:
         settings.model.model_name_or_path = NANO
     return folder
@@ -66,17 +73,21 @@ def settle_model(settings: Settings) -> None:
         setattr(settings.model, setting, value)
 
 
-def _opened(settings: Settings) -> Path:
+def _opened(settings: Settings, held: ExitStack) -> Path:
     folder = Path(str(settings.train.output_dir))
     # Again, where it was looked at before: another command may have begun or finished here since then.
-    check_output(
-        {**asdict(settings.model), "output_dir": folder, "overwrite_output_dir": settings.train.overwrite_output_dir}
-    )
-    finished = (folder / RESULTS_FILE).is_file()
+    given = {
+        **asdict(settings.model),
+        "output_dir": folder,
+        "overwrite_output_dir": settings.train.overwrite_output_dir,
+    }
+    check_output(given)
     try:
-        if finished:  # an unfinished one is continued: schedulers give the same command again
-            _clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked_folder(folder, "wait until it ends, end it, or choose another output_dir"))
+        check_output(given)  # it may have ended while the lock was waited for
+        if (folder / RESULTS_FILE).is_file():  # an unfinished one is continued: schedulers give the same command again
+            _clear(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
@@ -88,7 +99,7 @@ def _clear(folder: Path) -> None:
     """Remove a finished run. What marks it as one goes last: killed in between, it is none that could be continued."""
     results, settings = folder / RESULTS_FILE, folder / RUN_FILE
     for path in folder.iterdir():
-        if path in (results, settings):
+        if path in (results, settings) or path.name in HIDDEN:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -156,7 +167,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
     """
     write_report(folder, results)
     if adapter_at(str(folder)):
-        about = [ABOUT_ADAPTER.format(folder=folder.name)]
+        about = [ABOUT_ADAPTER.format(folder=shlex.quote(folder.name))]
         write_card(folder, folder, read_record(folder), "peft", about, results)
     for path in folder.iterdir():
         if path.is_file():

@@ -8,6 +8,7 @@ ended waits for ever. With one process nothing here does more than the call that
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -18,12 +19,63 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object
 
 from qllava.config import InputError
+from qllava.models.errors import one_line
 
 T = TypeVar("T")
 
 
 class Elsewhere(InputError):
     """Another process has failed and says why; this one ends with it, and has nothing to say."""
+
+
+# What launchers set, and what is taken for several processes where it is left over from one.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Say for which processes this one waits, where they find each other inside; nothing for a process that is alone.
+
+    torch waits in C, for as long as `ddp_timeout` says, for processes that nobody may have started.
+
+    Raises:
+        InputError: What a launcher has set is incomplete, or not all processes came in time.
+    """
+    found = {name: os.environ[name] for name in (*SIZES[:3], *LAUNCHED) if os.environ.get(name)}
+    count = max((_number(name, found[name]) for name in SIZES if name in found), default=1)
+    if not found or (count == 1 and "LOCAL_RANK" not in found) or torch.distributed.is_initialized():
+        yield
+        return
+    alone = f"unset {', '.join(found)} to train in one process"
+    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in found]
+    if missing and "LOCAL_RANK" in found and not any(name in found for name in SIZES[:3]):
+        raise InputError(f"LOCAL_RANK is set and {' and '.join(missing)} not: start with torchrun, or {alone}.")
+    at = f"{found.get('MASTER_ADDR', '127.0.0.1')}:{found.get('MASTER_PORT', '29500')}"
+    # One of them speaks; which has a name of its own only where torch's launcher has started them.
+    if count > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or found.get("RANK") == "0"):
+        because = next(f"{name}={found[name]}" for name in SIZES if found.get(name) == str(count))
+        print(
+            f"qllava: waiting for {count} processes at {at}, this one included, because {because} is set; {alone}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        raise InputError(
+            f"The {count} processes of this run did not find each other at {at} ({one_line(error)}): start all of "
+            f"them, or {alone}."
+        ) from error
+
+
+def _number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(
+            f"{name} is set to {text!r} and must be a number; unset it to train in one process."
+        ) from error
 
 
 def several() -> bool:
@@ -34,6 +86,11 @@ def several() -> bool:
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return bool(PartialState().is_main_process)
+
+
+def speaks() -> bool:
+    """Whether this is the main process, also before the processes have found each other: asking does not wait."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def share() -> tuple[int, int]:

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
+from qllava.surroundings import prepare_process
 from qllava.training import disk, folders, outcome, processes, samples, scores
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
@@ -56,12 +58,17 @@ from qllava.training.trainer import METRICS_FILE
 
 def pretrain(settings: Settings) -> Path:
     """Stage 1 alone: the projector learns from captions. Returns the run's folder."""
+    with ExitStack() as held:
+        return _pretrain(settings, held)
+
+
+def _pretrain(settings: Settings, held: ExitStack) -> Path:
     for name, given in (("projector", settings.model.projector), ("pretrain_file", settings.data.pretrain_file)):
         if given:
             raise InputError(f"The setting {name} is one of finetune_lora; stage 1 learns from train_file, remove it.")
     if start := adapter_at(settings.model.model_name_or_path):
         raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
-    folder = folders.open_folder(settings)
+    folder = folders.open_folder(settings, held)
     started = time.monotonic()
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     begun = processes.by_main(partial(_begin, settings, folder, files))
@@ -77,11 +84,7 @@ def pretrain(settings: Settings) -> Path:
     results = {"seconds": round(time.monotonic() - started, 1), **trained}
     processes.by_main(partial(folders.finish, folder, results))
     folders.say_next(
-        f"Stage 1 is done: {folder}",
-        [
-            f"python recipes/finetune_lora.py --projector {folder} ...   tune on your conversations",
-            f"open {folder / 'report.html'}",
-        ],
+        f"Stage 1 is done: {folder} (open {folder / 'report.html'} in a browser)", outcome.next_commands(folder)
     )
     return folder
 
@@ -95,8 +98,13 @@ def _begin(settings: Settings, folder: Path, files: list[Part]) -> dict[str, Any
 
 def finetune(settings: Settings) -> Path:
     """Both stages, or the second alone where a projector is given. Returns the run's folder."""
+    with ExitStack() as held:
+        return _finetune(settings, held)
+
+
+def _finetune(settings: Settings, held: ExitStack) -> Path:
     start = _start(settings)
-    folder = folders.open_folder(settings)
+    folder = folders.open_folder(settings, held)
     take_projector(settings, folder)
     started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
@@ -338,13 +346,15 @@ def _drawn(held_out: list[Part], prepared: Prepared | None, config: TrainConfig)
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:
     """Run a recipe: errors that a user can mend are one sentence on stderr and status 1, signals have their own."""
+    prepare_process()
     try:
         with handled():
-            chosen = settings()
+            with processes.meeting():
+                chosen = settings()
             with processes.one_voice():
                 run(chosen)
     except Stopped as stopped:
-        if processes.is_main():
+        if processes.speaks():
             print(f"qllava: {stopped}", file=sys.stderr)
         return stopped.status
     except processes.Elsewhere:

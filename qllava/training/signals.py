@@ -1,5 +1,8 @@
 """Signals that end a run: between steps when it trains, so that it is saved first; at once at any other time.
 
+Python runs a handler between two of its own instructions. While the main thread waits in C (for another process, a
+driver, a file system) it runs none, so a second thread ends the process then, without what is cleaned up otherwise.
+
 | signal | sent by | status |
 |---|---|---|
 | SIGTERM | a preemption, a container that is stopped | 143 |
@@ -110,9 +113,50 @@ def _end(name: str) -> None:
     raise Stopped(name)
 
 
+GRACE = 1.0
+"""Seconds in which Python has to run the handler of a signal before the process is ended without it."""
+
+
+class _Watch:
+    """Ends the process if a signal comes whose handler Python cannot run."""
+
+    def __init__(self) -> None:
+        self.handled = threading.Event()
+        self._numbers, self._inlet = os.pipe()
+        os.set_blocking(self._inlet, False)
+        # Python's handler in C writes the number of each signal here, whatever the main thread is doing.
+        self._former = signal.set_wakeup_fd(self._inlet, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._former)
+        os.write(self._inlet, b"\0")
+        os.close(self._inlet)
+
+    def _watch(self) -> None:
+        while number := ord(os.read(self._numbers, 1) or b"\0"):
+            name = signal.Signals(number).name
+            if name in STATUS and not self.handled.wait(GRACE):
+                os.write(2, f"qllava: {Stopped(name)}\n".encode())
+                os._exit(STATUS[name])
+        os.close(self._numbers)
+
+
+def _leave_watching() -> None:
+    """In a forked process: its signals are no matter of the parent's, whose pipe it has."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_watching)
+
+
 @contextmanager
 def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
     """Let a function have the names of the signals that come; without one they end the run at once, with `Stopped`.
+
+    Without one, the run also ends within two seconds while the main thread waits in C, where Python runs no handler.
 
     In a thread beside the main one Python lets nobody handle signals; nothing is changed there.
     """
@@ -120,9 +164,13 @@ def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
         yield
         return
     process = os.getpid()
+    former_inlet = signal.set_wakeup_fd(-1)  # a step that is being computed is not cut off by a watch outside of this
+    watch = _Watch() if by is _end else None
 
     def handler(number: int, frame: Any) -> None:
         if os.getpid() == process:
+            if watch:
+                watch.handled.set()
             by(signal.Signals(number).name)
         elif number == signal.SIGTERM:  # a process that was forked from this one inherits the handler
             os._exit(STATUS["SIGTERM"])
@@ -133,3 +181,6 @@ def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
     finally:
         for name, former in before.items():
             signal.signal(getattr(signal, name), former)
+        if watch:
+            watch.close()
+        signal.set_wakeup_fd(former_inlet)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qllava.surroundings import prepare_process
+
 
 def work(config: dict[str, Any]) -> None:
     """What each worker does: `recipes/finetune_lora.py` with these words. Raises RuntimeError when it fails.
@@ -59,4 +61,5 @@ def launch(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     launch()

@@ -184,4 +184,4 @@ def test_two_runs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
     with Store(tmp_path / "out.calls.jsonl"):
         assert run(tmp_path, "--base-url", "http://127.0.0.1:9/v1") == 1
-    assert "in use by another run" in capsys.readouterr().err
+    assert "in use by process" in capsys.readouterr().err

@@ -90,12 +90,12 @@ def test_a_broken_line_before_the_end_is_named(tmp_path: Path, line: bytes) -> N
 
 def test_one_process_writes_and_the_lock_dies_with_it(tmp_path: Path) -> None:
     path = tmp_path / "calls.jsonl"
-    hold = f"from pathlib import Path; from qllava.synthesis.store import Store; Store(Path({str(path)!r})); "
+    hold = f"from pathlib import Path; from qllava.synthesis.store import Store; held = Store(Path({str(path)!r})); "
     code = hold + "print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="in use by another run"):
+        with pytest.raises(InputError, match="in use by process"):
             Store(path)
         other.kill()
         other.wait()
@@ -115,9 +115,9 @@ def test_a_store_that_is_deleted_while_it_is_in_use_lets_nobody_in_and_comes_bac
     with Store(path) as store:
         store.add((call("one"), reply("1")))
         path.unlink()
-        assert "in use by another run" in run_other(path)
+        assert "in use by process" in run_other(path)
         assert not path.exists()
-        with pytest.raises(InputError, match="in use by another run"):  # nor this one again
+        with pytest.raises(InputError, match="in use by process"):  # nor this one again
             Store(path)
         store.add((call("two"), reply("2")))
         assert store.get(call("one").key) == reply("1")
@@ -160,7 +160,7 @@ def test_one_store_by_two_names_is_one(tmp_path: Path) -> None:
         (tmp_path / "link.jsonl").symlink_to(path)
         (tmp_path / "hard.jsonl").hardlink_to(path)
         for name in ("link.jsonl", "hard.jsonl"):
-            with pytest.raises(InputError, match="in use by another run"):
+            with pytest.raises(InputError, match="in use by"):
                 Store(tmp_path / name)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from qllava.config import InputError
 from qllava.data.collate import weightless_row
 from qllava.training import processes
 from tests.tiny_runs import Tiny, make_trainer, refusal
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_alone() -> None:
@@ -73,3 +80,78 @@ def test_a_weightless_row_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     (loss, gradients), (again, others) = found
     assert loss > 0 and torch.equal(loss, again) and len(gradients) == len(others)
     assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def left_over(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What a launcher has set in the shell, and nothing else."""
+    for name in (*processes.LAUNCHED, *processes.SIZES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_says_what_is_waited_for(left_over: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = "unset RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT to train in one process."
+    with processes.meeting():
+        pass
+    assert capsys.readouterr().err == (
+        f"qllava: waiting for 2 processes at 127.0.0.1:1, this one included, because WORLD_SIZE=2 is set; {alone}\n"
+    )
+    with pytest.raises(InputError) as caught, processes.meeting():
+        raise torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.")
+    said = str(caught.value)
+    assert said.startswith("The 2 processes of this run did not find each other at 127.0.0.1:1 (Timed out after 1801")
+    assert said.endswith(alone)
+
+
+def test_of_many_processes_one_speaks(left_over: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left_over.setenv("RANK", "1")
+    with processes.meeting():
+        assert "waiting for 2" in capsys.readouterr().err
+    left_over.setenv("TORCHELASTIC_RUN_ID", "none")
+    with processes.meeting():
+        assert capsys.readouterr().err == ""
+
+
+def test_who_is_alone_waits_for_nobody(left_over: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left_over.setenv("WORLD_SIZE", "1")
+    with processes.meeting():
+        assert capsys.readouterr().err == ""
+    left_over.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE is set to 'two' and must be a number"), processes.meeting():
+        pass
+    left_over.delenv("WORLD_SIZE")
+    left_over.setenv("LOCAL_RANK", "0")
+    with pytest.raises(InputError, match="LOCAL_RANK is set and WORLD_SIZE not"), processes.meeting():
+        pass
+
+
+WAITING = """
+from qllava.training.run import main
+from qllava.training.settings import TrainConfig
+raise SystemExit(main(lambda settings: None, lambda: TrainConfig(output_dir="run")))
+"""
+
+
+def test_a_run_that_waits_for_others_ends_by_a_signal(left_over: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch waits in C, where Python runs no handler."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        left_over.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    left_over.setenv("PYTHONPATH", str(ROOT))
+    with subprocess.Popen([sys.executable, "-c", WAITING], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        assert "waiting for 2 processes" in next(line for line in process.stderr if line.startswith("qllava: "))
+        time.sleep(2)  # from the sentence into torch
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=2) == 143
+        finally:
+            process.kill()
+        assert process.stderr.read().endswith("qllava: ended by SIGTERM; the same command continues the run.\n")

@@ -1,4 +1,4 @@
-# make env | finetune | test | test-search | test-all | interop | lint | advisories | system-deps
+# make env | finetune | test | test-search | test-gpu | test-all | interop | lint | advisories | system-deps
 #
 # Only git, make and Python >= 3.11 are taken for granted. Another interpreter: make env PYTHON=python3.12
 PYTHON ?= python3
@@ -8,13 +8,14 @@ STAMP   = $(VENV)/.qllava-installed
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test test-search test-all interop lint advisories system-deps
+.PHONY: help env finetune test test-search test-gpu test-all interop lint advisories system-deps
 
 help:
 	@echo "make env          install qllava and its tools into $(VENV) (the first time about 6 GB, most of it torch)"
 	@echo "make finetune     both training stages of the embedded nano model: minutes, no GPU, no account"
 	@echo "make test         unit and browser tests: minutes"
 	@echo "make test-search  property tests on examples that are drawn at random, other ones in every run"
+	@echo "make test-gpu     the tests that need a GPU; all others compute on the CPU, whatever is there"
 	@echo "make test-all     every test, the slow ones and those for a GPU included"
 	@echo "make interop      build llama.cpp from source (a C++ compiler; 10 minutes), and ask it what transformers is asked"
 	@echo "make lint         ruff and mypy"
@@ -55,8 +56,13 @@ test-search: env
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -rs $(SIDE_BY_SIDE) -m "not slow and not gpu and not interop" \
 	  $$(grep -rl "^from hypothesis import" tests) $(ARGS)
 
+# One process: the card's memory is one.
+test-gpu: env
+	QLLAVA_TEST_GPU=1 $(BIN)/python -m pytest -rs -m gpu $(ARGS)
+
 test-all: env
-	$(BIN)/python -m pytest -rs $(ARGS)
+	$(BIN)/python -m pytest -rs -m "not gpu" $(ARGS)
+	$(MAKE) test-gpu
 
 interop: env $(VENV)/.qllava-llama-cpp
 	$(BIN)/python -m pytest -rs -s -m interop $(ARGS)

@@ -2,6 +2,9 @@
 
 Property tests draw the same examples in every run, so that a test that passed yesterday passes today. The random search
 is a run of its own (`make test-search`, which sets HYPOTHESIS_PROFILE); what it finds becomes an `@example`.
+
+Tests compute on the CPU on every machine: types, kernels and figures are others on a GPU. Those that are marked `gpu`
+need one and run in a tier of their own (`make test-gpu`, which sets QLLAVA_TEST_GPU).
 """
 
 from __future__ import annotations
@@ -12,6 +15,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported, and for the processes that tests start.
+os.environ.update(
+    {}
+    if os.environ.get("QLLAVA_TEST_GPU") == "1"
+    else dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
+)
 
 import numpy as np
 import pytest
@@ -24,11 +34,22 @@ from qllava.models.checkpoint import save_llava
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, make_tiny_runs
 
+GPU_TIER = os.environ.get("QLLAVA_TEST_GPU") == "1"
+
 # Without a database: what one run found must not change the next. Without a deadline: other programs may run meanwhile.
 # The blob reproduces a failure on any machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("search", database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the GPU's own tests where the device is hidden, and the others where it is not."""
+    wants = item.get_closest_marker("gpu") is not None
+    if wants and not GPU_TIER:
+        pytest.skip("the GPU is hidden from these tests: run `make test-gpu`")
+    if GPU_TIER and not wants:
+        pytest.skip("computes on the CPU: run `make test`")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Each rule is a function from source text to problems, so that it is tested on a 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -222,6 +223,37 @@ def test_a_module_that_is_imported_says_nothing_on_stdout() -> None:
         [sys.executable, "-c", "import qllava.cli"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert out.stdout == ""
+
+
+def hides_devices(source: str) -> bool:
+    """Whether a conftest hides the GPUs before anything that could look for them is imported."""
+    lines = source.splitlines()
+    hides = "CUDA_VISIBLE_DEVICES" in source and [
+        n for n, line in enumerate(lines) if line.startswith("os.environ.update(")
+    ]
+    heavy = [n for n, line in enumerate(lines) if re.match(rf"(import|from) ({'|'.join(HEAVY)}|qllava|tests)\b", line)]
+    return bool(hides) and max(hides) < min(heavy)
+
+
+def test_tests_compute_on_the_cpu_whatever_is_there() -> None:
+    """Types, kernels and figures are others on a GPU: it is hidden from tests, and from the processes they start."""
+    assert hides_devices((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
+    late = "import torch\nos.environ.update({'CUDA_VISIBLE_DEVICES': ''})"
+    assert not hides_devices(late) and not hides_devices("import torch")
+    if os.environ.get("QLLAVA_TEST_GPU") != "1":
+        told = subprocess.run(
+            [sys.executable, "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert told.stdout == "''\n"
+    # An environment that a test makes for a process is that of the tests, with changes; these import no torch.
+    new = re.compile(r"env(?:iron|ironment)? ?= ?\{(?!\*\*|name: value for)")
+    assert [name(p) for p in TESTS if p != Path(__file__) and new.search(p.read_text())] == [
+        "tests/synthesis/test_rules.py",
+        "tests/test_before_torch.py",
+    ]
 
 
 def prepares(path: Path) -> bool:

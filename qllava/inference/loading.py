@@ -10,6 +10,7 @@ import yaml
 
 from qllava.config import InputError
 from qllava.inference.chat import Chat
+from qllava.models.threads import settle_threads
 
 RUNS = Path("runs")
 
@@ -34,6 +35,7 @@ def load(
         from qllava.models.adapter import load_run
 
         network, processor = load_run(folder, [base_model] if isinstance(base_model, str | Path) else base_model)
+        settle_threads(network)
         return Chat(network.eval(), processor, str(folder))
     if base_model:
         raise InputError(f"{model} is no run with an adapter, so it has no base elsewhere; leave --base-model out.")
@@ -51,6 +53,7 @@ def load(
         quantization_config=nf4(compute) if load_in_4bit else None,
         device_map={"": "cuda:0"} if cuda else None,
     )
+    settle_threads(network)
     return Chat(network.eval(), processor, model)
 
 

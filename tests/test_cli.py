@@ -186,14 +186,12 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for loop in ("chat_loop", "compare_loop"):
         monkeypatch.setattr(f"qllava.inference.{loop}", lambda *a, **k: calls.append((a, k)) or 0)
     assert cli.main(["chat", "nano"]) == 0
-    settings = Settings(None, 0.0, 256, None)
-    assert calls[0] == (
-        ("nano",),
-        {"images": [], "prompt": None, "settings": settings, "load_in_4bit": False, "dtype": None, "base_model": []},
-    )
+    settings = Settings(None, None, 256, None)
+    loading = {"load_in_4bit": False, "dtype": None, "base_model": [], "recommended_sampling": False}
+    assert calls[0] == (("nano",), {"images": [], "prompt": None, "settings": settings, **loading})
     line = (
         "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2 "
-        "--seed 3 --system Brief --dtype bfloat16"
+        "--seed 3 --system Brief --dtype bfloat16 --sampling recommended"
     )
     assert cli.main(line.split()) == 0
     assert calls[1][1] == {
@@ -203,6 +201,7 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "load_in_4bit": True,
         "dtype": "bfloat16",
         "base_model": [],
+        "recommended_sampling": True,
     }
     assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
     assert calls[2][0] == (("m", "n"),) and calls[2][1]["votes"] == Path("v.jsonl")

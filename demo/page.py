@@ -15,6 +15,7 @@ from demo.talk import Talk
 from demo.visitors import Visitors
 from qllava.data.votes import Verdict, VoteFile
 from qllava.inference import Chat, about, label
+from qllava.models.positions import positions_of
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_WAITING = 100
@@ -172,7 +173,7 @@ def _textbox(name: str, placeholder: str) -> gr.MultimodalTextbox:
 
 
 def _drawer(chat: Chat, names: tuple[str, ...], values: tuple[float, ...]) -> Drawer:
-    context = chat.model.config.get_text_config().max_position_embeddings
+    context = positions_of(chat.model.config.get_text_config())
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(
             label="Instructions",

@@ -22,6 +22,7 @@ from qllava.config import InputError
 from qllava.inference.memory import answering, prompts_that_fit
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import out_of_memory
+from qllava.models.positions import positions_of
 
 T = TypeVar("T")
 MOST = 32
@@ -94,7 +95,7 @@ class Batches:
         }
         self._dtype = model.get_output_embeddings().weight.dtype
         self._lengths = [len(prompt) for prompt in prompts]
-        context = model.config.get_text_config().max_position_embeddings
+        context = positions_of(model.config.get_text_config())
         self._allowed = [min(max_new_tokens, context - length) for length in self._lengths]
         each, mark = tokens_per_image(model.config), model.config.image_token_index
         self._images = [list(prompt).count(mark) // each for prompt in prompts]

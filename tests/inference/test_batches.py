@@ -13,7 +13,7 @@ import torch
 from qllava.config import InputError
 from qllava.conversation import Conversation
 from qllava.inference import Chat, Prompt, Room, answer_prompts, batches, user_turn
-from qllava.inference.batches import MOST, attempt, available
+from qllava.inference.batches import MOST, Batches, attempt, available
 from qllava.inference.memory import answering
 from tests.small_memory import OUT_OF_MEMORY, small_memory
 from tests.tiny_models import IMAGE_TOKENS, make_picture, make_tiny_model, make_tiny_processor
@@ -136,6 +136,20 @@ def test_several_processes_form_the_same_batches(chat: Chat, monkeypatch: pytest
     sizes = small_memory(monkeypatch, 5, OUT_OF_MEMORY)
     ask(chat, QUESTIONS, room=Room(agree=agree))
     assert sizes == [1] * 5 and len(asked) == 1 and asked[0] > 1
+
+
+def test_positions_that_a_rope_scaling_adds_are_for_prompts_and_answers() -> None:
+    processor = make_tiny_processor()
+    model = make_tiny_model(processor, context=32)
+    text: Any = model.config.get_text_config()
+    text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": 4.0}
+    found = Batches(model, [[5] * 40, [6] * 28, [7] * 120], 12, Room())
+    spaces = {}
+    while found.waiting:
+        batch, space = found.next()
+        spaces |= dict.fromkeys(batch, space)
+        found.answered(batch)
+    assert spaces == {0: 12, 1: 12, 2: 8}
 
 
 def test_an_answer_does_not_depend_on_what_it_shared_a_batch_with() -> None:

@@ -157,6 +157,19 @@ class TestChoice:
         nan = fastest([torch.ones(3)], {"groups": right, "flex": lambda row: [row[0] * float("nan")]})
         assert nan.kernel == "groups"
 
+    @pytest.mark.parametrize("place", range(3))
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_one_that_is_not_finite_anywhere_is_left_out(self, place: int, value: float) -> None:
+        def fast(row: list[Tensor]) -> list[Tensor]:
+            return [row[0] * (value if index == place else 2) for index in range(3)]
+
+        def slow(row: list[Tensor]) -> list[Tensor]:
+            time.sleep(0.005)
+            return [row[0] * 2] * 3
+
+        chosen = fastest([torch.ones(3)], {"groups": slow, "flex": fast})
+        assert chosen.kernel == "groups" and "flex computes values that are not finite" in chosen.why
+
     def test_a_resumed_run_keeps_its_own(self) -> None:
         """Whatever is faster today: two kernels round differently."""
 

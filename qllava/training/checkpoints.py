@@ -30,6 +30,8 @@ MANIFEST_FILE = "manifest.json"
 BEGUN_FILE = "begun.json"
 """In a finished stage 1, whose checkpoints may be gone: what the run was begun with."""
 PARTIAL = ".partial"
+_OLD = "old-"
+"""Before the name of a checkpoint, under `.partial`, that makes way for another of the same step."""
 
 
 @contextmanager
@@ -99,6 +101,7 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
 
     Raises InputError that shows the difference.
     """
+    recover(folder)
     for place in (folder, *reversed(checkpoints(folder))):
         try:
             record = place / (BEGUN_FILE if place == folder else MANIFEST_FILE)
@@ -166,11 +169,30 @@ def engine_of(folder: Path) -> tuple[str, int]:
 
 
 def publish(aside: Path, folder: Path) -> None:
-    """Give a sealed folder its name; one that has the name already (it was not whole) makes way first."""
+    """Give a sealed checkpoint its name; one that has the name already makes way first.
+
+    The earlier one may be corrupt, or intact: a step can be saved twice (at its interval, and as the best one). A run
+    that is killed in between gets it back from `recover`.
+    """
+    old = aside.with_name(f"{_OLD}{aside.name}")
     if folder.exists():
-        folder.rename(aside.with_name(f"old-{aside.name}"))
-    aside.rename(folder)
+        folder.rename(old)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     flush(folder.parent)
+
+
+def recover(folder: Path) -> None:
+    """Give intact checkpoints their names back that had made way for a second save which was killed (`publish`)."""
+    for old in sorted((folder / PARTIAL).glob(f"{_OLD}checkpoint-*")):
+        place = folder / old.name.removeprefix(_OLD)
+        if not place.exists() and fault(old) is None:
+            old.rename(place)
+            flush(folder)
 
 
 def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
@@ -211,6 +233,7 @@ def fault(folder: Path, *, read: bool = True) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence for each newer one that was skipped."""
+    recover(folder)
     skipped: list[str] = []
     for place in reversed(checkpoints(folder)):
         reason = fault(place)

@@ -28,6 +28,7 @@ from qllava.training.checkpoints import (
     fault,
     newest,
     publish,
+    refuse_changes,
     rotate,
     seal,
 )
@@ -142,6 +143,37 @@ class TestRotation:
         made = [self.make(tmp_path, step) for step in (1, 2)]
         rotate(tmp_path, None)
         assert checkpoints(tmp_path) == made
+
+    @pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
+    def test_a_second_save_of_a_step_that_does_not_end_keeps_the_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+    ) -> None:
+        """It is the only one under a limit of 1; between the two renames neither has the name."""
+        first, rename = self.make(tmp_path, 1), Path.rename
+
+        class Killed(BaseException):
+            """Nothing runs after a kill; no code catches this."""
+
+        def renamed(path: Path, target: Path) -> Path:
+            if target == first and not path.name.startswith("old-"):
+                raise Killed if killed else OSError(28, "No space left on device")
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", renamed)
+            with pytest.raises(Killed if killed else OSError):
+                self.make(tmp_path, 1)
+        assert first.exists() != killed
+        with pytest.raises(InputError, match="was begun with other data or settings"):
+            refuse_changes(tmp_path, {"seed": 1})
+        assert newest(tmp_path) == (first, [])
+
+    def test_a_corrupt_one_that_made_way_stays_away(self, tmp_path: Path) -> None:
+        first = self.make(tmp_path, 1)
+        cut(first / "weights")
+        (tmp_path / PARTIAL).mkdir()
+        first.rename(tmp_path / PARTIAL / "old-checkpoint-1")
+        assert newest(tmp_path) == (None, [])
 
     def test_one_of_the_same_name_makes_way(self, tmp_path: Path) -> None:
         cut(self.make(tmp_path, 1) / "weights")

@@ -47,6 +47,9 @@ class Room:
     """Bytes that all tensors on the device may take, the model's included; None for all that is free."""
     agree: Callable[[int], int] = int
     """Makes one number of those of several processes, so that all of them form the same batches."""
+    beside: Callable[[], int] = int
+    """Bytes that are held beside the model and its gradients, where torch does not count them (on a CPU): such as an
+    optimizer's state."""
     halves: bool = True
     """Whether a batch that was too large is tried again in halves; not where other processes wait for its end."""
 
@@ -56,7 +59,7 @@ class Room:
         free = _free_on_gpu(device) if device.type == "cuda" else int(SHARE_OF_HOST * available())
         if self.limit is not None:
             cuda = device.type == "cuda"
-            taken = torch.cuda.memory_allocated(device) if cuda else _held_by(model)
+            taken = torch.cuda.memory_allocated(device) if cuda else _held_by(model) + self.beside()
             free = min(free, int((SHARE if cuda else 1) * (self.limit - taken)))
         return self.agree(max(free, 0))
 
@@ -204,9 +207,12 @@ def _free_on_gpu(device: torch.device) -> int:
 
 
 def _held_by(model: Any) -> int:
-    """Bytes of a model's tensors and their gradients."""
+    """Bytes of a model's tensors, the scales of its 4-bit weights, and the gradients."""
     gradients = (p.grad for p in model.parameters() if p.grad is not None)
-    return sum(tensor.nbytes for group in (model.parameters(), model.buffers(), gradients) for tensor in group)
+    packed = [state for p in model.parameters() if (state := getattr(p, "quant_state", None))]
+    states = [*packed, *(state.state2 for state in packed if state.nested)]
+    scales = (tensor for state in states for tensor in (state.absmax, state.code, state.offset) if tensor is not None)
+    return sum(tensor.nbytes for group in (model.parameters(), model.buffers(), gradients, scales) for tensor in group)
 
 
 def _size(size: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from trl import SFTTrainer
 
@@ -140,10 +141,17 @@ class RowTrainer(SFTTrainer):
         self._metrics, self._total_train_tokens = metrics, tokens
 
     def _moments(self) -> Tensor:
-        """As many bytes as the optimizer's state, which comes with the first step, will take on the device."""
-        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        """As many bytes as the optimizer's state will take on the device beyond what it has.
+
+        It comes with the first step; in a run that is resumed it was loaded before. Under FSDP and ZeRO the optimizer
+        knows the share of this rank.
+        """
+        there: Any = self.optimizer.state if self.optimizer else {}
+        groups = self.optimizer.param_groups if self.optimizer else [{"params": self.model.parameters()}]
+        learning = [p for group in groups for p in group["params"] if p.requires_grad]
+        shapes = [_local(p).shape for p in learning if not any(map(torch.is_tensor, there.get(p, {}).values()))]
         try:
-            return torch.empty(held_by(self.args.optimizer, sizes), dtype=torch.uint8, device=self.args.device)
+            return torch.empty(held_by(self.args.optimizer, shapes), dtype=torch.uint8, device=self.args.device)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -151,6 +159,11 @@ class RowTrainer(SFTTrainer):
             f"Memory does not suffice for the state of {self.args.optimizer} beside the model; lower lora_r, or take "
             "optim paged_adamw_8bit."
         )
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state in this process."""
+        states: Any = self.optimizer.state.values() if self.optimizer else ()
+        return sum(_local(value).nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Take a held-out batch into the means of `evaluation_loop`; transformers would average over batches."""
@@ -205,6 +218,11 @@ def _largest(lengths: np.ndarray, pictures: np.ndarray, count: int) -> list[list
     order = np.argsort(lengths, kind="stable")
     found = (order[-count:].tolist(), order[pictures[order] != 0][-count:].tolist())
     return [found[0]] if found[1] in ([], found[0]) else list(found)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that FSDP shares out; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _longest(batch: dict[str, Any]) -> int:

@@ -139,7 +139,8 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     stage, memory = fitted(stage, model, assembled, start)
     progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths, stage.train.pictures), SaveAndStop()
     # One room for all evaluations: each size that did not fit is met once.
-    ask = partial(scores.exact_match, model, assembled, room=scores.room_for(stage.config))
+    room = scores.room_for(stage.config)
+    ask = partial(scores.exact_match, model, assembled, room=room)
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -152,7 +153,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         begun_with=stage.begun_with,
         kept=processes.by_main(partial(computed_in, start)) if start else {},
     )
-    begin.trainer = trainer
+    begin.trainer, room.beside = trainer, trainer.state_bytes
     if processes.fsdp_asked() and not trainer.is_fsdp_enabled:
         raise InputError("accelerate was told of FSDP and has none here, where no GPU is; take another configuration.")
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar

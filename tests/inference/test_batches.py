@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -118,6 +119,20 @@ def test_batches_are_as_large_as_the_memory(chat: Chat, monkeypatch: pytest.Monk
     sizes.clear()
     ask(chat, QUESTIONS, room=Room(limit=held))
     assert sizes == [1] * 5
+
+
+def test_what_is_held_beside_the_model_is_counted(chat: Chat) -> None:
+    room = Room(limit=1 << 30)
+    before = room.free(chat.model)
+    weight = next(chat.model.parameters())
+    _, state = bnb.functional.quantize_4bit(weight.data.flatten()[:512], quant_type="nf4", compress_statistics=True)
+    weight.quant_state = state
+    held = [*(getattr(s, name) for s in (state, state.state2) for name in ("absmax", "code")), state.offset]
+    assert before - room.free(chat.model) == sum(tensor.nbytes for tensor in held)
+    del weight.quant_state
+    weight.grad = torch.zeros_like(weight)
+    room.beside = lambda: 5000
+    assert before - room.free(chat.model) == weight.nbytes + 5000
 
 
 def test_there_is_an_upper_bound(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from benchmarks import shapes
 from qllava.config import InputError, ModelConfig
@@ -297,22 +297,48 @@ def test_amounts_that_are_none(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
-def test_optimizers_are_counted_as_bitsandbytes_makes_them(optim: str) -> None:
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [
+        ("adamw_bnb_8bit", bnb.optim.AdamW8bit),
+        ("paged_adamw_8bit", bnb.optim.AdamW8bit),
+        ("paged_adamw_32bit", bnb.optim.AdamW32bit),
+        ("adamw_torch", bnb.optim.AdamW32bit),
+        ("lion_8bit", bnb.optim.Lion8bit),
+        ("paged_lion_32bit", bnb.optim.Lion32bit),
+        ("rmsprop_bnb_8bit", bnb.optim.RMSprop8bit),
+        ("ademamix_8bit", bnb.optim.AdEMAMix8bit),
+        ("ademamix", bnb.optim.AdEMAMix),
+    ],
+)
+def test_optimizers_are_counted_as_bitsandbytes_makes_them(optim: str, kind: Any) -> None:
     """Its 8-bit moments run on the CPU; of paged ones it says itself that none is paged there, so count by hand."""
     sizes = [100, 5000, 200_000]
-    eight = optim.endswith("8bit")
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    made = (bnb.optim.AdamW8bit if eight else bnb.optim.AdamW32bit)(parameters)
+    made = kind(parameters)
     expected = 0
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
         made.init_state(made.param_groups[0], parameter, 0, 0)
         state = made.state[parameter]
-        moments = sum(state[name].nbytes for name in ("state1", "state2"))
+        moments = sum(state[name].nbytes for name in ("state1", "state2") if name in state)
         scales = sum(state[name].nbytes for name in ("absmax1", "absmax2") if name in state)
         expected += scales + (0 if "paged" in optim and parameter.numel() >= 1e5 else moments)
-    assert held_by(optim, sizes) == expected
+    assert held_by(optim, [(size,) for size in sizes]) == expected
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adagrad", "rmsprop", "adamw_torch_fused"])
+def test_optimizers_are_counted_as_torch_makes_them(optim: str, tmp_path: Path) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((7,), (30, 50), (2, 8, 9))]
+    trained = nn.ParameterList(parameters)
+    make, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=optim), trained)
+    made = make(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    states = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
+    held = sum(value.nbytes for value in states if value.dim())
+    assert held_by(optim, [p.shape for p in parameters]) == held
 
 
 @pytest.mark.parametrize("lora_r", [8, 0])

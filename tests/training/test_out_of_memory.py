@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import data_loader
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 from qllava.config import InputError
@@ -226,10 +227,37 @@ class TestOutOfMemory:
 
     def test_a_rehearsal_takes_the_optimizers_memory(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path)
-        sizes = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-        assert trainer._moments().numel() == 8 * sum(sizes)
+        shapes = [p.shape for p in trainer.model.parameters() if p.requires_grad]
+        whole = 8 * sum(shape.numel() for shape in shapes)
+        assert trainer._moments().numel() == whole
         trainer.args.optim = "adamw_bnb_8bit"
-        assert trainer._moments().numel() == held_by("adamw_bnb_8bit", sizes) < 8 * sum(sizes)
+        assert trainer._moments().numel() == held_by("adamw_bnb_8bit", shapes) < whole
+
+    def test_a_rehearsal_takes_only_what_the_optimizer_lacks(self, tiny: Tiny, tmp_path: Path) -> None:
+        """A resumed run has loaded the state before the rehearsal."""
+        trainer = make_trainer(tiny, tmp_path)
+        optimizer = trainer.create_optimizer()
+        learning = [p for group in optimizer.param_groups for p in group["params"]]
+        assert trainer._moments().numel() == 8 * sum(p.numel() for p in learning) and trainer.state_bytes() == 0
+        learning[0].grad = torch.ones_like(learning[0])
+        optimizer.step()
+        assert trainer._moments().numel() == 8 * sum(p.numel() for p in learning[1:])
+        assert trainer.state_bytes() == 8 * learning[0].numel() + 4  # and its number of steps
+        optimizer.load_state_dict(optimizer.state_dict())
+        for parameter in learning[1:]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert trainer._moments().numel() == 0
+
+    def test_a_rehearsal_takes_the_share_of_this_rank(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As under FSDP (local shards) and ZeRO (the optimizer's own flat shards): not the model's whole tensors."""
+        trainer = make_trainer(tiny, tmp_path)
+        trainer.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1000))])
+        assert trainer._moments().numel() == 8000
+        monkeypatch.setattr(rows, "_local", lambda tensor: tensor[:250])
+        assert trainer._moments().numel() == 2000
 
 
 @pytest.mark.parametrize(

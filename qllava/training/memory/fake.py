@@ -14,7 +14,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,9 @@ from qllava.models.outline import Recipe
 from qllava.training.attention import looking_at
 
 Parts = Counter[str]
+_MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}
+"""Values that an optimizer keeps of each value that is trained, where they are not AdamW's two; by the start of its
+name. SGD is transformers', without momentum."""
 
 
 def fake_llava(
@@ -261,18 +264,32 @@ def _autocast_of_the_cpu() -> Iterator[None]:
         torch.is_autocast_enabled = asked
 
 
-def held_by(optim: str, sizes: list[int]) -> int:
-    """Bytes on the card of AdamW's two moments for tensors of so many values each.
+def held_by(optim: str, shapes: Iterable[Sequence[int]]) -> int:
+    """Return the bytes on the card of an optimizer's state.
 
     bitsandbytes keeps a tensor of less than 4,096 values in 32 bit, 8-bit scales in blocks of 256, and pages what has
-    100,000 values or more.
+    100,000 values or more. Adafactor keeps the sums of rows and columns of a matrix.
+
+    Args:
+        optim: One of TRL's names; one whose state is not known here counts as AdamW.
+        shapes: Of the tensors that are trained.
     """
-    total = 0
-    for size in sizes:
+    kind = optim.removeprefix("paged_").partition("_")[0]
+    if kind == "adafactor":
+        return sum(4 * _factored(shape) for shape in shapes)
+    moments, total = _MOMENTS.get(kind, 2), 0
+    for size in map(math.prod, shapes):
         small = "8bit" not in optim or size < 4096
-        moments, scales = (8 * size, 0) if small else (2 * size, 8 * -(-size // 256))
-        total += scales + (0 if "paged" in optim and size >= 100_000 else moments)
+        values, scales = (4 * moments * size, 0) if small else (moments * size, 4 * moments * -(-size // 256))
+        total += scales + (0 if "paged" in optim and size >= 100_000 else values)
     return total
+
+
+def _factored(shape: Sequence[int]) -> int:
+    """Values that Adafactor keeps of a tensor."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1]
 
 
 def example_row(config: LlavaConfig, tokens: int, *, learned: float, samples_per_picture: int) -> Row:

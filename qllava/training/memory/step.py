@@ -10,8 +10,8 @@ The figures come from the real training step on fake tensors (`memory.fake`). Wh
 - CUDA's own context, its libraries' workspace, and what the allocator loses between its blocks are allowances
   (`CONTEXT`, `NCCL`, `FRAGMENTS`). They were not measured: there was no GPU.
 - 8-bit and paged optimizers run on real cards only and are counted by what they hold. Of `paged` ones that is what lies
-  on the card at the peak: their large tensors go to the host when memory is short. Optimizers that are not AdamW count
-  as AdamW.
+  on the card at the peak: their large tensors go to the host when memory is short. Optimizers whose state is not known
+  (`fake.held_by`) count as AdamW.
 
 A step is looked at as a second row of it sees it: gradients and the optimizer's state are there. Memory is affine in
 the number of equal layers, phase by phase, so a model of five layers or fewer tells that of any number; with
@@ -214,7 +214,7 @@ def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[s
     with measuring(setup, kept, again, setup.tokens_per_row) as (model, tracker, row):
         step_of_rows(model, tracker, row, setup.dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = Counter({optim: held_by(optim, [p.numel() for p in learning]) for optim in {*OPTIMS, setup.optim}})
+    optimizers = Counter({optim: held_by(optim, [p.shape for p in learning]) for optim in {*OPTIMS, setup.optim}})
     for parts in tracker.peaks.values():
         optimizers[OPTIMS[0]] = parts.pop("optimizer")
     for parameter in learning:

@@ -253,7 +253,8 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     limits = [parse_bytes(config.fit_memory)] if config.fit_memory else []
     if on_card:  # a card sold with 8 GB has a little less
         limits.append(torch.cuda.mem_get_info()[1])
-    limit = min(limits)
+    # Unequal cards must not choose unequal packs or optimizers.
+    limit = processes.lowest(min(limits))
     lora: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
     parts = ModelConfig(
         load_in_4bit=assembled.recipe.load_in_4bit,

@@ -154,6 +154,27 @@ class TestChoice:
         assert refused.fits is False and "even with one question at a time" in refused.suggestion
         assert refused.suggestion.count(".") >= 1 and refused.suggestion.endswith(".")
 
+    @pytest.mark.parametrize("in_4bit", [True, False])
+    @pytest.mark.parametrize(
+        ("worst", "passing", "questions", "off"),
+        [("before", 2 * GB, 0, False), ("before", 0, 12, True), ("evaluation", 0, 12, True), ("chat", 0, 1, False)],
+    )
+    def test_the_advice_helps_the_worst_phase(
+        self, monkeypatch: pytest.MonkeyPatch, worst: str, passing: int, questions: int, off: bool, in_4bit: bool
+    ) -> None:
+        """Without evaluation a model is loaded, and asked in a chat, all the same."""
+        setup = replace(self.setup, load_in_4bit=in_4bit)
+        every = {name: phases.Phase(1000) for name in phases.PHASES} | {
+            worst: phases.Phase(GB - 1000, passing, questions, 48)
+        }
+        monkeypatch.setitem(memory.plan_of.__globals__, "phases_of", lambda *_: every)
+        step = memory.Estimate(1000, {}, {})
+        said = memory.plan_of(setup, step, GB).suggestion
+        assert said.startswith(f"The phase '{worst}' needs ") and "take a smaller model" in said
+        assert ("set eval_strategy no" in said) == off
+        assert ("load_in_4bit true" in said) == (not in_4bit)
+        assert ("even with one question at a time" in said) == bool(questions)
+
     def test_what_a_run_asks(self) -> None:
         train = TrainConfig(output_dir="x", per_device_eval_batch_size=2, max_length=700, use_cpu=True)
         assert asking_of(train, lora_r=8) == Asking()

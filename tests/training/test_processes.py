@@ -8,13 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qllava.config import InputError
+from qllava.conversation import CHATML
 from qllava.data.collate import weightless_row
 from qllava.training import processes
+from qllava.training import stage as stages
+from qllava.training.stage import Stage, fitted
 from tests.tiny_runs import Tiny, make_trainer, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +32,33 @@ def test_alone() -> None:
     assert processes.by_main(lambda: "made") == "made"
     made: list[int] = []
     assert processes.main_first(lambda: made.append(1)) is None and made == [1]
+
+
+@pytest.mark.parametrize("other", [3, 1 << 40])
+def test_the_lowest_and_the_highest_of_several(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of unequal cards: more than 32 bits hold."""
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "gather", lambda mine: torch.cat([mine, mine.sign() * other]))
+    mine = 80 << 30
+    assert processes.lowest(mine) == min(mine, other) and processes.highest(mine) == max(mine, other)
+
+
+def test_unequal_cards_choose_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits the smallest card: an optimizer of its own on each would give each other weights."""
+    trainer = make_trainer(tiny, tmp_path, fit_memory="8GB")
+    lengths = np.full(4, 60)
+    stage: Any = Stage("", "", CHATML, SimpleNamespace(lengths=lengths), None, [], tmp_path, trainer.args, {})  # type: ignore[arg-type]
+    limits: list[int] = []
+
+    def fit(setup: Any, limit: int, **_: Any) -> Any:
+        limits.append(limit)
+        return SimpleNamespace(tokens_per_row=64, recompute_layers=0, optim="adamw_torch_fused", peak_bytes=1)
+
+    monkeypatch.setattr(stages, "fit", fit)
+    for lowest in (1 << 30, 8 << 30):
+        monkeypatch.setattr(processes, "lowest", lambda mine, other=lowest: min(mine, other))
+        fitted(stage, trainer.model, trainer.assembled)
+    assert limits == [1 << 30, 8 << 30]
 
 
 def test_an_error_stays_what_it_is() -> None:

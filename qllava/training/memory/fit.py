@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.models.checkpoint import tokens_per_image
-from qllava.training.memory.phases import Asking, phases_of
+from qllava.training.memory.phases import Asking, Phase, phases_of
 from qllava.training.memory.sizes import CARDS, GB, format_bytes
 from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
 from qllava.training.settings import TrainConfig
@@ -124,15 +124,29 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
         f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
         f"{setup.optim}, which fit_memory chooses by itself."
         if fits
-        else f"The phase '{worst}' needs {format_bytes(phases[worst])} even with one question at a time, "
-        f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} that it may take; set "
-        f"eval_strategy no, or take a smaller model{f' or a card of {card} GB' if card else ''}."
+        else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
+        f"{' even with one question at a time' if every[worst].questions else ''}, "
+        f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} that it may take; "
+        f"{_advice(worst, every[worst], setup, limit)}{f' or a card of {card} GB' if card else ''}."
         if limit
         else f"A card of {card} GB is enough."
         if card
         else "No single card that is sold is enough; take a smaller language model."
     )
     return Plan(setup.tokens_per_row, again, setup.optim, found, phases, fits, suggestion)
+
+
+def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
+    """Return what helps a phase that does not fit."""
+    ways = ["take a smaller model"]
+    if name == "step":
+        ways.insert(0, "lower lora_r or max_length")
+    elif not setup.load_in_4bit:
+        ways.insert(0, "load the language model in 4 bit (load_in_4bit true)")
+    # Without held-out examples there is no evaluation, and nothing is asked before the first step.
+    if name == "evaluation" or (name == "before" and replace(phase, questions=0).peak(setup) <= limit):
+        ways.insert(0, "set eval_strategy no")
+    return ", or ".join(ways)
 
 
 def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:

@@ -1,13 +1,15 @@
-"""Everything that only a GPU can tell, by one command.
+"""Everything that only a GPU can tell, in steps that end within minutes and write their figures as they go.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu
+    python benchmarks/gpu.py --quick         # the machine's ceiling, attention kernels, one step of each system
+    python benchmarks/gpu.py --memory        # every phase of every preset under caps of 8 to 24 GB, beside the plan
+    python benchmarks/gpu.py --throughput    # qllava beside TRL by samples per image, and a profile of a step
+    python benchmarks/gpu.py --fp16          # the same step in fp16 with loss scaling, as on a T4
 
-LLaVA-1.5-7B and 13B with random NF4 weights (no download). Measured are: the machine's ceiling (a large product in
-bf16); attention by rows, each kernel; the three systems of `throughput.py` in turn, with their share of the ceiling;
-peak memory of qllava's step under caps of 8, 12, 16 and 24 GB; and a profile of a step. Written are OUT.json, OUT.md,
-OUT.profile.txt.
+Without a step, all of them. Models have random NF4 weights (no download). Every measurement goes into OUT.json and
+OUT.md at once, and each step keeps what the others have written. `--memory` begins no new case after `--minutes`; the
+same command measures what is missing.
 
-`--device cpu --tiny` runs all of it but the caps at no size, to see that it runs.
+`--device cpu --tiny` runs any step at no size, to see that it runs.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from typing import Any
 
 import torch
 
+from benchmarks import phases
 from benchmarks.machine import provenance
+from benchmarks.systems import SYSTEMS, Job
 from benchmarks.tables import format_table
 from benchmarks.throughput import MIXTURES, Plan, compare, disagreement
-from benchmarks.turns import Failed, Worker
+from benchmarks.turns import Worker
 from qllava.data.packing import Group
 from qllava.surroundings import prepare_process
 from qllava.training.attention import Sight, row_attention
 
 CAPS_GB = (8, 12, 16, 24)
-SHAPES = ("llava_7b", "llava_13b")
+PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*gb*.yaml"))
 
 
 def seconds_of(call: Callable[[], Any], device: str, repetitions: int = 10) -> float:
@@ -90,35 +94,6 @@ def kernels(device: str, heads: int, width: int, prefix: int, branch: int, sampl
     return out
 
 
-def under_caps(plan: Plan, caps: Sequence[int]) -> list[dict[str, Any]]:
-    """A step of qllava when it may take so many GB: does it run, and how much does it take at most."""
-    out = []
-    texts = plan.texts([1.95], 3)
-    for cap in caps:
-        line: dict[str, Any] = {"shape": plan.shape, "cap_gb": cap, "fits": False}
-        # As a run would be set up on such a card: `fit_memory` chooses rows and recomputation.
-        changes = {"fit_memory": f"{cap}GB"}
-        job = replace(plan.job("qllava", texts, recompute=None, changes=changes), memory=cap * 2**30)
-        try:
-            worker = Worker(job)
-            try:
-                worker.step()
-                step = worker.step()
-            finally:
-                worker.close()
-            line |= {
-                "fits": True,
-                "peak_gb": step.peak_bytes / 2**30,
-                "reserved_gb": step.reserved_bytes / 2**30,
-                "samples_per_second": step.samples / step.seconds,
-            }
-        except Failed as error:
-            if not error.out_of_memory:
-                raise
-        out.append(line)
-    return out
-
-
 def profiled(plan: Plan, path: Path) -> None:
     """Write where the time of a step of qllava goes."""
     worker = Worker(plan.job("qllava", plan.texts([1.95], 3)))
@@ -129,60 +104,158 @@ def profiled(plan: Plan, path: Path) -> None:
         worker.close()
 
 
-def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All of it."""
+class Record:
+    """The figures of all steps in one file, written anew after each measurement."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self.out = out.with_suffix(".json")
+        found = json.loads(self.out.read_text(encoding="utf-8")) if self.out.is_file() else {}
+        about = provenance(device)
+        # Figures of another commit or machine are not mixed with these.
+        same = all(found.get(name) == about[name] for name in ("machine", "versions", "commit"))
+        self.result: dict[str, Any] = {**(found if same else {}), **about}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, *names: str) -> None:
+        """Forget what an earlier run of the same step has found."""
+        for name in names:
+            self.result[name] = []
+
+    def add(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """Add lines to a table, and write all."""
+        self.result.setdefault(name, []).extend(lines)
+        for path, text in (
+            (self.out, json.dumps(self.result, indent=2) + "\n"),
+            (self.out.with_suffix(".md"), as_text(self.result)),
+        ):
+            aside = path.with_name(f".{path.name}")
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+
+    def has(self, name: str, **values: Any) -> bool:
+        """Whether a table has such a line."""
+        return any(all(line[key] == value for key, value in values.items()) for line in self.result.get(name, ()))
+
+
+def quick(given: argparse.Namespace, record: Record, folder: Path) -> None:
+    """The ceiling, each kernel, and a step of each system with the loss behind it."""
     cuda = given.device == "cuda"
-    result: dict[str, Any] = {**provenance(given.device)}
-    result["ceiling_tflops"] = ceiling(given.device, 8192 if cuda else 256)
-    sizes = (32, 128, 576, 100, 8) if cuda else (4, 16, 16, 8, 4)
-    result["kernels"] = kernels(given.device, *sizes)
-    result["throughput"], result["memory"] = [], []
+    record.begin("ceiling", "kernels", "step")
+    record.add("ceiling", [{"tflops": ceiling(given.device, 8192 if cuda else 256)}])
+    record.add("kernels", kernels(given.device, *((32, 128, 576, 100, 8) if cuda else (4, 16, 16, 8, 4))))
+    plan = _plan(given, folder, given.shape[0])
+    texts = plan.texts([1.95], 2)
+    for system in SYSTEMS:
+        record.add("step", [{"shape": plan.shape, **one_step(plan.job(system, texts))}])
+
+
+def one_step(job: Job) -> dict[str, Any]:
+    """The second step of a system, which is like all that follow, and the loss behind it."""
+    worker = Worker(job)
+    try:
+        worker.step()
+        step = worker.step()
+        loss = worker.loss(job.samples_per_step)
+    finally:
+        worker.close()
+    return {
+        "system": job.system,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "samples_per_second": step.samples / step.seconds,
+        "tokens_per_second": step.positions / step.seconds,
+        "peak_gb": step.peak_bytes / 2**30,
+        "reserved_gb": step.reserved_bytes / 2**30,
+        "loss": loss,
+    }
+
+
+def memory(given: argparse.Namespace, record: Record, folder: Path) -> None:
+    """Planned and measured peaks of each phase, for presets under caps."""
+    until = time.monotonic() + 60 * given.minutes
+    cases = [(preset, cap) for preset in given.preset for cap in given.cap]
+    left = [(preset, cap) for preset, cap in cases if not record.has("memory", preset=preset.stem, cap_gb=cap)]
+    for number, (preset, cap) in enumerate(left):
+        if time.monotonic() > until:
+            print(f"{len(left) - number} cases are left: give the command again.", file=sys.stderr)
+            return
+        place = tempfile.mkdtemp(dir=folder)
+        record.add("memory", phases.lines_of(phases.Case(str(preset), cap, given.device, place)))
+        print(format_table(record.result["memory"]), flush=True)
+
+
+def throughput(given: argparse.Namespace, record: Record, folder: Path) -> None:
+    """The three systems in turn, by samples per image; then where the time of a step goes."""
+    record.begin("throughput")
     for shape in given.shape:
-        mixtures = tuple(given.samples_per_image)
-        rank = 64 if cuda else 4
-        plan = Plan(shape, given.device, mixtures, given.samples_per_step, given.repetitions, folder, lora_r=rank)
-        for line in compare(plan):
-            done = line["samples_per_second"] * line["tflop_per_sample"]
-            result["throughput"].append({"shape": shape, **line, "of_ceiling": done / result["ceiling_tflops"]})
-        if cuda:
-            result["memory"] += under_caps(plan, CAPS_GB)
-        profiled(plan, given.out.with_suffix(f".{shape}.profile.txt"))
-    return result
+        plan = _plan(given, folder, shape)
+        compare(plan, lambda lines, shape=shape: record.add("throughput", [{"shape": shape, **line} for line in lines]))
+        profiled(plan, record.out.with_suffix(f".{shape}.profile.txt"))
+
+
+def fp16(given: argparse.Namespace, record: Record, folder: Path) -> None:
+    """A step of qllava in fp16 beside one in bf16; on a CPU both are in fp32."""
+    record.begin("fp16")
+    plan = _plan(given, folder, given.shape[0])
+    texts = plan.texts([1.95], 2)
+    for half in (False, True):
+        job = replace(plan.job("qllava", texts), half=half)
+        record.add("fp16", [{"shape": plan.shape, **one_step(job)}])
+
+
+def _plan(given: argparse.Namespace, folder: Path, shape: str) -> Plan:
+    rank = 64 if given.device == "cuda" else 4
+    mixtures = tuple(given.samples_per_image)
+    return Plan(shape, given.device, mixtures, given.samples_per_step, given.repetitions, folder, lora_r=rank)
+
+
+STEPS = {"quick": quick, "memory": memory, "throughput": throughput, "fp16": fp16}
+TABLES = ("ceiling", "kernels", "step", "memory", "throughput", "fp16")
 
 
 def as_text(result: dict[str, Any]) -> str:
     """The result as a page of Markdown."""
     head = [f"{name}: {result[name]}" for name in ("date", "machine", "versions", "commit")]
-    head.append(f"Ceiling: {result['ceiling_tflops']:.1f} TFLOP/s.")
-    tables = [
-        f"## {name}\n\n{format_table(result[name])}" for name in ("kernels", "throughput", "memory") if result[name]
-    ]
-    return "\n\n".join(["# What was measured on a GPU" if result["memory"] else "# A trial", *head, *tables]) + "\n"
+    tables = [f"## {name}\n\n{format_table(result[name])}" for name in TABLES if result.get(name)]
+    return "\n\n".join(["# What gpu.py measured", *head, *tables]) + "\n"
+
+
+def wrong_losses(result: dict[str, Any]) -> str | None:
+    """A sentence when systems that computed the same steps came to other losses: no speed counts then."""
+    for name in ("step", "throughput", "fp16"):
+        lines = [{"samples_per_image": 1.95, **line} for line in result.get(name, ())]
+        for shape in dict.fromkeys(line["shape"] for line in lines):
+            if wrong := disagreement([line for line in lines if line["shape"] == shape]):
+                return f"{name}, {shape}: {wrong}"
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 when the losses of the systems do not agree."""
     parser = argparse.ArgumentParser(description="All benchmarks that need a GPU.")
+    for name, step in STEPS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=str(step.__doc__).splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--shape", nargs="+", default=None, help="functions of shapes.py; both LLaVA-1.5 by default")
+    parser.add_argument("--shape", nargs="+", default=None, help="functions of shapes.py (default: llava_7b)")
+    parser.add_argument("--preset", type=Path, nargs="+", default=PRESETS, help="YAMLs of --memory (default: all)")
+    parser.add_argument("--cap", type=int, nargs="+", default=CAPS_GB, help="GB of --memory (default: 8 12 16 24)")
+    parser.add_argument("--minutes", type=float, default=8, help="after which --memory begins no case (default: 8)")
     parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
     parser.add_argument("--samples-per-step", type=int, default=24)
-    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     given = parser.parse_args(arguments)
-    given.shape = given.shape or (["tiny"] if given.tiny else list(SHAPES))
+    given.shape = given.shape or ["tiny" if given.tiny else "llava_7b"]
     if given.device == "cuda" and not torch.cuda.is_available():
         print("No CUDA device is here; --device cpu --tiny shows that the command runs.", file=sys.stderr)
         return 1
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(given, Path(folder))
-    text = as_text(result)
-    print(text)
-    given.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    given.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    wrong = disagreement(result["throughput"])
+    record = Record(given.out, given.device)
+    asked = [name for name in STEPS if getattr(given, name)] or list(STEPS)
+    for name in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            STEPS[name](given, record, Path(folder))
+    print(as_text(record.result))
+    wrong = wrong_losses(record.result)
     if wrong:
         print(wrong, file=sys.stderr)
     return 1 if wrong else 0

@@ -68,6 +68,7 @@ class Job:
     whole_head: qllava's head computes all positions, for the price of that.
     lora_r: rank; alpha is twice that.
     memory: bytes that the process may take of a GPU; None: all.
+    half: on a GPU compute in fp16 with loss scaling, as on a card without bf16.
     """
 
     system: Literal["trl", "trl_tuned", "qllava"]
@@ -82,6 +83,14 @@ class Job:
     whole_head: bool = False
     lora_r: int = 16
     memory: int | None = None
+    half: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in."""
+        if self.device == "cpu":
+            return torch.float32
+        return torch.float16 if self.half else torch.bfloat16
 
 
 @dataclass
@@ -116,14 +125,13 @@ def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
     if job.system != "qllava":
         order = "sorted" if job.system == "trl_tuned" else "shuffled"
         texts = within_steps(texts, job.samples_per_step, order, seed=0)
-    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
     config = getattr(shapes, job.shape)()
-    model = random_llava(config, device=job.device, dtype=dtype)
+    model = random_llava(config, device=job.device, dtype=job.dtype)
     processor = make_processor(config)
     recipe = Recipe(None, "random", "random", "mlp2x_gelu", config.vision_feature_layer, "pad", CHATML.name, True)
     assembled = Assembled(model, processor, recipe)
     encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, tokens_per_image(config), 1 << 30)
-    rows = _prepare(texts, encoder, Path(job.folder))
+    rows = prepare_rows(texts, encoder, Path(job.folder))
     if job.system == "qllava":
         prepare_for_training(model)
     set_seed(0)
@@ -192,14 +200,15 @@ def _common(job: Job, samples: int) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "logging_strategy": "no",
-        "bf16": job.device == "cuda",
+        "bf16": job.dtype == torch.bfloat16,
+        "fp16": job.dtype == torch.float16,
         "use_cpu": job.device == "cpu",
         "dataloader_pin_memory": job.device == "cuda",
     }
 
 
-def _prepare(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
-    """The rows as a run of qllava reads them."""
+def prepare_rows(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
+    """Write samples to `rows.json` of a folder, and return the rows as a run of qllava reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["QLLAVA_CACHE"] = str(folder / "cache")
     path = folder / "rows.json"
@@ -221,6 +230,7 @@ def mean_loss(system: System, numbers: Sequence[int], device: str) -> float:
     """Mean loss over the learned tokens of samples, one after the other by the model's own plain forward pass."""
     model = system.trainer.model
     base = model.get_base_model()
+    dtype = base.lm_head.weight.dtype
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -228,7 +238,7 @@ def mean_loss(system: System, numbers: Sequence[int], device: str) -> float:
         batch = system.collator([system.rows.dataset[int(number)]])
         labels = batch.pop("labels")[0, 1:].to(device)
         inputs = {key: value.to(device) for key, value in batch.items() if key != "ids"}
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=dtype, enabled=device == "cuda"):
             hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
             learned = labels != IGNORE_INDEX
             logits = nn.functional.linear(hidden[learned], base.lm_head.weight)

@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,11 @@ def measure(jobs: Sequence[Job], repetitions: int) -> list[list[Step]]:
             worker.close()
 
 
-def compare(plan: Plan) -> list[dict[str, Any]]:
-    """The three systems over all mixtures; raises SystemExit when they did not learn the same tokens."""
+def compare(plan: Plan, heard: Callable[[list[dict[str, Any]]], None] = lambda lines: None) -> list[dict[str, Any]]:
+    """The three systems over all mixtures; raises SystemExit when they did not learn the same tokens.
+
+    heard: called with the lines of each mixture, as soon as they are there.
+    """
     best = tuned(plan)
     texts = plan.texts(plan.mixtures, 1 + plan.repetitions)
     jobs = [
@@ -162,6 +165,7 @@ def compare(plan: Plan) -> list[dict[str, Any]]:
             losses = [worker.loss(plan.samples_per_step) for worker in workers]
             found += summarize(mixture, counted, steps, losses)
             print(format_table(found[-len(SYSTEMS) :]), flush=True)
+            heard(found[-len(SYSTEMS) :])
     finally:
         for worker in workers:
             worker.close()

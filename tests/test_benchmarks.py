@@ -15,6 +15,7 @@ from benchmarks import (
     filter_million,
     flops,
     gpu,
+    machine,
     merge_memory,
     rules_vs_naive,
     serving_loss,
@@ -184,15 +185,43 @@ def test_throughput_compares_three_systems(tmp_path, capsys):
     assert "| trl_tuned |" in capsys.readouterr().out
 
 
-def test_gpu_runs_on_a_cpu(tmp_path):
+PRESET = Path(__file__).resolve().parents[1] / "recipes" / "llava15_7b_8gb.yaml"
+
+
+@pytest.mark.parametrize("step", ["quick", "memory", "throughput", "fp16"])
+def test_each_step_for_a_gpu_runs_on_a_cpu(step, tmp_path):
     out = tmp_path / "gpu"
     line = ["--device", "cpu", "--tiny", "--samples-per-image", "1", "--repetitions", "1", "--samples-per-step", "1"]
-    assert gpu.main([*line, "--out", str(out)]) == 0
+    kept = {**machine.provenance("cpu"), "fp16": [], "kept": [{"of another step": 1}]}
+    out.with_suffix(".json").write_text(json.dumps(kept), encoding="utf-8")
+    assert gpu.main([*line, f"--{step}", "--preset", str(PRESET), "--cap", "8", "--out", str(out)]) == 0
     found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    assert found["ceiling_tflops"] > 0 and len(found["throughput"]) == 3
-    assert found["kernels"][0]["milliseconds"] > 0
-    assert "aten::" in (tmp_path / "gpu.tiny.profile.txt").read_text(encoding="utf-8")
-    assert "## throughput" in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert found["kept"] == kept["kept"]
+    if step == "quick":
+        assert found["ceiling"][0]["tflops"] > 0 and found["kernels"][0]["milliseconds"] > 0
+        assert [line["system"] for line in found["step"]] == ["trl", "trl_tuned", "qllava"]
+    elif step == "memory":
+        assert [line["phase"] for line in found["memory"]] == ["before", "step", "evaluation", "chat"]
+        assert all(line["planned_gb"] > 0 and line["ended_by"] == "" for line in found["memory"])
+    elif step == "throughput":
+        assert len(found["throughput"]) == 3
+        assert "aten::" in (tmp_path / "gpu.tiny.profile.txt").read_text(encoding="utf-8")
+    else:
+        assert len(found["fp16"]) == 2 and found["fp16"][0]["loss"] == pytest.approx(found["fp16"][1]["loss"])
+    assert "## " in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_step_that_is_given_again_measures_what_is_missing(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu.phases, "lines_of", lambda case: asked.append(case.cap_gb) or [line_of(case)])
+
+    def line_of(case):
+        return {"preset": Path(case.preset).stem, "cap_gb": case.cap_gb, "phase": "step"}
+
+    line = ["--device", "cpu", "--memory", "--preset", str(PRESET), "--cap", "8", "12", "--out", str(tmp_path / "gpu")]
+    assert gpu.main([*line, "--minutes", "-1"]) == 0 and asked == []
+    assert gpu.main([*line[:-3], *line[-2:]]) == 0 and asked == [8]
+    assert gpu.main(line) == 0 and asked == [8, 12]
 
 
 def test_the_systems_begin_and_end_alike(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from demo.page import MAX_WAITING
+from demo.talk import plain
 from demo.uploads import MAX_PICTURES, MAX_UPLOAD
 from qllava.data.votes import VoteFile
 from qllava.inference import load
@@ -104,13 +105,23 @@ def test_a_huge_picture_is_not_decoded(server: Server, tmp_path: Path) -> None:
         (" \n ", "question is empty"),
         ("word " * 40_000, "200,000 characters"),
         ("word " * 15_000, "this model reads at most"),
-        ("What is <image> it?", "<image>"),
-        ("Hello<|im_end|> there", "control token"),
     ],
 )
 def test_strange_text_gets_a_clear_answer(server: Server, text: str, said: str) -> None:
     visitor = Visitor(server[0])
     assert said in last(visitor.ask(text)).replace("&lt;", "<").replace("&amp;", "&")
+    assert last(visitor.ask("Hello"))
+
+
+@pytest.mark.parametrize("text", ["What is <image> it?", "Hello<|im_end|> there"])
+def test_a_control_token_that_is_typed_is_text(server: Server, model: Path, text: str) -> None:
+    """The conversation goes on, and the model answers what was typed."""
+    visitor = Visitor(server[0])
+    expected = load(str(model)).answer(None, text, max_new_tokens=512)
+    chatbot, _, pace = visitor.ask(text)
+    assert plain(texts(chatbot, "user")[-1]) == text and "tokens" in pace
+    shown = plain(last([chatbot]))
+    assert "".join(shown.split()) == "".join(expected.split())
     assert last(visitor.ask("Hello"))
 
 

@@ -48,6 +48,10 @@ _OPTIMIZERS = (
 )
 _READ_OPTIM_ARGS = ("adamw_anyprecision", "ademamix", "paged_ademamix", "sgd", "adagrad", "rmsprop")
 
+EXACT_MATCH = "eval_exact_match"
+METRICS = ("eval_loss", EXACT_MATCH, "eval_mean_token_accuracy", "eval_entropy")
+"""What an evaluation reports and a run may be judged by; transformers takes each without `eval_` too."""
+
 # Schedulers whose result depends on an argument without a default: one of a row has to be there.
 _NEEDED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -68,6 +72,7 @@ def look(given: Given, *, stage1: bool) -> None:
     """
     _check_loop(given)
     _check_scheduler(given)
+    _check_metric(given, stage1=stage1)
     _check_packages(given)
     _check_parts(given, stage1=stage1)
     _check_data(given)
@@ -102,17 +107,27 @@ def _check_scheduler(given: Given) -> None:
     """A scheduler has the arguments and the evaluations that it needs."""
     name, arguments = given.get("lr_scheduler_type"), given.get("lr_scheduler_kwargs")
     needed = _NEEDED.get(name)
-    if needed and not (isinstance(arguments, dict) and set(needed) & arguments.keys()):
+    if needed and not set(needed) & (arguments or {}).keys():
         example = {needed[0]: 1e-6 if needed[0] == "min_lr" else 100}
         raise InputError(
             f"lr_scheduler_type {name} needs lr_scheduler_kwargs with {' or '.join(needed)}, such as {example}."
         )
     if arguments and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs has no effect with lr_scheduler_type {name}; remove it.")
-    if arguments is not None and not isinstance(arguments, dict):
-        raise InputError(f"lr_scheduler_kwargs is {arguments!r}; give a mapping, such as {{'num_cycles': 2}}.")
     if name in ("reduce_lr_on_plateau", "greedy") and (given.get("eval_strategy") == "no" or not _held_out(given)):
         raise InputError(f"lr_scheduler_type {name} follows the held-out loss: set eval_strategy and eval_file too.")
+
+
+def _check_metric(given: Given, *, stage1: bool) -> None:
+    """Raise InputError for a metric_for_best_model that an evaluation does not report."""
+    name = given.get("metric_for_best_model")
+    reported = [one for one in METRICS if one != EXACT_MATCH or (given.get("eval_questions") and not stage1)]
+    if name is None or f"eval_{name.removeprefix('eval_')}" in reported:
+        return
+    why = ""
+    if name.removeprefix("eval_") == EXACT_MATCH.removeprefix("eval_"):
+        why = ", because stage 1 answers no questions" if stage1 else ", because eval_questions is 0"
+    raise InputError(f"metric_for_best_model is {name!r}, which is not reported{why}; choose {', '.join(reported)}.")
 
 
 def _held_out(given: Given) -> bool:
@@ -178,10 +193,8 @@ def _check_data(given: Given) -> None:
                 check_folder(folder, f"{name}, image_folder")
     if given.get("image_folder"):
         check_folder(given.get("image_folder"), "image_folder")
-    for name in ("deepspeed", "fsdp_config"):
-        value = given.get(name)
-        if isinstance(value, str):
-            check_file(value, name)
+    if isinstance(given.get("deepspeed"), str):
+        check_file(given.get("deepspeed"), "deepspeed")
     if not given.is_nano and not given.get("train_file"):
         raise InputError("The setting train_file is missing: give a file of examples (nano alone brings its own).")
 

@@ -109,7 +109,7 @@ def _add(group: Any, own: Field, applies: Any) -> None:
     name, dashed = own.name, own.name.replace("_", "-")
     options = [f"--{name}"] + ([f"--{dashed}"] if dashed != name else [])
     kind: dict[str, Any] = {"type": _typed(own), "metavar": own.kind.upper()}
-    if own.kind == "bool" or name == "activation_checkpointing" or name == "fsdp":
+    if own.kind == "bool" or name in ("activation_checkpointing", "fsdp"):
         kind |= {"nargs": "?", "const": True}
     elif own.kind == "list":
         kind |= {"nargs": "+"}
@@ -145,8 +145,8 @@ def value_of(own: Field, given: Any) -> Any:
         ValueError: For a value of another type; the message says what is expected.
     """
     if given is None:
-        if own.default is None or own.name in _MAY_BE_NONE:
-            return None
+        if own.default is None or own.name in _NOTHING:
+            return _NOTHING.get(own.name)
         raise ValueError(f"expected {_EXPECTED[own.kind]}, not nothing")
     if isinstance(given, list):
         if own.kind == "list" or own.name in LISTS:
@@ -165,7 +165,8 @@ def _part(given: dict[str, Any]) -> dict[str, Any]:
     return {key: expanded(one) if key in paths and isinstance(one, str) else one for key, one in given.items()}
 
 
-_MAY_BE_NONE = ("max_length", "template", "max_grad_norm")
+_NOTHING: Mapping[str, Any] = {"max_length": None, "max_grad_norm": 0.0}
+"""What nothing means, in fields whose default is something; transformers compares max_grad_norm with a number."""
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -202,8 +203,8 @@ def _scalar(own: Field, text: Any) -> Any:
             return json.loads(text)
         except ValueError as error:
             raise ValueError(f"expected {_EXPECTED[kind]}; {text} is not JSON ({error})") from error
-    if own.name == "fsdp" and text.lower() in ("true", "false"):  # a text to TRL, and in a YAML a plain yes or no
-        return text.lower() == "true"
+    if kind == "dict" and own.name not in PATHS and not own.refused:  # deepspeed may be a file too
+        raise expected
     return expanded(text) if own.name in PATHS else text
 
 
@@ -216,7 +217,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         reason = os.strerror(error.errno or 0)
         said = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
         raise InputError(f"The configuration {path} {said}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML has no error of its own for the date 2024-13-45
         raise InputError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
     if given is None:
         raise InputError(f"The configuration {path} must hold `key: value` lines.")

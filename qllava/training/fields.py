@@ -66,6 +66,11 @@ _HALVED = "when memory runs out packs are halved, and the samples of a step stay
 _LAST = "the last weights are the result; every checkpoint can be merged instead"
 _WHOLE = "a checkpoint holds and restores everything that it takes to resume"
 _PYTHON = "it is an object that only Python can make; `accelerate launch` takes the same as flags"
+_ORDERED = "the samples of a step would depend on which worker is the fastest"
+_FSDP = (
+    "the language model is packed into 4 bits before transformers reads it, so give accelerate the settings of FSDP: "
+    "accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml"
+)
 _ORDER = "samples about one image come together, in an order that the seed draws"
 _ENCODED = "qllava chooses how many processes encode the data, by the machine's cores"
 
@@ -183,7 +188,7 @@ TRL: tuple[Field, ...] = (
     _free("dataloader_persistent_workers", "bool", False),
     _free("dataloader_prefetch_factor", "int", None),
     _free("dataloader_multiprocessing_context", "choice", None, choices=("fork", "spawn", "forkserver")),
-    _free("dataloader_in_order", "bool", True),
+    _refused("dataloader_in_order", "bool", True, _ORDERED),
     _refused("remove_unused_columns", "bool", True, "the collator takes what it needs"),
     _refused("label_names", "list", None, "what is learned follows from the conversation alone"),
     _refused(
@@ -200,8 +205,8 @@ TRL: tuple[Field, ...] = (
     _free("ddp_static_graph", "switch", None),
     _free("ddp_backend", "choice", None, choices=("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")),
     _free("ddp_timeout", "int", 1800),
-    _free("fsdp", "str", None),
-    _free("fsdp_config", "dict", None),
+    _refused("fsdp", "str", None, _FSDP),
+    _refused("fsdp_config", "dict", None, _FSDP),
     _free("deepspeed", "dict", None),
     _free("debug", "list", ""),
     _free("skip_memory_metrics", "bool", True),
@@ -250,7 +255,7 @@ fingerprint. The others say how the same is computed, and what is measured."""
 PATHS = frozenset(
     (
         *("model_name_or_path", "language_model", "vision_tower", "projector", "train_file", "eval_file"),
-        *("pretrain_file", "image_folder", "output_dir", "deepspeed", "fsdp_config", "base_model"),
+        *("pretrain_file", "image_folder", "output_dir", "deepspeed", "base_model"),
     )
 )
 """Settings that hold a path, or may: `~` is expanded in each."""

@@ -292,6 +292,8 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
 def _settle_evaluation(stage: Stage) -> None:
     """When the held-out rows are measured; without any, transformers would refuse it with a stack trace."""
     config = stage.config
+    if stage.evaluation is None:
+        config.eval_on_start = False  # transformers would evaluate whatever eval_strategy says
     if config.eval_strategy == "no":
         return
     if stage.evaluation is None:

@@ -13,8 +13,6 @@ from qllava.config import InputError
 from qllava.models.errors import one_line
 from qllava.training.settings import TrainConfig
 
-# What libraries raise for an argument that they do not take, a package or a device that is not there.
-_ERRORS = (ImportError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError, OSError)
 _SIDE = 64
 """bitsandbytes quantizes the state of weights of 4,096 numbers or more."""
 
@@ -22,12 +20,12 @@ _SIDE = 64
 def try_out(config: TrainConfig) -> None:
     """Take one step with the optimizer and the scheduler that a run would have.
 
-    DeepSpeed and FSDP bring their own; with them nothing is tried.
+    DeepSpeed brings its own; with it nothing is tried.
 
     Raises:
         InputError: When one of them cannot be made, or cannot take a step, on this machine.
     """
-    if config.deepspeed or config.fsdp:
+    if config.deepspeed:
         return
     config = copy.copy(config)
     config.learning_rate = 1e-4 if config.learning_rate is None else config.learning_rate
@@ -40,6 +38,8 @@ def try_out(config: TrainConfig) -> None:
             warnings.simplefilter("ignore")  # the run itself will warn
             kind, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
             optimizer: Any = kind([{"params": [weight], "weight_decay": config.weight_decay}], **arguments)
+            if callable(getattr(optimizer, "train", None)):  # schedule-free ones refuse a step before it, as in a run
+                optimizer.train()
             optimizer.step()
             setting = f"lr_scheduler_type {getattr(config.lr_scheduler_type, 'value', config.lr_scheduler_type)}"
             scheduler: Any = get_scheduler(
@@ -50,7 +50,7 @@ def try_out(config: TrainConfig) -> None:
                 scheduler_specific_kwargs=dict(shape or {}),
             )
             scheduler.step(*([1.0] if _follows_the_loss(config) else []))
-    except _ERRORS as error:
+    except Exception as error:  # optimizers come from many packages, and raise what they like
         arguments_of = "optim_args" if setting.startswith("optim") else "lr_scheduler_kwargs"
         raise InputError(
             f"{setting} cannot be used here with its arguments ({one_line(error).rstrip('.')}); change it or "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from qllava.config import InputError
 from qllava.training import command, folders
@@ -37,7 +38,6 @@ VALUES: dict[str, Any] = {
     "dataloader_prefetch_factor": "1 --dataloader_num_workers 1",
     "dataloader_persistent_workers": "true --dataloader_num_workers 1",
     "local_rank": "0",
-    "fsdp": "full_shard",
     "loss_type": "dft",
 }
 # Those that this machine, or a machine without a GPU, cannot do; the sentence says so.
@@ -47,7 +47,6 @@ NEEDS_MORE = {
     "tf32": "do not fit together",
     "optim_args": "optim_args has no effect with optim",
     "deepspeed": "",
-    "fsdp_config": "fsdp_config: some/name does not exist",
 }
 
 
@@ -169,6 +168,49 @@ def test_numbers_that_are_not_possible(words: str, said: str, parts: Tiny) -> No
     assert said in refusal(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "stage1", "said"),
+    [
+        ("--metric_for_best_model accuracy", False, "'accuracy', which is not reported; choose eval_loss, eval_exact"),
+        ("--metric_for_best_model exact_match", True, "because stage 1 answers no questions; choose eval_loss"),
+        ("--metric_for_best_model eval_exact_match --eval_questions 0", False, "because eval_questions is 0; choose"),
+        ("--metric_for_best_model loss", True, ""),
+        ("--metric_for_best_model eval_exact_match", False, ""),
+        ("--metric_for_best_model mean_token_accuracy", True, ""),
+    ],
+)
+def test_the_best_is_by_what_is_reported(words: str, stage1: bool, said: str, parts: Tiny) -> None:
+    given = command.read([*words.split(), "--train_file", str(parts.rows)], output_dir="x", nano={})
+    try:
+        look(given, stage1=stage1)
+    except InputError as error:
+        assert said and said in refusal(error)
+    else:
+        assert not said
+
+
+class _OfAnotherPackage(torch.optim.SGD):
+    """As the schedule-free ones: a step before `train` is refused, with an error of no particular kind."""
+
+    training = False
+
+    def train(self) -> None:
+        self.training = True
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.training:
+            raise Exception("Optimizer was not in train mode when step is called.")
+        return super().step(closure)
+
+
+def test_an_optimizer_that_wants_to_be_told_of_training(parts: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (_OfAnotherPackage, {"lr": 0.1}))
+    resolved(parts, [])
+    monkeypatch.delattr(_OfAnotherPackage, "train")
+    with pytest.raises(InputError, match="cannot be used here with its arguments .Optimizer was not in train mode"):
+        resolved(parts, [])
+
+
 def test_lora_of_rank_0_is_for_plan_alone(parts: Tiny) -> None:
     given = command.read(["--lora_r", "0", "--train_file", str(parts.rows)], output_dir="x", nano={})
     with pytest.raises(InputError, match="lora_r is 0"):
@@ -236,5 +278,5 @@ def _has(folder: Path) -> dict[str, Any]:
     return {
         "projector_type": "mlp2x_gelu" if config["projector_hidden_act"] == "gelu" else "linear",
         "vision_feature_layer": config["vision_feature_layer"],
-        "image_aspect": "pad" if image.get("do_pad") else "crop",
+        "image_aspect": "pad" if image.get("do_pad") else "crop" if image.get("do_center_crop") else "squash",
     }

@@ -49,6 +49,15 @@ def test_at_the_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert "measured at the end alone" in capsys.readouterr().out
 
 
+def test_nothing_is_evaluated_on_start_without_held_out_rows() -> None:
+    """Nor in a stage 1 of finetune's own, whose eval_strategy is `no`: transformers looks at neither."""
+    for strategy in ("steps", "no"):
+        for held_out in (None, 100):
+            stage = a_stage(train=400, held_out=held_out, eval_on_start=True, eval_strategy=strategy)
+            stages._settle_evaluation(stage)
+            assert stage.config.eval_on_start is (held_out is not None)
+
+
 def test_without_held_out_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert settled(train=10, held_out=None)[0] == "no"
     assert "No eval_file" in capsys.readouterr().out

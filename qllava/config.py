@@ -17,13 +17,13 @@ NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 
 def cache_folder() -> Path:
     """Where data that can be made again is kept: `$QLLAVA_CACHE`, else `~/.cache/qllava`."""
-    given = os.environ.get("QLLAVA_CACHE")
-    try:
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "qllava"
-    except RuntimeError as error:
+    given = expanded(os.environ.get("QLLAVA_CACHE") or "~/.cache/qllava")
+    if given.startswith("~"):
         raise InputError(
-            "This user has no home folder; set QLLAVA_CACHE to a folder for what is kept between runs."
-        ) from error
+            f"{given} cannot be found, because there is no such home folder; set QLLAVA_CACHE to a folder for what is "
+            "kept between runs."
+        )
+    return Path(given)
 
 
 class InputError(Exception):
@@ -71,7 +71,10 @@ class ModelConfig:
     )
     image_aspect: str = field(
         default="pad",
-        metadata={"help": "How a picture becomes a square: pad it, or crop its centre.", "choices": ["pad", "crop"]},
+        metadata={
+            "help": "How an image becomes a square: pad it, crop its centre, or squash it.",
+            "choices": ["pad", "crop", "squash"],
+        },
     )
     template: str | None = field(
         default=None,

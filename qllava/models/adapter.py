@@ -24,6 +24,7 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.layouts import projector_advice
+from qllava.models.record import BELONGS_TO_BASE as BELONGS_TO_BASE
 from qllava.models.record import PROJECTOR_FILE as PROJECTOR_FILE
 from qllava.models.record import RECORD_FILE as RECORD_FILE
 from qllava.models.record import Recipe
@@ -34,8 +35,6 @@ from qllava.models.record import save_record as save_record
 ADAPTER_FILE = "adapter_model.safetensors"
 DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
-BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
-"""Settings that an adapter was trained with, and is useless without."""
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 

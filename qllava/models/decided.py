@@ -15,10 +15,11 @@ def decided(config: Any, processor: Any) -> dict[str, Any]:
         processor: Of the model; how it makes an image square decides the aspect.
     """
     pads = bool(getattr(processor.image_processor, "do_pad", False))
+    crops = bool(getattr(processor.image_processor, "do_center_crop", False))
     return {
         "projector_type": "linear" if config.projector_hidden_act == "linear" else "mlp2x_gelu",
         "vision_feature_layer": config.vision_feature_layer,
-        "image_aspect": "pad" if pads else "crop",
+        "image_aspect": "pad" if pads else "crop" if crops else "squash",
     }
 
 

@@ -18,6 +18,9 @@ RESULTS_FILE = "results.json"
 RUN_FILE = "run.yaml"
 """The settings that a run began with."""
 
+BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer", "projector_type")
+"""Settings that an adapter was trained with, and is useless without."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,8 +36,8 @@ class Recipe:
     """Shape of the projector of a LLaVA that is built from parts."""
     vision_feature_layer: int
     """Index into the tower's hidden states."""
-    image_aspect: Literal["pad", "crop"]
-    """How a picture becomes a square."""
+    image_aspect: Literal["pad", "crop", "squash"]
+    """How an image becomes a square; `squash` changes its proportions."""
     template: str
     """Name of the conversation template; empty: chosen by the language model's tokenizer."""
     load_in_4bit: bool

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 from qllava.models.hub import hub_trouble, model_folder
 
@@ -48,7 +48,7 @@ SUPPORTED = (
     "towers, and folders in transformers' own format of type clip, clip_vision_model, siglip or siglip_vision_model"
 )
 
-ImageAspect = Literal["pad", "crop"]
+ImageAspect = Literal["pad", "crop", "squash"]
 VisionModel = CLIPVisionModel | SiglipVisionModel
 Tensors = dict[str, torch.Tensor]
 
@@ -115,7 +115,7 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = 
     """
     if spec.startswith("open_clip:"):
         return _load_open_clip(spec, image_aspect)
-    folder = Path(spec).expanduser()
+    folder = Path(expanded(spec))
     if not folder.is_dir():
         raise InputError(
             f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED "
@@ -175,7 +175,7 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
         raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); {hint}")
     quick = bool(open_clip.get_model_config(arch).get("quick_gelu"))
     known = open_clip.get_pretrained_cfg(arch, pretrained)
-    file = Path(pretrained).expanduser()
+    file = Path(expanded(pretrained))
     if not known and file.is_file():  # in this order, as open_clip does: a tag wins over a file of the same name
         return arch, str(file)
     if not known:
@@ -250,6 +250,8 @@ def _tower(
         "image_mean": mean,
         "image_std": std,
     }
+    if image_aspect == "squash":
+        values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     # Both are the torchvision backend, which is what plain transformers picks when it reloads them: equal pixels.
     # CLIPImageProcessor where it suffices, because it is what llava-hf's checkpoints name and every server knows.
     processor: BaseImageProcessor = (

@@ -13,7 +13,7 @@ from trl import SFTConfig, TrlParser
 
 from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
 from qllava.models.errors import one_line
-from qllava.models.record import adapter_at, lora_shape, read_record
+from qllava.models.record import BELONGS_TO_BASE, adapter_at, lora_shape, read_record
 from qllava.training.command import Given, read
 
 
@@ -116,5 +116,4 @@ def _of_adapter(name: str | None) -> dict[str, Any]:
     if start is None:
         return {}
     record = read_record(start)
-    brought = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer")
-    return {**lora_shape(start), **{name: getattr(record, name) for name in brought}}
+    return {**lora_shape(start), **{name: getattr(record, name) for name in BELONGS_TO_BASE}}

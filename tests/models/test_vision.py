@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import open_clip
@@ -22,12 +23,14 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     SiglipConfig,
+    SiglipImageProcessor,
     SiglipModel,
     SiglipVisionModel,
 )
 
 from qllava.config import InputError
-from qllava.models.vision import Tower, convert_open_clip, load_tower
+from qllava.models.decided import decided
+from qllava.models.vision import ImageAspect, Tower, convert_open_clip, load_tower
 
 SIZE, PATCH = 32, 8
 VISION = {"image_size": SIZE, "patch_size": PATCH, "layers": 2, "width": 32, "head_width": 16}
@@ -166,7 +169,7 @@ def test_folder_of_a_whole_model(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tower.model.state_dict().items())
 
 
-@pytest.mark.parametrize("image_aspect", ["pad", "crop"])
+@pytest.mark.parametrize("image_aspect", ["pad", "crop", "squash"])
 def test_processor_is_reloaded_by_plain_transformers(clip_folder: Path, tmp_path: Path, image_aspect: Any) -> None:
     processor = load_tower(str(clip_folder), image_aspect=image_aspect).image_processor
     pictures = [striped(61, 40), striped(40, 61), striped(SIZE, SIZE), striped(61, 40)]
@@ -178,6 +181,26 @@ def test_processor_is_reloaded_by_plain_transformers(clip_folder: Path, tmp_path
     assert alone.shape == (4, 3, SIZE, SIZE)
     assert torch.equal(alone, torch.cat([pixels(reloaded, picture) for picture in pictures]))
     assert torch.equal(alone, processor(pictures, return_tensors="pt")["pixel_values"])  # batching changes nothing
+
+
+def test_how_an_image_becomes_a_square_is_read_off_the_processor(clip_folder: Path) -> None:
+    """A LLaVA over SigLIP squashes; it used to be recorded as one that crops."""
+    config = SimpleNamespace(projector_hidden_act="gelu", vision_feature_layer=-2)
+
+    def aspect(image_processor: Any) -> str:
+        return str(decided(config, SimpleNamespace(image_processor=image_processor))["image_aspect"])
+
+    for own in get_args(ImageAspect):
+        assert aspect(load_tower(str(clip_folder), image_aspect=own).image_processor) == own
+    assert aspect(SiglipImageProcessor()) == "squash" and aspect(CLIPImageProcessor()) == "crop"
+
+
+def test_squash_keeps_all_of_the_image(clip_folder: Path) -> None:
+    processor = load_tower(str(clip_folder), image_aspect="squash").image_processor
+    picture = striped(61, 40)
+    whole = pixels(processor, picture.resize((SIZE, SIZE), Image.Resampling(int(processor.resample))))
+    apart = (pixels(processor, picture) - whole) * torch.tensor(processor.image_std)[:, None, None] * 255
+    assert apart.abs().max() <= 2.01
 
 
 def test_pad_fills_up_with_the_mean_colour(clip_folder: Path) -> None:

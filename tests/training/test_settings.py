@@ -10,7 +10,9 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from qllava.config import InputError
+from qllava.config import InputError, ModelConfig
+from qllava.models.record import BELONGS_TO_BASE, Recipe, save_record
+from qllava.training import run
 from qllava.training.defaults import NANO_FINETUNE, NANO_PRETRAIN
 from qllava.training.settings import Settings, TrainConfig, parse
 from tests.tiny_runs import refusal
@@ -89,6 +91,10 @@ def test_config_with_an_equals_sign(config: Any) -> None:
         ("packing: true", "packing has no effect in qllava: qllava packs the samples itself"),
         ("resume_from_checkpoint: there", "resume_from_checkpoint has no effect"),
         ("push_to_hub: true", "push_to_hub has no effect in qllava: nothing is published while"),
+        ("lr_scheduler_kwargs: {x: 2024-13-45}", "is not YAML: month must be in 1..12"),
+        ("dataloader_in_order: false\ndataloader_num_workers: 2", "dataloader_in_order has no effect"),
+        ("fsdp: full_shard", "accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml"),
+        ("fsdp_config: {version: 2}", "fsdp_config has no effect"),
         ("data_seed: 3", "data_seed has no effect"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy has no effect"),
     ],
@@ -134,6 +140,23 @@ def test_every_field_of_ours_has_a_help() -> None:
 def test_nobody_is_warned_of_an_old_name(recwarn: pytest.WarningsRecorder) -> None:
     read()
     assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
+
+
+def test_an_adapter_brings_all_that_its_base_is(tmp_path: Path) -> None:
+    """What is recorded of the run is then true, and a setting that differs is refused instead of having no effect."""
+    of_base = Recipe("m", None, None, "linear", -1, "squash", "chatml", False)
+    save_record(of_base, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16}')
+    found = read("--model_name_or_path", str(tmp_path)).model
+    assert (found.lora_r, found.lora_alpha) == (8, 16)
+    decides = {own.name for own in dataclasses.fields(Recipe)} & {own.name for own in dataclasses.fields(ModelConfig)}
+    decides -= {"language_model", "vision_tower"}  # the base itself
+    assert decides == set(BELONGS_TO_BASE)
+    assert {name: getattr(found, name) for name in decides} == {name: getattr(of_base, name) for name in decides}
+    for name, other in {"projector_type": "mlp2x_gelu", "image_aspect": "crop", "vision_feature_layer": "-2"}.items():
+        settings = read("--model_name_or_path", str(tmp_path), f"--{name}", other)
+        with pytest.raises(InputError, match=f"was trained with {name} {getattr(of_base, name)}; leave the setting"):
+            run._same_base(settings, tmp_path)
 
 
 def test_several_cards_are_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from qllava.config import InputError, cache_folder
+from qllava.config import InputError, cache_folder, expanded
 from qllava.models.errors import one_line
 from qllava.models.layouts import PICKLES, Found, arrange, find_weights, read_index, refuse_llava_own
 
@@ -58,7 +58,7 @@ def settings_folder(name: str) -> Path:
     Raises:
         InputError: There is no such model, or it is in the layout of LLaVA's own code.
     """
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         refuse_llava_own(name, [path.name for path in folder.iterdir()], folder)
         return folder
@@ -76,7 +76,7 @@ def model_folder(name: str) -> Path:
         InputError: There is no such model, it cannot be fetched, or it has no safetensors.
     """
     folder = settings_folder(name)
-    if not Path(name).expanduser().is_dir():
+    if not Path(expanded(name)).is_dir():
         return _fetched_weights(name, constants.ENDPOINT, constants.HF_HUB_CACHE, is_offline_mode())
     files = [path.name for path in folder.iterdir()]
     found = find_weights(files, name)

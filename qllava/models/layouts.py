@@ -33,6 +33,8 @@ LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 """What LLaVA's own code calls a projector, and what of a LoRA run is no LoRA."""
 _LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _LLAVA_CLASSES = ("llavallama", "llava_llama", "llavamistral", "llava_mistral")
+_MARKER = ".of"
+"""In a folder of links: which weights they lead to."""
 _SCRIPT = "transformers' convert_llava_weights_to_hf.py (in its repository, under src/transformers/models/llava)"
 
 
@@ -126,12 +128,12 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     files = list(found.files) or sorted(set(shards.values()))
     key = repr([(str((weights / file).resolve()), _stamp(weights / file)) for file in files] + [str(settings)])
     out = cache / (known_as or f"folder-{blake2b(key.encode(), digest_size=12).hexdigest()}")
-    marker = out / ".of"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == key:
+    if _holds(out, key):
         return out
     held = {name: file for file in files for name in tensor_names(weights / file)}
     cache.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{out.name}."))
+    old = aside.with_name(f"{aside.name}.old")
     try:
         for path in settings.iterdir():
             if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
@@ -146,17 +148,28 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
         if count > 1:
             index = {"metadata": {}, "weight_map": {name: names[file] for name, file in sorted(held.items())}}
             (aside / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        (aside / marker.name).write_text(key, encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
+        (aside / _MARKER).write_text(key, encoding="utf-8")
+        if not _holds(out, key):  # else another process has made it meanwhile, and may be reading it
+            if out.is_dir():  # of weights that have changed since
+                out.rename(old)
+            aside.rename(out)
     except OSError as error:
-        if not marker.is_file():  # another process may have made it meanwhile
+        if not _holds(out, key):
             raise InputError(
                 f"{out} cannot be written ({error.strerror}); set QLLAVA_CACHE to another folder."
             ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for folder in (aside, old):
+            shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def _holds(out: Path, key: str) -> bool:
+    """Whether a folder of links is complete and of these weights; its marker is written last."""
+    try:
+        return (out / _MARKER).read_text(encoding="utf-8") == key
+    except OSError:
+        return False
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from qllava.config import InputError
-from qllava.models import convert, hub
+from qllava.models import convert, hub, layouts
 from qllava.models.adapter import load_projector, projector_state
 from qllava.models.assemble import assemble, load_language_model
 from qllava.models.checkpoint import load_config, load_llava
@@ -121,6 +121,31 @@ def same_language_model(name: str, tiny: Tiny) -> None:
     model = load_language_model(name, torch.float32, "cpu", four_bit=False, tokens=len(tokenizer))
     state = model.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+
+
+def test_links_that_another_process_made_meanwhile_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be read already; and links to weights that have changed since are replaced."""
+    weights = tmp_path / "m"
+    weights.mkdir()
+    save_file({"a": torch.zeros(1)}, weights / "other.safetensors")
+    found, own = find_weights(["other.safetensors"], "m"), layouts.tensor_names
+    assert found is not None
+    made: list[tuple[Path, int]] = []
+
+    def names(path: Path) -> list[str]:
+        monkeypatch.setattr(layouts, "tensor_names", own)
+        place = layouts.arrange(found, weights, weights, tmp_path / "cache", known_as="x")
+        made.append((place, place.stat().st_ino))
+        return own(path)
+
+    for value in (1, 2):
+        monkeypatch.setattr(layouts, "tensor_names", names)
+        out = layouts.arrange(found, weights, weights, tmp_path / "cache", known_as="x")
+        assert made[-1] == (out, out.stat().st_ino)
+        assert load_file(out / "model.safetensors").keys() == load_file(weights / "other.safetensors").keys()
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x"]
+        save_file({"a": torch.zeros(1), f"b{value}": torch.zeros(1)}, weights / "other.safetensors")
+    assert len({inode for _, inode in made}) == 2
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -213,6 +213,13 @@ def test_nothing_that_does_not_belong_into_a_file(pattern: re.Pattern[str]) -> N
     assert not problems, "\n".join(problems)
 
 
+def test_the_home_folder_is_read_in_one_place() -> None:
+    """`Path.expanduser` raises an error of no use to a user where there is no such home; `config.expanded` does not."""
+    ours = [p for p in CODE if not p.is_relative_to(ROOT / "benchmarks")]
+    reading = [name(p) for p in ours if re.search(r"expanduser\(|Path\.home\(", p.read_text(encoding="utf-8"))]
+    assert reading == ["qllava/config.py", "qllava/surroundings.py"]
+
+
 def test_no_file_for_odds_and_ends() -> None:
     assert not [name(p) for p in CODE if p.stem in ("utils", "util", "helpers", "misc", "common")]
 

@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
-from qllava.config import NANO, InputError
+from qllava.config import NANO, InputError, expanded
 from qllava.export.gguf_tokenizer import adds_bos, read_vocabulary, write_vocabulary
 from qllava.export.serving import for_llama_cpp, modelfile, template_of
 from qllava.export.tensors import (
@@ -107,7 +107,7 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 
 def _read(model: str) -> _Source:
     """Everything but the weights. Raises InputError for a run, and for what is no LLaVA."""
-    folder = newest_nano_run() if model == NANO else Path(model).expanduser()
+    folder = newest_nano_run() if model == NANO else Path(expanded(model))
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
         raise InputError(
             f"{folder} is a run, not a whole model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."
@@ -121,7 +121,7 @@ def _read(model: str) -> _Source:
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(f"{model} cannot be read as a LLaVA: {one_line(error)}") from error
-    name = folder.resolve().name if Path(model).expanduser().exists() else model.rpartition("/")[2]
+    name = folder.resolve().name if Path(expanded(model)).exists() else model.rpartition("/")[2]
     return _Source(name, folder, config, processor, [ends] if isinstance(ends, int) else list(ends or []))
 
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qllava.config import expanded
 from qllava.inference.chat import Chat
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.card import base_of, results_of
@@ -25,7 +26,7 @@ _SCORES = {
 
 def label(chat: Chat) -> str:
     """A short name: the folder's own (a checkpoint's after its run's), or the hub name."""
-    folder = Path(chat.name).expanduser()
+    folder = Path(expanded(chat.name))
     if not folder.is_dir():
         return chat.name
     name = folder.resolve().name
@@ -34,7 +35,7 @@ def label(chat: Chat) -> str:
 
 def about(chat: Chat) -> dict[str, str]:
     """Facts by name, in the order to show them; what is not known is left out."""
-    folder = Path(chat.name).expanduser()
+    folder = Path(expanded(chat.name))
     config = chat.model.config
     text, vision = config.get_text_config(), config.vision_config
     parameters = sum(_elements(parameter) for parameter in chat.model.parameters())

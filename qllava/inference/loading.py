@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.inference.chat import Chat
 from qllava.models.threads import settle_threads
 
@@ -30,7 +30,7 @@ def load(
 
     Raises InputError when there is no such model, or its base is another one.
     """
-    folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
+    folder = newest_nano_run() if model == "nano" else Path(expanded(model))
     if (folder / "adapter_config.json").is_file():
         from qllava.models.adapter import load_run
 
@@ -59,13 +59,13 @@ def load(
 
 def has_base(model: str) -> bool:
     """Whether a name means a run, whose base may be elsewhere."""
-    folder = newest_nano_run() if model == "nano" else Path(model).expanduser()
+    folder = newest_nano_run() if model == "nano" else Path(expanded(model))
     return (folder / "adapter_config.json").is_file()
 
 
 def same_model(first: str, second: str) -> bool:
     """Whether two names mean one model: `nano`, say, and the folder of its newest run."""
-    folders = [newest_nano_run() if name == "nano" else Path(name).expanduser() for name in (first, second)]
+    folders = [newest_nano_run() if name == "nano" else Path(expanded(name)) for name in (first, second)]
     return first == second or (all(path.is_dir() for path in folders) and folders[0].samefile(folders[1]))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.data.images import open_image
 from qllava.data.votes import Verdict, VoteFile
 from qllava.inference.about import about
@@ -144,7 +144,7 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _picture(argument: str) -> Path:
-    path = Path(argument.strip().strip("'\"")).expanduser()  # terminals quote a file that is dropped on them
+    path = Path(expanded(argument.strip().strip("'\"")))  # terminals quote a file that is dropped on them
     if not argument.strip() or path.is_dir():
         raise InputError("/image takes the name of a picture's file.")
     open_image(path)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.models.hub import HubError
 from qllava.models.outline import LANGUAGE_MODELS, Recipe
 from qllava.models.record import read_record
@@ -44,7 +44,7 @@ def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Re
             built = ", ".join(_PARTS[own] for own in _PARTS if getattr(record, own) is not None)
             raise InputError(f"{one} is a {_PARTS[part]}, and {run} was built from: {built}; give {FLAG} for these.")
         if not place.startswith("open_clip:"):
-            place = str(Path(place).expanduser().absolute())
+            place = str(Path(expanded(str(place))).absolute())
         record = replace(record, **{part: place})  # type: ignore[arg-type]  # the three parts are strings
     for part, called in _PARTS.items():
         place = getattr(record, part)
@@ -69,7 +69,7 @@ def _part_of(folder: str | Path) -> str:
     """Which part of a LLaVA a folder holds. Raises InputError when it is none."""
     if str(folder).startswith("open_clip:"):
         return "vision_tower"
-    path = Path(folder).expanduser() / "config.json"
+    path = Path(expanded(str(folder))) / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qllava.config import NANO, InputError
+from qllava.config import NANO, InputError, expanded
 from qllava.models.adapter import DATA_FILE
 from qllava.models.hub import settings_folder
 from qllava.models.recommended import recommendation
@@ -35,7 +35,7 @@ def base_of(record: Recipe) -> str:
 
 def public_name(part: str | None) -> str:
     """A part by its hub name, or by the last piece of its folder's path: others need not know this machine."""
-    path = Path(str(part)).expanduser()
+    path = Path(expanded(str(part)))
     return path.resolve().name if path.is_absolute() or path.is_dir() else str(part)
 
 

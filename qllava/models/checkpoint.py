@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.conversation import IMAGE_TOKEN
 from qllava.models import agreement
 from qllava.models.errors import check_loading, one_line, one_sentence, out_of_memory
@@ -185,7 +185,7 @@ def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
     Raises:
         InputError: Something is missing, or parts of the model do not agree (`agreement.py`), its weights included.
     """
-    if (folder := Path(folder_or_name).expanduser()).is_dir():
+    if (folder := Path(expanded(folder_or_name))).is_dir():
         _check_folder(folder)
     config, processor = look_at(folder_or_name)
     if processor is None:
@@ -226,7 +226,7 @@ def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
     generation = agreement.read_generation(folder, name)
     if generation is not None:
         agreement.check_generation(name, config.text_config, generation)
-    if Path(name).expanduser().is_dir() and find_weights(files, name):
+    if Path(expanded(name)).is_dir() and find_weights(files, name):
         agreement.check_weights(name, config, open_weights(name))
     return config, processor
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from qllava.config import InputError
+from qllava.config import InputError, expanded
 from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import fetch, repository_files
@@ -43,7 +43,7 @@ def convert(name: str, out: Path) -> Path:
     Raises:
         InputError: There are no pickled weights, they hold more than tensors, or `out` cannot be written.
     """
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     local = folder.is_dir()
     files = sorted(path.name for path in folder.iterdir()) if local else repository_files(name)
     pickles = [file for file in files if file.endswith(PICKLES) and not file.startswith(_OTHER)]

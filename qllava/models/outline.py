@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qllava.config import NANO_WEIGHTS, InputError
+from qllava.config import NANO_WEIGHTS, InputError, expanded
 from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
 from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
@@ -225,7 +225,7 @@ def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTra
     generation = agreement.read_generation(folder, name)
     if generation is not None:
         agreement.check_generation(name, config, generation)
-    if Path(name).expanduser().is_dir() and find_weights(files, name):
+    if Path(expanded(name)).is_dir() and find_weights(files, name):
         agreement.check_table(name, config, open_weights(name, language_model_name))
     return config, tokenizer
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
-from qllava.config import NANO, InputError, ModelConfig
+from qllava.config import NANO, InputError, ModelConfig, expanded
 from qllava.models.adapter import RECORD_FILE
 from qllava.models.agreement import check_feature_layer, refuse_quantized
 from qllava.models.bases import located
@@ -126,7 +126,7 @@ def llava_config(model: ModelConfig) -> LlavaConfig:
 def _of_model(model: ModelConfig) -> LlavaConfig:
     """The config of a LLaVA, or of the one that a run's adapter belongs to."""
     name = str(model.model_name_or_path)
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if (folder / RECORD_FILE).is_file():
         base = located(folder, model.base_model or ())
         return llava_config(
@@ -161,14 +161,14 @@ def _of_parts(language_model: str, vision_tower: str, layer: int) -> LlavaConfig
 
 def _known(name: str) -> Any:
     """The shapes that come with qllava, unless a folder has this name; None where there are none."""
-    return None if Path(name).expanduser().is_dir() else known_config(name)
+    return None if Path(expanded(name)).is_dir() else known_config(name)
 
 
 def _tower(spec: str) -> CLIPVisionConfig | SiglipVisionConfig:
     """The shapes of a tower by its name in open_clip, or from its folder."""
     if spec.startswith("open_clip:"):
         return _of_open_clip(spec)
-    folder = Path(spec).expanduser()
+    folder = Path(expanded(spec))
     if not folder.is_dir():
         raise InputError(f"The vision tower '{spec}' is neither a folder nor of the form open_clip:ARCH/PRETRAINED.")
     try:

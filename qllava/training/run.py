@@ -23,7 +23,7 @@ import torch
 from transformers import set_seed
 
 from qllava.arguments import explain
-from qllava.config import NANO, InputError
+from qllava.config import NANO, InputError, expanded
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.data.formats import Example, read_some, read_these
@@ -279,7 +279,7 @@ def _assemble(settings: Settings) -> Assembled:
 
 def _absolute(name: str | None) -> str | None:
     """A folder by its whole path: the run's record is read from other places too."""
-    folder = Path(name).expanduser() if name else None
+    folder = Path(expanded(name)) if name else None
     return str(folder.absolute()) if folder is not None and folder.is_dir() else name
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qllava.config import cache_folder
+from qllava.config import InputError, cache_folder
 from qllava.data.formats import Example, read_examples
 from qllava.nano import dataset, language
 from qllava.nano.dataset import NanoData, prepare, scene_of
@@ -171,3 +171,6 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("QLLAVA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "qllava"
+    monkeypatch.setenv("QLLAVA_CACHE", "~no_such_user/cache")
+    with pytest.raises(InputError, match="~no_such_user/cache cannot be found"):
+        cache_folder()

@@ -42,6 +42,11 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def hide_gpus() -> None:
+    """Let this process, and those that it starts, see no GPU. Before torch is imported."""
+    os.environ.update(dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), ""))
+
+
 def find_home() -> None:
     """Give a process without a home folder one in the folder for temporary files, and say so on stderr.
 

@@ -83,6 +83,23 @@ def test_a_recipe_and_a_flag_above_it(llama: str, tmp_path: Path, capsys: pytest
     assert more["parts"]["LoRA"] == 2 * fewer["parts"]["LoRA"] > 0
 
 
+@pytest.mark.parametrize("line", ["bf16: true", "fp16: true"])
+def test_a_recipe_for_a_card_is_planned_for_a_card(
+    line: str, llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a laptop: its CPU's figures (fp32, no context of CUDA) would be about another run."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"language_model: {llama}\nvision_tower: {L336}\nlora_r: 8\nmax_length: 700\n")
+    plain = planned(capsys, "--config", str(recipe))
+    recipe.write_text(recipe.read_text() + line + "\n")
+    assert planned(capsys, "--config", str(recipe)) == plain
+    recipe.write_text(recipe.read_text() + "use_cpu: true\n")
+    if line == "bf16: true":
+        on_cpu = planned(capsys, "--config", str(recipe))
+        assert on_cpu["parts"]["weights"] > 1.5 * plain["parts"]["weights"]
+        assert on_cpu["parts"]["workspace"] < memory.CONTEXT < plain["parts"]["workspace"]
+
+
 def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--tokens-per-row", "200"]) == 0
     lines = capsys.readouterr().out.splitlines()

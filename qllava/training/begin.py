@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qllava.config import InputError
-from qllava.surroundings import prepare_process
+from qllava.surroundings import hide_gpus, prepare_process
 from qllava.training import command
 from qllava.training.before import look
 from qllava.training.defaults import FINETUNE, PRETRAIN, Defaults
@@ -31,6 +31,8 @@ def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
             return 0
         given = command.read(line, **defaults.for_parsing())
         look(given, stage1=defaults is PRETRAIN)
+        if given.values.get("use_cpu"):
+            hide_gpus()  # the model would be loaded onto the first one, and computed in its type
     except InputError as error:
         # Each machine of a run looks at its own disk, and one of its processes speaks.
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -43,7 +43,7 @@ def plan(
     limit: str | None = None,
     base_model: Sequence[str] = (),
 ) -> memory.Plan:
-    """What a run on a card comes to.
+    """What a run on a card comes to, or on a CPU where the recipe sets use_cpu; whatever this machine has.
 
     config: a recipe's YAML. model, or language_model and vision_tower: in its place, with the recipes' defaults; nano
     where nothing is said. lora_r: 0 for stage 1. limit: such as 12GB; choose what fits, but for what is set.
@@ -62,7 +62,7 @@ def plan(
     for name, value in given.items():
         line += [f"--{name}", str(value)] if value is not None else []
     line += ["--base_model", *base_model] if base_model else []
-    settings = parse(line, output_dir="unused", nano=NANO_FINETUNE)
+    settings = parse(line, output_dir="unused", nano=NANO_FINETUNE, elsewhere=True)
     train = settings.train
     setup = memory.setup_of(settings.model, train, llava_config(settings.model), lora_r=settings.model.lora_r)
     asking = asking_of(train, lora_r=setup.lora_r)

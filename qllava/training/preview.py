@@ -69,7 +69,7 @@ def check_sources(sources: Sequence[Source], evaluation: Sequence[Source] = ()) 
 
 def sources_of_recipe(config: str) -> tuple[list[Source], list[Source]]:
     """What a recipe would train on, captions included, and its held-out rows."""
-    settings = parse(["--config", config], output_dir="unused", nano={})
+    settings = parse(["--config", config], output_dir="unused", nano={}, elsewhere=True)
     reader = _reader_of_recipe(settings)
     data, folder = settings.data, settings.data.image_folder
     images = Path(folder) if folder else None

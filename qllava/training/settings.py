@@ -24,9 +24,10 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = "runs/run"
+        self._asks_cpu = bool(self.use_cpu)
         if self.bf16 is None and not self.fp16:
             # TRL's own default is bf16 wherever it runs: on a CPU that is slower and less exact.
-            cuda = torch.cuda.is_available()
+            cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = cuda and not self.bf16
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -51,6 +52,11 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
             self._n_gpu = 1
 
     @property
+    def asks_cpu(self) -> bool:
+        """Whether the user set `use_cpu`; the field itself is also true where there is nothing but a CPU."""
+        return self._asks_cpu
+
+    @property
     def optimizer(self) -> str:
         """The name of `optim`, which transformers makes a member of an enumeration."""
         return str(getattr(self.optim, "value", self.optim))
@@ -67,23 +73,28 @@ class Settings:
     """Names of the fields that the user set, in the YAML or by a flag; all others have their defaults."""
 
 
-def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any]) -> Settings:
+def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any], elsewhere: bool = False) -> Settings:
     """Read `--config FILE.yaml` and flags.
 
     Args:
         args: The command line; None for the process's own.
         output_dir: Where the run goes unless told otherwise.
         nano: Values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
+        elsewhere: The settings are only read here, for a run on another machine: see `resolve`.
 
     Raises:
         InputError: For a file that cannot be read, an unknown key, a value that is not possible, or a field that
             would have no effect. A wrong flag ends the process with status 2, as argparse does.
     """
-    return resolve(read(sys.argv[1:] if args is None else args, output_dir=output_dir, nano=nano))
+    return resolve(read(sys.argv[1:] if args is None else args, output_dir=output_dir, nano=nano), elsewhere=elsewhere)
 
 
-def resolve(given: Given) -> Settings:
+def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
     """The settings of a command line that has been read: TRL's parser fills in the rest.
+
+    Args:
+        given: What the user set.
+        elsewhere: The run will be on another machine, so that what this one lacks is not refused.
 
     Raises:
         InputError: When values do not fit together, or do not fit this machine.
@@ -93,17 +104,28 @@ def resolve(given: Given) -> Settings:
     values = {**given.defaults, **_of_adapter(given.values.get("model_name_or_path")), **given.values}
     if isinstance(values.get("debug"), list):
         values["debug"] = " ".join(values["debug"])  # transformers splits it again
+    if elsewhere:
+        values.pop("tf32", None)  # transformers would look for a card that has it, and switch it on
     parser.set_defaults_with_config(**values)
     try:
         # Not a file beside the program that is called as it is, with `.args` at its end: nobody would think of that.
         model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error
-    if train.fp16 and not _has_gpu():
-        raise InputError("The setting fp16 needs a GPU, and there is none here; leave it out (a CPU computes in fp32).")
-    if train.activation_offloading and not _has_gpu():
-        raise InputError("The setting activation_offloading is for a GPU, and there is none here; leave it out.")
+    if not elsewhere:
+        _refuse_what_is_not_here(train)
     return Settings(model, data, train, frozenset(given.values))
+
+
+def _refuse_what_is_not_here(train: TrainConfig) -> None:
+    """Raises InputError when a run cannot be on this machine as it is set."""
+    if train.asks_cpu and torch.cuda.is_available():
+        # The recipes hide GPUs before torch is imported; here it was imported earlier.
+        raise InputError("use_cpu is set, but this program sees a GPU already; start it with CUDA_VISIBLE_DEVICES=''.")
+    if train.fp16 and (train.asks_cpu or not _has_gpu()):
+        raise InputError("The setting fp16 needs a GPU, and there is none here; leave it out (a CPU computes in fp32).")
+    if train.activation_offloading and (train.asks_cpu or not _has_gpu()):
+        raise InputError("The setting activation_offloading is for a GPU, and there is none here; leave it out.")
 
 
 def _has_gpu() -> bool:

@@ -88,6 +88,7 @@ def test_a_recipe_is_checked_as_it_would_be_trained(tiny: Tiny, rows: Path, tmp_
         "pretrain_file": str(captions),
         "max_length": 40,
         "too_long": "drop",
+        "fp16": True,  # of the machine that will train
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     status, out = output(capsys, "check", "--config", tmp_path / "recipe.yaml", "--json")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaConfig
 from trl import SFTConfig
 
 from qllava.config import InputError, ModelConfig
 from qllava.models.record import BELONGS_TO_BASE, Recipe, save_record
-from qllava.training import run
+from qllava.training import begin, run
 from qllava.training.defaults import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.training.memory import setup_of
 from qllava.training.settings import Settings, TrainConfig, parse
 from tests.tiny_runs import refusal
 
@@ -54,6 +57,54 @@ def test_flags_win_over_yaml_over_nanos_own(config: Any) -> None:
 def test_nanos_values_are_for_nano_alone(given: list[str]) -> None:
     assert read(*given, nano={"eval_questions": 3}).train.eval_questions == 64
     assert read("--model_name_or_path", "nano", nano={"eval_questions": 3}).train.eval_questions == 3
+
+
+class TestOtherMachines:
+    """What the user asks for, and what this machine has, are two things."""
+
+    @pytest.fixture(autouse=True)
+    def _on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+    @pytest.mark.parametrize("line", ["bf16: true", "fp16: true", "activation_offloading: true", "tf32: true"])
+    def test_a_gpus_settings_are_read_without_one(self, config: Any, line: str) -> None:
+        words = config(line + "\n")
+        settings = parse(words, output_dir="x", nano={}, elsewhere=True)
+        assert not settings.train.asks_cpu
+        found = setup_of(settings.model, settings.train, LlavaConfig(), lora_r=8)
+        assert found.device == "cuda" and found.held is None
+        assert found.dtype == (torch.float16 if line == "fp16: true" else torch.bfloat16)
+        if line != "bf16: true":
+            with pytest.raises(InputError):
+                read(*words)
+
+    def test_a_recipe_for_a_cpu_is_planned_as_one(self, config: Any) -> None:
+        settings = parse(config("use_cpu: true\nbf16: true\n"), output_dir="x", nano={}, elsewhere=True)
+        found = setup_of(settings.model, settings.train, LlavaConfig(), lora_r=8)
+        assert (found.device, found.dtype, found.held) == ("cpu", torch.bfloat16, torch.float32)
+
+    def test_a_cpu_that_is_asked_for_is_not_set_by_the_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        train = TrainConfig(output_dir="x", use_cpu=True)
+        assert train.asks_cpu and not train.bf16 and not train.fp16
+        with pytest.raises(InputError, match="sees a GPU already; start it with CUDA_VISIBLE_DEVICES=''"):
+            read("--use_cpu", "true")
+
+    @pytest.mark.parametrize("asked", [True, False])
+    def test_the_recipes_hide_the_gpus_from_a_run_on_the_cpu(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+    ) -> None:
+        """Before anything could load the model onto one."""
+        for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            monkeypatch.setenv(name, "0")
+        seen: list[str] = []
+        monkeypatch.setattr(begin, "look", lambda given, stage1: None)
+        monkeypatch.setattr(run, "main", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or 0)
+        words = ["--model_name_or_path", "nano", "--output_dir", str(tmp_path / "x")]
+        assert begin.finetune([*words, "--use_cpu", str(asked).lower()]) == 0
+        assert seen == ["" if asked else "0"]
 
 
 @pytest.mark.parametrize("nano", [NANO_PRETRAIN, NANO_FINETUNE])

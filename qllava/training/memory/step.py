@@ -142,8 +142,8 @@ def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bo
 
 
 def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lora_r: int) -> Setup:
-    """What the settings of a run come to on a card, or with `use_cpu` on a CPU; lora_r 0 for stage 1."""
-    on_cpu = bool(train.use_cpu)
+    """What the settings of a run come to on a card, or where the user set `use_cpu` on a CPU; lora_r 0 for stage 1."""
+    on_cpu = train.asks_cpu
     cpu_dtype = torch.bfloat16 if train.bf16 else torch.float32
     every = None if train.gradient_checkpointing else 0
     return Setup(

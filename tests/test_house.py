@@ -36,7 +36,7 @@ HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", 
 BEFORE_TORCH = {
     *(
         ROOT / "qllava/training" / f"{name}.py"
-        for name in ("before", "begin", "command", "defaults", "fields", "typed")
+        for name in ("before", "begin", "command", "defaults", "fields", "sizes", "typed")
     ),
     ROOT / "qllava/models/record.py",
 }

@@ -17,6 +17,9 @@ HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "nu
 
 FINETUNE, PRETRAIN, QLLAVA, DEMO = "finetune", "pretrain", "qllava", "demo"
 
+PARTS = "--language_model c/d --vision_tower open_clip:a/b"
+BOTH = "--train_file {folder}/rows.json --pretrain_file {folder}/rows.json --projector {folder}/adapter"
+
 # Program, words, status, what is said. {folder} is that of `prepare`.
 WRONG: tuple[tuple[str, str, int, str], ...] = (
     (FINETUNE, "--per_device_batch_size 4", 2, "did you mean --per_device_train_batch_size?"),
@@ -51,6 +54,18 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (FINETUNE, "--max_steps 5 --num_train_epochs 2", 1, "max_steps alone would count"),
     (FINETUNE, "--lr_scheduler_type cosine_with_min_lr", 1, "needs lr_scheduler_kwargs with min_lr or min_lr_rate"),
     (FINETUNE, "--bf16 true --fp16 true", 1, "bf16 and fp16 are both set"),
+    (FINETUNE, "--fit_memory lots", 1, "fit_memory: The amount of memory 'lots' cannot be read; write it as 12GB"),
+    (FINETUNE, "--model_name_or_path a/b --language_model c/d --train_file {folder}/rows.json", 1, "not both"),
+    (FINETUNE, "--model_name_or_path nano --vision_tower open_clip:a/b", 1, "not both"),
+    (FINETUNE, "--language_model c/d --train_file {folder}/rows.json", 1, "both language_model and vision_tower"),
+    (PRETRAIN, "--vision_tower open_clip:a/b --train_file {folder}/rows.json", 1, "both language_model and vision"),
+    (FINETUNE, f"{PARTS} --train_file {{folder}}/rows.json", 1, "projector has learned nothing yet"),
+    (FINETUNE, f"{PARTS} {BOTH}", 1, "remove one of the two"),
+    (FINETUNE, f"--model_name_or_path {{folder}}/adapter {BOTH}", 1, "brings its own projector"),
+    (FINETUNE, "--base_model {folder}/adapter", 1, "base_model says where the base of a run is"),
+    (PRETRAIN, "--pretrain_file {folder}/rows.json", 1, "pretrain_file is of finetune_lora"),
+    (PRETRAIN, "--projector {folder}/adapter", 1, "projector is of finetune_lora"),
+    (PRETRAIN, "--model_name_or_path {folder}/adapter --train_file {folder}/rows.json", 1, "with finetune_lora"),
     (PRETRAIN, "--train_file {folder}/none.json", 1, "none.json does not exist"),
     (PRETRAIN, "--langauge_model x", 2, "did you mean --language_model?"),
     (PRETRAIN, "--language_model some/llama", 1, "train_file is missing"),
@@ -83,6 +98,9 @@ def prepare(folder: Path) -> None:
     (folder / "type.yaml").write_text("lora_r: many\n")
     (folder / "choice.yaml").write_text("too_long: cut\n")
     (folder / "empty").mkdir()
+    (folder / "adapter").mkdir()
+    for name in ("qllava.json", "adapter_config.json", "projector.safetensors", "config.json"):
+        (folder / "adapter" / name).write_text("{}")
     (folder / "finished").mkdir()
     (folder / "finished" / "results.json").write_text("{}")
     (folder / "finished" / "run.yaml").write_text("{}")

@@ -14,6 +14,7 @@ from qllava.arguments import check_data, check_file, check_folder, check_model, 
 from qllava.config import InputError, expanded
 from qllava.models.record import PROJECTOR_FILE, RESULTS_FILE, RUN_FILE, adapter_at
 from qllava.training.command import Given
+from qllava.training.sizes import parse_bytes
 
 # For `report_to`: the modules it needs (one of a row is enough), and what to install.
 TRACKERS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
@@ -76,6 +77,7 @@ def look(given: Given, *, stage1: bool) -> None:
     _check_packages(given)
     _check_parts(given, stage1=stage1)
     _check_data(given)
+    _check_start(given, stage1=stage1)
     check_output(given)
     check_written_folder(str(given.get("output_dir")), "output_dir")
 
@@ -87,6 +89,11 @@ def _check_loop(given: Given) -> None:
     together = both <= given.flags or not both & given.flags
     if len(both) == 2 and together and given.get("max_steps") > 0:
         raise InputError("max_steps and num_train_epochs are both set, and max_steps alone would count; remove one.")
+    if (limit := given.get("fit_memory")) is not None:
+        try:
+            parse_bytes(limit)
+        except InputError as error:
+            raise InputError(f"fit_memory: {error}") from error
     if given.get("bf16") and given.get("fp16"):
         raise InputError("bf16 and fp16 are both set; keep one (bf16 where the GPU has it).")
     if not given.get("dataloader_num_workers"):
@@ -176,8 +183,37 @@ def _check_parts(given: Given, *, stage1: bool) -> None:
             raise InputError(
                 f"projector: {projector} has no {PROJECTOR_FILE}; give the folder of a finished pretrain_projector."
             )
-    if stage1 and (start := adapter_at(given.get("model_name_or_path"))):
-        raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
+
+
+def _check_start(given: Given, *, stage1: bool) -> None:
+    """Raise InputError where it is unclear what the model is, or where its projector begins."""
+    name, projector, captions = (given.get(one) for one in ("model_name_or_path", "projector", "pretrain_file"))
+    parts = [given.get(one) for one in ("language_model", "vision_tower")]
+    if name and any(parts):
+        raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
+    if any(parts) and not all(parts):
+        raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
+    start = adapter_at(name)
+    if given.get("base_model") and not start:
+        raise InputError("base_model says where the base of a run is that is trained on; no run is given, remove it.")
+    if stage1:
+        for setting, value in (("projector", projector), ("pretrain_file", captions)):
+            if value:
+                raise InputError(f"{setting} is of finetune_lora; stage 1 learns from train_file, remove it.")
+        if start:
+            raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
+    elif start and (projector or captions):
+        raise InputError(
+            f"The adapter in {start} brings its own projector; leave projector and pretrain_file out, or start from "
+            "the base."
+        )
+    elif projector and captions:
+        raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
+    elif any(parts) and not (projector or captions):
+        raise InputError(
+            "A new LLaVA's projector has learned nothing yet: give projector (the folder that pretrain_projector "
+            "wrote) or pretrain_file."
+        )
 
 
 def _check_data(given: Given) -> None:

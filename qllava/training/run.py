@@ -63,11 +63,6 @@ def pretrain(settings: Settings) -> Path:
 
 
 def _pretrain(settings: Settings, held: ExitStack) -> Path:
-    for name, given in (("projector", settings.model.projector), ("pretrain_file", settings.data.pretrain_file)):
-        if given:
-            raise InputError(f"The setting {name} is one of finetune_lora; stage 1 learns from train_file, remove it.")
-    if start := adapter_at(settings.model.model_name_or_path):
-        raise InputError(f"{start} is an adapter, whose projector has learned; train it on with finetune_lora.")
     folder = folders.open_folder(settings, held)
     started = time.monotonic()
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
@@ -103,7 +98,7 @@ def finetune(settings: Settings) -> Path:
 
 
 def _finetune(settings: Settings, held: ExitStack) -> Path:
-    start = _start(settings)
+    start = adapter_at(settings.model.model_name_or_path)
     folder = folders.open_folder(settings, held)
     take_projector(settings, folder)
     started = time.monotonic()
@@ -142,25 +137,6 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
         print("\n" + scores.format_table(measured))
     _say_done(folder, results)
     return folder
-
-
-def _start(settings: Settings) -> Path | None:
-    """The adapter that is trained on, if any. Raises InputError where the projector's start is unclear."""
-    model_, data = settings.model, settings.data
-    if (model_.language_model or model_.vision_tower) and not (model_.projector or data.pretrain_file):
-        raise InputError(
-            "A new LLaVA's projector has learned nothing yet: give projector (the folder that pretrain_projector "
-            "wrote) or pretrain_file."
-        )
-    start = adapter_at(model_.model_name_or_path)
-    if start and (model_.projector or data.pretrain_file):
-        raise InputError(
-            f"The adapter in {start} brings its own projector; leave projector and pretrain_file out, or start from "
-            "the base."
-        )
-    if model_.projector and data.pretrain_file:
-        raise InputError("The projector is either given or learned from pretrain_file; remove one of the two settings.")
-    return start
 
 
 def _with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
@@ -248,11 +224,9 @@ def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> 
 
 
 def _assemble(settings: Settings) -> Assembled:
-    """The model of the settings. Raises InputError when they contradict each other."""
+    """The model of the settings; that they do not contradict each other is known (`before.py`)."""
     model = settings.model
     built = bool(model.language_model or model.vision_tower)
-    if model.model_name_or_path and built:
-        raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
     start = adapter_at(model.model_name_or_path)
     set_seed(settings.train.seed)
     if not torch.cuda.is_available():
@@ -262,8 +236,6 @@ def _assemble(settings: Settings) -> Assembled:
     if start:
         with at_its_base(start):
             return assemble(_same_base(settings, start), seed=settings.train.seed)
-    if model.base_model:
-        raise InputError("The setting base_model says where the base of a run is that is trained on; leave it out.")
     recipe = Recipe(
         model=None if built or model.is_nano else _absolute(model.model_name_or_path),
         language_model=NANO if model.is_nano else _absolute(model.language_model),

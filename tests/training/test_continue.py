@@ -80,10 +80,6 @@ class TestRefusals:
     def test_another_base(self, tiny: Tiny, tmp_path: Path, name: str, value: Any) -> None:
         assert f"was trained with {name}" in self.refused(from_run(tiny, tmp_path / "run", **{name: value}))
 
-    def test_another_projector(self, tiny: Tiny, tmp_path: Path) -> None:
-        message = self.refused(from_run(tiny, tmp_path / "run", projector=tiny.stage1))
-        assert "brings its own projector" in message
-
     def test_a_start_that_would_be_overwritten(self, tiny: Tiny, tmp_path: Path) -> None:
         run = Path(shutil.copytree(tiny.stage2, tmp_path / "run"))
         (run / "results.json").unlink()

@@ -434,19 +434,6 @@ class TestSettingsThatContradict:
             run(chosen)
         return refusal(caught.value)
 
-    def test_both_ways_to_a_model(self, tiny: Tiny, tmp_path: Path) -> None:
-        message = self.refused(finetune, stage2_settings(tiny, tmp_path / "run", model_name_or_path="a/b"))
-        assert "not both" in message
-
-    def test_a_projector_given_and_learned(self, tiny: Tiny, tmp_path: Path) -> None:
-        message = self.refused(finetune, stage2_settings(tiny, tmp_path / "run", pretrain_file=tiny.rows))
-        assert "remove one" in message
-
-    @pytest.mark.parametrize("name", ["projector", "pretrain_file"])
-    def test_stage_1_takes_no_start(self, tiny: Tiny, tmp_path: Path, name: str) -> None:
-        message = self.refused(pretrain, stage1_settings(tiny, tmp_path / "run", **{name: tiny.stage1}))
-        assert name in message
-
     def test_no_data(self, tiny: Tiny, tmp_path: Path) -> None:
         message = self.refused(finetune, stage2_settings(tiny, tmp_path / "run", train_file=None))
         assert "train_file is missing" in message

@@ -2,7 +2,6 @@
 
 from qllava.training.memory.fit import DoesNotFit, Plan, fit, plan_of, settled
 from qllava.training.memory.phases import PHASES, Asking, phases_of
-from qllava.training.memory.sizes import CARDS, GB, format_bytes, parse_bytes
 from qllava.training.memory.step import (
     CONTEXT,
     OPTIMS,
@@ -15,6 +14,7 @@ from qllava.training.memory.step import (
     recompute,
     setup_of,
 )
+from qllava.training.sizes import CARDS, GB, format_bytes, parse_bytes
 
 __all__ = [
     "CARDS",

@@ -146,7 +146,7 @@ def _planned(settings: Settings, config: Any, lora_r: int, limit: int) -> dict[s
     """Bytes of each phase, as `qllava plan` says them of this run."""
     train = settings.train
     setup = memory.setup_of(settings.model, train, config, lora_r=lora_r)
-    asking = scores.asking_of(train, lora_r=lora_r)
+    asking = scores.asking_of(train, lora_r=lora_r, held_out=scores.expects_held_out(settings))
     try:
         return memory.fit(
             setup, limit, asking=asking, least_tokens=setup.tokens_per_row, fixed=memory.settled(train)

@@ -176,7 +176,7 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
     """What the plan says of the same run, all its questions answered at once."""
     settings = settings_of(folder, tokens)
     setup = memory.setup_of(settings.model, settings.train, llava_config(settings.model), lora_r=settings.model.lora_r)
-    asking = scores.asking_of(settings.train, lora_r=setup.lora_r)
+    asking = scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=True)
     asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
     found = memory.phases_of(setup, memory.estimate(setup), asking)
     found["chat"] = replace(found["chat"], new_tokens=NEW_TOKENS)

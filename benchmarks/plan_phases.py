@@ -37,7 +37,7 @@ def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
     settings = parse(["--config", str(preset)], output_dir="unused", nano=NANO_FINETUNE)
     rank = settings.model.lora_r if stage == "finetune" else 0
     setup = memory.setup_of(settings.model, settings.train, llava_config(settings.model), lora_r=rank)
-    asking = scores.asking_of(settings.train, lora_r=rank)
+    asking = scores.asking_of(settings.train, lora_r=rank, held_out=scores.expects_held_out(settings))
     limit = memory.parse_bytes(str(settings.train.fit_memory))
     if fit:
         fixed = memory.settled(settings.train)

@@ -258,7 +258,12 @@ def test_every_phase_of_a_preset_fits_its_card(path: Path, stage: str) -> None:
     setup = setup_of(settings, stage)
     assert setup.tokens_per_row == settings.train.max_length and not memory.settled(settings.train)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
-    found = memory.plan_of(setup, memory.estimate(setup), limit, scores.asking_of(settings.train, lora_r=setup.lora_r))
+    found = memory.plan_of(
+        setup,
+        memory.estimate(setup),
+        limit,
+        scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=scores.expects_held_out(settings)),
+    )
     tuned = stage == "finetune"
     assert found.fits and found.peak_bytes <= limit, found
     assert found.estimate.parts["optimizer"] > 0 and (found.estimate.parts["LoRA"] > 0) == tuned
@@ -286,7 +291,7 @@ def test_a_card_that_is_too_small_is_found() -> None:
 def test_what_fit_memory_chooses_stays_under_the_limit(path: Path) -> None:
     settings = load(path)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
-    asking = scores.asking_of(settings.train, lora_r=settings.model.lora_r)
+    asking = scores.asking_of(settings.train, lora_r=settings.model.lora_r, held_out=True)
     fixed = memory.settled(settings.train)
     plan = memory.fit(setup_of(settings, "finetune"), limit, asking=asking, least_tokens=2048, fixed=fixed)
     assert plan.fits and plan.peak_bytes <= limit and plan.tokens_per_row >= 2048
@@ -301,5 +306,5 @@ def test_proposed_flags_fit_their_card(path: Path) -> None:
         limit = memory.parse_bytes(str(settings.train.fit_memory))
         for stage in stages(path):
             setup = setup_of(settings, stage)
-            asking = scores.asking_of(settings.train, lora_r=setup.lora_r)
+            asking = scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=scores.expects_held_out(settings))
             assert memory.plan_of(setup, memory.estimate(setup), limit, asking).fits, flags

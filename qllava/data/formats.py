@@ -84,14 +84,6 @@ def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]
     return examples
 
 
-def read_some(path: Path, image_folder: Path | None, count: int, total: int) -> list[Example]:
-    """At most `count` of a file's `total` rows, evenly spaced; the others are not kept."""
-    pictures = Pictures(image_folder if image_folder is not None else folder_of(path))
-    step = max(1, -(-total // count)) if count else total + 1
-    rows = enumerate(read_rows(path))
-    return [to_example(row, place, pictures) for index, (place, row) in rows if index % step == 0 and count]
-
-
 def read_these(path: Path, image_folder: Path | None, wanted: Collection[int]) -> list[Example]:
     """The rows of a file with these numbers, from 0, in the file's order."""
     pictures = Pictures(image_folder if image_folder is not None else folder_of(path))

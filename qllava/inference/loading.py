@@ -71,6 +71,18 @@ def same_model(first: str, second: str) -> bool:
 
 def newest_nano_run(runs: Path = RUNS) -> Path:
     """The folder of the nano run that finished last. Raises InputError when there is none."""
+    finished = finished_nano_runs(runs)
+    if not finished:
+        raise InputError(f"There is no finished nano run in {runs}/ yet; run `make finetune` first.")
+    return finished[-1]
+
+
+def finished_nano_runs(runs: Path = RUNS) -> list[Path]:
+    """Return the folders of finished nano runs, the one that finished last at the end.
+
+    Raises:
+        InputError: The settings of a finished run cannot be read.
+    """
     finished = [
         folder
         for folder in runs.glob("*/")
@@ -79,9 +91,7 @@ def newest_nano_run(runs: Path = RUNS) -> Path:
         and (folder / "run.yaml").is_file()
         and _is_nano(folder / "run.yaml")
     ]
-    if not finished:
-        raise InputError(f"There is no finished nano run in {runs}/ yet; run `make finetune` first.")
-    return max(finished, key=lambda folder: (folder / "results.json").stat().st_mtime)
+    return sorted(finished, key=lambda folder: (folder / "results.json").stat().st_mtime)
 
 
 def _is_nano(path: Path) -> bool:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
+from qllava.models.record import RESULTS_FILE
 from qllava.training.fields import deciding
 from qllava.training.order import samples_per_step
 from qllava.training.settings import Settings
@@ -131,6 +132,16 @@ def checkpoints(folder: Path, after: Path | None = None) -> list[Path]:
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     ordered = sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
     return ordered[ordered.index(after) + 1 :] if after else ordered
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether a run's folder holds something to resume: a checkpoint, or a finished stage 1 of its own.
+
+    Where it does, `refuse_changes` holds the run to what it was begun with. Where it does not, other files are what an
+    earlier start left, perhaps with other settings.
+    """
+    stage1 = folder / "stage1"
+    return bool(checkpoints(folder) or checkpoints(stage1)) or (stage1 / RESULTS_FILE).is_file()
 
 
 def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapping[str, Any] | None = None) -> None:

@@ -118,7 +118,7 @@ def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Pa
     begun = begun_with(settings, train_file=hashes, pretrain_file=captions)
     for place in (folder / "stage1", folder):
         refuse_changes(place, begun)
-    (folder / DATA_FILE).write_text(json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / DATA_FILE, json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n")
     write_settings(settings, folder)
     return begun
 
@@ -126,7 +126,7 @@ def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Pa
 def write_settings(settings: Settings, folder: Path) -> None:
     """Write `run.yaml`."""
     resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
-    (folder / RUN_FILE).write_text(yaml.safe_dump(_plain(resolved), sort_keys=False), encoding="utf-8")
+    write_whole(folder / RUN_FILE, yaml.safe_dump(_plain(resolved), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from qllava.config import InputError
-from qllava.inference.loading import RUNS, newest_nano_run
+from qllava.inference.loading import RUNS, finished_nano_runs
 from qllava.models.record import RUN_FILE
 from qllava.training import processes
+from qllava.training.checkpoints import resumable
 from qllava.training.settings import Settings
 
 
@@ -27,7 +28,11 @@ def take_projector(settings: Settings, folder: Path) -> None:
         return
     if settings.model.projector or settings.data.pretrain_file:
         return
-    found = processes.by_main(partial(_projector, folder))
+    resumed = processes.by_main(partial(resumable, folder))
+    found = processes.by_main(partial(_began_with if resumed else _newest, folder))
+    if found is None and resumed:
+        print("The projector is that of the run's own stage 1, with which it began.")
+        return
     if found is None:
         print(
             f"There is no finished nano run in {RUNS}/ whose projector could be taken, so stage 1 comes first, on "
@@ -38,15 +43,16 @@ def take_projector(settings: Settings, folder: Path) -> None:
     print(f"The projector is that of {found}, a finished nano run; LoRA begins new.")
 
 
-def _projector(folder: Path) -> str | None:
-    if (folder / RUN_FILE).is_file():  # resumed: as it began
-        try:
-            given = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")).get("projector")
-        except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
-            raise InputError(f"{folder / RUN_FILE} cannot be read; remove it or choose another output_dir.") from error
-        return str(given) if given else None
+def _began_with(folder: Path) -> str | None:
+    """The projector of a run that is resumed."""
     try:
-        newest = newest_nano_run(RUNS).absolute()
-    except InputError:
-        return None
-    return None if newest.resolve() == folder.resolve() else str(newest)
+        given = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")).get("projector")
+    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RUN_FILE} cannot be read; choose another output_dir.") from error
+    return str(given) if given else None
+
+
+def _newest(folder: Path) -> str | None:
+    """The nano run that finished last, but for the folder itself. Raises InputError when a run cannot be read."""
+    others = [run.absolute() for run in finished_nano_runs(RUNS) if run.resolve() != folder.resolve()]
+    return str(others[-1]) if others else None

@@ -1,18 +1,25 @@
 """What a run came to, for the top of its report and the end of its output on the terminal.
 
-`command.json` is written when a run starts or is resumed: the command as it was typed, and the versions of the packages
-that compute.
+`command.json` is written when a run starts or is resumed: the command, with the launcher of several processes, the
+versions of the packages that compute, and the seconds of all starts so far.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from qllava.models.record import RESULTS_FILE
+from qllava.training import processes
+from qllava.training.checkpoints import resumable, write_whole
 
 COMMAND_FILE = "command.json"
 SAMPLES_FILE = "samples.json"
@@ -20,12 +27,64 @@ ADAPTER_CONFIG = "adapter_config.json"
 PACKAGES = ("qllava", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
-def keep_command(folder: Path) -> None:
-    """Write down the command of this process, and the versions of the packages that compute."""
-    script = sys.argv[0].endswith(".py")
-    command = shlex.join(["python", *sys.argv] if script else [Path(sys.argv[0]).name, *sys.argv[1:]])
-    content = {"command": command, "versions": {name: _version(name) for name in PACKAGES}}
-    (folder / COMMAND_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+class Started:
+    """One start of a run: its command, and how long it and the starts before it have taken.
+
+    A start whose work was resumed counts in full, and after `kill -9` as far as it was last kept.
+    """
+
+    def __init__(self, folder: Path, held: ExitStack) -> None:
+        """Begin to count.
+
+        Args:
+            folder: The run's.
+            held: When it closes, however the run ended, the time is kept once more.
+        """
+        self._folder, self._began, self._begun = folder, time.monotonic(), False
+        self._earlier = 0.0
+        if resumable(folder):
+            before = _read(folder / COMMAND_FILE)
+            self._earlier = float(before.get("seconds", 0.0)) if isinstance(before, dict) else 0.0
+        held.callback(self._end)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all starts of the run so far."""
+        return round(self._earlier + time.monotonic() - self._began, 1)
+
+    def keep(self) -> None:
+        """Write `command.json`; called in all processes."""
+        self._begun = True
+        processes.by_main(self._write)
+
+    def _write(self) -> None:
+        versions = {name: _version(name) for name in PACKAGES}
+        content = {"command": command_of(sys.argv, os.environ), "versions": versions, "seconds": self.seconds}
+        write_whole(self._folder / COMMAND_FILE, json.dumps(content, indent=1) + "\n")
+
+    def _end(self) -> None:
+        """Keep the time of a run that was interrupted; a finished one has its own in `results.json`."""
+        # Not by agreement: the other processes may have ended.
+        if self._begun and processes.is_main() and not (self._folder / RESULTS_FILE).is_file():
+            with suppress(OSError):  # what ended the run is said, and not that its time could not be kept
+                self._write()
+
+
+def command_of(words: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Return the command of a process, with a launcher where it is one of several.
+
+    Args:
+        words: `sys.argv`.
+        environment: What a launcher has set: WORLD_SIZE, and LOCAL_WORLD_SIZE on several machines.
+    """
+    script = words[0].endswith(".py")
+    here = ["python", *words] if script else [Path(words[0]).name, *words[1:]]
+    world, local = environment.get("WORLD_SIZE", "1"), environment.get("LOCAL_WORLD_SIZE", "")
+    if not world.isdigit() or int(world) < 2:
+        return shlex.join(here)
+    machines = int(world) // int(local) if local.isdigit() and int(local) else 1
+    several = ["--num_machines", str(machines)] if machines > 1 else []
+    return shlex.join(["accelerate", "launch", "--num_processes", world, *several, *(here[1:] if script else here)])
 
 
 def _version(name: str) -> str:

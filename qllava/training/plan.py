@@ -26,7 +26,7 @@ from qllava.models.outline import language_model_config, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
 from qllava.training.defaults import NANO_FINETUNE
-from qllava.training.scores import asking_of
+from qllava.training.scores import asking_of, expects_held_out
 from qllava.training.settings import parse
 
 _BAR = 30
@@ -65,7 +65,7 @@ def plan(
     settings = parse(line, output_dir="unused", nano=NANO_FINETUNE, elsewhere=True)
     train = settings.train
     setup = memory.setup_of(settings.model, train, llava_config(settings.model), lora_r=settings.model.lora_r)
-    asking = asking_of(train, lora_r=setup.lora_r)
+    asking = asking_of(train, lora_r=setup.lora_r, held_out=expects_held_out(settings))
     if not train.fit_memory:
         return memory.plan_of(setup, memory.estimate(setup), asking=asking)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from qllava.arguments import explain
-from qllava.config import NANO, InputError, expanded
+from qllava.config import NANO, InputError, LoopConfig, expanded
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
-from qllava.data.formats import Example, read_some, read_these
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     adapter_at,
@@ -44,15 +43,17 @@ from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
 from qllava.surroundings import prepare_process
 from qllava.training import disk, folders, outcome, processes, samples, scores
+from qllava.training.asked import HeldOut
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
+from qllava.training.evaluations import FOLLOWING, refuse_unmeasured, steps_of
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
 from qllava.training.numbers import SPIKES_FILE
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled
-from qllava.training.stage import Stage, steps_of, train_stage
+from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import METRICS_FILE
 
 
@@ -64,9 +65,11 @@ def pretrain(settings: Settings) -> Path:
 
 def _pretrain(settings: Settings, held: ExitStack) -> Path:
     folder = folders.open_folder(settings, held)
-    started = time.monotonic()
+    started = outcome.Started(folder, held)
+    refuse_unmeasured(settings.train, bool(settings.data.eval_file))
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     begun = processes.by_main(partial(_begin, settings, folder, files))
+    started.keep()
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
     held_out = (
@@ -74,9 +77,9 @@ def _pretrain(settings: Settings, held: ExitStack) -> Path:
     )
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
     config = _with_rate(settings.train, PRETRAIN_RATE)
-    stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun)
+    stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun, saved=started.keep)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
-    results = {"seconds": round(time.monotonic() - started, 1), **trained}
+    results = {"seconds": started.seconds, **trained}
     processes.by_main(partial(folders.finish, folder, results))
     folders.say_next(
         f"Stage 1 is done: {folder} (open {folder / 'report.html'} in a browser)", outcome.next_commands(folder)
@@ -100,13 +103,14 @@ def finetune(settings: Settings) -> Path:
 def _finetune(settings: Settings, held: ExitStack) -> Path:
     start = adapter_at(settings.model.model_name_or_path)
     folder = folders.open_folder(settings, held)
+    started = outcome.Started(folder, held)
     take_projector(settings, folder)
-    started = time.monotonic()
     # Before the model, which may be a download of 14 GB.
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="train")
     held_out = folders.held_out(settings)
+    refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
-    processes.by_main(partial(outcome.keep_command, folder))
+    started.keep()
     assembled = _assemble(settings)
     own_table = settings.model.is_nano and not settings.data.train_file
     room = scores.room_for(settings.train)
@@ -116,21 +120,25 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
     if table:
         table.measure("untrained", assembled.model)
-    _align(settings, assembled, folder, captions, begun, len(train.lengths))
+    _align(settings, assembled, folder, captions, begun, len(train.lengths), started)
     if table:
         table.measure("stage1", assembled.model)
     model = _with_lora(settings, assembled, start)
-    shown = _some(held_out, evaluation, scores.SHOWN)
+    asked = HeldOut(held_out, evaluation)
+    shown = asked.spaced(scores.shown(settings.train))
     before = samples.before(folder, model, assembled, shown, room)
     config = _with_rate(settings.train, FINETUNE_RATE)
     config.projector_lr = PROJECTOR_RATE if config.projector_lr is None else config.projector_lr
-    questions = _some(held_out, evaluation, config.eval_questions)
-    final = [] if table else _drawn(held_out, evaluation, config)
-    stage = Stage("finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun, final)
+    questions = asked.spaced(config.eval_questions)
+    final = [] if table else asked.drawn(config.eval_questions_final, config.seed)
+    stage = Stage(
+        "finetune", "Stage 2", assembled.template, train, evaluation, questions, folder, config, begun, final,
+        saved=started.keep,
+    )  # fmt: skip
     trained = train_stage(stage, model, assembled)
     after = scores.answers(model, assembled, shown, room) if shown else []
     measured = table.finish(model) if table else {}
-    results = {**measured, "seconds": round(time.monotonic() - started, 1), **trained}
+    results = {**measured, "seconds": started.seconds, **trained}
     processes.by_main(partial(samples.write, folder, shown, before, after))
     processes.by_main(partial(folders.finish, folder, results))
     if table:
@@ -175,6 +183,7 @@ def _align(
     captions: Prepared | None,
     begun: dict[str, Any],
     count: int,
+    start: outcome.Started,
 ) -> None:
     """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
 
@@ -192,12 +201,13 @@ def _align(
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = PRETRAIN_RATE
-    config.eval_strategy, config.do_eval = "no", False  # eval_file is for stage 2
+    config.eval_strategy, config.do_eval, config.metric_for_best_model = "no", False, None  # eval_file is for stage 2
+    _without_evaluations(config)
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
         config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // config.world_size)
-    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun)
+    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun, saved=start.keep)
     model, tokenizer = assembled.model, assembled.processor.tokenizer
     needs = {
         stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
@@ -210,6 +220,17 @@ def _align(
     assembled.model.requires_grad_(False)
     seconds = round(time.monotonic() - started, 1)
     processes.by_main(partial(_keep, stage1, folder, seconds, begun))
+    start.keep()
+
+
+def _without_evaluations(config: TrainConfig) -> None:
+    """Give a stage without evaluations the scheduler and the checkpoints that a run has where nothing is set."""
+    chosen, usual = SchedulerType(config.lr_scheduler_type), LoopConfig.lr_scheduler_type
+    if chosen.value in FOLLOWING:
+        config.lr_scheduler_type, config.lr_scheduler_kwargs = SchedulerType(usual), None
+        print(f"Stage 1 makes no evaluations, so it uses lr_scheduler_type {usual} in place of {chosen.value}.")
+    if str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
+        config.save_strategy = SaveStrategy.STEPS
 
 
 def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> None:
@@ -290,30 +311,6 @@ def _prepare(
     )
     seed, skip = settings.train.seed, settings.data.skip_check
     return processes.main_first(partial(prepare, files, encoder, seed=seed, evaluation=held_out, skip_check=skip))
-
-
-def _some(held_out: list[Part], prepared: Prepared | None, count: int) -> list[Example]:
-    """At most `count` held-out rows, evenly spaced, to be asked as questions."""
-    if prepared is None:
-        return []
-    each = -(-count // len(held_out))
-    read = zip(held_out, prepared.parts, strict=True)
-    return [e for part, found in read for e in read_some(part.path, part.image_folder, each, found.summary.rows)]
-
-
-def _drawn(held_out: list[Part], prepared: Prepared | None, config: TrainConfig) -> list[Example]:
-    """At most `eval_questions_final` held-out rows, drawn by the seed, to be asked when training has ended."""
-    if prepared is None:
-        return []
-    sizes = [part.summary.rows for part in prepared.parts]
-    count = min(config.eval_questions_final, sum(sizes))
-    wanted = set(random.Random(config.seed).sample(range(sum(sizes)), count))
-    found, start = [], 0
-    for part, size in zip(held_out, sizes, strict=True):
-        mine = {number - start for number in wanted if start <= number < start + size}
-        found += read_these(part.path, part.image_folder, mine)
-        start += size
-    return found
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:

@@ -16,6 +16,7 @@ resumes with has learned already. nano's table has a row for the parts before st
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -41,21 +42,40 @@ def before(
 
     None where they cannot be known: the question is new since the run began, or training began without keeping any.
     """
-    kept = processes.by_main(partial(_kept, folder / BEFORE_FILE))
-    if kept is None:
-        if not examples or processes.by_main(partial(checkpoints, folder)):
-            return [None] * len(examples)
+    keys = _keys(examples)
+    if not processes.by_main(partial(checkpoints, folder)):
+        # Also where an earlier start kept some: it left nothing to resume, and may have had another projector.
+        if not examples:
+            return []
         answers = scores.answers(model, assembled, examples, room)
-        kept = [{**_key(e), "answer": answer} for e, answer in zip(examples, answers, strict=True)]
+        kept = [{**key, "answer": answer} for key, answer in zip(keys, answers, strict=True)]
         processes.by_main(partial(write_whole, folder / BEFORE_FILE, json.dumps(kept, indent=1) + "\n"))
-    found = {(row["question"], tuple(row["images"])): str(row["answer"]) for row in kept}
-    keys = [_key(e) for e in examples]
-    return [found.get((key["question"], tuple(key["images"]))) for key in keys]
+        return list(answers)
+    found = {
+        _identity(row): str(row["answer"]) for row in processes.by_main(partial(_kept, folder / BEFORE_FILE)) or ()
+    }
+    return [found.get(_identity(key)) for key in keys]
 
 
-def _key(example: Example) -> dict[str, Any]:
-    """A question is known by its text and the names of its images: their folder may have moved."""
-    return {"question": scores.asked(example), "images": [path.name for path in example.images]}
+def _keys(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What a question is known by: all that the model reads, and its images below the folder that holds them all.
+
+    That folder may have moved; a name alone may be that of several images in folders of their own.
+    """
+    images = [path.absolute() for e in examples for path in e.images]
+    root = os.path.commonpath([path.parent for path in images]) if images else ""
+    return [
+        {
+            "question": scores.asked(e),
+            "said": [e.conversation.system, *(turn.content for turn in vqa.question(e).turns)],
+            "images": [path.absolute().relative_to(root).as_posix() for path in e.images],
+        }
+        for e in examples
+    ]
+
+
+def _identity(row: dict[str, Any]) -> str:
+    return json.dumps([row["question"], row.get("said"), row["images"]])
 
 
 def _kept(path: Path) -> list[dict[str, Any]] | None:
@@ -78,4 +98,4 @@ def write(folder: Path, examples: Sequence[Example], before: Sequence[str | None
         }
         for e, b, a in zip(examples, before, after, strict=True)
     ]
-    (folder / SAMPLES_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_whole(folder / SAMPLES_FILE, json.dumps(rows, indent=1) + "\n")

@@ -32,9 +32,9 @@ from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import processes
-from qllava.training.checkpoints import write_whole
+from qllava.training.checkpoints import resumable, write_whole
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
-from qllava.training.settings import TrainConfig
+from qllava.training.settings import Settings, TrainConfig
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
@@ -71,20 +71,42 @@ def room_for(config: TrainConfig) -> Room:
     return Room(limit=limit, agree=processes.lowest, halves=not processes.several())
 
 
-def asking_of(train: TrainConfig, *, lora_r: int) -> Asking:
-    """Return what a run with held-out rows asks its model, as far as memory is concerned.
+def shown(train: TrainConfig) -> int:
+    """Return how many questions the report shows with their answers; none where the settings ask no questions."""
+    return SHOWN if train.eval_questions or train.eval_questions_final else 0
+
+
+def evaluates(train: TrainConfig) -> bool:
+    """Return whether held-out rows are measured during the run too, and not at its end alone."""
+    return str(getattr(train.eval_strategy, "value", train.eval_strategy)) != "no"
+
+
+def asking_of(train: TrainConfig, *, lora_r: int, held_out: bool) -> Asking:
+    """Return what a run asks its model, as far as memory is concerned.
 
     Args:
-        train: The loop's settings. An `eval_strategy` of `no` means that no rows are held out.
+        train: The loop's settings. `eval_strategy no` leaves out the evaluations during the run alone: at its end the
+            held-out loss is computed and questions are answered all the same.
         lora_r: 0 for stage 1, which answers nothing.
+        held_out: Whether rows are held out.
     """
-    if str(getattr(train.eval_strategy, "value", train.eval_strategy)) == "no":
+    if not held_out:
         return Asking()
-    held_out = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
+    tokens = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
     if not lora_r:
-        return Asking(held_out_tokens=held_out)
-    during = max(train.eval_questions, train.eval_questions_final)
-    return Asking(SHOWN, during, MAX_ANSWER_TOKENS, held_out)
+        return Asking(held_out_tokens=tokens)
+    # The questions that are shown are answered once more when training has ended.
+    during = max(train.eval_questions if evaluates(train) else 0, train.eval_questions_final, shown(train))
+    return Asking(shown(train), during, MAX_ANSWER_TOKENS, tokens)
+
+
+def expects_held_out(settings: Settings) -> bool:
+    """Return whether a plan of these settings counts held-out rows.
+
+    nano has its own for its own rows. A preset that evaluates leaves `eval_file` to the command line.
+    """
+    own = settings.model.is_nano and not settings.data.train_file
+    return bool(settings.data.eval_file) or own or evaluates(settings.train)
 
 
 def answers(
@@ -158,7 +180,7 @@ class Table:
     def open(cls, folder: Path, assembled: Assembled, room: Room) -> Table:
         """Begin a table, or go on with the one that the folder holds."""
         data = nano.prepare()
-        found = processes.by_main(partial(_kept, folder / SCORES_FILE))
+        found = processes.by_main(partial(_kept, folder))
         test, unseen = (read_examples(file, data.folder) for file in (data.test, data.unseen))
         return cls(folder, assembled, test, unseen, room, found)
 
@@ -200,10 +222,15 @@ class Table:
         processes.by_main(partial(write_whole, self.folder / SCORES_FILE, json.dumps(self.found)))
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """What was measured before; what is damaged is measured again."""
+def _kept(folder: Path) -> dict[str, Any]:
+    """Return what was measured before; what is damaged, or of a start that left nothing to resume, is measured again.
+
+    Such a start may have had other settings: nothing refuses the new ones.
+    """
+    if not resumable(folder):
+        return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found

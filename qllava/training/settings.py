@@ -45,7 +45,7 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
         evenly = self.eval_steps is None
         super().__post_init__()  # type: ignore[no-untyped-call]
         if evenly:
-            # transformers would put logging_steps there; the stage chooses (`stage._evaluations`).
+            # transformers would put logging_steps there; the stage chooses (`evaluations.settle`).
             self.eval_steps = None
         if self.n_gpu > 1:
             # One process takes one card: several are for several processes, not for torch's DataParallel.

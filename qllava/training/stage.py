@@ -6,7 +6,6 @@ A stage is a set of values (`Stage`), not a code path: `train_stage` trains both
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +33,12 @@ from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
 from qllava.training import disk, processes, scores
 from qllava.training.attention import Kernel
-from qllava.training.checkpoints import checkpoints, computed_in, newest, optim_of, saving
+from qllava.training.checkpoints import checkpoints, computed_in, newest, optim_of, saving, write_whole
 from qllava.training.data import Prepared
+from qllava.training.evaluations import settle
 from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
 from qllava.training.numbers import check_weights
-from qllava.training.order import samples_per_step
 from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
 from qllava.training.signals import SaveAndStop, Stopped, handled
@@ -73,6 +72,8 @@ class Stage:
     """What decides the run (`checkpoints.begun_with`): kept with every checkpoint."""
     final: Sequence[Example] = ()
     """Held-out rows whose questions are answered when training has ended."""
+    saved: Callable[[], None] | None = None
+    """Called after each checkpoint."""
 
 
 class Begin(TrainerCallback):
@@ -90,6 +91,17 @@ class Begin(TrainerCallback):
             recompute(llava.model.language_model, args.recompute_layers)
         if args.device.type == "cuda":
             self.trainer.rehearse(self.lengths, self.pictures)
+
+
+class Saved(TrainerCallback):
+    """Calls a function after each checkpoint."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The checkpoint is complete."""
+        self.call()
 
 
 class Progress(TrainerCallback):
@@ -133,10 +145,11 @@ class Progress(TrainerCallback):
 def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
     """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
     held_out = stage.evaluation.dataset if stage.evaluation else None
-    _settle_evaluation(stage)
+    settle(stage.config, stage.train, stage.evaluation, len(stage.questions))
     _check_lengths(stage, assembled)
     start = processes.by_main(partial(_start, stage.folder, assembled))
     stage, memory = fitted(stage, model, assembled, start)
+    saved = [Saved(stage.saved)] if stage.saved else []
     progress, begin, stop = Progress(stage.title), Begin(stage.train.lengths, stage.train.pictures), SaveAndStop()
     # One room for all evaluations: each size that did not fit is met once.
     room = scores.room_for(stage.config)
@@ -149,7 +162,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         evaluation=held_out,
         pictures=stage.train.pictures,
         exact_match=partial(ask, stage.questions) if stage.questions else None,
-        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop],
+        callbacks=[Metrics(stage.folder / METRICS_FILE, stage.name), begin, progress, stop, *saved],
         begun_with=stage.begun_with,
         kept=processes.by_main(partial(computed_in, start)) if start else {},
     )
@@ -214,7 +227,7 @@ def _train(trainer: LlavaTrainer, start: Path | None, stop: SaveAndStop, progres
 
 def _open(stage: Stage, held_out: Dataset | None, assembled: Assembled, text: str) -> None:
     """Write what is known before the first step."""
-    (stage.folder / LEDGER_FILE).write_text(text + "\n", encoding="utf-8")
+    write_whole(stage.folder / LEDGER_FILE, text + "\n")
     with saving(f"{stage.folder / PROBES_FILE}"):
         # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
         save_probes(stage.folder / PROBES_FILE, held_out or stage.train.dataset, assembled)
@@ -265,7 +278,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     setup = replace(
         setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype), held=llava.dtype
     )
-    asking = scores.asking_of(config, lora_r=setup.lora_r) if stage.evaluation else None
+    asking = scores.asking_of(config, lora_r=setup.lora_r, held_out=stage.evaluation is not None)
     lengths = np.sort(stage.train.lengths)
     plan = fit(
         setup,
@@ -287,48 +300,6 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
     )
     return stage, [line]
-
-
-def _settle_evaluation(stage: Stage) -> None:
-    """When the held-out rows are measured; without any, transformers would refuse it with a stack trace."""
-    config = stage.config
-    if stage.evaluation is None:
-        config.eval_on_start = False  # transformers would evaluate whatever eval_strategy says
-    if config.eval_strategy == "no":
-        return
-    if stage.evaluation is None:
-        print("No eval_file: nothing is measured during the run.")
-        config.eval_strategy, config.do_eval = "no", False
-    elif config.eval_strategy == "steps" and not config.eval_steps:
-        steps, count = steps_of(config, len(stage.train.lengths)), _evaluations(stage)
-        if count:
-            config.eval_steps = -(-steps // count)
-        else:
-            print("One evaluation would cost more than the training: the held-out rows are measured at the end alone.")
-            config.eval_strategy = "no"
-
-
-def steps_of(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a stage."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
-
-
-def _evaluations(stage: Stage) -> int:
-    """Return how often to evaluate where the user has not set eval_steps: ten times, or less where that costs much.
-
-    Counted in tokens, so that a resumed run evaluates at the same steps: a token that is trained on counts three times
-    (forward, and twice that backward), one of a held-out sample once, and a question as its sample and the most tokens
-    of an answer. All evaluations together may cost as much as the training: each a tenth of it, or they are fewer.
-    """
-    config, lengths = stage.config, stage.train.lengths
-    assert stage.evaluation is not None
-    share = steps_of(config, len(lengths)) * samples_per_step(config) / len(lengths)
-    training = 3 * int(lengths.sum()) * share
-    question = float(np.mean(stage.evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
-    once = int(stage.evaluation.lengths.sum()) + len(stage.questions) * question
-    return min(10, int(training / once))
 
 
 def _start(folder: Path, assembled: Assembled) -> Path | None:
@@ -361,7 +332,9 @@ def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
             tensors[f"{number}.{key}"] = batch[key][0]
         if "pixel_values" in batch:
             tensors[f"{number}.pixel_values"] = batch["pixel_values"]
-    save_file(tensors, path)
+    aside = path.with_name(f".{path.name}")  # a checkpoint's merge needs it, whenever this start is killed
+    save_file(tensors, aside)
+    aside.replace(path)
 
 
 def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen[Kernel], layers: Chosen[Layers]) -> list[str]:

@@ -60,12 +60,16 @@ def test_not_of_the_folder_that_is_written() -> None:
 
 def test_a_resumed_run_takes_what_it_took(capsys: pytest.CaptureFixture[str]) -> None:
     first = finished("first", 1)
-    Path("runs/mine").mkdir()
-    (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": taken()}))
+    Path("runs/mine/checkpoint-50").mkdir(parents=True)
+    (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": str(first)}))
     finished("second", 9)
     assert taken() == str(first)
     (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": None}))
+    Path("runs/mine/checkpoint-50").rename("runs/mine/stage1")
+    (Path("runs/mine/stage1") / "results.json").touch()
+    capsys.readouterr()
     assert taken() is None, "it began with a stage 1 of its own"
+    assert capsys.readouterr().out == "The projector is that of the run's own stage 1, with which it began.\n"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +95,26 @@ def test_one_that_is_given_stays() -> None:
 
 
 def test_settings_that_cannot_be_read() -> None:
-    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/checkpoint-1").mkdir(parents=True)
     (Path("runs/mine") / "run.yaml").write_text("- a list")
     with pytest.raises(InputError) as caught:
         taken()
     assert "run.yaml cannot be read" in refusal(caught.value)
+
+
+def test_a_start_that_left_nothing_to_resume_counts_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It failed on its data, or was finished and is overwritten; its settings are no longer those of a run."""
+    Path("runs/mine").mkdir(parents=True)
+    (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": None}))
+    newest = finished("new", 3)
+    assert taken() == str(newest)
+    (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": "another"}))
+    assert taken() == str(newest)
+    assert "There is no finished nano run" not in capsys.readouterr().out
+
+
+def test_a_nano_run_that_cannot_be_read_is_not_taken_for_none() -> None:
+    (finished("new", 3) / "run.yaml").write_text("{")
+    with pytest.raises(InputError) as caught:
+        taken()
+    assert "repair or remove the run" in refusal(caught.value)

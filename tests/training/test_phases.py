@@ -19,10 +19,11 @@ from qllava.models.assemble import load_language_model
 from qllava.models.checkpoint import tokens_per_image
 from qllava.training import memory
 from qllava.training.attention import looking_at
+from qllava.training.defaults import NANO_FINETUNE
 from qllava.training.memory import GB, Asking, Setup, estimate, phases, phases_of
 from qllava.training.memory.fake import llava_of
-from qllava.training.scores import asking_of
-from qllava.training.settings import TrainConfig
+from qllava.training.scores import asking_of, expects_held_out
+from qllava.training.settings import TrainConfig, parse
 from tests.training.test_memory import _events, on_cpu, real_llava, row_of, small, there_and_back
 
 ASKED = 4
@@ -177,7 +178,24 @@ class TestChoice:
 
     def test_what_a_run_asks(self) -> None:
         train = TrainConfig(output_dir="x", per_device_eval_batch_size=2, max_length=700, use_cpu=True)
-        assert asking_of(train, lora_r=8) == Asking()
+        assert asking_of(train, lora_r=8, held_out=False) == Asking()
+        # Without evaluations during the run, the end has them all the same.
+        assert asking_of(train, lora_r=8, held_out=True) == Asking(12, train.eval_questions_final, 48, 1400)
+        assert asking_of(train, lora_r=0, held_out=True) == Asking(held_out_tokens=1400)
+        train.eval_questions_final = 0
+        assert asking_of(train, lora_r=8, held_out=True).during == 12, "those that the report shows"
         train.eval_strategy = "steps"  # type: ignore[assignment]
-        assert asking_of(train, lora_r=8) == Asking(12, train.eval_questions_final, 48, 1400)
-        assert asking_of(train, lora_r=0) == Asking(held_out_tokens=1400)
+        assert asking_of(train, lora_r=8, held_out=True) == Asking(12, train.eval_questions, 48, 1400)
+        train.eval_questions = 0
+        assert asking_of(train, lora_r=8, held_out=True) == Asking(held_out_tokens=1400)
+
+    def test_which_plans_count_held_out_rows(self) -> None:
+        def expected(*line: str) -> bool:
+            return expects_held_out(parse(line, output_dir="x", nano=NANO_FINETUNE))
+
+        other = ("--model_name_or_path", "some/llava", "--train_file", "a.json")
+        assert not expected(*other)
+        assert expected(*other, "--eval_file", "b.json"), "without eval_strategy it is measured at the end"
+        assert expected(*other, "--eval_strategy", "steps"), "a preset, whose eval_file comes with the command"
+        assert expected() and expected("--eval_strategy", "no")
+        assert not expected("--train_file", "a.json", "--eval_strategy", "no")

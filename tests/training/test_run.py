@@ -7,7 +7,6 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,8 @@ from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.models.adapter import load_run, read_record
-from qllava.training import run as run_module
 from qllava.training import scores
 from qllava.training.checkpoints import fault
-from qllava.training.data import Part
 from qllava.training.run import finetune, main, pretrain
 from qllava.training.scores import spaced
 from qllava.training.settings import Settings
@@ -441,20 +438,6 @@ class TestSettingsThatContradict:
     def test_evaluation_without_rows_is_left_out(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = finetune(stage2_settings(tiny, tmp_path / "run", eval_file=None, max_steps=1, save_strategy="no"))
         assert not [m for m in lines(folder) if "eval_loss" in m]
-
-
-def test_final_questions_are_drawn_by_the_seed(tiny: Tiny) -> None:
-    """Over all held-out files, and all of them where there are no more."""
-    prepared: Any = SimpleNamespace(parts=[SimpleNamespace(summary=SimpleNamespace(rows=8))] * 2)
-    parts = [Part(tiny.rows, None)] * 2
-
-    def drawn(seed: int, count: int) -> list[str]:
-        config: Any = SimpleNamespace(seed=seed, eval_questions_final=count)
-        return [str(example.id) for example in run_module._drawn(parts, prepared, config)]
-
-    assert drawn(0, 6) == drawn(0, 6) != drawn(1, 6) and len(drawn(0, 6)) == 6
-    assert drawn(0, 1000) == drawn(5, 16) and len(drawn(0, 1000)) == 16
-    assert run_module._drawn(parts, None, SimpleNamespace(seed=0, eval_questions_final=5)) == []  # type: ignore[arg-type]
 
 
 def test_the_table_says_how_far_each_share_can_be_believed() -> None:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qllava.conversation import Conversation, Turn
+from qllava.data.formats import Example
+from qllava.data.problems import Place
 from qllava.models.adapter import projector_state
 from qllava.training import run, samples, scores
 from qllava.training.run import finetune
@@ -142,3 +145,49 @@ class TestAResumedRun:
         (tmp_path / "run" / samples.BEFORE_FILE).unlink()
         found = self.resumed(tiny, tmp_path / "run", monkeypatch)
         assert {row["before"] for row in found} == {None}
+
+    def test_asks_again_where_its_first_start_left_nothing_to_resume(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """That start may have had another projector, and nothing refuses the new one."""
+        self.copied(tiny, tmp_path / "run")
+        for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        found = self.resumed(tiny, tmp_path / "run", monkeypatch)
+        assert {row["before"] for row in found} == {"now"}
+
+
+def example(number: int, image: Path, *said: str) -> Example:
+    """A conversation whose turns say this; one about the same question unless they differ before it."""
+    roles = ("user", "assistant")
+    turns = tuple(Turn(roles[i % 2], text) for i, text in enumerate((*said, "<image> What is it?", "It is this.")))
+    return Example(f"row-{number}", (image,), Conversation(turns=turns), Place("rows.json", row=number))
+
+
+def test_answers_of_images_with_one_name_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of questions that differ in what was said before them; also when run and images have moved."""
+
+    def rows(root: Path) -> list[Example]:
+        return [
+            example(1, root / "cats" / "0001.jpg"),
+            example(2, root / "dogs" / "0001.jpg"),
+            example(3, root / "dogs" / "0001.jpg", "Hello.", "Good day."),
+        ]
+
+    given: Any = None
+    monkeypatch.setattr(scores, "answers", lambda _, __, examples, *___: [f"a {e.id}" for e in examples])
+    expected = ["a row-1", "a row-2", "a row-3"]
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    assert samples.before(run_folder, given, given, rows(tmp_path / "here"), given) == expected
+    (run_folder / "checkpoint-2").mkdir()
+    monkeypatch.setattr(scores, "answers", lambda *_: pytest.fail("asked again"))
+    assert samples.before(run_folder, given, given, rows(tmp_path / "there"), given) == expected
+    assert samples.before(run_folder, given, given, [], given) == []
+
+
+def test_scores_of_a_start_that_left_nothing_to_resume_are_measured_again(tmp_path: Path) -> None:
+    (tmp_path / scores.SCORES_FILE).write_text('{"untrained": 0.5}')
+    assert scores._kept(tmp_path) == {}
+    (tmp_path / "checkpoint-2").mkdir()
+    assert scores._kept(tmp_path) == {"untrained": 0.5}

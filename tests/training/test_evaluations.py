@@ -1,4 +1,4 @@
-"""How often a stage evaluates where the user has not said."""
+"""How often a stage evaluates where the user has not said, and what needs its evaluations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qllava.training import stage as stages
+from qllava.config import InputError
+from qllava.training import evaluations, run
 from qllava.training.settings import TrainConfig
+from tests.tiny_runs import refusal
 
 
 def a_stage(*, train: int, held_out: int | None, questions: int = 0, **fields: Any) -> Any:
@@ -25,7 +27,7 @@ def a_stage(*, train: int, held_out: int | None, questions: int = 0, **fields: A
 
 def settled(**values: Any) -> tuple[str, int | None]:
     stage = a_stage(**values)
-    stages._settle_evaluation(stage)
+    evaluations.settle(stage.config, stage.train, stage.evaluation, len(stage.questions))
     return str(getattr(stage.config.eval_strategy, "value", stage.config.eval_strategy)), stage.config.eval_steps
 
 
@@ -54,7 +56,7 @@ def test_nothing_is_evaluated_on_start_without_held_out_rows() -> None:
     for strategy in ("steps", "no"):
         for held_out in (None, 100):
             stage = a_stage(train=400, held_out=held_out, eval_on_start=True, eval_strategy=strategy)
-            stages._settle_evaluation(stage)
+            evaluations.settle(stage.config, stage.train, stage.evaluation, 0)
             assert stage.config.eval_on_start is (held_out is not None)
 
 
@@ -63,3 +65,32 @@ def test_without_held_out_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No eval_file" in capsys.readouterr().out
     assert settled(train=10, held_out=None, eval_strategy="no")[0] == "no"
     assert capsys.readouterr().out == ""
+
+
+NEEDY: list[dict[str, Any]] = [
+    {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    {"lr_scheduler_type": "greedy"},
+    {"save_strategy": "best", "metric_for_best_model": "eval_loss"},
+]
+
+
+@pytest.mark.parametrize("needy", NEEDY, ids=lambda fields: "-".join(fields.values()))
+def test_what_needs_evaluations_has_them_or_is_refused(needy: dict[str, Any]) -> None:
+    assert settled(train=40, held_out=1000, **needy) == ("steps", 1), "ten, whatever they cost"
+    config = a_stage(train=10, held_out=10, **needy).config
+    evaluations.refuse_unmeasured(config, True)
+    for strategy, held_out in (("steps", False), ("no", True)):
+        config.eval_strategy = strategy
+        with pytest.raises(InputError) as caught:
+            evaluations.refuse_unmeasured(config, held_out)
+        assert "needs evaluations during the run" in refusal(caught.value)
+    evaluations.refuse_unmeasured(TrainConfig(output_dir="x", use_cpu=True), False)
+
+
+@pytest.mark.parametrize("needy", NEEDY, ids=lambda fields: "-".join(fields.values()))
+def test_a_stage_1_of_finetune_needs_none(needy: dict[str, Any]) -> None:
+    config = a_stage(train=10, held_out=None, lr_scheduler_kwargs={"factor": 0.5}, **needy).config
+    run._without_evaluations(config)
+    assert not evaluations.follows(config)
+    if "lr_scheduler_type" in needy:
+        assert config.lr_scheduler_type == "cosine" and config.lr_scheduler_kwargs is None

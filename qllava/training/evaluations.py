@@ -1,0 +1,81 @@
+"""When a stage measures its held-out rows, and what depends on that."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from qllava.config import InputError
+from qllava.training import scores
+from qllava.training.data import Prepared
+from qllava.training.order import samples_per_step
+from qllava.training.settings import TrainConfig
+
+FOLLOWING = ("reduce_lr_on_plateau", "greedy")
+"""Schedulers that change the learning rate at evaluations alone."""
+_MOST = 10
+"""Evaluations of a stage where the user has not set eval_steps."""
+
+
+def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
+    """Raise InputError where a setting needs evaluations and none would be made; asked before anything is loaded."""
+    name = follows(config)
+    if name and not (held_out and scores.evaluates(config)):
+        raise InputError(f"{name} needs evaluations during the run: set eval_strategy and eval_file too.")
+
+
+def follows(config: TrainConfig) -> str:
+    """Return the setting that decides something by evaluations made during the run, as it is written; "" for none."""
+    scheduler, save = (str(getattr(v, "value", v)) for v in (config.lr_scheduler_type, config.save_strategy))
+    if scheduler in FOLLOWING:
+        return f"lr_scheduler_type {scheduler}"
+    return "save_strategy best" if save == "best" else ""
+
+
+def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, questions: int) -> None:
+    """Settle when held-out samples are measured; without any, transformers would refuse it with a stack trace.
+
+    Args:
+        config: The loop's settings, which are changed.
+        train: The samples that are trained on.
+        evaluation: The held-out samples.
+        questions: How many questions each evaluation asks.
+    """
+    if evaluation is None:
+        config.eval_on_start = False  # transformers would evaluate whatever eval_strategy says
+    if not scores.evaluates(config):
+        return
+    if evaluation is None:
+        print("No eval_file: nothing is measured during the run.")
+        config.eval_strategy, config.do_eval = "no", False
+    elif config.eval_strategy == "steps" and not config.eval_steps:
+        # Evaluations that decide something are made, whatever they cost.
+        count = _MOST if follows(config) else _evaluations(config, train, evaluation, questions)
+        if count:
+            config.eval_steps = -(-steps_of(config, len(train.lengths)) // count)
+        else:
+            print("One evaluation would cost more than the training: the held-out rows are measured at the end alone.")
+            config.eval_strategy = "no"
+
+
+def steps_of(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a stage."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
+
+
+def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, questions: int) -> int:
+    """Return how often to evaluate where the user has not set eval_steps: ten times, or less where that costs much.
+
+    Counted in tokens, so that a resumed run evaluates at the same steps: a token that is trained on counts three times
+    (forward, and twice that backward), one of a held-out sample once, and a question as its sample and the most tokens
+    of an answer. All evaluations together may cost as much as the training: each a tenth of it, or they are fewer.
+    """
+    lengths = train.lengths
+    share = steps_of(config, len(lengths)) * samples_per_step(config) / len(lengths)
+    training = 3 * int(lengths.sum()) * share
+    question = float(np.mean(evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
+    once = int(evaluation.lengths.sum()) + questions * question
+    return min(_MOST, int(training / once))

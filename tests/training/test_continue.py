@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qllava.config import InputError
 from qllava.merge import merge
 from qllava.models.adapter import load_run, read_record
-from qllava.training.run import finetune, pretrain
+from qllava.training.run import finetune
 from qllava.training.settings import Settings
 from tests.tiny_runs import Tiny, refusal, settings
 
@@ -94,10 +94,6 @@ class TestRefusals:
         state = {name: tensor for name, tensor in adapter(run).items() if "layers.1.mlp.up_proj" not in name}
         save_file(state, run / "adapter_model.safetensors", metadata={"format": "pt"})
         assert "layers.1.mlp.up_proj" in self.refused(from_run(tiny, tmp_path / "next", model_name_or_path=run))
-
-    def test_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="train it on with finetune_lora"):
-            pretrain(from_run(tiny, tmp_path / "run"))
 
     def test_a_stage_1_is_no_model(self, tiny: Tiny, tmp_path: Path) -> None:
         message = self.refused(from_run(tiny, tmp_path / "run", model_name_or_path=tiny.stage1))

@@ -205,7 +205,7 @@ class TestRay:
         FakeRay(monkeypatch)
         with pytest.raises(RuntimeError, match="ended with status 1"):
             ray_train.launch(["--cpu", "--config", "nowhere.yaml"])
-        assert "nowhere.yaml cannot be read" in capsys.readouterr().err
+        assert "nowhere.yaml does not exist" in capsys.readouterr().err
 
     def test_its_flags_are_not_the_recipes(self) -> None:
         own = {word for action in ray_train.command_line()._actions for word in action.option_strings}

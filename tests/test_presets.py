@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +22,10 @@ from qllava.config import InputError
 from qllava.models import ledger
 from qllava.models.adapter import LORA_TARGETS
 from qllava.models.known import known_names
-from qllava.training import memory, run, scores
-from qllava.training.defaults import NANO_FINETUNE
+from qllava.training import memory, scores
+from qllava.training.before import look
+from qllava.training.command import Given, read
+from qllava.training.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
 from qllava.training.fields import TRL
 from qllava.training.plan import llava_config
 from qllava.training.settings import Settings, TrainConfig, parse
@@ -160,20 +161,21 @@ def test_without_bf16_it_is_fp16(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @each_preset
-def test_without_data_it_says_so(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assembled = SimpleNamespace(recipe=SimpleNamespace(model="there"))
-    monkeypatch.setattr(run, "_assemble", lambda settings: assembled)
-    settings = load(path, "--output_dir", str(tmp_path / "run"))
-    if path.stem.endswith("_pretrain"):
-        with pytest.raises(InputError, match="train_file is missing"):
-            run.pretrain(settings)
-        return
-    if path in BUILT:
+def test_without_data_it_says_so(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "projector.safetensors").touch()
+    stage1 = path.stem.endswith("_pretrain")
+    line = ["--config", str(path), "--output_dir", str(tmp_path / "run")]
+
+    def given(*flags: str) -> Given:
+        return read([*line, *flags], **(PRETRAIN if stage1 else FINETUNE).for_parsing())
+
+    if path in BUILT and not stage1:
         with pytest.raises(InputError, match="give projector"):
-            run.finetune(settings)
-        settings.model.projector = "aligned"
+            look(given("--train_file", str(path)), stage1=False)
+        line += ["--projector", str(tmp_path / "aligned")]
     with pytest.raises(InputError, match="train_file is missing"):
-        run.finetune(settings)
+        look(given(), stage1=stage1)
 
 
 def test_the_page_proposes_what_can_be_given() -> None:

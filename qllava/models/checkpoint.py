@@ -40,7 +40,7 @@ from qllava.conversation import IMAGE_TOKEN
 from qllava.models import agreement
 from qllava.models.errors import check_loading, one_line, one_sentence, out_of_memory
 from qllava.models.hub import model_folder, settings_folder
-from qllava.models.layouts import INDEX, find_weights
+from qllava.models.layouts import INDEX, find_weights, refuse_llava_own
 from qllava.models.vision import Tower
 from qllava.models.weights import EMBEDDING, HEAD, llava_name, open_weights
 
@@ -348,6 +348,7 @@ def _save_processor(processor: LlavaProcessor, folder: Path) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Find what is wrong with a folder before transformers spends minutes on it."""
+    refuse_llava_own(str(folder), [path.name for path in folder.iterdir()], folder)
     if not (folder / "config.json").is_file():
         hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
         raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")

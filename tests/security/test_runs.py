@@ -67,8 +67,11 @@ def test_state_that_was_exchanged_runs_nothing(
 
 
 def test_a_token_is_written_nowhere(tiny: Tiny, tmp_path: Path) -> None:
-    settings = stage2_settings(tiny, tmp_path, hub_token="hf_very_secret")
-    assert settings.train.hub_token == "hf_very_secret"
+    with pytest.raises(InputError, match="hub_token has no effect") as refused:
+        stage2_settings(tiny, tmp_path, hub_token="hf_very_secret")
+    assert "very_secret" not in str(refused.value)
+    settings = stage2_settings(tiny, tmp_path)
+    settings.train.hub_token = "hf_very_secret"  # as transformers itself may set it
     write_settings(settings, tmp_path)
     assert "very_secret" not in (tmp_path / "run.yaml").read_text()
 

@@ -90,11 +90,14 @@ class TestAPicture:
         assert innocent["id"] not in message
 
     def test_no_file_can_hold_one(self, tmp_path: Path) -> None:
-        """A TIFF of floats can; but all pictures become 8 bits a channel on the way in."""
+        """A TIFF of floats can, and is refused; what is read has 8 bits a channel."""
         Image.fromarray(np.full((4, 4), np.nan, np.float32), "F").save(tmp_path / "nan.tiff")
         with Image.open(tmp_path / "nan.tiff") as raw:
             assert np.isnan(np.asarray(raw)).all()
-        assert np.asarray(open_image(tmp_path / "nan.tiff")).dtype == np.uint8
+        with pytest.raises(InputError, match="infinite or no number"):
+            open_image(tmp_path / "nan.tiff")
+        Image.fromarray(np.full((4, 4), 0.5, np.float32), "F").save(tmp_path / "half.tiff")
+        assert np.asarray(open_image(tmp_path / "half.tiff")).dtype == np.uint8
 
 
 class TestAGradient:

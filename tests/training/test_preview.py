@@ -20,7 +20,9 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Two sound rows about one picture."""
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (30, 0, 40, 20))  # an image of one colour is noted
+    image.save(tmp_path / "a.png")
     made = [
         {"id": f"r{n}", "image": "a.png", "question": question, "answer": "red"}
         for n, question in enumerate(("What colour?", "Which colour is it?"))

@@ -119,7 +119,7 @@ def merge(
                 raise InputError(
                     f"The merged model differs from what was trained (KL {found.kl_per_token:.2e} per token, the same "
                     f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
-                    "written; please report this with the ledger.txt."
+                    f"written; {_what_helps(dtype)}"
                 )
         kept = {
             **asdict(result),
@@ -342,6 +342,12 @@ def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
     left = (wanted != truth).nonzero()
     known = int(left[0]) + 1 if len(left) else len(truth)
     return torch.equal(wanted[:known], found[:known])
+
+
+def _what_helps(dtype: str) -> str:
+    """The end of the sentence of a merge that was refused: rounding may be as large as what a short run learned."""
+    report = "please report this with the ledger.txt."
+    return report if dtype == "float32" else f"give --dtype float32, which rounds nothing of it away, or {report}"
 
 
 def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> list[str]:

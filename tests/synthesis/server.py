@@ -154,7 +154,7 @@ def completion(request: Request, said: Said) -> bytes:
     """A body of the protocol; tokens are counted as words."""
     if said.status != 200:
         return json.dumps({"error": {"message": said.text, "type": "test"}}).encode()
-    asked = sum(len(message["content"].split()) for message in request.body["messages"])
+    asked = sum(len(str(message["content"]).split()) for message in request.body["messages"])
     spoken = len((said.text or "").split())
     message = {"role": "assistant", "content": said.text, **({"refusal": said.refusal} if said.refusal else {})}
     return json.dumps(

@@ -19,7 +19,7 @@ from transformers.trainer_utils import seed_worker
 
 from qllava.data.packing import shares_of, steps_of
 from qllava.training.settings import TrainConfig
-from qllava.training.signals import leave_to_main
+from qllava.training.signals import held_back, leave_to_main
 
 
 def samples_per_step(config: TrainConfig) -> int:
@@ -104,7 +104,16 @@ def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: Train
         in_order=config.dataloader_in_order,
         worker_init_fn=partial(_begin_worker, workers=workers, rank=config.process_index),
     )
-    return prepare_data_loader(batches, num_processes=1, process_index=0, put_on_device=False)
+    prepared: Any = prepare_data_loader(batches, num_processes=1, process_index=0, put_on_device=False)
+    inner = prepared.base_dataloader
+    start = inner._get_iterator
+
+    def started() -> Any:
+        with held_back():
+            return start()
+
+    inner._get_iterator = started
+    return prepared
 
 
 def _begin_worker(number: int, *, workers: int, rank: int) -> None:

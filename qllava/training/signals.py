@@ -103,6 +103,21 @@ def leave_to_main(_: int = 0) -> None:
         threading.Thread(target=_end_with_main, daemon=True).start()
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait while workers are started: each begins with them blocked, until `leave_to_main` has run.
+
+    torch gives a worker a handler of its own that ends it by SIGTERM, a moment before it calls anything of ours.
+    """
+    names = {getattr(signal, name) for name in STATUS if hasattr(signal, name)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, names) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_main() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass

@@ -127,11 +127,6 @@ class TestSettings:
         assert expected in refused(finetune, "--config", str(tmp_path / "recipe.yaml"))
         assert not (tmp_path / "run").exists()
 
-    def test_a_projector_that_has_learned_nothing(self, refused: Refused, tmp_path: Path) -> None:
-        message = refused(projector=None)
-        assert "give projector" in message and "pretrain_file" in message
-        assert not (tmp_path / "run").exists()
-
     def test_a_template_of_another_model(self, refused: Refused) -> None:
         assert "<|start_header_id|>" in refused(template="llama_3") or "llama_3" in refused(template="llama_3")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import dataloader
 
 from qllava.data.packing import shares_of
-from qllava.training.order import PictureOrder
+from qllava.training.order import PictureOrder, loader
 
 PICTURES = np.array([1, 1, 1, 2, 2, 3, 0, 0, 4, 4, 5, 6, 6])
 
@@ -74,3 +76,27 @@ def test_samples_about_one_picture_stay_together() -> None:
 
 def test_more_than_a_share_has_room_for_is_cut() -> None:
     assert [len(share) for share in shares_of(np.array([0, 1, 2]), PICTURES, 2)] == [2, 1]
+
+
+def test_signals_wait_until_a_worker_leaves_them_to_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a second epoch are started while a run may be asked to end."""
+    blocked: list[bool] = []
+    start = dataloader._MultiProcessingDataLoaderIter.__init__
+
+    def started(self: Any, *arguments: Any) -> None:
+        blocked.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        start(self, *arguments)
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "__init__", started)
+    config = SimpleNamespace(
+        dataloader_num_workers=1, dataloader_pin_memory=False, dataloader_persistent_workers=False,
+        dataloader_prefetch_factor=2, dataloader_multiprocessing_context=None, dataloader_in_order=True,
+        process_index=0,
+    )  # fmt: skip
+    rows: Any = [{"id": 0}, {"id": 1}]
+    order: Any = [[0], [1]]
+    batches = loader(rows, order, list, config)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert [batch[0]["id"] for batch in batches] == [0, 1]
+    assert blocked == [True, True]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -25,7 +25,7 @@ from benchmarks.weights import random_llava
 from qllava.config import InputError
 from qllava.conversation import CHATML
 from qllava.data.encode import Encoder
-from qllava.data.formats import read_some
+from qllava.data.formats import read_examples
 from qllava.inference.chat import Chat
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, prepare_for_training
@@ -169,7 +169,7 @@ def _run(case: Case, settings: Settings, config: Any, lora_r: int, peaks: Peaks)
     pictures = folder / "pictures"
     texts = make_texts(pictures, side=side, samples_per_image=1.95, samples_per_step=batch, steps=2, seed=0)
     rows = prepare_rows(texts, encoder, folder)
-    examples = read_some(folder / "rows.json", pictures, scores.SHOWN, len(texts)) if lora_r else []
+    examples = scores.spaced(read_examples(folder / "rows.json", pictures), scores.SHOWN) if lora_r else []
     evaluates = str(getattr(train.eval_strategy, "value", train.eval_strategy)) != "no"
     scale = settings.model.lora_alpha
     adapted = add_lora(assembled, r=lora_r, alpha=scale, dropout=0.0) if lora_r else train_projector_only(assembled)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 from qllava.config import InputError
 from qllava.training import scores
@@ -79,3 +83,15 @@ def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, que
     question = float(np.mean(evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
     once = int(evaluation.lengths.sum()) + questions * question
     return min(_MOST, int(training / once))
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch, on the CPU and this process's GPU, at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

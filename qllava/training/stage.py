@@ -199,8 +199,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
 
 def _measured(trainer: LlavaTrainer, stage: Stage, ask: Callable[[Sequence[Example]], VqaResult]) -> dict[str, Any]:
     """The held-out figures of the trained model, for results.json: the loss, and the score of the final questions."""
-    trainer.exact_match = partial(ask, stage.final) if stage.final else None
-    last = trainer.evaluate()
+    last = trainer.evaluate_last(partial(ask, stage.final) if stage.final else None)
     found: dict[str, Any] = {"eval_loss": last["eval_loss"]}
     if stage.final:
         found |= {"eval_exact_match": last["eval_exact_match"], "n": int(last["eval_exact_match_n"])}

@@ -15,11 +15,10 @@ What is added to TRL's trainer, and why:
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,6 +42,7 @@ from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finit
 from qllava.models.assemble import Assembled
 from qllava.training import processes
 from qllava.training.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
+from qllava.training.evaluations import same_draws
 from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.kernels import choose, choose_layers
 from qllava.training.memory.paged import keep_paged
@@ -77,6 +77,8 @@ class LlavaTrainer(RowTrainer):
     evaluating = 0.0
     """Seconds that evaluations have taken."""
     _saved = 0
+    _evaluated = (-1, 0.0)
+    """The step of the last evaluation, and its held-out loss."""
 
     def __init__(
         self,
@@ -267,14 +269,31 @@ class LlavaTrainer(RowTrainer):
         """
         began = time.monotonic()
         with same_draws():
-            if self.exact_match is not None:
-                found = self.exact_match()
-                figures = {"": found.accuracy, "_n": found.n, "_low": found.ci95[0], "_high": found.ci95[1]}
-                for name, value in figures.items():  # TRL averages what it finds here into the next evaluation report
-                    self._metrics["eval"][f"exact_match{name}"].append(value)
+            self._ask()
             result: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluating += time.monotonic() - began
+        self._evaluated = (self.state.global_step, result["eval_loss"])
         return result
+
+    def evaluate_last(self, exact_match: Callable[[], VqaResult] | None) -> dict[str, float]:
+        """Evaluate the trained model with other questions; the held-out loss is not computed twice for one step."""
+        self.exact_match = exact_match
+        step, loss = self._evaluated
+        if step != self.state.global_step:
+            return self.evaluate()
+        figures = {"eval_loss": loss}
+        if exact_match is not None:
+            self._ask()
+            self.log(figures)  # TRL adds the score
+        return figures
+
+    def _ask(self) -> None:
+        """Answer the held-out questions; TRL averages the figures into its next evaluation report."""
+        if self.exact_match is not None:
+            found = self.exact_match()
+            figures = {"": found.accuracy, "_n": found.n, "_low": found.ci95[0], "_high": found.ci95[1]}
+            for name, value in figures.items():
+                self._metrics["eval"][f"exact_match{name}"].append(value)
 
     @property
     def tokens_seen(self) -> int:
@@ -373,18 +392,6 @@ class LlavaTrainer(RowTrainer):
         """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Restore the random states of Python, numpy and torch, on the CPU and this process's GPU, at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:

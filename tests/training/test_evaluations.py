@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from qllava.config import InputError
 from qllava.training import evaluations, run
+from qllava.training.run import finetune
 from qllava.training.settings import TrainConfig
-from tests.tiny_runs import refusal
+from qllava.training.trainer import LlavaTrainer
+from tests.tiny_runs import Tiny, refusal, stage2_settings
 
 
 def a_stage(*, train: int, held_out: int | None, questions: int = 0, **fields: Any) -> Any:
@@ -72,6 +76,29 @@ NEEDY: list[dict[str, Any]] = [
     {"lr_scheduler_type": "greedy"},
     {"save_strategy": "best", "metric_for_best_model": "eval_loss"},
 ]
+
+
+def test_the_last_step_is_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its evaluation finds the loss of the result too; the final questions are asked all the same."""
+    steps: list[int] = []
+    loop = LlavaTrainer.evaluation_loop
+
+    def counted(own: LlavaTrainer, *arguments: Any, **named: Any) -> Any:
+        steps.append(own.state.global_step)
+        return loop(own, *arguments, **named)
+
+    monkeypatch.setattr(LlavaTrainer, "evaluation_loop", counted)
+    found = []
+    for every, expected, asked in ((2, [2, 4], [2, 2, 8]), (3, [3, 4], [2, 8])):
+        folder = finetune(stage2_settings(tiny, tmp_path / str(every), eval_steps=every, eval_questions=2))
+        assert steps == expected
+        steps.clear()
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found.append({name: results[name] for name in ("eval_loss", "eval_exact_match", "n", "ci95")})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert lines[-1]["step"] == 4 and lines[-1]["eval_loss"] == results["eval_loss"]
+        assert [line["eval_exact_match_n"] for line in lines if "eval_loss" in line] == asked
+    assert found[0] == found[1] and found[0]["n"] == 8
 
 
 @pytest.mark.parametrize("needy", NEEDY, ids=lambda fields: "-".join(fields.values()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -196,7 +195,6 @@ def _align(
         elif (stage1 / RESULTS_FILE).is_file():
             load_projector(assembled.model, stage1)
         return
-    started = time.monotonic()
     processes.by_main(partial(stage1.mkdir, exist_ok=True))
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
@@ -218,8 +216,7 @@ def _align(
     print(f"Stage 1: {steps_of(config, number):,} steps on {number:,} captions; the bar shows the time left.")
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
-    seconds = round(time.monotonic() - started, 1)
-    processes.by_main(partial(_keep, stage1, folder, seconds, begun))
+    processes.by_main(partial(_keep, stage1, folder, start.seconds, begun))
     start.keep()
 
 

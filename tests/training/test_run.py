@@ -179,8 +179,13 @@ class TestContinuing:
             monkeypatch.setattr(Progress, "on_step_end", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 finetune(start(tmp_path / "run"))
+            told = tmp_path / "run" / "command.json"
+            content = json.loads(told.read_text(encoding="utf-8"))
+            told.write_text(json.dumps({**content, "seconds": content["seconds"] + 1000}), encoding="utf-8")
         monkeypatch.undo()
         folder = finetune(start(tmp_path / "run"))
+        seconds = [json.loads((f / "results.json").read_text())["seconds"] for f in (folder / "stage1", folder)]
+        assert 1000 < seconds[0] < 2000 < seconds[1], "those of all starts, up to the end of each stage"
         for place in ("stage1", "."):
             assert same(tensors(whole / place), tensors(folder / place))
         stages = [line["stage"] for line in lines(folder)]

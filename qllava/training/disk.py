@@ -20,6 +20,7 @@ from qllava.config import InputError
 from qllava.models.adapter import LORA_TARGETS, projector_state
 from qllava.training.checkpoints import PARTIAL
 from qllava.training.memory import format_bytes
+from qllava.training.order import total_steps
 from qllava.training.settings import TrainConfig
 
 # Settings, random states, manifest, report; the lines that are logged of a step; a token in tokenizer.json, which takes
@@ -59,17 +60,9 @@ def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, 
     # peft keeps the projector in its own file too.
     weights = 4 * (lora + (2 if lora else 1) * projector)
     moments = (2 if "8bit" in config.optimizer else 8) * (lora + projector)
-    steps = steps_of(config, samples)
+    steps = total_steps(config, samples)
     around = len(tokenizer) * _A_TOKEN + _REST + steps * _A_STEP
     return Need(at_one_time(config, steps), weights + moments + around, weights + around)
-
-
-def steps_of(config: TrainConfig, samples: int) -> int:
-    """How many steps a stage has."""
-    if config.max_steps > 0:
-        return config.max_steps
-    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return math.ceil(math.ceil(samples / int(a_step)) * config.num_train_epochs)
 
 
 def at_one_time(config: TrainConfig, steps: int) -> int:

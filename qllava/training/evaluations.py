@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from qllava.config import InputError
 from qllava.training import scores
 from qllava.training.data import Prepared
-from qllava.training.order import samples_per_step
+from qllava.training.order import samples_per_step, total_steps
 from qllava.training.settings import TrainConfig
 
 FOLLOWING = ("reduce_lr_on_plateau", "greedy")
@@ -57,17 +56,10 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
         # Evaluations that decide something are made, whatever they cost.
         count = _MOST if follows(config) else _evaluations(config, train, evaluation, questions)
         if count:
-            config.eval_steps = -(-steps_of(config, len(train.lengths)) // count)
+            config.eval_steps = -(-total_steps(config, len(train.lengths)) // count)
         else:
             print("One evaluation would cost more than the training: the held-out rows are measured at the end alone.")
             config.eval_strategy = "no"
-
-
-def steps_of(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a stage."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
 
 
 def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, questions: int) -> int:
@@ -78,7 +70,7 @@ def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, que
     of an answer. All evaluations together may cost as much as the training: each a tenth of it, or they are fewer.
     """
     lengths = train.lengths
-    share = steps_of(config, len(lengths)) * samples_per_step(config) / len(lengths)
+    share = total_steps(config, len(lengths)) * samples_per_step(config) / len(lengths)
     training = 3 * int(lengths.sum()) * share
     question = float(np.mean(evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
     once = int(evaluation.lengths.sum()) + questions * question

@@ -7,6 +7,7 @@ stopped continues with another number of processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +26,13 @@ from qllava.training.signals import held_back, leave_to_main
 def samples_per_step(config: TrainConfig) -> int:
     """Of all processes and accumulated batches together."""
     return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
+
+
+def total_steps(config: TrainConfig, samples: int) -> int:
+    """Return how many optimizer steps a stage has over so many samples of an epoch."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
 
 
 class PictureOrder(Sampler[list[int]]):

@@ -46,10 +46,11 @@ from qllava.training.asked import HeldOut
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
-from qllava.training.evaluations import FOLLOWING, refuse_unmeasured, steps_of
+from qllava.training.evaluations import FOLLOWING, refuse_unmeasured
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
 from qllava.training.numbers import SPIKES_FILE
+from qllava.training.order import total_steps
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.signals import Stopped, handled
 from qllava.training.stage import Stage, train_stage
@@ -213,7 +214,7 @@ def _align(
     }
     processes.by_main(partial(disk.check, needs))
     number = len(captions.lengths)
-    print(f"Stage 1: {steps_of(config, number):,} steps on {number:,} captions; the bar shows the time left.")
+    print(f"Stage 1: {total_steps(config, number):,} steps on {number:,} captions; the bar shows the time left.")
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     processes.by_main(partial(_keep, stage1, folder, start.seconds, begun))

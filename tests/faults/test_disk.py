@@ -19,6 +19,7 @@ from qllava.config import InputError
 from qllava.training import disk, folders, scores
 from qllava.training.checkpoints import checkpoints, fault, newest, saving, write_whole
 from qllava.training.disk import Need
+from qllava.training.order import total_steps
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import TrainConfig
 from tests.faults.test_survives import ROOT, cut, flip, last_step, same, wait_for
@@ -76,7 +77,7 @@ class TestWhatWillBeWritten:
     def test_checkpoints_at_one_time(self, tmp_path: Path, changes: dict[str, Any], expected: int) -> None:
         values: dict[str, Any] = {"per_device_train_batch_size": 8, "save_total_limit": None, **changes}
         config = TrainConfig(output_dir=str(tmp_path), **values)
-        assert disk.at_one_time(config, disk.steps_of(config, 40)) == expected
+        assert disk.at_one_time(config, total_steps(config, 40)) == expected
 
     def test_checkpoints_that_make_way_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "checkpoint-1").mkdir()

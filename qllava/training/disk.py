@@ -21,7 +21,7 @@ from qllava.models.adapter import LORA_TARGETS, projector_state
 from qllava.training.checkpoints import PARTIAL
 from qllava.training.memory import format_bytes
 from qllava.training.order import total_steps
-from qllava.training.settings import TrainConfig
+from qllava.training.settings import TrainConfig, name_of
 
 # Settings, random states, manifest, report; the lines that are logged of a step; a token in tokenizer.json, which takes
 # 110 to 135 bytes in those of Llama 2, Llama 3 and Gemma.
@@ -71,7 +71,7 @@ def at_one_time(config: TrainConfig, steps: int) -> int:
     saves = {
         "no": 1,  # when a signal ends the run
         "epoch": math.ceil(config.num_train_epochs),
-    }.get(str(getattr(config.save_strategy, "value", config.save_strategy)), math.ceil(steps / max(every, 1)))
+    }.get(name_of(config.save_strategy), math.ceil(steps / max(every, 1)))
     return min(saves, config.save_total_limit + 1) if config.save_total_limit else saves
 
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
-from qllava.config import InputError
+from qllava.config import InputError, LoopConfig
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.order import samples_per_step, total_steps
-from qllava.training.settings import TrainConfig
+from qllava.training.settings import TrainConfig, name_of
 
 FOLLOWING = ("reduce_lr_on_plateau", "greedy")
 """Schedulers that change the learning rate at evaluations alone."""
@@ -30,10 +31,20 @@ def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
 
 def follows(config: TrainConfig) -> str:
     """Return the setting that decides something by evaluations made during the run, as it is written; "" for none."""
-    scheduler, save = (str(getattr(v, "value", v)) for v in (config.lr_scheduler_type, config.save_strategy))
-    if scheduler in FOLLOWING:
+    if (scheduler := name_of(config.lr_scheduler_type)) in FOLLOWING:
         return f"lr_scheduler_type {scheduler}"
-    return "save_strategy best" if save == "best" else ""
+    return "save_strategy best" if name_of(config.save_strategy) == "best" else ""
+
+
+def leave_out(config: TrainConfig) -> None:
+    """Take the evaluations out of the settings of finetune's stage 1; what depends on them gets its default."""
+    config.eval_strategy, config.do_eval, config.metric_for_best_model = "no", False, None
+    if (scheduler := name_of(config.lr_scheduler_type)) in FOLLOWING:
+        usual = LoopConfig.lr_scheduler_type
+        config.lr_scheduler_type, config.lr_scheduler_kwargs = SchedulerType(usual), None
+        print(f"Stage 1 makes no evaluations, so it uses lr_scheduler_type {usual} in place of {scheduler}.")
+    if name_of(config.save_strategy) == "best":
+        config.save_strategy = SaveStrategy.STEPS
 
 
 def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, questions: int) -> None:

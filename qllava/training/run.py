@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from qllava.arguments import explain
-from qllava.config import NANO, InputError, LoopConfig, expanded
+from qllava.config import NANO, InputError, expanded
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.models.adapter import (
@@ -41,12 +40,11 @@ from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
 from qllava.surroundings import prepare_process
-from qllava.training import disk, folders, outcome, processes, samples, scores
+from qllava.training import disk, evaluations, folders, outcome, processes, samples, scores
 from qllava.training.asked import HeldOut
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
 from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
-from qllava.training.evaluations import FOLLOWING, refuse_unmeasured
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
 from qllava.training.numbers import SPIKES_FILE
@@ -66,7 +64,7 @@ def pretrain(settings: Settings) -> Path:
 def _pretrain(settings: Settings, held: ExitStack) -> Path:
     folder = folders.open_folder(settings, held)
     started = outcome.Started(folder, held)
-    refuse_unmeasured(settings.train, bool(settings.data.eval_file))
+    evaluations.refuse_unmeasured(settings.train, bool(settings.data.eval_file))
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
     begun = processes.by_main(partial(_begin, settings, folder, files))
     started.keep()
@@ -108,7 +106,7 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     # Before the model, which may be a download of 14 GB.
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="train")
     held_out = folders.held_out(settings)
-    refuse_unmeasured(settings.train, bool(held_out))
+    evaluations.refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     started.keep()
     assembled = _assemble(settings)
@@ -200,8 +198,7 @@ def _align(
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = PRETRAIN_RATE
-    config.eval_strategy, config.do_eval, config.metric_for_best_model = "no", False, None  # eval_file is for stage 2
-    _without_evaluations(config)
+    evaluations.leave_out(config)  # eval_file is for stage 2
     if settings.model.is_nano:
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
@@ -219,16 +216,6 @@ def _align(
     assembled.model.requires_grad_(False)
     processes.by_main(partial(_keep, stage1, folder, start.seconds, begun))
     start.keep()
-
-
-def _without_evaluations(config: TrainConfig) -> None:
-    """Give a stage without evaluations the scheduler and the checkpoints that a run has where nothing is set."""
-    chosen, usual = SchedulerType(config.lr_scheduler_type), LoopConfig.lr_scheduler_type
-    if chosen.value in FOLLOWING:
-        config.lr_scheduler_type, config.lr_scheduler_kwargs = SchedulerType(usual), None
-        print(f"Stage 1 makes no evaluations, so it uses lr_scheduler_type {usual} in place of {chosen.value}.")
-    if str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
-        config.save_strategy = SaveStrategy.STEPS
 
 
 def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from qllava.nano import dataset as nano
 from qllava.training import processes
 from qllava.training.checkpoints import resumable, write_whole
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
-from qllava.training.settings import Settings, TrainConfig
+from qllava.training.settings import Settings, TrainConfig, name_of
 
 T = TypeVar("T")
 SCORES_FILE = "scores.json"
@@ -78,7 +78,7 @@ def shown(train: TrainConfig) -> int:
 
 def evaluates(train: TrainConfig) -> bool:
     """Return whether held-out rows are measured during the run too, and not at its end alone."""
-    return str(getattr(train.eval_strategy, "value", train.eval_strategy)) != "no"
+    return name_of(train.eval_strategy) != "no"
 
 
 def asking_of(train: TrainConfig, *, lora_r: int, held_out: bool) -> Asking:

@@ -59,7 +59,12 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
     @property
     def optimizer(self) -> str:
         """The name of `optim`, which transformers makes a member of an enumeration."""
-        return str(getattr(self.optim, "value", self.optim))
+        return name_of(self.optim)
+
+
+def name_of(choice: Any) -> str:
+    """Return a choice as the user writes it; transformers makes members of enumerations of most of them."""
+    return str(getattr(choice, "value", choice))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qllava.config import InputError
-from qllava.training import evaluations, run
+from qllava.training import evaluations
 from qllava.training.run import finetune
 from qllava.training.settings import TrainConfig
 from qllava.training.trainer import LlavaTrainer
@@ -117,7 +117,7 @@ def test_what_needs_evaluations_has_them_or_is_refused(needy: dict[str, Any]) ->
 @pytest.mark.parametrize("needy", NEEDY, ids=lambda fields: "-".join(fields.values()))
 def test_a_stage_1_of_finetune_needs_none(needy: dict[str, Any]) -> None:
     config = a_stage(train=10, held_out=None, lr_scheduler_kwargs={"factor": 0.5}, **needy).config
-    run._without_evaluations(config)
+    evaluations.leave_out(config)
     assert not evaluations.follows(config)
     if "lr_scheduler_type" in needy:
         assert config.lr_scheduler_type == "cosine" and config.lr_scheduler_kwargs is None

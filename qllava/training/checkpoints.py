@@ -66,6 +66,14 @@ def write_whole(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def read_json(path: Path) -> Any | None:
+    """Return the content of a JSON file; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line of JSON to a file of the run. Raises InputError when it cannot be written."""
     with saving(f"{path}"), path.open("a", encoding="utf-8") as file:

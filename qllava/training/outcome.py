@@ -17,13 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qllava.models.record import RESULTS_FILE
+from qllava.models.record import ADAPTER_CONFIG_FILE, RESULTS_FILE
 from qllava.training import processes
-from qllava.training.checkpoints import resumable, write_whole
+from qllava.training.checkpoints import read_json, resumable, write_whole
 
 COMMAND_FILE = "command.json"
 SAMPLES_FILE = "samples.json"
-ADAPTER_CONFIG = "adapter_config.json"
 PACKAGES = ("qllava", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -43,7 +42,7 @@ class Started:
         self._folder, self._began, self._begun = folder, time.monotonic(), False
         self._earlier = 0.0
         if resumable(folder):
-            before = _read(folder / COMMAND_FILE)
+            before = read_json(folder / COMMAND_FILE)
             self._earlier = float(before.get("seconds", 0.0)) if isinstance(before, dict) else 0.0
         held.callback(self._end)
 
@@ -96,13 +95,13 @@ def _version(name: str) -> str:
 
 def figures(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return label and value of each figure of a finished run; what was not measured says so or is left out."""
-    tuned = (folder / ADAPTER_CONFIG).is_file()
+    tuned = (folder / ADAPTER_CONFIG_FILE).is_file()
     found = [("Held-out accuracy", _accuracy(results, tuned)), ("Held-out loss", _loss(results))]
     if "seconds" in results:
         found.append(("Time", duration(results["seconds"])))
     if results.get("tokens_per_second"):
         found.append(("Training speed", f"{results['tokens_per_second']:,.0f} tokens/s"))
-    started = _read(folder / COMMAND_FILE)
+    started = read_json(folder / COMMAND_FILE)
     if started:
         found.append(("Command", str(started.get("command", ""))))
         versions = started.get("versions", {})
@@ -136,9 +135,9 @@ def duration(seconds: float) -> str:
 
 def next_commands(folder: Path) -> list[str]:
     """Return what may be typed next, with a question of the run's own where it has one."""
-    if not (folder / ADAPTER_CONFIG).is_file():  # a stage 1 is only a projector
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():  # a stage 1 is only a projector
         return [f"python recipes/finetune_lora.py --projector {shlex.quote(str(folder))} ..."]
-    samples = _read(folder / SAMPLES_FILE)
+    samples = read_json(folder / SAMPLES_FILE)
     sample = samples[0] if isinstance(samples, list) and samples else {}
     image, question = sample.get("image") or "photo.jpg", sample.get("question") or "What is this?"
     place = shlex.quote(str(folder))
@@ -147,10 +146,3 @@ def next_commands(folder: Path) -> list[str]:
         f"qllava merge {place} {shlex.quote(f'{folder}-merged')}",
         f"python demo/app.py --model {place}",
     ]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -31,6 +31,7 @@ from qllava.data.problems import RowError
 from qllava.evaluation.vqa import is_correct
 from qllava.page import Bar, Html, Series
 from qllava.training import outcome
+from qllava.training.checkpoints import read_json
 from qllava.training.numbers import SPIKES_FILE, shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
@@ -55,13 +56,13 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
 
     Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
     """
-    results = _read_json(folder / "results.json") if results is None else results
+    results = read_json(folder / "results.json") if results is None else results
     stages, damaged = read_metrics(folder / "metrics.jsonl")
     spikes, _ = read_metrics(folder / SPIKES_FILE)
     sections = [
         *_results_section(folder, results if isinstance(results, dict) else None),
         *(_stage_section(name, records, spikes.get(name, [])) for name, records in stages.items()),
-        *_samples_section(folder, _read_json(folder / "samples.json")),
+        *_samples_section(folder, read_json(folder / "samples.json")),
         *_files_section(folder),
     ]
     lines = "1 damaged line of metrics.jsonl was" if damaged == 1 else f"{damaged} damaged lines of metrics.jsonl were"
@@ -69,7 +70,7 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
     notes += [
         f"{name} cannot be read as JSON and was left out."
         for name in ("results.json", "samples.json")
-        if (folder / name).exists() and _read_json(folder / name) is None
+        if (folder / name).exists() and read_json(folder / name) is None
     ]
     if not sections:
         notes.append("This folder holds no results yet: no metrics.jsonl, no results.json, no samples.json.")
@@ -105,14 +106,6 @@ def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
             continue
         stages.setdefault(stage, {}).setdefault(step, {}).update(record)
     return {stage: [steps[step] for step in sorted(steps)] for stage, steps in stages.items()}, damaged
-
-
-def _read_json(path: Path) -> Any | None:
-    """The content of a JSON file, or None when it is absent or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _lead(results: Any) -> str:

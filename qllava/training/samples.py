@@ -29,7 +29,7 @@ from qllava.evaluation import vqa
 from qllava.inference import Room
 from qllava.models.assemble import Assembled
 from qllava.training import processes, scores
-from qllava.training.checkpoints import checkpoints, write_whole
+from qllava.training.checkpoints import checkpoints, read_json, write_whole
 from qllava.training.outcome import SAMPLES_FILE
 
 BEFORE_FILE = "before.json"
@@ -51,9 +51,8 @@ def before(
         kept = [{**key, "answer": answer} for key, answer in zip(keys, answers, strict=True)]
         processes.by_main(partial(write_whole, folder / BEFORE_FILE, json.dumps(kept, indent=1) + "\n"))
         return list(answers)
-    found = {
-        _identity(row): str(row["answer"]) for row in processes.by_main(partial(_kept, folder / BEFORE_FILE)) or ()
-    }
+    rows = processes.by_main(partial(read_json, folder / BEFORE_FILE)) or ()
+    found = {_identity(row): str(row["answer"]) for row in rows}
     return [found.get(_identity(key)) for key in keys]
 
 
@@ -76,14 +75,6 @@ def _keys(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 def _identity(row: dict[str, Any]) -> str:
     return json.dumps([row["question"], row.get("said"), row["images"]])
-
-
-def _kept(path: Path) -> list[dict[str, Any]] | None:
-    try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found
 
 
 def write(folder: Path, examples: Sequence[Example], before: Sequence[str | None], after: Sequence[str]) -> None:

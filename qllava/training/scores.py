@@ -32,7 +32,7 @@ from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
 from qllava.training import processes
-from qllava.training.checkpoints import resumable, write_whole
+from qllava.training.checkpoints import read_json, resumable, write_whole
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
 from qllava.training.settings import Settings, TrainConfig, name_of
 
@@ -227,13 +227,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
     Such a start may have had other settings: nothing refuses the new ones.
     """
-    if not resumable(folder):
-        return {}
-    try:
-        found: dict[str, Any] = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found
+    return (read_json(folder / SCORES_FILE) or {}) if resumable(folder) else {}
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:

@@ -337,5 +337,8 @@ class TestWhatCannotBeSaved:
         assert path.read_text() == "{}" and [*tmp_path.iterdir()] == [path]
 
     def test_damaged_scores_are_measured_again(self, tmp_path: Path) -> None:
-        (tmp_path / "scores.json").write_text('{"untrai')
-        assert scores._kept(tmp_path / "scores.json") == {} == scores._kept(tmp_path / "none.json")
+        (tmp_path / "checkpoint-2").mkdir()  # so that the run is resumed
+        assert scores._kept(tmp_path) == {}
+        for text, kept in (('{"untrai', {}), ('{"untrained": 0.5}', {"untrained": 0.5})):
+            (tmp_path / "scores.json").write_text(text)
+            assert scores._kept(tmp_path) == kept

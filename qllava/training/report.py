@@ -125,25 +125,20 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
     """What the run came to, headline figures and the two bar charts, from `results.json`."""
     if results is None:
         return []
-    rows = [[label, value] for label, value in outcome.figures(folder, results)]
+    figures = page.table(["", ""], outcome.figures(folder, results))
     following = page.code("\n".join(outcome.next_commands(folder)))
-    parts: list[Html] = []
-    result = page.section(
-        "Result", page.table(["", ""], rows), page.paragraph("What to do next:", muted=True), following
-    )
-    tiles = [
-        (label, page.percent(results[key]))
-        for key, label in (("stage2", "After stage 2"), ("unseen_pairs", "Unseen pairs"), ("blind", "Blind"))
-        if _finite(results.get(key))
-    ]
-    if _finite(results.get("n")):
-        tiles.append(("Held-out questions", f"{results['n']:,}"))
-    if tiles:
-        parts.append(page.tiles(tiles))
+    sections = [page.section("Result", figures, page.paragraph("What to do next:", muted=True), following)]
     ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
     if ladder:
-        parts.append(page.bar_chart(ladder))
-    sections = [result, page.section("Held-out answers", *parts)] if ladder else [result]
+        tiles = [
+            (label, page.percent(results[key]))
+            for key, label in (("stage2", "After stage 2"), ("unseen_pairs", "Unseen pairs"), ("blind", "Blind"))
+            if _finite(results.get(key))
+        ]
+        if _finite(results.get("n")):
+            tiles.append(("Held-out questions", f"{results['n']:,}"))
+        parts = [page.tiles(tiles)] if tiles else []
+        sections.append(page.section("Held-out answers", *parts, page.bar_chart(ladder)))
     by_type = results.get("by_type")
     if isinstance(by_type, dict):
         bars = [Bar(str(name), value) for name, value in by_type.items() if _finite(value)]
@@ -185,11 +180,12 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
 
 
 def _exact_title(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the curve of exact match counts: other questions than a table of final figures, and fewer."""
-    counts = sorted({int(record["eval_exact_match_n"]) for record in records if "eval_exact_match_n" in record})
+    """Return the title of the exact-match curve: how many questions it counts, other ones than the final table's."""
+    counts = [int(record["eval_exact_match_n"]) for record in records if "eval_exact_match_n" in record]
     if not counts:
         return "Exact match on held-out questions during the run"
-    count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} (at the end {counts[-1]:,})"
+    first, last = counts[0], counts[-1]
+    count = f"{first:,}" if first == last else f"{first:,} (at the end {last:,})"
     return f"Exact match on {count} validation questions during the run"
 
 

@@ -126,6 +126,17 @@ def test_a_resumed_run_keeps_the_later_record_of_a_step(tmp_path: Path) -> None:
     assert stages["pretrain"][1]["eval_loss"] == 1
 
 
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [((64, 64), "Exact match on 64 v"), ((64, 500), "on 64 (at the end 500) v"), ((64, 8), "on 64 (at the end 8) v")],
+)
+def test_the_curve_says_how_many_questions_it_counts(run: Path, counts: tuple[int, int], said: str) -> None:
+    """Those of an evaluation, and those of the end, which may be fewer."""
+    lines = [record("finetune", n, eval_exact_match=0.5, eval_exact_match_n=count) for n, count in enumerate(counts)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert said in write_report(run).read_text(encoding="utf-8")
+
+
 def test_smoothing_keeps_a_constant_and_skips_nan() -> None:
     assert [y for _, y in smooth([(float(x), 2.0) for x in range(50)])] == pytest.approx([2.0] * 50)
     assert [x for x, _ in smooth([(1, 1.0), (2, math.nan), (3, 1.0)])] == [1, 3]

@@ -149,11 +149,11 @@ def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> l
     return [Part(getattr(data, nano_file), data.folder)]
 
 
-def held_out(settings: Settings) -> list[Part]:
-    """The held-out rows of stage 2; nano has its own, for its own training rows."""
+def held_out(settings: Settings, *, stage1: bool = False) -> list[Part]:
+    """The held-out rows of a run; nano has its own for stage 2, for its own training rows."""
     if settings.data.eval_file:
         return parts_of(settings.data.eval_file, images(settings), "eval_file")
-    if settings.model.is_nano and not settings.data.train_file:
+    if settings.nanos_own and not stage1:
         data = nano.prepare()
         return [Part(data.validation, data.folder)]
     return []

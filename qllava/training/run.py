@@ -43,7 +43,7 @@ from qllava.surroundings import prepare_process
 from qllava.training import disk, evaluations, folders, outcome, processes, samples, scores
 from qllava.training.asked import HeldOut
 from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
-from qllava.training.data import Part, Prepared, hashes_of, parts_of, prepare
+from qllava.training.data import Part, Prepared, hashes_of, prepare
 from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
@@ -64,17 +64,15 @@ def pretrain(settings: Settings) -> Path:
 def _pretrain(settings: Settings, held: ExitStack) -> Path:
     folder = folders.open_folder(settings, held)
     started = outcome.Started(folder, held)
-    evaluations.refuse_unmeasured(settings.train, bool(settings.data.eval_file))
     files = folders.files_of(settings.data.train_file, settings, "train_file", nano_file="pretrain")
+    held_out = folders.held_out(settings, stage1=True)
+    evaluations.refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(_begin, settings, folder, files))
     started.keep()
     assembled = _assemble(settings)
     template = TEMPLATES[settings.model.template] if settings.model.template else PLAIN
-    held_out = (
-        parts_of(settings.data.eval_file, folders.images(settings), "eval_file") if settings.data.eval_file else []
-    )
     train, evaluation = _prepare(settings, assembled, template, files, held_out)
-    config = _with_rate(settings.train, PRETRAIN_RATE)
+    config = _with_rates(settings.train, PRETRAIN_RATE)
     stage = Stage("pretrain", "Stage 1", template, train, evaluation, [], folder, config, begun, saved=started.keep)
     trained = train_stage(stage, train_projector_only(assembled), assembled)
     results = {"seconds": started.seconds, **trained}
@@ -109,10 +107,9 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     evaluations.refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     started.keep()
-    assembled = _assemble(settings)
-    own_table = settings.model.is_nano and not settings.data.train_file
+    assembled = _assemble(settings, start)
     room = scores.room_for(settings.train)
-    table = scores.Table.open(folder, assembled, room) if own_table else None
+    table = scores.Table.open(folder, assembled, room) if settings.nanos_own else None
     # All data is looked at before anything is trained: also that of the second stage before the first.
     captions = _captions(settings, assembled, folder)
     train, evaluation = _prepare(settings, assembled, assembled.template, files, held_out)
@@ -125,8 +122,7 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     asked = HeldOut(held_out, evaluation)
     shown = asked.spaced(scores.shown(settings.train))
     before = samples.before(folder, model, assembled, shown, room)
-    config = _with_rate(settings.train, FINETUNE_RATE)
-    config.projector_lr = PROJECTOR_RATE if config.projector_lr is None else config.projector_lr
+    config = _with_rates(settings.train, FINETUNE_RATE, PROJECTOR_RATE)
     questions = asked.spaced(config.eval_questions)
     final = [] if table else asked.drawn(config.eval_questions_final, config.seed)
     stage = Stage(
@@ -181,7 +177,7 @@ def _align(
     captions: Prepared | None,
     begun: dict[str, Any],
     count: int,
-    start: outcome.Started,
+    started: outcome.Started,
 ) -> None:
     """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
 
@@ -203,7 +199,7 @@ def _align(
         for name, value in NANO_PRETRAIN.items():
             setattr(config, name, value)
         config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // config.world_size)
-    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun, saved=start.keep)
+    stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun, saved=started.keep)
     model, tokenizer = assembled.model, assembled.processor.tokenizer
     needs = {
         stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
@@ -214,12 +210,15 @@ def _align(
     print(f"Stage 1: {total_steps(config, number):,} steps on {number:,} captions; the bar shows the time left.")
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
-    processes.by_main(partial(_keep, stage1, folder, start.seconds, begun))
-    start.keep()
+    processes.by_main(partial(_keep, stage1, folder, started.seconds, begun))
+    started.keep()
 
 
 def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> None:
-    """End the folder of a stage 1, and tell what it logged in that of the run too."""
+    """Finish the folder of a stage 1, and copy what it logged into that of the run.
+
+    seconds: of the run so far, in all its starts.
+    """
     write_whole(stage1 / BEGUN_FILE, json.dumps({"begun_with": begun}, indent=1) + "\n")
     # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
     for name in (METRICS_FILE, SPIKES_FILE):
@@ -229,11 +228,10 @@ def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> 
     folders.finish(stage1, {"seconds": seconds})
 
 
-def _assemble(settings: Settings) -> Assembled:
-    """The model of the settings; that they do not contradict each other is known (`before.py`)."""
+def _assemble(settings: Settings, start: Path | None = None) -> Assembled:
+    """The model of the settings, or the base of an adapter; that they fit together is known (`before.py`)."""
     model = settings.model
     built = bool(model.language_model or model.vision_tower)
-    start = adapter_at(model.model_name_or_path)
     set_seed(settings.train.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -274,10 +272,11 @@ def _same_base(settings: Settings, start: Path) -> Recipe:
     return replace(record, dtype="")
 
 
-def _with_rate(config: TrainConfig, rate: float) -> TrainConfig:
-    """The settings with the stage's own learning rate where none was given."""
+def _with_rates(config: TrainConfig, rate: float, projectors: float | None = None) -> TrainConfig:
+    """The settings with the stage's own learning rates where none were given; stage 1 has one alone."""
     config = copy.copy(config)
     config.learning_rate = rate if config.learning_rate is None else config.learning_rate
+    config.projector_lr = projectors if config.projector_lr is None else config.projector_lr
     return config
 
 

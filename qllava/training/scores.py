@@ -105,8 +105,7 @@ def expects_held_out(settings: Settings) -> bool:
 
     nano has its own for its own rows. A preset that evaluates leaves `eval_file` to the command line.
     """
-    own = settings.model.is_nano and not settings.data.train_file
-    return bool(settings.data.eval_file) or own or evaluates(settings.train)
+    return bool(settings.data.eval_file) or settings.nanos_own or evaluates(settings.train)
 
 
 def answers(

@@ -77,6 +77,11 @@ class Settings:
     explicit: frozenset[str] = frozenset()
     """Names of the fields that the user set, in the YAML or by a flag; all others have their defaults."""
 
+    @property
+    def nanos_own(self) -> bool:
+        """Whether nano learns its own examples, so that its held-out ones and its table belong to the run."""
+        return self.model.is_nano and not self.data.train_file
+
 
 def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any], elsewhere: bool = False) -> Settings:
     """Read `--config FILE.yaml` and flags.

@@ -37,6 +37,7 @@ from qllava.models.delta import Delta
 from qllava.models.errors import one_line
 from qllava.models.nf4 import as_quantized
 from qllava.models.outline import Outline, Recipe, outline
+from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.weights import EMBEDDING, HEAD, open_weights
 
@@ -141,7 +142,7 @@ def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
     if not run.is_dir():
         raise InputError(f"There is no folder {run}; give a run of finetune_lora or its checkpoint.")
-    adapter, record = run / "adapter_config.json", run / RECORD_FILE
+    adapter, record = run / ADAPTER_CONFIG_FILE, run / RECORD_FILE
     if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
     begun = [path.parent for path in run.glob(f"checkpoint-*[0-9]/{adapter.name}")]
@@ -345,7 +346,7 @@ def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
 
 
 def _what_helps(dtype: str) -> str:
-    """The end of the sentence of a merge that was refused: rounding may be as large as what a short run learned."""
+    """Return how the refusal of a merge ends: rounding may be as large as what a short run has learned."""
     report = "please report this with the ledger.txt."
     return report if dtype == "float32" else f"give --dtype float32, which rounds nothing of it away, or {report}"
 

@@ -41,8 +41,11 @@ ABOUT_ADAPTER = (
 def open_folder(settings: Settings, held: ExitStack) -> Path:
     """Make or reopen the run's folder, which belongs to this run until `held` is closed.
 
+    Optimizer and scheduler are tried out first, and what a ready model decides is settled: a folder is not made for a
+    run that cannot start.
+
     Raises:
-        InputError: The folder holds a finished run, or another process is writing to it.
+        InputError: The run cannot start, its folder holds a finished run, or another process is writing to it.
     """
     with processes.together():
         try_out(settings.train)
@@ -75,7 +78,7 @@ def settle_model(settings: Settings) -> None:
 
 def _opened(settings: Settings, held: ExitStack) -> Path:
     folder = Path(str(settings.train.output_dir))
-    # Again, where it was looked at before: another command may have begun or finished here since then.
+    # The command line was checked for this too; another command may have started or finished here since then.
     given = {
         **asdict(settings.model),
         "output_dir": folder,

@@ -1,7 +1,7 @@
 """Where a run of one's own data on nano's parts gets its projector: from the newest finished nano run.
 
-LoRA begins new. Which run was taken is written to `run.yaml`, so that a resumed run takes the same one when a newer
-nano run has finished since. Where there is none, stage 1 comes first, on nano's own captions.
+LoRA starts from zero. Which run was taken is written to `run.yaml`, so that a resumed run takes the same one when a
+newer nano run has finished since. Where there is none, stage 1 comes first, on nano's own captions.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: Train
     """The batches of this process, on the host: all batches of an optimizer step are there at once, pixels included.
 
     A row is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
-    own would make up samples for a short step. again: it is gone through more than once, so that workers may persist.
+    own would make up samples for a short step. again: it is iterated more than once, so that workers may persist.
     """
     workers = config.dataloader_num_workers
     batches = DataLoader(

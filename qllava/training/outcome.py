@@ -1,4 +1,4 @@
-"""What a run came to, for the top of its report and the end of its output on the terminal.
+"""The result of a run in figures, for the top of its report and the end of its output on the terminal.
 
 `command.json` is written when a run starts or is resumed: the command, with the launcher of several processes, the
 versions of the packages that compute, and the seconds of all starts so far.
@@ -65,7 +65,7 @@ class Started:
         """Keep the time of a run that was interrupted; a finished one has its own in `results.json`."""
         # Not by agreement: the other processes may have ended.
         if self._begun and processes.is_main() and not (self._folder / RESULTS_FILE).is_file():
-            with suppress(OSError):  # what ended the run is said, and not that its time could not be kept
+            with suppress(OSError):  # it must not hide the error that ended the run
                 self._write()
 
 

@@ -28,16 +28,16 @@ class Elsewhere(InputError):
     """Another process has failed and says why; this one ends with it, and has nothing to say."""
 
 
-# What launchers set, and what is taken for several processes where it is left over from one.
+# Variables that launchers set. Left over in a shell, they make a process wait for others that nobody started.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Say for which processes this one waits, where they find each other inside; nothing for a process that is alone.
+    """Say which processes this one waits for; they find each other inside. A process that is alone waits for none.
 
-    torch waits in C, for as long as `ddp_timeout` says, for processes that nobody may have started.
+    torch waits in C for up to `ddp_timeout`, even for processes that were never started.
 
     Raises:
         InputError: What a launcher has set is incomplete, or not all processes came in time.
@@ -52,7 +52,7 @@ def meeting() -> Iterator[None]:
     if missing and "LOCAL_RANK" in found and not any(name in found for name in SIZES[:3]):
         raise InputError(f"LOCAL_RANK is set and {' and '.join(missing)} not: start with torchrun, or {alone}.")
     at = f"{found.get('MASTER_ADDR', '127.0.0.1')}:{found.get('MASTER_PORT', '29500')}"
-    # One of them speaks; which has a name of its own only where torch's launcher has started them.
+    # Under torch's launcher rank 0 says it for all; otherwise the others may not exist, and each says it.
     if count > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or found.get("RANK") == "0"):
         because = next(f"{name}={found[name]}" for name in SIZES if found.get(name) == str(count))
         print(

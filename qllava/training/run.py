@@ -142,7 +142,7 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
 
 
 def _with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
-    """The model with LoRA: new and at nothing, or as an adapter has it."""
+    """The model with LoRA: a new one that changes nothing yet, or that of an adapter."""
     chosen = settings.model
     set_seed(settings.train.seed)  # LoRA begins alike whether stage 1 was trained in this process or in one before
     model = add_lora(assembled, r=chosen.lora_r, alpha=chosen.lora_alpha, dropout=chosen.lora_dropout)

@@ -158,7 +158,7 @@ class _Watch:
 
 
 def _leave_watching() -> None:
-    """In a forked process: its signals are no matter of the parent's, whose pipe it has."""
+    """In a forked process, which has inherited the parent's pipe: its own signals are not written there."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
 
@@ -179,7 +179,7 @@ def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
         yield
         return
     process = os.getpid()
-    former_inlet = signal.set_wakeup_fd(-1)  # a step that is being computed is not cut off by a watch outside of this
+    former_inlet = signal.set_wakeup_fd(-1)  # an outer watch must not cut off a step that is being computed
     watch = _Watch() if by is _end else None
 
     def handler(number: int, frame: Any) -> None:

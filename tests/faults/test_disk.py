@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,12 @@ def captions(tiny: Tiny) -> Path:
     return write_rows(tiny.rows.with_name("disk_captions.json"), rows)
 
 
+@pytest.fixture(scope="module")
+def long(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """The run that `LONG` asks for, on a disk that is large enough; trained when it is first called for."""
+    return cache(lambda: pretrain(stage1_settings(tiny, tmp_path_factory.mktemp("long") / "run", **LONG)))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 96 MB of its own."""
@@ -201,7 +208,7 @@ class TestARealDisk:
         assert found is not None and not skipped and not (folder / "results.json").exists()
         return found
 
-    def test_fills_in_the_middle_of_a_save(self, tiny: Tiny, tmp_path: Path, small_disk: Path) -> None:
+    def test_fills_in_the_middle_of_a_save(self, tiny: Tiny, small_disk: Path, long: Callable[[], Path]) -> None:
         folder = small_disk / "run"
         process = started(tiny, folder)
         wait_for(process, folder, 5)
@@ -217,9 +224,9 @@ class TestARealDisk:
         assert self.unharmed(folder) == found
         ballast.unlink()
         pretrain(stage1_settings(tiny, folder, **LONG))
-        assert same(folder, pretrain(stage1_settings(tiny, tmp_path / "whole", **LONG)))
+        assert same(folder, long())
 
-    def test_becomes_read_only(self, tiny: Tiny, tmp_path: Path, small_disk: Path) -> None:
+    def test_becomes_read_only(self, tiny: Tiny, small_disk: Path, long: Callable[[], Path]) -> None:
         folder = small_disk / "run"
         process = started(tiny, folder)
         wait_for(process, folder, 5)
@@ -232,7 +239,7 @@ class TestARealDisk:
             assert refusal(caught.value) == f"The run cannot be written to {folder}: Read-only file system."
             assert self.unharmed(folder) == found and last_step(folder) >= 5
         pretrain(stage1_settings(tiny, folder, **LONG))
-        assert same(folder, pretrain(stage1_settings(tiny, tmp_path / "whole", **LONG)))
+        assert same(folder, long())
 
 
 class TestTheEndOfARun:

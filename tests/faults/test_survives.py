@@ -60,6 +60,12 @@ def unfinished(tiny: Tiny, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `SLOWLY` asks for, never interrupted."""
+    return pretrain(stage1_settings(tiny, tmp_path_factory.mktemp("whole") / "run", **SLOWLY))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -319,8 +325,7 @@ def killed_and_continued(tiny: Tiny, folder: Path, kills: int) -> None:
 
 class TestKilled:
     @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
-    def test_ends_with_the_same_bits(self, tiny: Tiny, tmp_path: Path, kills: int) -> None:
-        whole = pretrain(stage1_settings(tiny, tmp_path / "whole", **SLOWLY))
+    def test_ends_with_the_same_bits(self, tiny: Tiny, whole: Path, tmp_path: Path, kills: int) -> None:
         killed_and_continued(tiny, tmp_path / "run", kills)
         assert same(whole, tmp_path / "run")
         assert all(fault(place) is None for place in checkpoints(tmp_path / "run"))
@@ -337,7 +342,7 @@ class TestSignals:
         ids=["SIGTERM", "SIGINT", "SIGUSR1"],
     )
     def test_saves_and_ends_within_two_steps(
-        self, tiny: Tiny, tmp_path: Path, number: signal.Signals, status: int
+        self, tiny: Tiny, whole: Path, tmp_path: Path, number: signal.Signals, status: int
     ) -> None:
         """Sent to all its processes, the loader's workers too, as terminals, launchers and schedulers do it."""
         folder = tmp_path / "run"
@@ -354,7 +359,6 @@ class TestSignals:
         assert f"saved at step {step} and ended by {number.name}" in said and "Traceback" not in said
         assert not (folder / "results.json").exists()
         if number == signal.SIGTERM:
-            whole = pretrain(stage1_settings(tiny, tmp_path / "whole", **SLOWLY))
             process = start(tiny, folder)
             said, _ = process.communicate()
             assert process.returncode == 0 and f"Continuing from {saved}." in said

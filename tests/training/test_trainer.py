@@ -6,7 +6,8 @@ import dataclasses
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def one_step(tiny: Tiny, folder: Path, **fields: Any) -> tuple[float, dict[str, 
     trainer = make_trainer(tiny, folder, callbacks=[kept], max_steps=1, max_grad_norm=0, **fields)
     trainer.train()
     return trainer.state.log_history[0]["loss"], kept.steps[0], trainer
+
+
+@pytest.fixture(scope="module")
+def usual_step(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Any]:
+    """What `one_step` gives for a stage (with LoRA or without) whose switches are as usual; computed once."""
+
+    @cache
+    def step(lora: bool) -> tuple[float, dict[str, torch.Tensor], LlavaTrainer]:
+        return one_step(tiny, tmp_path_factory.mktemp("usual"), per_device_train_batch_size=8, lora=lora)
+
+    return step
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -156,10 +168,11 @@ class TestTheSameNumbers:
         ],
         ids=lambda changes: next(iter(changes)),
     )
-    def test_a_switch_changes_nothing(self, tiny: Tiny, tmp_path: Path, changes: dict[str, Any], lora: bool) -> None:
-        same = {"per_device_train_batch_size": 8, "lora": lora}
-        loss, expected, trainer = one_step(tiny, tmp_path / "a", **same)
-        other, found, changed_one = one_step(tiny, tmp_path / "b", **same, **changes)
+    def test_a_switch_changes_nothing(
+        self, tiny: Tiny, usual_step: Callable[[bool], Any], tmp_path: Path, changes: dict[str, Any], lora: bool
+    ) -> None:
+        loss, expected, trainer = usual_step(lora)
+        other, found, changed_one = one_step(tiny, tmp_path, per_device_train_batch_size=8, lora=lora, **changes)
         assert other == pytest.approx(loss, rel=1e-5)
         assert_close(expected, found, 1e-5)
         rows = [len(next(iter(t.get_train_dataloader()))["rows"]) for t in (trainer, changed_one)]

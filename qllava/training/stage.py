@@ -143,7 +143,7 @@ class Progress(TrainerCallback):
 
 
 def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[str, Any]:
-    """Train one stage into its folder, from its newest checkpoint if it has one; returns the last held-out figures."""
+    """Train one stage into its folder, from its newest checkpoint if it has one; returns speed and held-out figures."""
     held_out = stage.evaluation.dataset if stage.evaluation else None
     settle(stage.config, stage.train, stage.evaluation, len(stage.questions))
     _check_lengths(stage, assembled)
@@ -186,10 +186,10 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
         model.train()
     if trainer.is_deepspeed_enabled:
         read_tensors_only()
-    began, tokens = time.monotonic(), trainer.tokens_seen
+    began = time.monotonic()
     _train(trainer, start, stop, progress)
     seconds = time.monotonic() - began - trainer.evaluating
-    speed = {"tokens_per_second": round((trainer.tokens_seen - tokens) / seconds, 1)}
+    speed = {"tokens_per_second": round(trainer.tokens_seen / seconds, 1)}
     model.eval()
     check_weights(model, trainer.state.global_step)
     with processes.together(), saving(f"The result {stage.folder}"):

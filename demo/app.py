@@ -28,8 +28,8 @@ from qllava.arguments import (
     Parser,
     check_arguments,
     check_file,
+    check_finished,
     check_kept,
-    check_model,
     check_written_folder,
     file_path,
     looks,
@@ -216,11 +216,11 @@ def _parser() -> Parser:
     )
     looks(
         parser,
-        model=check_model,
-        compare=check_model,
         votes=check_kept,
         keep_pictures=check_written_folder,
         auth=check_file,
+        model=check_finished,
+        compare=check_finished,
     )
     return parser
 

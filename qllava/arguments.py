@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qllava.config import NANO, InputError, expanded
+from qllava.runs import folder_of
 
 # Words of other toolkits and of habit, and what is meant here: the first that the program has is suggested.
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -216,6 +217,12 @@ def check_model(text: str, what: str) -> None:
         raise InputError(f"{what}: {text} is a file; give the folder that holds the model.")
     elif looks_like_a_path(text):
         raise InputError(f"{what}: {text} does not exist; give a folder that holds a model, or a name on the hub.")
+
+
+def check_finished(text: str, what: str) -> None:
+    """As `check_model`, for a model that answers: of `nano` a run has to be finished."""
+    check_model(text, what)
+    folder_of(text)
 
 
 def check_part(text: str, what: str) -> None:

@@ -18,6 +18,7 @@ import qllava
 from qllava import cli, doctor
 from qllava.config import InputError
 from qllava.doctor import Check
+from qllava.runs import ADAPTER_FILE, RESULTS_FILE, RUN_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +42,9 @@ def named(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         (folder / name).mkdir()
     for name in ("q.jsonl", "p.json", "a.png", "b.png", "c.png"):
         (folder / name).touch()
+    (folder / "runs" / "nano").mkdir(parents=True)
+    for name, content in {RUN_FILE: "model_name_or_path: nano", RESULTS_FILE: "{}", ADAPTER_FILE: ""}.items():
+        (folder / "runs" / "nano" / name).write_text(content)
     monkeypatch.chdir(folder)
 
 

@@ -79,6 +79,9 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (QLLAVA, "merge {folder}/none {folder}/out", 1, "RUN: {folder}/none does not exist"),
     (QLLAVA, "export {folder}/none/ {folder}/out --format gguf", 1, "MODEL: {folder}/none/ does not exist"),
     (QLLAVA, "chat nano --image {folder}/none.jpg", 1, "--image: {folder}/none.jpg does not exist"),
+    (QLLAVA, "chat nano", 1, "There is no finished nano run in runs/ yet; run `make finetune` first."),
+    (QLLAVA, "export nano {folder}/out --format gguf", 1, "There is no finished nano run"),
+    (QLLAVA, "eval vqa nano {folder}/rows.json", 1, "There is no finished nano run"),
     (QLLAVA, "synthesize {folder}/none.jsonl {folder}/o.json --teacher rules", 1, "CONTEXTS: {folder}/none.jsonl"),
     (QLLAVA, "filter {folder}/none.json {folder}/o.json", 1, "none.json does not exist"),
     (QLLAVA, "filter {folder}/rows.json {folder}/no/o.json", 1, "the folder {folder}/no does not exist"),
@@ -86,6 +89,7 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (QLLAVA, "eval scienceqa --problems {folder}/p.json --answers {folder}/a.jsonl", 1, "--problems: {folder}/p.json"),
     (QLLAVA, "eval agreement --votes {folder}/v.jsonl --judgments {folder}/j.jsonl", 1, "--votes: {folder}/v.jsonl"),
     (DEMO, "--model ./none", 1, "./none does not exist"),
+    (DEMO, "", 1, "There is no finished nano run"),
     (DEMO, "--prot 7861", 2, "did you mean --port?"),
     (DEMO, "--auth {folder}/none.txt", 1, "none.txt does not exist"),
 )

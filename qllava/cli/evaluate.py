@@ -9,8 +9,8 @@ from typing import Any
 from qllava.arguments import (
     check_data,
     check_file,
+    check_finished,
     check_folder,
-    check_model,
     check_written,
     file_path,
     looks,
@@ -49,7 +49,7 @@ def add(verbs: Verbs) -> None:
     base_flag(vqa)
     json_flag(vqa)
     written = {"out": check_written, "html": check_written}
-    looks(vqa, model=check_model, data=check_data, image_folder=check_folder, pool=check_data, **written)
+    looks(vqa, data=check_data, image_folder=check_folder, pool=check_data, **written, model=check_finished)
     _add_scienceqa(kinds)
     judging.add(kinds)
 
@@ -77,7 +77,7 @@ def _add_scienceqa(kinds: Verbs) -> None:
     base_flag(science)
     json_flag(science)
     read = {"problems": check_file, "answers": check_file}
-    looks(science, model=check_model, image_folder=check_folder, out=check_written, **read)
+    looks(science, image_folder=check_folder, out=check_written, **read, model=check_finished)
 
 
 def _batch_flag(parser: argparse.ArgumentParser) -> None:

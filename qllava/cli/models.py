@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qllava.arguments import (
     check_file,
+    check_finished,
     check_folder,
     check_kept,
-    check_model,
     check_written_folder,
     file_path,
     looks,
@@ -54,7 +54,7 @@ def _add_export(verbs: Verbs) -> None:
     export.add_argument("out", metavar="OUT", type=file_path, help="folder to write the files into")
     export.add_argument("--format", choices=("gguf",), required=True, help="gguf: llama.cpp, Ollama, LM Studio")
     export.add_argument("--quantize", choices=("f16", "bf16", "q8_0"), default="f16", help="(default: f16)")
-    looks(export, model=check_model, out=check_written_folder)
+    looks(export, out=check_written_folder, model=check_finished)
 
 
 def _add_chat(verbs: Verbs) -> None:
@@ -83,7 +83,7 @@ def _add_chat(verbs: Verbs) -> None:
         "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
     )
     base_flag(chat)
-    looks(chat, model=check_model, compare=check_model, image=check_file, votes=check_kept)
+    looks(chat, image=check_file, votes=check_kept, model=check_finished, compare=check_finished)
 
 
 def run_merge(arguments: argparse.Namespace) -> int:

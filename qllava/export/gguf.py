@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
-from qllava.config import NANO, InputError, expanded
+from qllava.config import InputError, expanded
 from qllava.export.gguf_tokenizer import adds_bos, read_vocabulary, write_vocabulary
 from qllava.export.serving import for_llama_cpp, modelfile, template_of
 from qllava.export.tensors import (
@@ -34,11 +34,11 @@ from qllava.export.tensors import (
     projector_tensors,
     tower_tensors,
 )
-from qllava.inference.loading import newest_nano_run
 from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import model_folder
 from qllava.models.weights import EMBEDDING, Weights, open_weights
+from qllava.runs import folder_of
 
 # How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
 # more than its few megabytes are worth.
@@ -107,7 +107,7 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 
 def _read(model: str) -> _Source:
     """Everything but the weights. Raises InputError for a run, and for what is no LLaVA."""
-    folder = newest_nano_run() if model == NANO else Path(expanded(model))
+    folder = folder_of(model)
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
         raise InputError(
             f"{folder} is a run, not a whole model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."

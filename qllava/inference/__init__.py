@@ -17,7 +17,7 @@ from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
 from qllava.inference.given import Picture
 from qllava.inference.identity import fingerprint_of
-from qllava.inference.loading import has_base, load, newest_nano_run, same_model
+from qllava.inference.loading import has_base, load, same_model
 from qllava.inference.pictures import keep_picture
 from qllava.inference.prompts import Prompt, user_turn
 from qllava.inference.session import Exchange, Session, Settings
@@ -45,7 +45,6 @@ __all__ = [
     "keep_picture",
     "label",
     "load",
-    "newest_nano_run",
     "same_model",
     "user_turn",
 ]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 
-from qllava.config import InputError, expanded
+from qllava.config import InputError
 from qllava.inference.chat import Chat
+from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.models.threads import settle_threads
-
-RUNS = Path("runs")
+from qllava.runs import RUN_FILE, folder_of
 
 
 def load(
@@ -30,8 +29,8 @@ def load(
 
     Raises InputError when there is no such model, or its base is another one.
     """
-    folder = newest_nano_run() if model == "nano" else Path(expanded(model))
-    if (folder / "adapter_config.json").is_file():
+    folder = folder_of(model)
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         from qllava.models.adapter import load_run
 
         network, processor = load_run(folder, [base_model] if isinstance(base_model, str | Path) else base_model)
@@ -39,7 +38,7 @@ def load(
         return Chat(network.eval(), processor, str(folder))
     if base_model:
         raise InputError(f"{model} is no run with an adapter, so it has no base elsewhere; leave --base-model out.")
-    if (folder / "run.yaml").is_file():
+    if (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
     from qllava.models.assemble import nf4
     from qllava.models.checkpoint import load_llava
@@ -59,46 +58,10 @@ def load(
 
 def has_base(model: str) -> bool:
     """Whether a name means a run, whose base may be elsewhere."""
-    folder = newest_nano_run() if model == "nano" else Path(expanded(model))
-    return (folder / "adapter_config.json").is_file()
+    return (folder_of(model) / ADAPTER_CONFIG_FILE).is_file()
 
 
 def same_model(first: str, second: str) -> bool:
     """Whether two names mean one model: `nano`, say, and the folder of its newest run."""
-    folders = [newest_nano_run() if name == "nano" else Path(expanded(name)) for name in (first, second)]
+    folders = [folder_of(name) for name in (first, second)]
     return first == second or (all(path.is_dir() for path in folders) and folders[0].samefile(folders[1]))
-
-
-def newest_nano_run(runs: Path = RUNS) -> Path:
-    """The folder of the nano run that finished last. Raises InputError when there is none."""
-    finished = finished_nano_runs(runs)
-    if not finished:
-        raise InputError(f"There is no finished nano run in {runs}/ yet; run `make finetune` first.")
-    return finished[-1]
-
-
-def finished_nano_runs(runs: Path = RUNS) -> list[Path]:
-    """Return the folders of finished nano runs, the one that finished last at the end.
-
-    Raises:
-        InputError: The settings of a finished run cannot be read.
-    """
-    finished = [
-        folder
-        for folder in runs.glob("*/")
-        if (folder / "results.json").is_file()
-        and (folder / "adapter_model.safetensors").is_file()
-        and (folder / "run.yaml").is_file()
-        and _is_nano(folder / "run.yaml")
-    ]
-    return sorted(finished, key=lambda folder: (folder / "results.json").stat().st_mtime)
-
-
-def _is_nano(path: Path) -> bool:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); repair or remove the run."
-        ) from error
-    return isinstance(settings, dict) and settings.get("model_name_or_path") == "nano"

@@ -31,8 +31,8 @@ from qllava.models.record import Recipe
 from qllava.models.record import adapter_at as adapter_at
 from qllava.models.record import read_record as read_record
 from qllava.models.record import save_record as save_record
+from qllava.runs import ADAPTER_FILE as ADAPTER_FILE
 
-ADAPTER_FILE = "adapter_model.safetensors"
 DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
 # Full paths: a tower has a q_proj too, and a bare name would put LoRA there.

@@ -13,10 +13,6 @@ from qllava.models.errors import one_line
 RECORD_FILE = "qllava.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 PROJECTOR_FILE = "projector.safetensors"
-RESULTS_FILE = "results.json"
-"""Written last: a folder that has it holds a finished run."""
-RUN_FILE = "run.yaml"
-"""The settings that a run began with."""
 
 BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer", "projector_type")
 """Settings that an adapter was trained with, and is useless without."""

@@ -39,7 +39,7 @@ import yaml
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.models.card import RESULTS_FILE
+from qllava.runs import RESULTS_FILE
 from qllava.training.checkpoints import checkpoints, write_whole
 
 IN_BOTH_STAGES = (

@@ -12,7 +12,8 @@ from typing import Any
 
 from qllava.arguments import check_data, check_file, check_folder, check_model, check_written_folder, missing
 from qllava.config import InputError, expanded
-from qllava.models.record import PROJECTOR_FILE, RESULTS_FILE, RUN_FILE, adapter_at
+from qllava.models.record import PROJECTOR_FILE, adapter_at
+from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training.command import Given
 from qllava.training.sizes import parse_bytes
 

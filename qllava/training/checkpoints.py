@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
-from qllava.models.record import RESULTS_FILE
+from qllava.runs import RESULTS_FILE
 from qllava.training.fields import deciding
 from qllava.training.order import samples_per_step
 from qllava.training.settings import Settings

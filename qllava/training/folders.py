@@ -22,8 +22,8 @@ from qllava.files import HIDDEN, locked_folder
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import write_card
 from qllava.models.decided import decided_by
-from qllava.models.record import RESULTS_FILE, RUN_FILE
 from qllava.nano import dataset as nano
+from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training import processes
 from qllava.training.before import check_output
 from qllava.training.checkpoints import begun_with, flush, refuse_changes, write_whole

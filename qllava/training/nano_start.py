@@ -12,8 +12,7 @@ from pathlib import Path
 import yaml
 
 from qllava.config import InputError
-from qllava.inference.loading import RUNS, finished_nano_runs
-from qllava.models.record import RUN_FILE
+from qllava.runs import RUN_FILE, RUNS, finished_nano_runs
 from qllava.training import processes
 from qllava.training.checkpoints import resumable
 from qllava.training.settings import Settings

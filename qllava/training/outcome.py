@@ -17,7 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qllava.models.record import ADAPTER_CONFIG_FILE, RESULTS_FILE
+from qllava.models.record import ADAPTER_CONFIG_FILE
+from qllava.runs import RESULTS_FILE
 from qllava.training import processes
 from qllava.training.checkpoints import read_json, resumable, write_whole
 

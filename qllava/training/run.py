@@ -34,11 +34,11 @@ from qllava.models.adapter import (
 )
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
-from qllava.models.card import RESULTS_FILE
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
+from qllava.runs import RESULTS_FILE
 from qllava.surroundings import prepare_process
 from qllava.training import disk, evaluations, folders, outcome, processes, samples, scores
 from qllava.training.asked import HeldOut

@@ -423,7 +423,7 @@ class TestRefusals:
         assert "is a run" in self.refused(tiny.stage1, tmp_path / "out")
 
     def test_nano_names_a_run(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("qllava.export.gguf.newest_nano_run", lambda: tiny.stage2)
+        monkeypatch.setattr("qllava.runs.newest_nano_run", lambda: tiny.stage2)
         assert f"qllava merge {tiny.stage2} OUT" in self.refused("nano", tmp_path / "out")
 
     def test_no_such_folder(self, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.inference import Chat, load, newest_nano_run
+from qllava.inference import Chat, load
 from qllava.models.checkpoint import save_llava
+from qllava.runs import newest_nano_run
 from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
 
 

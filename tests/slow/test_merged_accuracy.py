@@ -9,9 +9,10 @@ import pytest
 from qllava.config import InputError
 from qllava.data.formats import read_examples
 from qllava.evaluation.vqa import evaluate
-from qllava.inference.loading import RUNS, load, newest_nano_run
+from qllava.inference import load
 from qllava.merge import merge
 from qllava.nano import dataset
+from qllava.runs import RUNS, newest_nano_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app
 
 from qllava.arguments import (
     Parser,
-    check_arguments,
+    carry_out,
     check_file,
     check_finished,
     check_kept,
@@ -50,17 +50,15 @@ OPEN = "Without --auth there is no password on it."
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load the models, serve the page until Ctrl-C; returns the exit status."""
     prepare_process()
-    options = _parser().parse_args(arguments)
-    try:
-        check_arguments(options)
-        passwords = read_passwords(options.auth) if options.auth else None
-        if options.keep_pictures is not None:
-            _make_folder(options.keep_pictures)
-        votes = VoteFile(options.votes)
-        chat, other = _load_both(options)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return carry_out(_parser().parse_args(arguments), _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    passwords = read_passwords(options.auth) if options.auth else None
+    if options.keep_pictures is not None:
+        _make_folder(options.keep_pictures)
+    votes = VoteFile(options.votes)
+    chat, other = _load_both(options)
     if options.share:
         print(SHARED if passwords else f"{SHARED} {OPEN}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the pictures are deleted then, too

@@ -12,6 +12,7 @@ import errno
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -310,8 +311,27 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 check(one, label)
 
 
-def explain(error: OSError) -> str:
-    """One sentence about a file that an operating system's error names."""
+def carry_out(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
+    """Look at what a program's arguments name, and run it.
+
+    Returns:
+        The exit status. What a user can correct is one sentence on stderr, and status 1.
+    """
+    try:
+        check_arguments(arguments)
+        return run(arguments)
+    except (InputError, OSError) as error:
+        print(f"qllava: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qllava: interrupted", file=sys.stderr)
+        return 130
+
+
+def explain(error: InputError | OSError) -> str:
+    """One sentence: an InputError's own, or one about the file that an operating system's error names."""
+    if isinstance(error, InputError):
+        return str(error)
     named = error.filename or "A file"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"{named} does not exist."

@@ -17,13 +17,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qllava.arguments import Parser, carry_out, check_file, check_written_folder, file_path, looks
 from qllava.config import InputError, cache_folder
 from qllava.files import made_once
-from qllava.nano import dataset, orders
 from qllava.surroundings import prepare_process
-from qllava.training import ablation_report
-from qllava.training.ablation import Grid, read_grid, run_grid
+
+if TYPE_CHECKING:
+    from qllava.training.ablation import Grid
 
 HERE = Path(__file__).resolve().parent
 
@@ -50,6 +52,8 @@ def run(words: Sequence[str], log: Path) -> str:
 
 def small_llama() -> Path:
     """The LLaMA with half of nano's layers; made when it is first needed."""
+    from qllava.nano import dataset
+
     folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
     if not folder.is_dir():
         with made_once(folder) as aside:
@@ -62,22 +66,26 @@ def small_llama() -> Path:
 
 def ablate(grid: Grid, out: Path) -> None:
     """Run what is missing of a grid and write what was found."""
+    from qllava.training import ablation_report
+    from qllava.training.ablation import run_grid
+
     page = ablation_report.write(out, grid, run_grid(grid, out, run))
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"The page: {page}")
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     """What the recipe understands."""
-    parser = argparse.ArgumentParser(description="Change one thing at a time, repeat by seed, measure all alike.")
+    parser = Parser(description="Change one thing at a time, repeat by seed, measure all alike.")
     parser.add_argument(
-        "--config", type=Path, default=HERE / "grids" / "ablate.yaml", help="the grid (default: grids/ablate.yaml)"
+        "--config", type=file_path, default=HERE / "grids" / "ablate.yaml", help="the grid (default: grids/ablate.yaml)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
+    parser.add_argument("--out", type=file_path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
     parser.add_argument(
         "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="what {NAME} in the grid stands for"
     )
+    looks(parser, config=check_file, out=check_written_folder)
     return parser
 
 
@@ -88,20 +96,22 @@ def _place(text: str) -> tuple[str, Path]:
     return name, Path(path).absolute()
 
 
-def main() -> int:
-    """Read the grid and run it; errors that a user can mend are one sentence."""
-    arguments = command_line().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the grid and run it; returns the exit status."""
+    prepare_process()
+    return carry_out(command_line().parse_args(arguments), _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from qllava.nano import dataset, orders
+    from qllava.training.ablation import read_grid
+
     places = {"nano": lambda: dataset.prepare().folder, "orders": orders.prepare, "small_llama": small_llama}
     places |= {name: path.absolute for name, path in arguments.place}
-    try:
-        grid = read_grid(arguments.config, places)
-        ablate(replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid, arguments.out)
-    except InputError as error:
-        print(f"qllava: {error}", file=sys.stderr)
-        return 1
+    grid = read_grid(arguments.config, places)
+    ablate(replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid, arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    prepare_process()
     sys.exit(main())

@@ -16,17 +16,19 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import CLIPImageProcessor, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
+from qllava.arguments import Parser, carry_out, check_written_folder, file_path, looks
 from qllava.config import NANO_WEIGHTS
-from qllava.models.vision import convert_open_clip
-from qllava.nano import llama, scenes, tower
 from qllava.surroundings import prepare_process
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
@@ -37,6 +39,12 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
 
 def build_tower(out: Path) -> float:
     """Train the tower and write it in transformers' format, in fp16. Returns the seconds it took."""
+    import torch
+    from transformers import CLIPImageProcessor
+
+    from qllava.models.vision import convert_open_clip
+    from qllava.nano import scenes, tower
+
     started = time.monotonic()
     torch.set_num_threads(1)
     model = convert_open_clip(tower.train().visual)
@@ -52,6 +60,10 @@ def build_tower(out: Path) -> float:
 
 def build_llama(out: Path) -> float:
     """Train tokenizer and LLaMA and write them, in bf16. Returns the seconds it took."""
+    import torch
+
+    from qllava.nano import llama
+
     started = time.monotonic()
     torch.set_num_threads(1)
     tokenizer = llama.train_tokenizer()
@@ -63,6 +75,11 @@ def build_llama(out: Path) -> float:
 
 def build_small_llama(out: Path) -> None:
     """Halve nano's LLaMA, train the rest on text for a short round, and write it, in bf16."""
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from qllava.nano import llama
+
     source = NANO_WEIGHTS / "llama"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -73,17 +90,24 @@ def build_small_llama(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     """What the recipe understands."""
-    parser = argparse.ArgumentParser(description="Make nano's weights again.")
-    parser.add_argument("--out", type=Path, required=True, help="a folder; `tower` and `llama` are written into it")
+    parser = Parser(description="Make nano's weights again.")
+    parser.add_argument(
+        "--out", type=file_path, required=True, help="a folder; `tower` and `llama` are written into it"
+    )
     parser.add_argument("--small", action="store_true", help="a LLaMA of half the layers, from nano's; no tower")
+    looks(parser, out=check_written_folder)
     return parser
 
 
-def main() -> int:
-    """Train both parts side by side, or the small LLaMA."""
-    arguments = command_line().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train both parts side by side, or the small LLaMA; returns the exit status."""
+    prepare_process()
+    return carry_out(command_line().parse_args(arguments), _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if arguments.small:
         build_small_llama(out)
@@ -96,5 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    prepare_process()
     sys.exit(main())

@@ -13,11 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qllava.arguments import Parser, carry_out, check_file, check_folder, check_written_folder, file_path, looks
 from qllava.config import InputError
-from qllava.evaluation.scienceqa import Order, read_problems, training_rows
 from qllava.surroundings import prepare_process
+
+if TYPE_CHECKING:
+    from qllava.evaluation.scienceqa import Order
 
 ORDERS: tuple[Order, ...] = ("answer-first", "reason-first")
 
@@ -27,6 +32,8 @@ def write_rows(problems: Path, images: Path, split: str, out: Path) -> None:
 
     Raises InputError for problems or pictures that cannot be used, and for a folder that cannot be written.
     """
+    from qllava.evaluation.scienceqa import read_problems, training_rows
+
     learned = read_problems(problems, split)
     rows = {order: training_rows(learned, images, order) for order in ORDERS}
     try:
@@ -39,28 +46,29 @@ def write_rows(problems: Path, images: Path, split: str, out: Path) -> None:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     """What the recipe understands."""
-    parser = argparse.ArgumentParser(description="Write ScienceQA as LLaVA's JSON, in both orders.")
-    parser.add_argument("--problems", type=Path, required=True, help="ScienceQA's problems.json")
-    parser.add_argument("--image_folder", type=Path, required=True, help="its pictures: DIR/train/ID/image.png")
+    parser = Parser(description="Write ScienceQA as LLaVA's JSON, in both orders.")
+    parser.add_argument("--problems", type=file_path, required=True, help="ScienceQA's problems.json")
+    parser.add_argument("--image_folder", type=file_path, required=True, help="its images: DIR/train/ID/image.png")
     parser.add_argument("--split", default="train", help="which of the problems (default: train)")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for answer-first.json and reason-first.json")
+    out = "a folder for answer-first.json and reason-first.json"
+    parser.add_argument("--out", type=file_path, required=True, help=out)
+    looks(parser, problems=check_file, image_folder=check_folder, out=check_written_folder)
     return parser
 
 
-def main() -> int:
-    """Write the rows; errors that a user can mend are one sentence."""
-    given = command_line().parse_args()
-    try:
-        write_rows(given.problems, given.image_folder, given.split, given.out)
-    except InputError as error:
-        print(f"qllava: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the rows; returns the exit status."""
+    prepare_process()
+    return carry_out(command_line().parse_args(arguments), _run)
+
+
+def _run(given: argparse.Namespace) -> int:
+    write_rows(given.problems, given.image_folder, given.split, given.out)
     print(f"{', '.join(str(given.out / f'{order}.json') for order in ORDERS)}")
     return 0
 
 
 if __name__ == "__main__":
-    prepare_process()
     sys.exit(main())

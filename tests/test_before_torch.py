@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.wrong_commands import WRONG, prepare
+from tests.wrong_commands import PROGRAMS, WRONG, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(folder: Path) -> Any:
     """All of them in one process, from a folder where nothing else is."""
     lines = [(program, words.format(folder=folder).split()) for program, words, _, _ in WRONG]
+    lines += [(program, ["--help"]) for program in PROGRAMS]
     done = subprocess.run(
         [sys.executable, "-m", "tests.wrong_commands"],
         input=json.dumps(lines),
@@ -47,6 +48,12 @@ def test_a_wrong_command_is_one_sentence(number: int, outcome: Any, folder: Path
     assert found["status"] == status
     if status == 1:
         assert found["said"].count("\n") == 1 and found["said"].endswith((".\n", "?\n")), found["said"]
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)), ids=PROGRAMS)
+def test_every_program_has_a_help(number: int, outcome: Any) -> None:
+    found = outcome["results"][len(WRONG) + number]
+    assert found["status"] in (0, None) and found["said"].startswith("usage: "), found
 
 
 def test_nothing_heavy_was_imported(outcome: Any) -> None:

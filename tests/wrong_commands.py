@@ -10,12 +10,15 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "gradio", "PIL")
 
 FINETUNE, PRETRAIN, QLLAVA, DEMO = "finetune", "pretrain", "qllava", "demo"
+ABLATE, SCIENCEQA, BUILD_NANO = "ablate", "scienceqa", "build_nano"
+PROGRAMS = (FINETUNE, PRETRAIN, QLLAVA, DEMO, ABLATE, SCIENCEQA, BUILD_NANO)
 
 PARTS = "--language_model c/d --vision_tower open_clip:a/b"
 BOTH = "--train_file {folder}/rows.json --pretrain_file {folder}/rows.json --projector {folder}/adapter"
@@ -92,6 +95,15 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (DEMO, "", 1, "There is no finished nano run"),
     (DEMO, "--prot 7861", 2, "did you mean --port?"),
     (DEMO, "--auth {folder}/none.txt", 1, "none.txt does not exist"),
+    (ABLATE, "--config {folder}/none.yaml", 1, "--config: {folder}/none.yaml does not exist"),
+    (ABLATE, "--seed 1", 2, "did you mean --seeds?"),
+    (
+        SCIENCEQA,
+        "--problems {folder}/p.json --image_folder {folder} --out {folder}/out",
+        1,
+        "--problems: {folder}/p.json",
+    ),
+    (BUILD_NANO, "--out {folder}/rows.json", 1, "is a file; choose a folder"),
 )
 
 
@@ -115,8 +127,10 @@ def run(program: str, words: list[str]) -> dict[str, Any]:
     from demo import app
     from qllava import cli
     from qllava.training import begin
+    from recipes import ablate, build_nano, scienceqa
 
-    main = {FINETUNE: begin.finetune, PRETRAIN: begin.pretrain, QLLAVA: cli.main, DEMO: app.main}[program]
+    mains = (begin.finetune, begin.pretrain, cli.main, app.main, ablate.main, scienceqa.main, build_nano.main)
+    main: Callable[[list[str]], Any] = dict(zip(PROGRAMS, mains, strict=True))[program]
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:

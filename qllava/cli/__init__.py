@@ -18,13 +18,11 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from qllava import __version__
-from qllava.arguments import Parser, check_arguments, explain
+from qllava.arguments import Parser, carry_out
 from qllava.cli import concepts, evaluate, models, prepare, synthesize
-from qllava.config import InputError
 from qllava.surroundings import prepare_process
 
 
@@ -32,19 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status (argparse itself ends a wrong one with status 2)."""
     prepare_process()
     arguments = _parser().parse_args(argv)
-    try:
-        check_arguments(arguments)
-        status: int = arguments.run(arguments)
-    except InputError as error:
-        print(f"qllava: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"qllava: {explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("qllava: interrupted", file=sys.stderr)
-        return 130
-    return status
+    return carry_out(arguments, arguments.run)
 
 
 def _parser() -> Parser:

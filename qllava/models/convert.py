@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from qllava.arguments import Parser, carry_out, check_model, check_written_folder, file_path, looks, model_name
 from qllava.config import InputError, expanded
 from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
@@ -118,20 +119,19 @@ def _projector(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert one model; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    prepare_process()
+    parser = Parser(
         prog="python -m qllava.models.convert",
         description="Write a model whose weights are pickles with safetensors. Only tensors are read of a pickle.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write the converted model into")
-    prepare_process()
-    given = parser.parse_args(arguments)
-    try:
-        folder = convert(given.model, given.out)
-    except InputError as error:
-        print(f"qllava: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {folder}; give it in place of {given.model}.")
+    parser.add_argument("model", metavar="MODEL", type=model_name, help="a folder, or a name on the hub")
+    parser.add_argument("out", metavar="OUT", type=file_path, help="folder to write the converted model into")
+    looks(parser, model=check_model, out=check_written_folder)
+    return carry_out(parser.parse_args(arguments), _run)
+
+
+def _run(given: argparse.Namespace) -> int:
+    print(f"Wrote {convert(given.model, given.out)}; give it in place of {given.model}.")
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from qllava.arguments import explain
 from qllava.config import InputError
 from qllava.surroundings import hide_gpus, prepare_process
 from qllava.training import command
@@ -33,10 +34,10 @@ def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
         look(given, stage1=defaults is PRETRAIN)
         if given.values.get("use_cpu"):
             hide_gpus()  # the model would be loaded onto the first one, and computed in its type
-    except InputError as error:
+    except (InputError, OSError) as error:
         # Each machine of a run looks at its own disk, and one of its processes speaks.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"qllava: {error}", file=sys.stderr)
+            print(f"qllava: {explain(error)}", file=sys.stderr)
         return 1
     # Here begin the seconds of importing.
     from qllava.training import run

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python demo/app.py` puts demo/ there, not its parent
 
 from qllava.arguments import (
+    MODEL_HELP,
     Parser,
+    base_flag,
     carry_out,
     check_file,
     check_finished,
@@ -178,8 +180,7 @@ def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
 
 def _parser() -> Parser:
     parser = Parser(description="Chat about pictures in the browser.")
-    model = "nano (the newest finished nano run), a merged folder, a run folder, or a hub name"
-    parser.add_argument("--model", metavar="MODEL", type=model_name, default=NANO, help=model)
+    parser.add_argument("--model", metavar="MODEL", type=model_name, default=NANO, help=MODEL_HELP)
     parser.add_argument(
         "--compare", metavar="MODEL", type=model_name, help="a second model (default: the same at two temperatures)"
     )
@@ -193,14 +194,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)"
     )
-    parser.add_argument(
-        "--base-model",
-        metavar="DIR",
-        type=model_name,
-        nargs="+",
-        default=[],
-        help="where the base of a run is now, if it has moved; checked by its fingerprint",
-    )
+    base_flag(parser)
     parser.add_argument(
         "--sampling",
         choices=("asked", "recommended"),

@@ -20,6 +20,9 @@ from typing import Any, TypeAlias
 from qllava.config import NANO, InputError, expanded
 from qllava.runs import folder_of
 
+MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
+"""A model that answers, for the help."""
+
 # Words of other toolkits and of habit, and what is meant here: the first that the program has is suggested.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "language_model"),
@@ -297,9 +300,23 @@ Check: TypeAlias = Callable[[Any, str], None]
 
 
 def looks(parser: argparse.ArgumentParser, **checks: Check) -> None:
-    """Say what looks at the values of a parser's arguments, by their `dest`; `check_arguments` does it."""
+    """Say what else looks at the values of a parser's arguments, by their `dest`; `check_arguments` does it."""
     labels = {a.dest: a.option_strings[0] if a.option_strings else str(a.metavar or a.dest) for a in parser._actions}
-    parser.set_defaults(checks={labels[dest]: (dest, check) for dest, check in checks.items()})
+    known = parser.get_default("checks") or {}
+    parser.set_defaults(checks=known | {labels[dest]: (dest, check) for dest, check in checks.items()})
+
+
+def base_flag(parser: argparse.ArgumentParser) -> None:
+    """`--base-model`, with what looks at it."""
+    parser.add_argument(
+        "--base-model",
+        metavar="DIR",
+        type=model_name,
+        nargs="+",
+        default=[],
+        help="where the base of a run is now, if it has moved; checked by its fingerprint",
+    )
+    looks(parser, base_model=check_part)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

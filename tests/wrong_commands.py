@@ -80,6 +80,7 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (QLLAVA, "inspect {folder}/rows.json --rows none", 2, "expected a whole number of at least 1, not none"),
     (QLLAVA, "plan --config {folder}/none.yaml", 1, "none.yaml does not exist"),
     (QLLAVA, "merge {folder}/none {folder}/out", 1, "RUN: {folder}/none does not exist"),
+    (QLLAVA, "merge {folder}/adapter {folder}/out --base-model ./none", 1, "--base-model: ./none does not exist"),
     (QLLAVA, "export {folder}/none/ {folder}/out --format gguf", 1, "MODEL: {folder}/none/ does not exist"),
     (QLLAVA, "chat nano --image {folder}/none.jpg", 1, "--image: {folder}/none.jpg does not exist"),
     (QLLAVA, "chat nano", 1, "There is no finished nano run in runs/ yet; run `make finetune` first."),

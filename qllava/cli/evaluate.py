@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 from qllava.arguments import (
+    MODEL_HELP,
+    base_flag,
     check_data,
     check_file,
     check_finished,
@@ -17,7 +19,7 @@ from qllava.arguments import (
     model_name,
 )
 from qllava.cli import judging
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, rank
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank
 from qllava.config import InputError
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
-from qllava.arguments import Parser, file_path, model_name
+from qllava.arguments import MODEL_HELP, Parser, check_data, check_folder, check_model, file_path, looks, model_name
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
-
-MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
 
 
 def add_verb(verbs: Verbs, verb_name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Parser:
@@ -30,7 +29,7 @@ def json_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model will read the data; nano's own parts where nothing is said."""
+    """Which model will read the data (nano's own parts where nothing is said), with what looks at these flags."""
     parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="where the pictures' names begin")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -44,18 +43,27 @@ def reading_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", choices=("plain", "vicuna_v1", "llama_2", "llama_3", "chatml"))
     parser.add_argument("--max-length", metavar="N", type=positive, default=2048, help="(default: 2048)")
+    looks(parser, image_folder=check_folder, model=check_model, tokenizer=check_data)
 
 
-def base_flag(parser: argparse.ArgumentParser) -> None:
-    """`--base-model`."""
-    parser.add_argument(
-        "--base-model",
-        metavar="DIR",
-        type=model_name,
-        nargs="+",
-        default=[],
-        help="where the base of a run is now, if it has moved; checked by its fingerprint",
-    )
+def parameters_flag(parser: argparse._ActionsContainer, temperature: float, taken: Sequence[str]) -> None:
+    """`--parameters`: those of the chat API, but for the names in `taken`, which qllava sets itself."""
+
+    def parameters(text: str) -> dict[str, Any]:
+        try:
+            read = json.loads(text)
+            json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
+        except (ValueError, RecursionError) as error:
+            raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!a} ({error})") from error
+        if not isinstance(read, dict) or not read.keys().isdisjoint(taken):
+            raise argparse.ArgumentTypeError(
+                f"expected a JSON object of parameters such as temperature, without {', '.join(taken)}, which qllava "
+                f"sets; not {text}"
+            )
+        return read
+
+    about = f'of every call (default: {{"temperature": {temperature}, "max_tokens": 1024}})'
+    parser.add_argument("--parameters", metavar="JSON", type=parameters, help=about)
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qllava.arguments import check_file, check_folder, check_kept, check_written, file_path, looks
-from qllava.cli.flags import Verbs, add_verb, json_flag, quietly
+from qllava.cli.flags import Verbs, add_verb, json_flag, parameters_flag, quietly
 from qllava.config import InputError
 
 if TYPE_CHECKING:
@@ -80,26 +80,7 @@ def _judge_flags(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         help="where replies are kept, so that none is asked twice (the cache)",
     )
-    parser.add_argument(
-        "--parameters",
-        metavar="JSON",
-        type=_parameters,
-        help='of every call (default: {"temperature": 0.0, "max_tokens": 1024})',
-    )
-
-
-def _parameters(text: str) -> dict[str, Any]:
-    """A JSON object of parameters."""
-    try:
-        read = json.loads(text)
-        json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!a} ({error})") from error
-    if not isinstance(read, dict) or {"model", "messages", "stream", "n"} & set(read):
-        raise argparse.ArgumentTypeError(
-            "expected a JSON object of parameters such as temperature; model, messages, stream and n are set by qllava"
-        )
-    return read
+    parameters_flag(parser, 0.0, ("model", "messages", "stream", "n"))
 
 
 def _judge(arguments: argparse.Namespace) -> Judge:

@@ -6,8 +6,11 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qllava.arguments import (
+    MODEL_HELP,
+    base_flag,
     check_file,
     check_finished,
     check_folder,
@@ -17,7 +20,7 @@ from qllava.arguments import (
     looks,
     model_name,
 )
-from qllava.cli.flags import MODEL_HELP, Verbs, add_verb, base_flag, json_flag, positive, quietly, temperature
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, temperature
 from qllava.config import InputError
 
 
@@ -132,27 +135,16 @@ def run_chat(arguments: argparse.Namespace) -> int:
     """`qllava chat`: one answer with `--prompt`, else a conversation, or a comparison with a second model."""
     from qllava.inference import Settings, chat_loop, compare_loop
 
-    settings = Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed)
+    how: dict[str, Any] = {
+        "images": arguments.image,
+        "settings": Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed),
+        "load_in_4bit": arguments.load_in_4bit,
+        "dtype": arguments.dtype,
+        "base_model": arguments.base_model,
+        "recommended_sampling": arguments.sampling == "recommended",
+    }
     if arguments.compare is None:
-        return chat_loop(
-            arguments.model,
-            images=arguments.image,
-            prompt=arguments.prompt,
-            settings=settings,
-            load_in_4bit=arguments.load_in_4bit,
-            dtype=arguments.dtype,
-            base_model=arguments.base_model,
-            recommended_sampling=arguments.sampling == "recommended",
-        )
+        return chat_loop(arguments.model, prompt=arguments.prompt, **how)
     if arguments.prompt is not None:
         raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
-    return compare_loop(
-        (arguments.model, arguments.compare),
-        images=arguments.image,
-        votes=arguments.votes,
-        settings=settings,
-        load_in_4bit=arguments.load_in_4bit,
-        dtype=arguments.dtype,
-        base_model=arguments.base_model,
-        recommended_sampling=arguments.sampling == "recommended",
-    )
+    return compare_loop((arguments.model, arguments.compare), votes=arguments.votes, **how)

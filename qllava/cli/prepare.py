@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qllava.arguments import (
+    base_flag,
     check_data,
     check_file,
-    check_folder,
     check_model,
     check_part,
     check_written,
@@ -20,7 +20,7 @@ from qllava.arguments import (
     looks,
     model_name,
 )
-from qllava.cli.flags import Verbs, add_verb, base_flag, json_flag, positive, quietly, rank, reading_flags
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
 
 
@@ -44,8 +44,7 @@ def _add_check(verbs: Verbs) -> None:
         "--config", metavar="RECIPE.yaml", type=model_name, help="the data and model of a recipe, in place of the flags"
     )
     json_flag(check)
-    reading = {"image_folder": check_folder, "model": check_model, "tokenizer": check_data}
-    looks(check, data=check_data, eval_file=check_data, config=check_file, **reading)
+    looks(check, data=check_data, eval_file=check_data, config=check_file)
 
 
 def _add_inspect(verbs: Verbs) -> None:
@@ -58,8 +57,7 @@ def _add_inspect(verbs: Verbs) -> None:
     how = inspect.add_mutually_exclusive_group()
     how.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the pictures")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
-    reading = {"image_folder": check_folder, "model": check_model, "tokenizer": check_data}
-    looks(inspect, data=check_data, html=check_written, **reading)
+    looks(inspect, data=check_data, html=check_written)
 
 
 def _add_plan(verbs: Verbs) -> None:

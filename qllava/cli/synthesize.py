@@ -17,7 +17,7 @@ from qllava.arguments import (
     looks,
     model_name,
 )
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, rank
+from qllava.cli.flags import Verbs, add_verb, json_flag, parameters_flag, positive, rank
 from qllava.config import NANO, InputError
 
 if TYPE_CHECKING:
@@ -76,12 +76,7 @@ def _add_asking(asking: argparse._ArgumentGroup) -> None:
     asking.add_argument("--base-url", metavar="URL", help="of its server (default: OPENAI_BASE_URL, else OpenAI's)")
     asking.add_argument("--style", metavar="S,...", type=_styles, help=f"of instructions: {', '.join(_STYLES)}")
     asking.add_argument("--prompts", metavar="DIR", type=file_path, help="changed copies of the prompts' files")
-    asking.add_argument(
-        "--parameters",
-        metavar="JSON",
-        type=_parameters,
-        help='of every call (default: {"temperature": 0.7, "max_tokens": 1024})',
-    )
+    parameters_flag(asking, 0.7, ("model", "messages", "response_format", "stream", "n"))
     asking.add_argument(
         "--replies", choices=("schema", "blocks"), help="their form (default: JSON by a schema where the server can)"
     )
@@ -121,8 +116,6 @@ def run_synthesize(arguments: argparse.Namespace) -> int:
     types = arguments.types or DEFAULT_TYPES
     if arguments.style and not {"conversation", "reasoning"} & set(types):
         raise InputError(f"--style has no effect on {' and '.join(types)}, whose questions are drawn from a list.")
-    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
-        raise InputError(f"{arguments.out} cannot be written: name a file in a folder that exists.")
     contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
     tasks = make_tasks(contexts, types, arguments.style or ())
     return (_by_rules if by_rules else _by_model)(arguments, contexts, tasks)
@@ -282,16 +275,3 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"expected I/N, from 1/N to N/N, not {text}")
     return int(number), int(count)
-
-
-def _parameters(text: str) -> dict[str, Any]:
-    """Parameters of the chat API, but for those that are set here."""
-    try:
-        read = json.loads(text)
-        json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!a} ({error})") from error
-    ours = {"model", "messages", "response_format", "stream", "n"}
-    if not isinstance(read, dict) or ours & set(read):
-        raise argparse.ArgumentTypeError(f"expected a JSON object without {', '.join(sorted(ours))}, not {text}")
-    return read

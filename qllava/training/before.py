@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qllava.arguments import check_data, check_file, check_folder, check_model, check_written_folder, missing
+from qllava.arguments import check_data, check_file, check_folder, check_part, check_written_folder, missing
 from qllava.config import InputError, expanded
 from qllava.models.record import PROJECTOR_FILE, adapter_at
 from qllava.runs import RESULTS_FILE, RUN_FILE
@@ -171,10 +171,10 @@ def _check_parts(given: Given, *, stage1: bool) -> None:
     """Models and projector are there, as far as a folder says."""
     for name in ("model_name_or_path", "language_model", "vision_tower"):
         value = given.get(name)
-        if value and not value.startswith("open_clip:"):
-            check_model(value, name)
+        if value:
+            check_part(value, name)
     for base in given.get("base_model") or ():
-        check_model(base, "base_model")
+        check_part(base, "base_model")
     if not stage1 and given.get("lora_r") < 1:
         raise InputError("lora_r is 0, so that nothing of the language model would be trained; give at least 1.")
     projector = given.get("projector")

@@ -123,9 +123,10 @@ def test_another_base_is_refused(base: Moved) -> None:
 
 def test_every_command_has_the_flag(base: Moved, capsys: pytest.CaptureFixture[str]) -> None:
     run, none = str(base.run), str(base.run.parent / "nothing")
+    (Path(none) / "of a model").mkdir(parents=True)
     lines = [
         ["chat", run, "--prompt", "What?", "--base-model", none],
-        ["merge", run, none, "--no-verify", "--base-model", none],
+        ["merge", run, f"{none}-merged", "--no-verify", "--base-model", none],
         ["plan", "--model", run, "--base-model", none],
     ]
     for line in lines:

@@ -126,11 +126,16 @@ def write_weights(
             f"The shard size '{max_shard_size}' is not understood; write a number and a unit, such as 5GB."
         ) from error
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: read(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
-        # safetensors makes it the owner's alone, and a server may be another user.
-        (folder / name).chmod(folder.stat().st_mode & 0o666)
+        write_tensors(folder / name, {key: read(key).contiguous() for key in keys})
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one safetensors file, which every user may read who may read its folder."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes it the owner's alone, and a server may be another user.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_settings(folder: Path, model: Any, processor: LlavaProcessor, *, dtype: torch.dtype, tied: bool) -> None:

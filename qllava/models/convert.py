@@ -10,7 +10,6 @@ tensors keep their names and types, and everything else of the model is copied.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ from tqdm import tqdm
 
 from qllava.arguments import Parser, carry_out, check_model, check_written_folder, file_path, looks, model_name
 from qllava.config import InputError, expanded
-from qllava.models.checkpoint import write_aside
+from qllava.models.checkpoint import write_aside, write_tensors
 from qllava.models.errors import LOAD_ERRORS, one_line
-from qllava.models.hub import fetch, repository_files
-from qllava.models.layouts import INDEX, PICKLES, WEIGHTS, read_index
+from qllava.models.hub import SETTINGS, fetch, repository_files
+from qllava.models.layouts import LLAVA_LORA, LLAVA_PROJECTOR, PICKLES, read_index, shard_name, write_index
+from qllava.models.record import PROJECTOR_FILE
 from qllava.surroundings import prepare_process
 
 # Beside the weights in many repositories, and no weights.
-_OTHER = ("training_args.bin", "optimizer.", "scheduler.", "rng_state", "non_lora_trainables.bin", "scaler.")
-_PROJECTOR = "mm_projector.bin"
+_OTHER = ("training_args.bin", "optimizer.", "scheduler.", "rng_state", LLAVA_LORA, "scaler.")
 _LAYERS = {"0": "linear_1", "2": "linear_2"}
 
 
@@ -48,10 +47,10 @@ def convert(name: str, out: Path) -> Path:
     local = folder.is_dir()
     files = sorted(path.name for path in folder.iterdir()) if local else repository_files(name)
     pickles = [file for file in files if file.endswith(PICKLES) and not file.startswith(_OTHER)]
-    whole = [file for file in pickles if file != _PROJECTOR] or pickles
+    whole = [file for file in pickles if file != LLAVA_PROJECTOR] or pickles
     if not whole:
         raise InputError(f"{name} has no pickled weights (such as pytorch_model.bin), so there is nothing to convert.")
-    settings = [file for file in files if file.endswith((".json", ".jinja", ".model", ".txt"))]
+    settings = [file for file in files if file.endswith(SETTINGS)]
     if not local:
         folder = fetch(name, [*settings, *whole])
     whole = _of_index(folder, whole)
@@ -59,8 +58,9 @@ def convert(name: str, out: Path) -> Path:
         for file in settings:
             if not file.endswith(".index.json"):
                 shutil.copyfile(folder / file, aside / file)
-        if whole == [_PROJECTOR]:
-            save_file(_projector(_tensors(folder / _PROJECTOR), folder / _PROJECTOR), aside / "projector.safetensors")
+        if whole == [LLAVA_PROJECTOR]:
+            path = folder / LLAVA_PROJECTOR
+            save_file(_projector(_tensors(path), path), aside / PROJECTOR_FILE)
         else:
             _write(folder, whole, aside)
     return out
@@ -77,15 +77,13 @@ def _write(folder: Path, pickles: list[str], aside: Path) -> None:
     where: dict[str, str] = {}
     count = len(pickles)
     for number, file in enumerate(tqdm(pickles, desc="Converting", unit="file", leave=False), start=1):
-        shard = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        shard = shard_name(number, count)
         # Cloned: tied tensors are one in a pickle, and safetensors holds no tensor twice.
         tensors = {key: tensor.contiguous().clone() for key, tensor in _tensors(folder / file).items()}
-        save_file(tensors, aside / shard, metadata={"format": "pt"})
-        (aside / shard).chmod(aside.stat().st_mode & 0o666)
+        write_tensors(aside / shard, tensors)
         where |= dict.fromkeys(tensors, shard)
     if count > 1:
-        text = json.dumps({"metadata": {}, "weight_map": dict(sorted(where.items()))}, indent=2)
-        (aside / INDEX).write_text(f"{text}\n", encoding="utf-8")
+        write_index(aside, where)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

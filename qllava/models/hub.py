@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,7 +42,8 @@ from qllava.models.layouts import PICKLES, Found, arrange, find_weights, read_in
 BOT = "SFconvertbot"
 """Who opens the hub's own conversions; a pull request of anybody else is not looked at."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_SETTINGS = (".json", ".jinja", ".model", ".txt")
+SETTINGS = (".json", ".jinja", ".model", ".txt")
+"""How files of a model end that are not its weights."""
 
 
 class HubError(InputError):
@@ -142,7 +143,7 @@ def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Pa
             raise
         refuse_llava_own(name, [path.name for path in cached.iterdir()], cached)
         return cached
-    small = [file for file in files if file.endswith(_SETTINGS)]
+    small = [file for file in files if file.endswith(SETTINGS)]
     if not small:
         raise HubError(f"The hub's {name} has no config.json, so it is no model that can be read; correct the name.")
     folder = fetch(name, small)
@@ -215,13 +216,11 @@ def _content(api: HfApi, name: str, revision: str, files: Sequence[str]) -> dict
 
 def _cached(name: str) -> Path | None:
     """What the cache holds of a repository's main, complete or not."""
-    storage = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(("models", *name.split("/")))
     try:
-        commit = (storage / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no repository can have this name
         return None
-    folder = storage / "snapshots" / commit
-    return folder if (folder / "config.json").is_file() else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _cached_weights(name: str, settings: Path, error: HubError) -> Path:

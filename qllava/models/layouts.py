@@ -9,8 +9,7 @@ import json
 import re
 import shlex
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qllava.config import InputError
+from qllava.files import made_once
 from qllava.models.errors import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -98,17 +98,37 @@ def read_index(path: Path) -> dict[str, str]:
     return shards
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file. Raises InputError when it is missing, cut off or damaged."""
+def opened(path: Path) -> Any:
+    """A safetensors file; its header is compared with its length.
+
+    Raises:
+        InputError: It is missing, cut off or damaged.
+    """
     if not path.is_file():
         raise InputError(f"The weights {path} are not there; copy or download them again (safetensors only).")
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+        return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"The weights {path} are cut off or damaged ({one_line(error)}); copy or download them again."
         ) from error
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file. Raises InputError as `opened` does."""
+    with opened(path) as file:
+        return list(file.keys())
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name under which transformers finds one of `count` files of weights; `number` begins at 1."""
+    return WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def write_index(folder: Path, where: Mapping[str, str]) -> None:
+    """Write which shard holds which tensor."""
+    text = json.dumps({"metadata": {}, "weight_map": dict(sorted(where.items()))}, indent=2)
+    (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")
 
 
 def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_as: str | None = None) -> Path:
@@ -130,37 +150,24 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     out = cache / (known_as or f"folder-{blake2b(key.encode(), digest_size=12).hexdigest()}")
     if _holds(out, key):
         return out
-    held = {name: file for file in files for name in tensor_names(weights / file)}
-    cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{out.name}."))
-    old = aside.with_name(f"{aside.name}.old")
+    names = {file: shard_name(number, len(files)) for number, file in enumerate(files, start=1)}
+    where = {name: names[file] for file in files for name in tensor_names(weights / file)}
     try:
-        for path in settings.iterdir():
-            if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
-                _link(path, aside / path.name)
-        count = len(files)
-        names = {
-            file: WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            for number, file in enumerate(files, start=1)
-        }
-        for file, name in names.items():
-            _link(weights / file, aside / name)
-        if count > 1:
-            index = {"metadata": {}, "weight_map": {name: names[file] for name, file in sorted(held.items())}}
-            (aside / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        (aside / _MARKER).write_text(key, encoding="utf-8")
-        if not _holds(out, key):  # else another process has made it meanwhile, and may be reading it
-            if out.is_dir():  # of weights that have changed since
-                out.rename(old)
-            aside.rename(out)
+        # One that another process has made meanwhile stays: it may be reading it. One of other weights is replaced.
+        with made_once(out, lambda folder: _holds(folder, key)) as aside:
+            for path in settings.iterdir():
+                if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
+                    _link(path, aside / path.name)
+            for file, name in names.items():
+                _link(weights / file, aside / name)
+            if len(files) > 1:
+                write_index(aside, where)
+            (aside / _MARKER).write_text(key, encoding="utf-8")
     except OSError as error:
         if not _holds(out, key):
             raise InputError(
                 f"{out} cannot be written ({error.strerror}); set QLLAVA_CACHE to another folder."
             ) from error
-    finally:
-        for folder in (aside, old):
-            shutil.rmtree(folder, ignore_errors=True)
     return out
 
 

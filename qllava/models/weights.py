@@ -14,17 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qllava.config import InputError
-from qllava.models.errors import one_line
 from qllava.models.hub import model_folder
-from qllava.models.layouts import INDEX, WEIGHTS, read_index
+from qllava.models.layouts import INDEX, WEIGHTS, opened, read_index
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -69,7 +66,7 @@ class Weights(Mapping[str, Tensor]):
         self._places: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path, names in files.items():
-            with _opened(path) as file:
+            with opened(path) as file:
                 held = list(file.keys())
                 missing = sorted(set(names or []) - set(held))
                 if missing:
@@ -80,7 +77,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path, own = self._places[name]
-        with _opened(path) as file:
+        with opened(path) as file:
             return file.get_tensor(own)  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
@@ -104,7 +101,7 @@ class Weights(Mapping[str, Tensor]):
     def sample(self, name: str) -> Tensor:
         """What `sampled` takes of a tensor, without reading the rest of it."""
         path, own = self._places[name]
-        with _opened(path) as file:
+        with opened(path) as file:
             if len(self._shapes[name]) < 2:
                 return sampled(file.get_tensor(own))
             cut = file.get_slice(own)
@@ -139,18 +136,6 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
     for name, shard in read_index(index).items():
         shards.setdefault(folder / shard, []).append(name)  # type: ignore[union-attr]
     return Weights(shards, rename)
-
-
-def _opened(path: Path) -> Any:
-    """A safetensors file; its header is compared with its length. Raises InputError."""
-    if not path.is_file():
-        raise InputError(f"The weights {path} are not there; copy or download them again (safetensors only).")
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The weights {path} are cut off or damaged ({one_line(error)}); copy or download them again."
-        ) from error
 
 
 class Base(Mapping[str, Tensor]):

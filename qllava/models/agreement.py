@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig, LlavaForConditionalGeneration
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
-from qllava.models.errors import one_sentence
+from qllava.models.errors import does_not_fit, lacks, one_line, one_sentence
 from qllava.models.weights import EMBEDDING, HEAD, Weights, llava_name
 
 _ADVICE = "take both from the same model"
@@ -130,11 +130,6 @@ def check_processor(name: str, config: Any, processor: Any) -> None:
         )  # fmt: skip
 
 
-def check_generation(name: str, text: Any, generation: GenerationConfig) -> None:
-    """Every token that generation begins, ends or fills with is in the vocabulary."""
-    _check_ids(name, "generation_config.json", generation, text.vocab_size)
-
-
 def check_weights(name: str, config: Any, weights: Weights) -> None:
     """Every tensor that config.json asks for is there in its shape, and no layer that it does not know of."""
     if getattr(config, "quantization_config", None):
@@ -154,15 +149,9 @@ def check_weights(name: str, config: Any, weights: Weights) -> None:
     for tensor, shape in wanted.items():
         if tensor not in weights:
             if not (tied and tensor == HEAD):
-                raise InputError(
-                    f"{name} lacks weights, {tensor} among them; copy or download it again (a checkpoint of other code "
-                    "has to be converted to transformers' names first)."
-                )
+                raise lacks(name, tensor)
         elif weights.shape(tensor) != shape:
-            raise InputError(
-                f"{name} has weights that do not fit its config.json: {tensor} is {weights.shape(tensor)} and should "
-                f"be {shape}; take config and weights from the same model."
-            )
+            raise does_not_fit(name, tensor, weights.shape(tensor), shape)
 
 
 def check_table(name: str, text: Any, weights: Weights) -> None:
@@ -184,12 +173,28 @@ def shapes_of(name: str, config: Any) -> dict[str, tuple[int, ...]]:
         return {llava_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def read_generation(folder: Path, name: str) -> GenerationConfig | None:
-    """A model's generation_config.json; None where there is none."""
+def read_config(folder: Path, name: str) -> Any:
+    """A model's config.json, as transformers reads it."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
+        raise InputError(f"{name} has no readable config.json ({one_line(error)}).") from error
+
+
+def read_generation(folder: Path, name: str, text: Any) -> GenerationConfig | None:
+    """A model's generation_config.json, whose tokens are all in the vocabulary; None where there is none.
+
+    Args:
+        folder: Where it is.
+        name: The model, as the user gave it.
+        text: The config of its language model.
+    """
     if not (folder / "generation_config.json").is_file():
         return None
     with one_sentence(f"{name}: generation_config.json", "correct it, or remove it"):
-        return GenerationConfig.from_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(folder)
+    _check_ids(name, "generation_config.json", generation, text.vocab_size)
+    return generation
 
 
 def _check_heads(name: str, what: str, part: Any) -> None:

@@ -33,7 +33,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from qllava.config import InputError, expanded
 from qllava.conversation import IMAGE_TOKEN
@@ -184,8 +184,12 @@ def load_llava(
     return model.eval(), processor
 
 
-def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
+def load_config(folder_or_name: str, *, fetch: bool = True) -> tuple[LlavaConfig, LlavaProcessor]:
     """What `load_llava` loads but for the weights: config and processor.
+
+    Args:
+        folder_or_name: The model.
+        fetch: Whether the weights of a model on the hub are fetched, to be compared; those of a folder always are.
 
     Raises:
         InputError: Something is missing, or parts of the model do not agree (`agreement.py`), its weights included.
@@ -195,7 +199,7 @@ def load_config(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor]:
     config, processor = look_at(folder_or_name)
     if processor is None:
         raise InputError(f"{folder_or_name} lacks its tokenizer or processor files; download the model again.")
-    if not folder.is_dir():  # those of a folder have been compared
+    if fetch and not folder.is_dir():
         agreement.check_weights(folder_or_name, config, open_weights(folder_or_name))
     return config, processor
 
@@ -211,10 +215,7 @@ def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
     name = folder_or_name
     folder = settings_folder(name)
     files = [path.name for path in folder.iterdir()]
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
-        raise InputError(f"{name} has no readable config.json ({one_line(error)}).") from error
+    config = agreement.read_config(folder, name)
     if config.model_type != "llava":
         raise InputError(f"{name} is a model of type '{config.model_type}'; expected a LLaVA (type 'llava').")
     with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
@@ -228,9 +229,7 @@ def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
         agreement.check_tokenizer(name, config, processor.tokenizer)
         agreement.check_processor(name, config, processor)
         _settle_image_tokens(processor, config, name)
-    generation = agreement.read_generation(folder, name)
-    if generation is not None:
-        agreement.check_generation(name, config.text_config, generation)
+    agreement.read_generation(folder, name, config.text_config)
     if Path(expanded(name)).is_dir() and find_weights(files, name):
         agreement.check_weights(name, config, open_weights(name))
     return config, processor

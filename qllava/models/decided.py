@@ -24,5 +24,5 @@ def decided(config: Any, processor: Any) -> dict[str, Any]:
 
 
 def decided_by(model: str) -> dict[str, Any]:
-    """The same for a folder or a hub name; its weights are not read. Raises InputError when it cannot be read."""
-    return decided(*load_config(model))
+    """The same for a folder or a hub name, whose weights are not fetched. Raises InputError when it cannot be read."""
+    return decided(*load_config(model, fetch=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,16 +46,25 @@ def check_loading(report: Mapping[str, Any], what: str) -> None:
     """Raise InputError when transformers' loading report says that weights are missing or of another size."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing:
-        raise InputError(
-            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them; copy or download it again "
-            "(a checkpoint of other code has to be converted to transformers' names first)."
-        )
+        raise lacks(what, missing[0], f"{len(missing)} of its weights")
     if mismatched:
-        name, found, expected = mismatched[0]
-        raise InputError(
-            f"{what} has weights that do not fit its config.json: {name} is {tuple(found)} and should be "
-            f"{tuple(expected)}; take config and weights from the same model."
-        )
+        raise does_not_fit(what, *mismatched[0])
+
+
+def lacks(what: str, tensor: str, which: str = "weights") -> InputError:
+    """The sentence for a model without one of its tensors; `which` says how many are missing where that is known."""
+    return InputError(
+        f"{what} lacks {which}, {tensor} among them; copy or download it again (a checkpoint of other code has to be "
+        "converted to transformers' names first)."
+    )
+
+
+def does_not_fit(what: str, tensor: str, found: Sequence[int], expected: Sequence[int]) -> InputError:
+    """The sentence for a tensor of another shape than config.json asks for."""
+    return InputError(
+        f"{what} has weights that do not fit its config.json: {tensor} is {tuple(found)} and should be "
+        f"{tuple(expected)}; take config and weights from the same model."
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
@@ -80,8 +79,8 @@ def outline(recipe: Recipe) -> Outline:
     with one_sentence(f"{name}: config.json", "correct it"), torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     model.generation_config = generation
-    tied = bool(config.text_config.tie_word_embeddings)
-    base.check(names_on_disk(model), tied=tied, built=recipe.model is None, what=name)
+    if recipe.model is None:  # the weights of a ready LLaVA have been compared with its config
+        base.check_parts(names_on_disk(model), tied=bool(config.text_config.tie_word_embeddings), what=name)
     saved = processor.chat_template if recipe.model is not None else None
     recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer, saved))
     found = fingerprint(config, processor.tokenizer, base, built=recipe.model is None)
@@ -161,10 +160,8 @@ def llava_config(recipe: Recipe, text: Any, tower: Tower, tokenizer: Any) -> Lla
 
 def _generation_config(name: str, config: Any) -> GenerationConfig:
     """A model's own, or what its config says where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(settings_folder(name))
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    own = agreement.read_generation(settings_folder(name), name, config.get_text_config())
+    return own or GenerationConfig.from_model_config(config)
 
 
 def nano_part(name: str, part: str) -> str:
@@ -208,10 +205,7 @@ def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTra
         InputError: It is no such model, or its parts do not agree.
     """
     folder = settings_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' own checks of a config raise errors of many kinds
-        raise InputError(f"The language model {name} has no readable config.json ({one_line(error)}).") from error
+    config = agreement.read_config(folder, f"The language model {name}")
     if config.model_type not in LANGUAGE_MODELS:
         supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
         raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
@@ -222,9 +216,7 @@ def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTra
     if whole or any(file in files for file in ("tokenizer.json", "tokenizer.model")):
         tokenizer = load_tokenizer(name)
         agreement.check_language_model(name, config, tokenizer)
-    generation = agreement.read_generation(folder, name)
-    if generation is not None:
-        agreement.check_generation(name, config, generation)
+    agreement.read_generation(folder, name, config)
     if Path(expanded(name)).is_dir() and find_weights(files, name):
         agreement.check_table(name, config, open_weights(name, language_model_name))
     return config, tokenizer

@@ -106,7 +106,7 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = 
     `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder that holds a CLIP or SigLIP vision model (or
     a full CLIP or SigLIP model) as transformers saves it. `image_aspect` says what happens to a picture that is not
     square: "pad" fills it up to a square with the mean colour, "crop" scales the shorter side to S and cuts out the
-    centre. Nothing is ever squashed, not even for SigLIP, whose own preprocessing does.
+    centre. "squash" changes its proportions, as SigLIP's own preprocessing does.
 
     A file of weights does not say how it was trained: name the architecture with `-quickgelu` if it was so; its
     pictures are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.

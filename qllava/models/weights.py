@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qllava.config import InputError
+from qllava.models.errors import does_not_fit, lacks
 from qllava.models.hub import model_folder
 from qllava.models.layouts import INDEX, WEIGHTS, opened, read_index
 
@@ -183,23 +184,19 @@ class Base(Mapping[str, Tensor]):
         """A few of its values on disk."""
         return sampled(self._held[name]) if name in self._held else self._weights.sample(name)
 
-    def check(self, wanted: Mapping[str, Tensor], *, tied: bool, built: bool, what: str) -> None:
-        """Every tensor of the model is there, in its shape. Raises InputError.
+    def check_parts(self, wanted: Mapping[str, Tensor], *, tied: bool, what: str) -> None:
+        """Every tensor of a model that is built from parts is there, in its shape; its projector is no part of them.
 
-        tied: the head may be missing. built: the projector is no part of the base.
+        tied: the head may be missing.
+
+        Raises InputError.
         """
         for name, tensor in wanted.items():
-            if built and name.startswith("multi_modal_projector.") or tied and name == HEAD:
+            if name.startswith("multi_modal_projector.") or tied and name == HEAD:
                 continue
-            if name not in self._held and name not in self._weights:
-                raise InputError(
-                    f"{what} lacks weights, {name} among them; copy or download it again (a checkpoint of other code "
-                    "has to be converted to transformers' names first)."
-                )
+            if name not in self:
+                raise lacks(what, name)
             found, expected = self.shape(name), tuple(tensor.shape)
             grown = self._rows is not None and name in TABLES and found[0] <= expected[0]
             if found != expected and not (grown and found[1:] == expected[1:]):
-                raise InputError(
-                    f"{what} has weights that do not fit its config.json: {name} is {found} and should be {expected}; "
-                    "take config and weights from the same model."
-                )
+                raise does_not_fit(what, name, found, expected)

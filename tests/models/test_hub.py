@@ -23,6 +23,7 @@ from qllava.models import convert, hub, layouts
 from qllava.models.adapter import load_projector, projector_state
 from qllava.models.assemble import assemble, load_language_model
 from qllava.models.checkpoint import load_config, load_llava
+from qllava.models.decided import decided_by
 from qllava.models.layouts import find_weights
 from qllava.models.outline import load_tokenizer
 from qllava.models.reading import read_model
@@ -314,6 +315,15 @@ def test_offline_and_what_is_in_the_cache(
         ):
             open_weights(name)
     assert len(served.asked) == asked
+
+
+def test_what_a_ready_llava_decides_is_known_before_its_weights_are_fetched(served: StandIn, hf_layout: Path) -> None:
+    """A run looks at its data first, and a 7B is a download of 14 GB."""
+    served.models["some/llava"] = Repository(hf_layout)
+    assert decided_by("some/llava") == decided_by(str(hf_layout))
+    assert not [path for path in served.asked if path.endswith(".safetensors")]
+    load_config("some/llava")
+    assert [path for path in served.asked if path.endswith(".safetensors")]
 
 
 def test_no_network(tiny: Tiny, served: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

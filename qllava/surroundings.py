@@ -56,7 +56,7 @@ def find_home() -> None:
     """
     if not hasattr(os, "getuid"):
         return  # on Windows every user has a profile
-    if not _knows_user():
+    if _known_user() is None:
         os.environ["LOGNAME"] = user_name()  # where `getpass.getuser` of all libraries looks first
     home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path's own raises an error where there is none
     if home.is_absolute() and (os.access(home, os.W_OK) or (home / ".cache").is_dir()):
@@ -76,18 +76,14 @@ def find_home() -> None:
 
 def user_name() -> str:
     """Return the name of the user, or `uid-NUMBER` for one without a name."""
+    return _known_user() or (f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown")
+
+
+def _known_user() -> str | None:
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):  # by version of Python and by system
-        return f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown"
-
-
-def _knows_user() -> bool:
-    try:
-        getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return False
-    return True
+        return None
 
 
 def _temporary_home() -> Path:

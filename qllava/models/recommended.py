@@ -18,7 +18,7 @@ _UNUSED = (
     "guidance_scale", "min_length", "min_new_tokens", "num_beams", "penalty_alpha", "sequence_bias", "suppress_tokens",
     "top_h",
 )  # fmt: skip
-_NEUTRAL: tuple[Any, ...] = (None, 0, 0.0, 1, 1.0, [], {})
+_NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,8 @@ class Decoding:
 
     def __str__(self) -> str:
         """The fields that are not neutral, by name."""
-        said = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        found = [
-            f"{name} {value:g}" for name, value in said if value != (0 if name == "temperature" else _NEUTRALS[name])
-        ]
-        return ", ".join(found)
-
-
-_NEUTRALS = {field.name: field.default for field in fields(Decoding)}
+        said = [(field, getattr(self, field.name)) for field in fields(self)]
+        return ", ".join(f"{field.name} {value:g}" for field, value in said if value != field.default)
 
 
 def recommended(generation: Any) -> Decoding:
@@ -62,7 +56,7 @@ def recommended(generation: Any) -> Decoding:
         Only what changes something: a temperature or top-p of a model that recommends no sampling is left out.
     """
     found = _values(generation)
-    names = [name for name in _NEUTRALS if found.get("do_sample") or name not in _DRAWING]
+    names = [own.name for own in fields(Decoding) if found.get("do_sample") or own.name not in _DRAWING]
     said = {name: found[name] for name in names if _is_number(found.get(name))}
     if found.get("do_sample"):
         said.setdefault("temperature", 1.0)

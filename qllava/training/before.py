@@ -15,6 +15,7 @@ from qllava.config import InputError, expanded
 from qllava.models.record import PROJECTOR_FILE, adapter_at
 from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training.command import Given
+from qllava.training.fields import FOLLOWING
 from qllava.training.sizes import parse_bytes
 
 # For `report_to`: the modules it needs (one of a row is enough), and what to install.
@@ -122,7 +123,7 @@ def _check_scheduler(given: Given) -> None:
         )
     if arguments and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs has no effect with lr_scheduler_type {name}; remove it.")
-    if name in ("reduce_lr_on_plateau", "greedy") and (given.get("eval_strategy") == "no" or not _held_out(given)):
+    if name in FOLLOWING and (given.get("eval_strategy") == "no" or not _held_out(given)):
         raise InputError(f"lr_scheduler_type {name} follows the held-out loss: set eval_strategy and eval_file too.")
 
 

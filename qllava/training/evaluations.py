@@ -13,11 +13,10 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from qllava.config import InputError, LoopConfig
 from qllava.training import scores
 from qllava.training.data import Prepared
+from qllava.training.fields import FOLLOWING
 from qllava.training.order import samples_per_step, total_steps
 from qllava.training.settings import TrainConfig, name_of
 
-FOLLOWING = ("reduce_lr_on_plateau", "greedy")
-"""Schedulers that change the learning rate at evaluations alone."""
 _MOST = 10
 """Evaluations of a stage where the user has not set eval_steps."""
 
@@ -31,15 +30,15 @@ def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
 
 def follows(config: TrainConfig) -> str:
     """Return the setting that decides something by evaluations made during the run, as it is written; "" for none."""
-    if (scheduler := name_of(config.lr_scheduler_type)) in FOLLOWING:
-        return f"lr_scheduler_type {scheduler}"
+    if config.scheduler in FOLLOWING:
+        return f"lr_scheduler_type {config.scheduler}"
     return "save_strategy best" if name_of(config.save_strategy) == "best" else ""
 
 
 def leave_out(config: TrainConfig) -> None:
     """Take the evaluations out of the settings of finetune's stage 1; what depends on them gets its default."""
     config.eval_strategy, config.do_eval, config.metric_for_best_model = "no", False, None
-    if (scheduler := name_of(config.lr_scheduler_type)) in FOLLOWING:
+    if (scheduler := config.scheduler) in FOLLOWING:
         usual = LoopConfig.lr_scheduler_type
         config.lr_scheduler_type, config.lr_scheduler_kwargs = SchedulerType(usual), None
         print(f"Stage 1 makes no evaluations, so it uses lr_scheduler_type {usual} in place of {scheduler}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +60,11 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
         """The name of `optim`, which transformers makes a member of an enumeration."""
         return name_of(self.optim)
 
+    @property
+    def scheduler(self) -> str:
+        """The name of `lr_scheduler_type`."""
+        return name_of(self.lr_scheduler_type)
+
 
 def name_of(choice: Any) -> str:
     """Return a choice as the user writes it; transformers makes members of enumerations of most of them."""
@@ -83,11 +87,11 @@ class Settings:
         return self.model.is_nano and not self.data.train_file
 
 
-def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any], elsewhere: bool = False) -> Settings:
+def parse(args: Sequence[str], *, output_dir: str, nano: dict[str, Any], elsewhere: bool = False) -> Settings:
     """Read `--config FILE.yaml` and flags.
 
     Args:
-        args: The command line; None for the process's own.
+        args: The command line.
         output_dir: Where the run goes unless told otherwise.
         nano: Values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
         elsewhere: The settings are only read here, for a run on another machine: see `resolve`.
@@ -96,7 +100,7 @@ def parse(args: Sequence[str] | None, *, output_dir: str, nano: dict[str, Any], 
         InputError: For a file that cannot be read, an unknown key, a value that is not possible, or a field that
             would have no effect. A wrong flag ends the process with status 2, as argparse does.
     """
-    return resolve(read(sys.argv[1:] if args is None else args, output_dir=output_dir, nano=nano), elsewhere=elsewhere)
+    return resolve(read(args, output_dir=output_dir, nano=nano), elsewhere=elsewhere)
 
 
 def resolve(given: Given, *, elsewhere: bool = False) -> Settings:

@@ -11,6 +11,7 @@ from transformers import Trainer, get_scheduler
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
+from qllava.training.fields import FOLLOWING
 from qllava.training.settings import TrainConfig
 
 _SIDE = 64
@@ -31,7 +32,6 @@ def try_out(config: TrainConfig) -> None:
     config.learning_rate = 1e-4 if config.learning_rate is None else config.learning_rate
     weight = torch.nn.Parameter(torch.zeros(_SIDE, _SIDE, device=config.device))
     weight.grad = torch.ones_like(weight)
-    shape: Any = config.lr_scheduler_kwargs
     setting = f"optim {config.optimizer}"
     try:
         with warnings.catch_warnings():
@@ -41,25 +41,19 @@ def try_out(config: TrainConfig) -> None:
             if callable(getattr(optimizer, "train", None)):  # schedule-free ones refuse a step before it, as in a run
                 optimizer.train()
             optimizer.step()
-            setting = f"lr_scheduler_type {getattr(config.lr_scheduler_type, 'value', config.lr_scheduler_type)}"
+            setting = f"lr_scheduler_type {config.scheduler}"
+            arguments = config.lr_scheduler_kwargs or {}
             scheduler: Any = get_scheduler(
                 config.lr_scheduler_type,
                 optimizer,
                 num_warmup_steps=1,
                 num_training_steps=1000,
-                scheduler_specific_kwargs=dict(shape or {}),
+                scheduler_specific_kwargs=dict(arguments),
             )
-            scheduler.step(*([1.0] if _follows_the_loss(config) else []))
+            scheduler.step(*([1.0] if config.scheduler in FOLLOWING else []))
     except Exception as error:  # optimizers come from many packages, and raise what they like
         arguments_of = "optim_args" if setting.startswith("optim") else "lr_scheduler_kwargs"
         raise InputError(
             f"{setting} cannot be used here with its arguments ({one_line(error).rstrip('.')}); change it or "
             f"{arguments_of}."
         ) from error
-
-
-def _follows_the_loss(config: TrainConfig) -> bool:
-    return str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)) in (
-        "reduce_lr_on_plateau",
-        "greedy",
-    )

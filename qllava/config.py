@@ -90,7 +90,6 @@ class ModelConfig:
         default=0.0,
         metadata={"help": "Dropout before LoRA; questions that share an image then share the mask of its tokens."},
     )
-
     base_model: list[str] | None = field(
         default=None,
         metadata={"help": "Where the base of the run in model_name_or_path is now, if it has moved."},
@@ -111,15 +110,16 @@ class DataConfig:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "What is learned from: a file, or in a YAML a list of {path, repeat or weight, image_folder}. nano "
+            "help": "Training examples: a file, or in a YAML a list of {path, repeat or weight, image_folder}. nano "
             "has its own."
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Held-out rows, for loss and exact match during the run."}
+        default=None, metadata={"help": "Held-out examples, for loss and exact match during the run."}
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "Where the pictures lie; without it they lie beside the file that names them."}
+        default=None,
+        metadata={"help": "Folder that image paths are relative to; when not given, that of the data file."},
     )
     pretrain_file: str | None = field(
         default=None, metadata={"help": "Captions for an alignment of the projector before finetune_lora's own stage."}
@@ -129,7 +129,7 @@ class DataConfig:
         metadata={"help": "What to do with a sample longer than max_length.", "choices": ["error", "drop", "trim"]},
     )
     skip_check: bool = field(
-        default=False, metadata={"help": "Do not look at the pictures before the run, and compare no rows."}
+        default=False, metadata={"help": "Neither open the images nor compare examples before the run."}
     )
 
 
@@ -144,7 +144,7 @@ class LoopConfig:
         default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."}
     )
     max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a sample, image tokens counted."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "How often the data is gone through."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of passes over the data."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
     share_image_prefix: bool = field(
@@ -154,24 +154,27 @@ class LoopConfig:
     tokens_per_row: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens that go through the model at once, by memory if not given. Without dropout the loss "
-            "is the same."
+            "help": "Maximum number of tokens in one pack; by memory when not given. Without dropout the loss is the "
+            "same."
         },
     )
     fit_memory: str | None = field(
         default=None,
         metadata={
-            "help": "A limit such as 12GB: choose rows and recomputation to stay under it; else what the GPU has."
+            "help": "A limit such as 12GB: choose pack length and recomputation to stay under it; when not given, "
+            "what the GPU has."
         },
     )
     recompute_layers: int | None = field(
         default=None,
         metadata={
-            "help": "How many decoder layers are recomputed on the way back; all when gradient_checkpointing is set."
+            "help": "How many decoder layers are recomputed in the backward pass; all when gradient_checkpointing is "
+            "set."
         },
     )
     stop_tower: bool = field(
-        default=True, metadata={"help": "Compute no layer of the tower behind the one in use; the loss is the same."}
+        default=True,
+        metadata={"help": "Compute no tower layer above the one in use; the loss is the same."},
     )
     prune_last_layer: bool = field(
         default=True,
@@ -189,12 +192,12 @@ class LoopConfig:
         },
     )
     eval_questions: int = field(
-        default=64, metadata={"help": "How many rows of eval_file are answered, for exact match, at each evaluation."}
+        default=64, metadata={"help": "How many held-out examples are answered at each evaluation, for exact match."}
     )
     eval_questions_final: int = field(
         default=1000,
-        metadata={"help": "How many rows of eval_file are answered at the end, drawn by the seed."},
+        metadata={"help": "How many held-out examples are answered at the end, drawn by the seed."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Begin anew where a finished run lies; an unfinished one goes on."}
+        default=False, metadata={"help": "Replace a finished run; an unfinished one is resumed."}
     )

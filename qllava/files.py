@@ -1,10 +1,10 @@
-"""What two processes must not spoil for each other: locks, and folders that are written aside and renamed.
+"""Locks, and folders that are written aside and renamed: two processes must not damage each other's files.
 
 A lock is a hidden file that the kernel locks for one process and frees when that process ends, however it ends. The
-file beside it, `.holder`, names the host and the process id, for the sentence that another process is refused with.
+file next to it, `.holder`, names the host and the process id, for the sentence that another process is refused with.
 
 On network file systems the kernel's lock holds between machines where the server has locks (NFS from version 4, Lustre
-with `flock`). Where there are none the program goes on without a lock, and says so on stderr.
+with `flock`). Where there are none the program continues without a lock, and says so on stderr.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WAIT = 1.0
 
 @contextmanager
 def made_once(folder: Path, is_whole: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, which gets that name at the end; after an error nothing is left of it.
+    """Yield a new folder next to `folder` and rename it to `folder` at the end; remove it after an error.
 
     Several processes may make the same folder at the same time: the first one that is whole stays.
 
@@ -144,7 +144,7 @@ class Lock:
 
     def _read(self) -> tuple[str, int] | None:
         try:
-            told = json.loads(self._holder.read_text(encoding="utf-8"))
-            return str(told["host"]), int(told["pid"])
+            read = json.loads(self._holder.read_text(encoding="utf-8"))
+            return str(read["host"]), int(read["pid"])
         except (OSError, ValueError, KeyError, TypeError):
             return None

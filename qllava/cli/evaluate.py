@@ -32,7 +32,7 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument(
         "data", metavar="DATA", type=file_path, help="LLaVA JSON, or rows of question, image, answer and type"
     )
-    vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="where the pictures' names begin")
+    vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
     vqa.add_argument("--out", metavar="FILE", type=file_path, help="write every question with its answer, as JSONL")
     vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their pictures")
     vqa.add_argument("--shots", metavar="K", type=rank, default=0, help="examples before each question (default: 0)")
@@ -67,12 +67,12 @@ def _add_scienceqa(kinds: Verbs) -> None:
         "--answers", metavar="A.jsonl", type=file_path, help="answers that were given: question_id and text"
     )
     whose.add_argument("--model", metavar="MODEL", type=model_name, help=f"who answers: {MODEL_HELP}")
-    science.add_argument("--image-folder", metavar="DIR", type=file_path, help="with the pictures, as DIR/ID/image.png")
+    science.add_argument("--image-folder", metavar="DIR", type=file_path, help="with the images, as DIR/ID/image.png")
     science.add_argument(
         "--out",
         metavar="A.jsonl",
         type=file_path,
-        help="where the model's answers go; given again, it goes on from there",
+        help="where the model's answers go; the same command resumes from it",
     )
     _batch_flag(science)
     science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")

@@ -30,7 +30,7 @@ def json_flag(parser: argparse.ArgumentParser) -> None:
 
 def reading_flags(parser: argparse.ArgumentParser) -> None:
     """Which model will read the data (nano's own parts where nothing is said), with what looks at these flags."""
-    parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="where the pictures' names begin")
+    parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--model", metavar="MODEL", type=model_name, default="nano", help=f"{MODEL_HELP}; its weights are not loaded"
@@ -39,7 +39,7 @@ def reading_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="T",
         type=file_path,
-        help="a tokenizer's file or folder; pictures then count as LLaVA-1.5's",
+        help="a tokenizer's file or folder; images then count as LLaVA-1.5's",
     )
     parser.add_argument("--template", choices=("plain", "vicuna_v1", "llama_2", "llama_3", "chatml"))
     parser.add_argument("--max-length", metavar="N", type=positive, default=2048, help="(default: 2048)")

@@ -91,7 +91,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))
     else:
         print("\n".join(check.line() for check in checks))
-        print("\nReady: `make finetune` teaches nano to see." if healthy else "\nRepair what says fail first.")
+        print("\nReady: `make finetune` teaches nano to see." if healthy else '\nFix the checks marked "fail" first.')
     return 0 if healthy else 1
 
 

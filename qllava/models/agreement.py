@@ -215,7 +215,7 @@ def _check_rows(name: str, vocabulary: dict[str, int], rows: int) -> None:
 
 
 def _check_ids(name: str, file: str, config: Any, rows: int) -> None:
-    """No id of a token lies beyond the vocabulary."""
+    """Refuse ids of tokens that are not in the vocabulary."""
     for key, id in _ids(config.to_dict()):
         if id >= rows:
             raise differ(name, file, f"the {key} {id}", "config.json", f"a vocab_size of {rows}")

@@ -125,7 +125,7 @@ def repository_files(name: str) -> list[str]:
 
 
 def _refuse_path(name: str, folder: Path) -> None:
-    """Raise InputError for what is meant as a path and is no folder."""
+    """Raise InputError for a path that is not a folder."""
     if folder.is_file():
         raise InputError(f"{name} is a file; expected the folder of a model.")
     if not _HUB_NAME.fullmatch(name) or len(folder.parts) != name.count("/") + 1 or name.startswith("."):
@@ -145,7 +145,7 @@ def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Pa
         return cached
     small = [file for file in files if file.endswith(SETTINGS)]
     if not small:
-        raise HubError(f"The hub's {name} has no config.json, so it is no model that can be read; correct the name.")
+        raise HubError(f"The hub's {name} has no config.json, so it cannot be read as a model; correct the name.")
     folder = fetch(name, small)
     refuse_llava_own(name, files, folder)
     return folder
@@ -292,7 +292,7 @@ def _trouble(name: str, error: BaseException) -> HubError:
             "the model here and give its folder."
         )
     else:
-        said = f"The download of {name} ended early ({one_line(error)}); give the command again, and it goes on."
+        said = f"The download of {name} ended early ({one_line(error)}); give the command again to resume it."
     return HubError(said)
 
 

@@ -30,7 +30,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER = ("adapter_model.safetensors", "projector.safetensors", "probes.safetensors")
 _SHARD = re.compile(r"(?P<begin>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>.*)\.safetensors")
 LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
-"""What LLaVA's own code calls a projector, and what of a LoRA run is no LoRA."""
+"""Files of LLaVA's own code: a projector, and the weights of a LoRA run that are not LoRA."""
 _LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _LLAVA_CLASSES = ("llavallama", "llava_llama", "llavamistral", "llava_mistral")
 _MARKER = ".of"
@@ -47,7 +47,7 @@ class Found:
     files: tuple[str, ...]
     """The weights themselves, in order, where no index says which."""
     usual: bool
-    """Whether transformers finds them by itself."""
+    """Whether they have the names that transformers looks for."""
 
 
 def find_weights(files: Sequence[str], name: str) -> Found | None:
@@ -94,7 +94,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise InputError(f"{path} cannot be read; copy or download the model again.") from error
     for shard in shards.values():
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise InputError(f"{path} names {shard}, which lies outside its folder; get the model from elsewhere.")
+            raise InputError(f"{path} names {shard}, which is outside its folder; get the model from elsewhere.")
     return shards
 
 

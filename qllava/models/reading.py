@@ -61,7 +61,7 @@ def read_model(model: str) -> Reader:
         return read_parts(NANO, NANO)
     folder = settings_folder(model)
     advice = "name a LLaVA's folder, or give --tokenizer"
-    if (folder / RECORD_FILE).is_file():  # a run: its processor is its own, and its base lies elsewhere
+    if (folder / RECORD_FILE).is_file():  # a run: it has its own processor, and its base is elsewhere
         record = read_record(folder)
         positions = _positions_of_base(record)
         with one_sentence(model, advice):

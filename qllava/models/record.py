@@ -20,7 +20,7 @@ BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_l
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is built from; written beside every adapter, so that the folder needs nothing else."""
+    """What a model is built from; written next to every adapter, so that the folder needs nothing else."""
 
     model: str | None
     """A LLaVA's folder or hub name; None when it is built from the two parts below."""
@@ -45,7 +45,7 @@ class Recipe:
 
 
 def save_record(recipe: Recipe, folder: Path) -> None:
-    """Write what the model was built from beside its adapter."""
+    """Write what the model was built from next to its adapter."""
     (folder / RECORD_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from qllava.training.command import Given
 from qllava.training.fields import FOLLOWING
 from qllava.training.sizes import parse_bytes
 
-# For `report_to`: the modules it needs (one of a row is enough), and what to install.
+# For `report_to`: groups of modules (it needs one of each), and what to install.
 TRACKERS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "azure_ml": ((("azureml.core.run",),), "azureml-sdk"),
     "clearml": ((("clearml",),), "clearml"),
@@ -55,7 +55,7 @@ EXACT_MATCH = "eval_exact_match"
 METRICS = ("eval_loss", EXACT_MATCH, "eval_mean_token_accuracy", "eval_entropy")
 """What an evaluation reports and a run may be judged by; transformers takes each without `eval_` too."""
 
-# Schedulers whose result depends on an argument without a default: one of a row has to be there.
+# Schedulers that need an argument: one of these has to be given.
 _NEEDED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -151,8 +151,8 @@ def _check_packages(given: Given) -> None:
             continue
         if tracker not in TRACKERS:
             raise InputError(f"report_to is {tracker!r}; possible are none, all, {', '.join(TRACKERS)}.")
-        rows, install = TRACKERS[tracker]
-        if any(len(missing(row)) == len(row) for row in rows):
+        groups, install = TRACKERS[tracker]
+        if any(len(missing(group)) == len(group) for group in groups):
             raise InputError(f"report_to {tracker} needs a package that is not installed: pip install {install}.")
         if tracker == "kubeflow" and not os.environ.get("KUBEFLOW_TRAINER_SERVER_URL"):
             raise InputError("report_to kubeflow is for a job of Kubeflow's trainer, and this is none; remove it.")

@@ -58,7 +58,7 @@ def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Gi
 
     Args:
         args: The command line.
-        output_dir: Where the run goes unless told otherwise.
+        output_dir: The run's folder unless the settings name one.
         nano: Values that take the place of the defaults when the model is nano.
 
     Raises:

@@ -33,8 +33,8 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
         if not several:
             self.ddp_backend = None  # one process has no group, and accelerate would look for it
         if not _has_gpu() and (self.bf16 or several):
-            # transformers wants to be told that bf16 is meant for the CPU. And accelerate, when it is not told, would
-            # take each of several processes for one that is alone.
+            # Otherwise transformers refuses bf16 on a CPU, and accelerate takes each of several processes for the only
+            # one.
             self.use_cpu = True
         if self.activation_checkpointing is None:
             # The old name is TRL's; transformers would warn of it in every run.
@@ -92,7 +92,7 @@ def parse(args: Sequence[str], *, output_dir: str, nano: dict[str, Any], elsewhe
 
     Args:
         args: The command line.
-        output_dir: Where the run goes unless told otherwise.
+        output_dir: The run's folder unless the settings name one.
         nano: Values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
         elsewhere: The settings are only read here, for a run on another machine: see `resolve`.
 
@@ -122,7 +122,7 @@ def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
         values.pop("tf32", None)  # transformers would look for a card that has it, and switch it on
     parser.set_defaults_with_config(**values)
     try:
-        # Not a file beside the program that is called as it is, with `.args` at its end: nobody would think of that.
+        # Without it TRL reads flags from a file PROGRAM.args too, which nobody expects.
         model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error

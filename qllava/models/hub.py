@@ -228,14 +228,20 @@ def _cached_weights(name: str, settings: Path, error: HubError) -> Path:
     converted = cache_folder() / "models" / _known_as(name)
     if converted.is_dir():
         return converted
-    try:
-        found = find_weights([path.name for path in settings.iterdir()], name)
-        complete = found is not None and all((settings / file).is_file() for file in _all(found, settings))
-    except InputError:  # some shards are there
-        complete = False
-    if found is None or not complete:
+    found = _complete(name, settings)
+    if found is None:
         raise error
     return settings if found.usual else arrange(found, settings, settings, cache_folder() / "models")
+
+
+def _complete(name: str, folder: Path) -> Found | None:
+    """The weights in a folder of the hub's cache, if all of their files are there."""
+    try:
+        found = find_weights([path.name for path in folder.iterdir()], name)
+        whole = found is not None and all((folder / file).is_file() for file in _all(found, folder))
+    except InputError:  # some shards are missing, or the index cannot be read
+        return None
+    return found if whole else None
 
 
 def hub_trouble(name: str, error: BaseException) -> HubError | None:

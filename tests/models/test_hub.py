@@ -317,6 +317,18 @@ def test_offline_and_what_is_in_the_cache(
     assert len(served.asked) == asked
 
 
+def test_some_shards_in_the_cache_are_no_model(
+    tiny: Tiny, served: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(tiny.language_model, tmp_path / "m", in_shards("model", index=None))
+    served.models["some/llama"] = Repository(folder)
+    open_weights("some/llama")
+    (hub.settings_folder("some/llama") / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="some/llama is not in the hub's cache, or not all of it"):
+        open_weights("some/llama")
+
+
 def test_what_a_ready_llava_decides_is_known_before_its_weights_are_fetched(served: StandIn, hf_layout: Path) -> None:
     """A run looks at its data first, and a 7B is a download of 14 GB."""
     served.models["some/llava"] = Repository(hf_layout)

@@ -93,10 +93,10 @@ def _batch_flag(parser: argparse.ArgumentParser) -> None:
 
 def run_eval_vqa(arguments: argparse.Namespace) -> int:
     """`qllava eval vqa`: accuracy with its interval, and by type of question."""
-    from qllava.evaluation.vqa import evaluate_file
-
     if bool(arguments.shots) != bool(arguments.pool):
         raise InputError("--shots K and --pool DATA belong together; give both or neither.")
+    from qllava.evaluation.vqa import evaluate_file
+
     result = quietly(
         lambda: evaluate_file(
             arguments.model,
@@ -132,12 +132,11 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
 
 def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
     """`qllava eval scienceqa`: accuracy in all, with a picture and by group, and what could not be read."""
-    from qllava.evaluation.scienceqa import answer_problems, score_file
-
     if arguments.model and not arguments.out:
         raise InputError("Name the file for the model's answers with --out.")
     if arguments.answers and (arguments.out or arguments.image_folder or arguments.batch_size):
         raise InputError("--out, --image-folder and --batch-size belong to --model; with --answers nothing is asked.")
+    from qllava.evaluation.scienceqa import answer_problems, score_file
 
     def run() -> Any:
         if arguments.answers:

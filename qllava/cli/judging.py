@@ -92,10 +92,10 @@ def _judge(arguments: argparse.Namespace) -> Judge:
 
 def run_eval_ensemble(arguments: argparse.Namespace) -> int:
     """`qllava eval ensemble`: accuracy of both and of the two together, who helped where, and the gain."""
-    from qllava.evaluation.ensemble import combine_files
-
     if (arguments.rule == "judge") != bool(arguments.judge):
         raise InputError("--rule judge and --judge NAME belong together; give both, or --rule complement alone.")
+    from qllava.evaluation.ensemble import combine_files
+
     judge = _judge(arguments) if arguments.judge else None
     result = quietly(
         lambda: combine_files(

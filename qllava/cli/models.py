@@ -133,6 +133,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_chat(arguments: argparse.Namespace) -> int:
     """`qllava chat`: one answer with `--prompt`, else a conversation, or a comparison with a second model."""
+    if arguments.compare is not None and arguments.prompt is not None:
+        raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
     from qllava.inference import Settings, chat_loop, compare_loop
 
     how: dict[str, Any] = {
@@ -145,6 +147,4 @@ def run_chat(arguments: argparse.Namespace) -> int:
     }
     if arguments.compare is None:
         return chat_loop(arguments.model, prompt=arguments.prompt, **how)
-    if arguments.prompt is not None:
-        raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
     return compare_loop((arguments.model, arguments.compare), votes=arguments.votes, **how)

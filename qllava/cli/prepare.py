@@ -22,6 +22,7 @@ from qllava.arguments import (
 )
 from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
+from qllava.training.sizes import check_bytes
 
 
 def add(verbs: Verbs) -> None:
@@ -44,7 +45,7 @@ def _add_check(verbs: Verbs) -> None:
         "--config", metavar="RECIPE.yaml", type=model_name, help="the data and model of a recipe, in place of the flags"
     )
     json_flag(check)
-    looks(check, data=check_data, eval_file=check_data, config=check_file)
+    looks(check, data=check_data, eval_file=check_data, config=_check_recipe)
 
 
 def _add_inspect(verbs: Verbs) -> None:
@@ -78,7 +79,16 @@ def _add_plan(verbs: Verbs) -> None:
     plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
     base_flag(plan)
     json_flag(plan)
-    looks(plan, config=check_file, model=check_model, language_model=check_model, vision_tower=check_part)
+    parts = {"model": check_model, "language_model": check_model, "vision_tower": check_part}
+    looks(plan, config=_check_recipe, **parts, fit=check_bytes)
+
+
+def _check_recipe(path: str, what: str) -> None:
+    """Raise InputError for a recipe that is not there, or has keys or values that are not possible."""
+    from qllava.training import command
+
+    check_file(path, what)
+    command.read(["--config", path], output_dir="", nano={})
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

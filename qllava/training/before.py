@@ -16,7 +16,7 @@ from qllava.models.record import PROJECTOR_FILE, adapter_at
 from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training.command import Given
 from qllava.training.fields import FOLLOWING
-from qllava.training.sizes import parse_bytes
+from qllava.training.sizes import check_bytes
 
 # For `report_to`: groups of modules (it needs one of each), and what to install.
 TRACKERS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
@@ -92,10 +92,7 @@ def _check_loop(given: Given) -> None:
     if len(both) == 2 and together and given.get("max_steps") > 0:
         raise InputError("max_steps and num_train_epochs are both set, and max_steps alone would count; remove one.")
     if (limit := given.get("fit_memory")) is not None:
-        try:
-            parse_bytes(limit)
-        except InputError as error:
-            raise InputError(f"fit_memory: {error}") from error
+        check_bytes(limit, "fit_memory")
     if given.get("bf16") and given.get("fp16"):
         raise InputError("bf16 and fp16 are both set; keep one (bf16 where the GPU has it).")
     if not given.get("dataloader_num_workers"):

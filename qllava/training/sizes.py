@@ -19,6 +19,14 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (GB if found[2].upper() == "G" else 1 << 20))
 
 
+def check_bytes(text: str, what: str) -> None:
+    """Raise InputError when a setting or flag is not an amount of memory."""
+    try:
+        parse_bytes(text)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
 def format_bytes(size: float) -> str:
     """`7.4 GB`; below one GB `12.3 MB`."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / (1 << 20):.1f} MB"

@@ -21,7 +21,7 @@ from benchmarks import shapes
 from qllava.config import InputError
 from qllava.models import ledger
 from qllava.models.adapter import LORA_TARGETS
-from qllava.models.known import known_names
+from qllava.models.known import known_config
 from qllava.training import memory, scores
 from qllava.training.before import look
 from qllava.training.command import Given, read
@@ -64,7 +64,7 @@ def test_a_preset_needs_no_network_for_its_plan(path: Path, monkeypatch: pytest.
     monkeypatch.setattr(AutoConfig, "from_pretrained", refused)
     settings = load(path)
     found, name = shape_of(settings), settings.model.model_name_or_path or settings.model.language_model or ""
-    assert found.to_dict() == SHAPES[name]().to_dict() and name in known_names()
+    assert found.to_dict() == SHAPES[name]().to_dict() and known_config(name) is not None
 
 
 def comments(path: Path) -> str:

@@ -28,11 +28,6 @@ _ADVICE = "take both from the same model"
 _LAYER = re.compile(r"(?P<stack>language_model\.model|vision_tower\.vision_model\.encoder)\.layers\.(?P<number>\d+)\.")
 
 
-def differ(name: str, file: str, value: str, other: str, expected: str) -> InputError:
-    """The sentence for two files of a model that say different things."""
-    return InputError(f"{name}: {file} has {value}, and {other} has {expected}; {_ADVICE}.")
-
-
 def check_llava_config(name: str, config: Any) -> None:
     """The values of a LLaVA's config.json fit each other, and qllava can train it."""
     check_text_config(name, config.text_config)
@@ -51,7 +46,7 @@ def check_llava_config(name: str, config: Any) -> None:
             "must be a square of at least one patch."
         )
     if not 0 <= config.image_token_index < text.vocab_size:
-        raise differ(
+        raise _differ(
             name, "config.json", f"the image_token_index {config.image_token_index}", "its text_config",
             f"a vocab_size of {text.vocab_size}",
         )  # fmt: skip
@@ -101,7 +96,7 @@ def check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
         raise InputError(f"{name}: the tokenizer has no token {IMAGE_TOKEN}, which config.json names as "
                          f"{config.image_token_index}; {_ADVICE}.")  # fmt: skip
     if vocabulary[IMAGE_TOKEN] != config.image_token_index:
-        raise differ(
+        raise _differ(
             name, "config.json", f"the image_token_index {config.image_token_index}", "the tokenizer",
             f"{IMAGE_TOKEN} as {vocabulary[IMAGE_TOKEN]}",
         )  # fmt: skip
@@ -118,13 +113,13 @@ def check_processor(name: str, config: Any, processor: Any) -> None:
     """Images become squares of the size that the tower takes, and `<image>` is written for them."""
     token = str(getattr(processor, "image_token", IMAGE_TOKEN))
     if token != IMAGE_TOKEN:
-        raise differ(name, "processor_config.json", f"the image_token {token!r}", "the tokenizer", repr(IMAGE_TOKEN))
+        raise _differ(name, "processor_config.json", f"the image_token {token!r}", "the tokenizer", repr(IMAGE_TOKEN))
     side = config.vision_config.image_size
     with one_sentence(f"{name}: preprocessor_config.json", "copy it from where the weights came from"):
         pixels = processor.image_processor(Image.new("RGB", (side + 8, side)), return_tensors="pt")["pixel_values"]
         found = tuple(pixels.shape)
     if found != (1, 3, side, side):
-        raise differ(
+        raise _differ(
             name, "preprocessor_config.json", f"images of {' x '.join(map(str, found[-2:]))} pixels", "config.json",
             f"a tower of {side} x {side} pixels",
         )  # fmt: skip
@@ -145,7 +140,7 @@ def check_weights(name: str, config: Any, weights: Weights) -> None:
         layer = _LAYER.match(tensor)
         if layer and int(layer["number"]) >= depths[layer["stack"]][1]:
             part, depth = depths[layer["stack"]]
-            raise differ(name, "config.json", f"{depth} layers in {part}", "the weights", tensor)
+            raise _differ(name, "config.json", f"{depth} layers in {part}", "the weights", tensor)
     for tensor, shape in wanted.items():
         if tensor not in weights:
             if not (tied and tensor == HEAD):
@@ -159,7 +154,7 @@ def check_table(name: str, text: Any, weights: Weights) -> None:
     expected = (text.vocab_size, text.hidden_size)
     for table in (EMBEDDING, HEAD):
         if table in weights and weights.shape(table) != expected:
-            raise differ(
+            raise _differ(
                 name, "config.json", f"a vocab_size of {expected[0]} and a hidden_size of {expected[1]}", "the weights",
                 f"{' x '.join(map(str, weights.shape(table)))} in {table}",
             )  # fmt: skip
@@ -197,6 +192,11 @@ def read_generation(folder: Path, name: str, text: Any) -> GenerationConfig | No
     return generation
 
 
+def _differ(name: str, file: str, value: str, other: str, expected: str) -> InputError:
+    """The sentence for two files of a model that say different things."""
+    return InputError(f"{name}: {file} has {value}, and {other} has {expected}; {_ADVICE}.")
+
+
 def _check_heads(name: str, what: str, part: Any) -> None:
     heads, width = part.num_attention_heads, part.hidden_size
     if heads < 1 or (getattr(part, "head_dim", None) is None and width % heads):
@@ -209,7 +209,7 @@ def _check_heads(name: str, what: str, part: Any) -> None:
 def _check_rows(name: str, vocabulary: dict[str, int], rows: int) -> None:
     token, id = max(vocabulary.items(), key=lambda entry: entry[1])
     if id >= rows:
-        raise differ(
+        raise _differ(
             name, "the tokenizer", f"the token {token!r} with the id {id}", "config.json", f"a vocab_size of {rows}"
         )
 
@@ -218,7 +218,7 @@ def _check_ids(name: str, file: str, config: Any, rows: int) -> None:
     """Refuse ids of tokens that are not in the vocabulary."""
     for key, id in _ids(config.to_dict()):
         if id >= rows:
-            raise differ(name, file, f"the {key} {id}", "config.json", f"a vocab_size of {rows}")
+            raise _differ(name, file, f"the {key} {id}", "config.json", f"a vocab_size of {rows}")
 
 
 def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:

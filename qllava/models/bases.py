@@ -39,12 +39,12 @@ def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Re
     record = read_record(run)
     given = [base_model] if isinstance(base_model, str | Path) else list(base_model)
     for one in given:
-        part, place = _part_of(one), str(one)
+        part, place = _part_of(one), expanded(str(one))
         if getattr(record, part) is None:
             built = ", ".join(_PARTS[own] for own in _PARTS if getattr(record, own) is not None)
             raise InputError(f"{one} is a {_PARTS[part]}, and {run} was built from: {built}; give {FLAG} for these.")
         if not place.startswith("open_clip:"):
-            place = str(Path(expanded(str(place))).absolute())
+            place = str(Path(place).absolute())
         record = replace(record, **{part: place})  # type: ignore[arg-type]  # the three parts are strings
     for part, called in _PARTS.items():
         place = getattr(record, part)

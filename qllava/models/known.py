@@ -26,11 +26,6 @@ def known_config(name: str) -> Any:
     return AutoConfig.for_model(str(fields.pop("model_type")), **fields)
 
 
-def known_names() -> list[str]:
-    """Names of the models whose shapes are here."""
-    return sorted(_known())
-
-
 @cache
 def _known() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = json.loads(_FILE.read_text(encoding="utf-8"))

@@ -79,6 +79,11 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
         lock.free()
 
 
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Return the error for a file that cannot be written."""
+    return InputError(f"{path} cannot be written ({error.strerror}); make room, or choose another place.")
+
+
 class Lock:
     """A lock that one process holds at a time. Forked children do not hold it."""
 

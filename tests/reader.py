@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from qllava.nano import dataset as nano
-from tests.synthesis.server import Request, Said
+from tests.llm.server import Request, Said
 from tests.synthesis.teaching import good, read_lines, write_contexts
 from tests.tiny_models import make_picture, make_tiny_rows
 
@@ -58,7 +58,7 @@ NOT_RUN = {
     "QLLAVA_CACHE=cache qllava check 'part-": "looks at what a cluster wrote",
     "from llama_cpp": "another program's; tests/interop",
     "qllava synthesize contexts.jsonl train.json --teacher MODEL --import-batch": "reads what a server wrote; "
-    "tests/synthesis/test_batch.py",
+    "tests/llm/test_batch.py",
 }
 """How a command begins that is not run here, and why."""
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from demo import app
+from tests.llm.server import ChatServer
 from tests.reader import NOT_RUN, ROOT, Reader, commands, fresh_folder, stand_in_server
-from tests.synthesis.server import ChatServer
 from tests.tiny_runs import Tiny
 
 README = ROOT / "README.md"

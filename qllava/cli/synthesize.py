@@ -23,7 +23,7 @@ from qllava.config import NANO, InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qllava.synthesis.batch import Exported
+    from qllava.llm.batch import Exported
     from qllava.synthesis.contexts import Context
     from qllava.synthesis.output import Counts
     from qllava.synthesis.pipeline import Job, Result

@@ -1,6 +1,6 @@
 """A judge: a language model behind an OpenAI-compatible address, asked many things once each.
 
-Replies are kept by content in the data engine's store, so that an evaluation that is given again, or was interrupted,
+Replies are kept by content (`llm.store`), so that an evaluation that is given again, or was interrupted,
 asks only what has no reply yet.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
-from qllava.synthesis.address import OPENAI, without_secrets
-from qllava.synthesis.store import Call, Message, Reply, Store
-from qllava.synthesis.teacher import Teacher
-from qllava.synthesis.thoughts import answer_of
+from qllava.llm.address import OPENAI, without_secrets
+from qllava.llm.client import Client
+from qllava.llm.store import Call, Message, Reply, Store
+from qllava.llm.thoughts import answer_of
 
 CONCURRENCY = 8
 PARAMETERS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
@@ -74,13 +74,13 @@ class Judge:
         replies: list[Reply | None] = [None] * len(calls)
         asked = 0
         with tqdm(total=len(calls), desc="judge", unit="reply", disable=None) as bar:
-            async with Teacher(store, self.base_url, concurrency=CONCURRENCY) as teacher:
+            async with Client(store, self.base_url, concurrency=CONCURRENCY) as client:
                 before = store.calls
                 # What failed before is asked last, so that it cannot keep the others from being asked.
                 turn = sorted(range(len(calls)), key=lambda index: store.failures(calls[index].key))
 
                 async def work(index: int) -> None:
-                    replies[index] = await teacher.ask(calls[index])
+                    replies[index] = await client.ask(calls[index])
                     bar.update()
 
                 def failed(index: int, reason: str) -> None:
@@ -88,7 +88,7 @@ class Judge:
                     bar.write(f"No reply from the judge to call {index + 1} of {len(calls)}: {reason}", file=sys.stderr)
                     bar.update()
 
-                await teacher.each(turn, work, failed)
+                await client.each(turn, work, failed)
                 asked = store.calls - before
         return Answered(self, tuple(calls), tuple(replies), asked)
 

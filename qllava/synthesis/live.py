@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from qllava.synthesis.refusals import Unanswered
-from qllava.synthesis.store import Call
+from qllava.llm.client import Client
+from qllava.llm.refusals import Unanswered
+from qllava.llm.store import Call
 from qllava.synthesis.tasks import Asking, Form, Needed, Task, settle
-from qllava.synthesis.teacher import Teacher
 
 _FORM_REFUSED = (400, 422)  # what servers answer to a field that they do not know
 
 
 async def ask_all(
-    tasks: Sequence[Task], asking: Asking, teacher: Teacher, on_end: Callable[[Task], object]
+    tasks: Sequence[Task], asking: Asking, teacher: Client, on_end: Callable[[Task], object]
 ) -> dict[str, str]:
     """Ask; returns why tasks failed, by their ids. `on_end` gets each task that is done with, however it ended.
 
@@ -39,7 +39,7 @@ async def ask_all(
 class _Server:
     """Finds out with its first call whether the server can be held to a JSON schema; the other calls wait for that."""
 
-    def __init__(self, asking: Asking, teacher: Teacher) -> None:
+    def __init__(self, asking: Asking, teacher: Client) -> None:
         self.form: Form = asking.form or "schema"
         self._known = asking.form is not None
         self._asking, self._teacher = asking, teacher

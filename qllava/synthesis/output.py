@@ -2,7 +2,7 @@
 
     OUT.json             LLaVA's rows, in the order of the pictures, then of the types; OUT.jsonl: a row a line
     OUT.left_out.jsonl   {"id", "type", "outcome", "reason", "reply"} of every other task; no file where there is none
-    OUT.calls.jsonl      the replies (see `store`)
+    OUT.calls.jsonl      the replies (see `llm.store`)
 
 Each is written aside and renamed, so that a reader sees the old or the new one, whole.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qllava.config import InputError
 from qllava.conversation import ask
+from qllava.files import unwritable
 from qllava.synthesis.replies import Turns
 from qllava.synthesis.tasks import Needed, Settled, Task
 
@@ -136,11 +136,6 @@ def write_output(
     except OSError as error:
         raise unwritable(out, error) from error
     return counts
-
-
-def unwritable(path: Path, error: OSError) -> InputError:
-    """What to say of a file that cannot be written."""
-    return InputError(f"{path} cannot be written ({error.strerror}); make room, or choose another place.")
 
 
 def _left_out(task: Task, outcome: Outcome, end: Needed | Settled | None, failure: str | None) -> dict[str, Any]:

@@ -22,15 +22,15 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
+from qllava.llm.batch import Exported, Imported, read_results, write_requests
+from qllava.llm.budget import check_bounded, most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
+from qllava.llm.client import RETRIES, Client, fault
+from qllava.llm.store import Call, Reply, Store
 from qllava.synthesis import rules
-from qllava.synthesis.batch import Exported, Imported, read_results, write_requests
-from qllava.synthesis.budget import check_bounded, most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
 from qllava.synthesis.live import ask_all
 from qllava.synthesis.output import Counts, write_output
 from qllava.synthesis.prompting import example_turns
-from qllava.synthesis.store import Call, Reply, Store
 from qllava.synthesis.tasks import Asking, Form, Known, Needed, Settled, Task, settle
-from qllava.synthesis.teacher import RETRIES, Teacher, fault
 
 TOO_LITTLE = "too little known"
 """Why rules leave a task out: the annotation has nothing that they may ask."""
@@ -77,7 +77,7 @@ class Result:
 
 
 def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
-    """Ask what is not kept yet, and write the output; `limits` are Teacher's.
+    """Ask what is not kept yet, and write the output; `limits` are Client's.
 
     Raises InputError where no call can succeed, and KeyboardInterrupt; what was answered until then is kept, and the
     output is as it was.
@@ -89,7 +89,7 @@ def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
 
         async def ask() -> dict[str, str]:
             with tqdm(total=len(job.tasks), initial=len(job.tasks) - len(open_tasks), unit="row", disable=None) as bar:
-                async with Teacher(store, base_url, **limits) as teacher:
+                async with Client(store, base_url, **limits) as teacher:
                     return await ask_all(open_tasks, job.asking, teacher, lambda _: bar.update())
 
         failures = asyncio.run(ask()) if open_tasks else {}  # where nothing is to be asked no server is needed

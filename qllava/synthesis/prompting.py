@@ -28,9 +28,9 @@ from functools import cache
 from pathlib import Path
 
 from qllava.config import InputError
+from qllava.llm.store import Message
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.replies import BLOCKS, JSON_FORM, Turns, as_blocks, as_json, from_blocks
-from qllava.synthesis.store import Message
 
 TYPES = ("conversation", "detail", "reasoning", "naive")
 DEFAULT_TYPES = ("conversation", "detail", "reasoning")

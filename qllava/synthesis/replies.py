@@ -33,11 +33,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qllava.synthesis.completions import whole
+from qllava.llm.completions import whole
+from qllava.llm.store import Reply
+from qllava.llm.thoughts import answer_of, holds_marks
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.objects import unsupported
-from qllava.synthesis.store import Reply
-from qllava.synthesis.thoughts import answer_of, holds_marks
 
 Turns: TypeAlias = tuple[tuple[str, str], ...]
 """Question and answer of every turn; a description's question is empty."""

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from qllava.llm.store import Call, Reply
+from qllava.llm.thoughts import answer_of
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.prompting import Prompt, Prompts, draw
 from qllava.synthesis.replies import RESPONSE_FORMAT, Turns, judge, repair_request
-from qllava.synthesis.store import Call, Reply
-from qllava.synthesis.thoughts import answer_of
 
 Known: TypeAlias = Callable[[str], Reply | None]
 """The replies that are kept, by the key of their call."""

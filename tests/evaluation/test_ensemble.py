@@ -16,7 +16,7 @@ from qllava.config import InputError
 from qllava.evaluation.asking import Judge
 from qllava.evaluation.ensemble import EnsembleResult, combine, combine_files
 from qllava.evaluation.scienceqa import ScienceProblem
-from tests.synthesis.server import ChatServer, Said
+from tests.llm.server import ChatServer, Said
 
 REFUSES = re.compile("animal|sentence|text|best", re.IGNORECASE)
 

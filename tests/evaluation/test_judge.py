@@ -16,7 +16,7 @@ from qllava import cli
 from qllava.config import InputError
 from qllava.evaluation.asking import Judge, json_object
 from qllava.evaluation.judge import Case, JudgeResult, judge_files, rate, read_cases, read_scores
-from tests.synthesis.server import ChatServer, Request, Said
+from tests.llm.server import ChatServer, Request, Said
 
 
 def words(asked: Request) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.synthesis.server import Request, Said
+from tests.llm.server import Request, Said
 
 THINGS = ("dog", "cat", "bicycle", "umbrella", "bench", "clock", "kite", "horse", "pizza", "vase", "boat", "zebra")
 

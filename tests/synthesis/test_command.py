@@ -10,7 +10,7 @@ import pytest
 from qllava import cli
 from qllava.cli import synthesize
 from qllava.synthesis.prompting import STYLES, TYPES
-from tests.synthesis.server import ChatServer, Request, Said
+from tests.llm.server import ChatServer, Request, Said
 from tests.synthesis.teaching import badly, read_lines, well, write_contexts
 
 
@@ -180,7 +180,7 @@ def test_the_names_of_the_command_are_those_of_the_package() -> None:
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qllava.synthesis.store import Store
+    from qllava.llm.store import Store
 
     with Store(tmp_path / "out.calls.jsonl"):
         assert run(tmp_path, "--base-url", "http://127.0.0.1:9/v1") == 1

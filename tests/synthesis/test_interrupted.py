@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from qllava.llm.store import Reply, Store
 from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
-from qllava.synthesis.store import Reply, Store
 from qllava.synthesis.tasks import Asking, make_tasks
-from tests.synthesis.server import ChatServer, Request, Said, key_of
+from tests.llm.server import ChatServer, Request, Said, key_of
 from tests.synthesis.teaching import badly, read_lines, well, write_contexts
 
 ROOT = Path(__file__).resolve().parents[2]

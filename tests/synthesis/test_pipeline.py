@@ -21,7 +21,7 @@ from qllava.synthesis.output import OUTCOMES
 from qllava.synthesis.pipeline import Job, Result
 from qllava.synthesis.prompting import DEFAULT_TYPES, STYLES, Prompts
 from qllava.synthesis.tasks import Asking, Form, make_tasks, of_shard
-from tests.synthesis.server import ChatServer, Request, Said
+from tests.llm.server import ChatServer, Request, Said
 from tests.synthesis.teaching import badly, good, is_repair, kind_of, read_lines, well, write_contexts
 
 

@@ -17,7 +17,7 @@ import asyncio
 import json
 
 from qllava.config import InputError
-from qllava.synthesis.store import Call
+from qllava.llm.store import Call
 
 CHARACTERS_PER_TOKEN = 4
 """English text in today's vocabularies, roughly; of other scripts each character is taken for a token."""

@@ -2,7 +2,7 @@
 
     with Runner(loop_factory=QuickLoop) as runner: runner.run(...)     every pause is over at once, in its order
 
-`Wire` stands in for a connection: `monkeypatch.setattr(Teacher, "_post", Wire(answer).post)`.
+`Wire` stands in for a connection: `monkeypatch.setattr(Client, "_post", Wire(answer).post)`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from tests.synthesis.server import Request, Said, completion, key_of
+from tests.llm.server import Request, Said, completion, key_of
 
 
 class Wire:

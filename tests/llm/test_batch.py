@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from qllava.config import InputError
-from qllava.synthesis import batch, pipeline
+from qllava.llm import batch
+from qllava.llm.store import Store
+from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import Context, read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
-from qllava.synthesis.store import Store
 from qllava.synthesis.tasks import Asking, make_tasks
-from tests.synthesis.server import ChatServer, Request, Said, completion
+from tests.llm.server import ChatServer, Request, Said, completion
 from tests.synthesis.teaching import badly, read_lines, write_contexts
 
 

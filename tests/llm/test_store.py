@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
-from qllava.synthesis.store import Call, Reply, Spent, Store
+from qllava.llm.store import Call, Reply, Spent, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,7 @@ def test_a_broken_line_before_the_end_is_named(tmp_path: Path, line: bytes) -> N
 
 def test_one_process_writes_and_the_lock_dies_with_it(tmp_path: Path) -> None:
     path = tmp_path / "calls.jsonl"
-    hold = f"from pathlib import Path; from qllava.synthesis.store import Store; held = Store(Path({str(path)!r})); "
+    hold = f"from pathlib import Path; from qllava.llm.store import Store; held = Store(Path({str(path)!r})); "
     code = hold + "print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout is not None
@@ -105,7 +105,7 @@ def test_one_process_writes_and_the_lock_dies_with_it(tmp_path: Path) -> None:
 
 def run_other(path: Path) -> str:
     """What another process says that tries to open the store."""
-    code = f"from pathlib import Path; from qllava.synthesis.store import Store; Store(Path({str(path)!r}))"
+    code = f"from pathlib import Path; from qllava.llm.store import Store; Store(Path({str(path)!r}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     return other.stderr.strip().splitlines()[-1] if other.returncode else "opened"
 

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 from qllava.config import InputError
 from qllava.data.problems import Place
 from qllava.data.rows import read_rows
-from qllava.synthesis.completions import error_of, read_json, read_reply
-from qllava.synthesis.output import unwritable
-from qllava.synthesis.store import Call, Reply, Store
+from qllava.files import unwritable
+from qllava.llm.completions import error_of, read_json, read_reply
+from qllava.llm.store import Call, Reply, Store
 
 MOST_REQUESTS = 50_000
 """Requests of one file."""

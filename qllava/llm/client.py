@@ -1,8 +1,8 @@
 """Ask a language model behind any OpenAI-compatible address, many calls at a time, and pay for none twice.
 
     with Store(path) as store:
-        async with Teacher(store, "http://127.0.0.1:8000/v1", concurrency=64) as teacher:
-            reply = await teacher.ask(Call("a-model", messages, {"temperature": 0.7}, version="1"))
+        async with Client(store, "http://127.0.0.1:8000/v1", concurrency=64) as client:
+            reply = await client.ask(Call("a-model", messages, {"temperature": 0.7}, version="1"))
 
 `ask` looks into the store first, sends what is not there, and keeps the reply before it returns it. What passes (a
 broken connection, 429, 5xx) is tried again, after twice the time each time, or when the server says (`Retry-After`).
@@ -25,11 +25,11 @@ from typing import TypeVar
 import httpx
 
 from qllava.config import InputError
-from qllava.synthesis.address import address_of, connections_of
-from qllava.synthesis.budget import Budget, Stopped, check_bounded, most_tokens
-from qllava.synthesis.completions import error_of, read_json, read_reply
-from qllava.synthesis.refusals import Standing, Trouble, Unanswered, no_server, trouble_of
-from qllava.synthesis.store import Call, Reply, Spent, Store
+from qllava.llm.address import address_of, connections_of
+from qllava.llm.budget import Budget, Stopped, check_bounded, most_tokens
+from qllava.llm.completions import error_of, read_json, read_reply
+from qllava.llm.refusals import Standing, Trouble, Unanswered, no_server, trouble_of
+from qllava.llm.store import Call, Reply, Spent, Store
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ _LONGEST_REST = 60.0  # seconds between two attempts, where the server names non
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
-class Teacher:
+class Client:
     """A server, the store of its replies, and a budget. Used by one event loop, inside `async with`."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Teacher:
         self._resume = 0.0  # the moment (of the loop's clock) before which the server wants no request
         self._error: BaseException | None = None
 
-    async def __aenter__(self) -> Teacher:
+    async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(

@@ -12,16 +12,16 @@ import pytest
 
 from qllava.config import InputError
 from qllava.evaluation.asking import Judge
+from qllava.llm.client import Client
+from qllava.llm.store import Call, Store
 from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
-from qllava.synthesis.store import Call, Store
 from qllava.synthesis.tasks import Asking, make_tasks
-from qllava.synthesis.teacher import Teacher
-from tests.synthesis.server import Request, Said
+from tests.llm.server import Request, Said
+from tests.llm.wire import QuickLoop, Wire
 from tests.synthesis.teaching import read_lines, well, write_contexts
-from tests.synthesis.wire import QuickLoop, Wire
 
 URL = "http://127.0.0.1:9/v1"
 
@@ -44,10 +44,10 @@ def job(tmp_path: Path) -> Job:
 def wired(monkeypatch: pytest.MonkeyPatch, answer: Any) -> Wire:
     wire = Wire(answer)
 
-    async def post(_: Teacher, content: bytes) -> httpx.Response:
+    async def post(_: Client, content: bytes) -> httpx.Response:
         return await wire.post(content)
 
-    monkeypatch.setattr(Teacher, "_post", post)
+    monkeypatch.setattr(Client, "_post", post)
     return wire
 
 
@@ -63,7 +63,7 @@ def ask(path: Path, texts: list[str], **limits: Any) -> dict[str, str]:
 
     async def run() -> None:
         with Store(path / "calls.jsonl") as store:
-            async with Teacher(store, URL, **limits) as teacher:
+            async with Client(store, URL, **limits) as teacher:
 
                 async def one(text: str) -> None:
                     call = Call("m", ({"role": "user", "content": text},), {"max_tokens": 50}, "1")

@@ -10,11 +10,11 @@ import pytest
 
 from qllava.evaluation.asking import Answered, Judge
 from qllava.evaluation.judge import read_scores
-from qllava.synthesis.completions import read_reply
+from qllava.llm.completions import read_reply
+from qllava.llm.store import Call, Reply
+from qllava.llm.thoughts import answer_of
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.replies import judge
-from qllava.synthesis.store import Call, Reply
-from qllava.synthesis.thoughts import answer_of
 
 CONTEXT = Context("1", "1.jpg", ("A dog runs.",), ())
 THOUGHTS = "The user wants a description. A cat? No."

@@ -18,11 +18,11 @@ import pytest
 
 from qllava.config import InputError
 from qllava.evaluation.asking import Judge
-from qllava.synthesis.budget import Stopped, most_tokens
-from qllava.synthesis.completions import read_reply
-from qllava.synthesis.store import Call, Reply, Store
-from qllava.synthesis.teacher import Teacher
-from tests.synthesis.server import ChatServer, Request, Said
+from qllava.llm.budget import Stopped, most_tokens
+from qllava.llm.client import Client
+from qllava.llm.completions import read_reply
+from qllava.llm.store import Call, Reply, Store
+from tests.llm.server import ChatServer, Request, Said
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def ask(path: Path, url: str | None, texts: list[str], **limits: Any) -> dict[st
 
     async def run() -> None:
         with Store(path / "calls.jsonl") as store:
-            async with Teacher(store, url, **{"first_rest": 0.005, **limits}) as teacher:
+            async with Client(store, url, **{"first_rest": 0.005, **limits}) as teacher:
 
                 async def one(text: str) -> None:
                     said[text] = (await teacher.ask(call(text))).text
@@ -381,7 +381,7 @@ def test_a_body_that_arrived_is_a_reply_whatever_it_holds(body: Any, expected: R
 def test_stopped_is_raised_to_who_asks_without_each(tmp_path: Path) -> None:
     async def run(url: str) -> None:
         with Store(tmp_path / "calls.jsonl") as store:
-            async with Teacher(store, url, max_calls=1) as teacher:
+            async with Client(store, url, max_calls=1) as teacher:
                 await teacher.ask(call("a"))
                 with pytest.raises(Stopped):
                     await teacher.ask(call("b"))

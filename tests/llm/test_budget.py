@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllava.config import InputError
+from qllava.llm.budget import most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
+from qllava.llm.client import Client
+from qllava.llm.store import Call, Store
 from qllava.synthesis import pipeline
-from qllava.synthesis.budget import most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import Prompts
-from qllava.synthesis.store import Call, Store
 from qllava.synthesis.tasks import Asking, make_tasks
-from qllava.synthesis.teacher import Teacher
-from tests.synthesis.server import Request, Said
-from tests.synthesis.wire import QuickLoop, Wire
+from tests.llm.server import Request, Said
+from tests.llm.wire import QuickLoop, Wire
 
 URL = "http://127.0.0.1:9/v1"
 CHINESE = "\u4e00\u53ea\u68d5\u8272\u7684\u72d7\u5728\u8349\u5730\u4e0a\u5954\u8dd1\uff0c\u65c1\u8fb9\u6709\u4eba\u3002"
@@ -63,12 +63,12 @@ class Meter(Wire):
 
 
 def ask(path: Path, meter: Meter, count: int, **limits: Any) -> None:
-    async def post(_: Teacher, content: bytes) -> httpx.Response:
+    async def post(_: Client, content: bytes) -> httpx.Response:
         return await meter.post(content)
 
     async def run() -> None:
         with Store(path) as store:
-            async with Teacher(store, URL, concurrency=8, retries=2, **limits) as teacher:
+            async with Client(store, URL, concurrency=8, retries=2, **limits) as teacher:
 
                 async def one(number: int) -> None:
                     message = {"role": "user", "content": f"{CHINESE * (1 + number % 3)} {number}"}
@@ -77,7 +77,7 @@ def ask(path: Path, meter: Meter, count: int, **limits: Any) -> None:
                 await teacher.each(range(count), one, lambda *_: None)
 
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=QuickLoop) as runner:
-        patch.setattr(Teacher, "_post", post)
+        patch.setattr(Client, "_post", post)
         runner.run(run())
 
 
@@ -155,7 +155,7 @@ def test_a_server_that_adds_more_than_is_known_is_believed_at_once(tmp_path: Pat
 def test_a_limit_of_tokens_needs_replies_that_have_one(tmp_path: Path) -> None:
     async def run() -> None:
         with Store(tmp_path / "calls.jsonl") as store:
-            async with Teacher(store, URL, max_tokens=1000) as teacher:
+            async with Client(store, URL, max_tokens=1000) as teacher:
                 await teacher.ask(Call("m", ({"role": "user", "content": "?"},), {}, "1"))
 
     with pytest.raises(InputError, match="while a reply may have any length; give max_tokens"):
@@ -194,11 +194,11 @@ def test_what_is_estimated_at_most_bounds_what_a_run_asks_and_pays(tmp_path: Pat
 
     meter.answer = worst
 
-    async def post(_: Teacher, content: bytes) -> httpx.Response:
+    async def post(_: Client, content: bytes) -> httpx.Response:
         return await meter.post(content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "_post", post)
+        patch.setattr(Client, "_post", post)
         result = pipeline.run(job, URL, first_rest=0.001)
     assert result.calls == expected["calls_at_most"] == 40
     assert len(meter.requests) == 80 <= expected["requests_at_most"]

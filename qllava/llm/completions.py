@@ -11,8 +11,8 @@ import json
 import re
 from typing import Any
 
-from qllava.synthesis.budget import most_prompt_tokens, reply_limit
-from qllava.synthesis.store import Call, Reply
+from qllava.llm.budget import most_prompt_tokens, reply_limit
+from qllava.llm.store import Call, Reply
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading JSON of unknown shape may raise."""

@@ -1,7 +1,7 @@
 """A server of /chat/completions over real HTTP, for tests: it says what it is told to, and counts what was paid.
 
     with ChatServer(lambda request: Said("Hello.")) as server:
-        Teacher(store, server.url)
+        Client(store, server.url)
 
 The function gets the body of the request and how often the same body came before, and returns what to do. A reply is
 paid when its last byte was handed to the network with status 200.

@@ -17,8 +17,8 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from qllava.config import InputError
-from qllava.synthesis.address import Address
-from qllava.synthesis.completions import error_of, read_json, whole
+from qllava.llm.address import Address
+from qllava.llm.completions import error_of, read_json, whole
 
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 _OF_THE_ADDRESS = {403, 404, 405, *range(300, 400)}  # of one request, or of all: the next ones tell

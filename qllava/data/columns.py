@@ -9,7 +9,7 @@ from typing import Any
 
 from qllava.data.keys import LEARNED, REFUSED, SPELLINGS, can_be_records
 from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
-from qllava.data.unpacked import is_image, unpack
+from qllava.data.unpacked import bytes_or_path, is_image, unpack
 
 Rows = Iterator[tuple[Place, Any]]
 
@@ -100,8 +100,7 @@ def _plain(key: str, value: Any) -> Any:
     """
     if isinstance(value, list):
         return [_plain(key, one) for one in value]
-    if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    value = bytes_or_path(value)
     if isinstance(value, dict):
         return {name: _plain(key, one) for name, one in value.items() if one is not None}
     if isinstance(value, bytes):

@@ -31,13 +31,12 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.data.keys import Keys, images_named, is_said, keys_of, obey
+from qllava.data.keys import KINDS, Keys, images_named, is_said, keys_of, obey
 from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode, is_unicode
 from qllava.data.rows import is_folder, read_rows
 from qllava.data.turns import Said, alpaca, caption, conversation, kind_of, listed, question
-from qllava.data.unpacked import unpack
+from qllava.data.unpacked import bytes_or_path, unpack
 
-_KINDS = ("conversations", "messages", "question")
 _COMMON = ("id", "image", "system", "type")
 
 
@@ -122,8 +121,7 @@ class Pictures:
 
         Raises Unusable when a name leaves the folder or nothing is there.
         """
-        if isinstance(name, dict) and name and name.keys() <= {"bytes", "path"}:
-            name = name.get("path") if name.get("bytes") is None else name["bytes"]
+        name = bytes_or_path(name)
         if isinstance(name, bytes):
             return unpack(name)
         if isinstance(name, Path):
@@ -230,7 +228,7 @@ def _id(id: Any) -> str | None:
 
 def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
     """What a record of any kind says, and the meanings that are read of it."""
-    told = [kind for kind in _KINDS if kind in keys.values and (kind != "question" or keys.spelled[kind] == "question")]
+    told = [kind for kind in KINDS if kind in keys.values and (kind != "question" or keys.spelled[kind] == "question")]
     found = [kind for kind in told if keys.get(kind) is not None] or told
     if len(found) > 1:
         raise _not_a_row(" and ".join(found))
@@ -249,7 +247,7 @@ def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
 
 
 def _not_a_row(had: str) -> Unusable:
-    problem = f"a row has one of the keys {', '.join(_KINDS)}, this one has {had}"
+    problem = f"a row has one of the keys {', '.join(KINDS)}, this one has {had}"
     return Unusable("not a row", problem, "see the formats in docs/data.md")
 
 

@@ -35,6 +35,9 @@ SPELLINGS = {
 }  # fmt: skip
 """Meaning -> the keys that have it, the preferred one first. `image_id` is not among them: it is a number elsewhere."""
 
+KINDS = ("conversations", "messages", "question")
+"""The meanings that hold a conversation; a record has one of them, or an image and its caption."""
+
 REFUSED = {
     **dict.fromkeys(("video", "videos", "audio", "audios", "speech"), "only images and text are learned"),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls are not learned"),
@@ -111,7 +114,7 @@ def keys_of(record: dict[str, Any]) -> Keys:
 def can_be_records(names: Iterable[str]) -> bool:
     """Return whether columns of these names can be records: one that says something, and of a caption its image."""
     meanings = keys_of(dict.fromkeys(names)).spelled.keys()
-    return bool(meanings & {"conversations", "messages", "question"}) or {"caption", "image"} <= meanings
+    return bool(meanings & {*KINDS}) or {"caption", "image"} <= meanings
 
 
 def obey(record: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from qllava.config import InputError, cache_folder
 
@@ -20,6 +21,13 @@ def _suffix(data: bytes) -> str | None:
 def is_image(data: bytes) -> bool:
     """Return whether bytes begin as one of the usual kinds of image does."""
     return _suffix(data) is not None
+
+
+def bytes_or_path(value: Any) -> Any:
+    """Return what the {"bytes", "path"} of Hugging Face holds; any other value as it is."""
+    if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
+        return value.get("path") if value.get("bytes") is None else value["bytes"]
+    return value
 
 
 def unpack(data: bytes) -> Path:

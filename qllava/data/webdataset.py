@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from qllava.data.keys import IMAGE_SUFFIXES, keys_of
+from qllava.data.keys import IMAGE_SUFFIXES, KINDS, keys_of
 from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
 from qllava.data.unpacked import unpack
 
@@ -130,8 +130,7 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     keys = keys_of(row)
     if keys.get("id") is None:
         row = row | {"id": key}
-    told = keys.spelled.keys() & {"conversations", "messages", "question"}
-    if captions and told:
+    if captions and keys.spelled.keys() & {*KINDS}:
         row[".txt"] = caption
     elif captions:  # a .json beside a caption may tell other things of the image
         if not pictures:

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qllava.config import NANO, InputError
-from qllava.data.problems import Place, Problem, is_unicode
+from qllava.data.problems import Place, Problem, Unusable, is_unicode
 from qllava.data.rows import read_rows
 from qllava.nano import dataset, language, scenes
 from qllava.synthesis import coco
@@ -60,13 +60,6 @@ class Context:
         return (*(box.category for box in self.boxes), *self.crowds)
 
 
-class _Unusable(ValueError):
-    """What is wrong with a row, before it is known where it stands: kind, problem, hint."""
-
-    def __init__(self, kind: str, problem: str, hint: str) -> None:
-        super().__init__(kind, problem, hint)
-
-
 def read_contexts(source: str | Path) -> list[Context]:
     """Read contexts from a file, a folder of COCO's annotations, or `nano` (see the module).
 
@@ -82,11 +75,10 @@ def read_contexts(source: str | Path) -> list[Context]:
         try:
             context = _context(row)
             if context.id in contexts:
-                raise _Unusable("id", "another picture has the same id", "give each picture an id of its own")
+                raise Unusable("id", "another picture has the same id", "give each picture an id of its own")
             contexts[context.id] = context
-        except _Unusable as error:
-            kind, problem, hint = error.args
-            problems.append(Problem(kind, problem, hint, place, _said_id(row)))
+        except Unusable as error:
+            problems.append(Problem(error.kind, error.problem, error.hint, place, _said_id(row)))
     if not contexts and not problems:
         problem, hint = "there are no pictures in it", "give it captions and boxes of at least one picture"
         problems.append(Problem("no rows", problem, hint, Place(str(path))))
@@ -135,9 +127,9 @@ def _said_id(row: Any) -> str | None:
 
 
 def _context(row: Any) -> Context:
-    """Check one row. Raises _Unusable with everything that is wrong with it."""
+    """Check one row. Raises Unusable with everything that is wrong with it."""
     if not isinstance(row, dict):
-        raise _Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
+        raise Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
     wrong: list[str] = []
     image, id_ = row.get("image"), row.get("id")
     if not isinstance(image, str) or not image.strip() or not PurePosixPath(image).name:
@@ -158,7 +150,7 @@ def _context(row: Any) -> Context:
     said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes), *crowds]
     wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
-        raise _Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
+        raise Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete, crowds)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from demo.talk import ASKING, NOTHING, TROUBLE, WAITING, as_text, begin, in_words, visitor_of
+from demo.talk import ASKING, NOTHING, WAITING, as_text, asked, begin, in_words, not_answered, visitor_of
 from demo.visitors import Visitor, Visitors
 from qllava.config import InputError
 from qllava.data.votes import Tally, Verdict, VoteFile, tally
@@ -155,11 +155,8 @@ def tally_bar(found: Tally, names: tuple[str, str]) -> str:
 
 def _asked(visitor: Visitor) -> list[Any]:
     """The question with its images, and why it cannot be answered."""
-    images = [{"path": str(image)} for image in visitor.pictures if image.is_file()]
-    asked: list[Any] = [{"role": "user", "content": [*images, as_text(visitor.question)]}]
-    if visitor.trouble:
-        asked.append(gr.ChatMessage(content=as_text(visitor.trouble), metadata={"title": TROUBLE}))
-    return asked
+    trouble = [not_answered(visitor.trouble)] if visitor.trouble else []
+    return [asked(visitor.question, visitor.pictures), *trouble]
 
 
 def _answers(visitor: Visitor) -> tuple[list[Any], list[Any]]:

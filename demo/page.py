@@ -20,6 +20,14 @@ from qllava.models.positions import positions_of
 STYLE = Path(__file__).with_name("style.css")
 MAX_WAITING = 100
 """Questions of all visitors in line, besides the one that is answered; the next one is refused."""
+CHATBOT: dict[str, Any] = {
+    "render_markdown": False,
+    "allow_tags": False,
+    "allow_file_downloads": False,
+    "feedback_options": None,
+    "layout": "bubble",
+}
+"""Of every chatbot: what is asked and answered is text, whatever it looks like."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -63,11 +71,7 @@ def _chat_tab(talk: Talk) -> None:
         examples=talk.examples or None,  # type: ignore[arg-type]
         editable="user",
         buttons=["copy"],
-        render_markdown=False,  # an answer is text
-        allow_tags=False,
-        feedback_options=None,
-        allow_file_downloads=False,
-        layout="bubble",
+        **CHATBOT,
     )
     pace = gr.HTML(elem_id="pace")
     textbox = _textbox("question", "Ask about an image: add, paste or drop it here")
@@ -98,19 +102,28 @@ def _compare_tab(compare: Compare) -> None:
         elem_id="told",
     )
     asked = gr.Chatbot(
-        elem_id="asked", show_label=False, label="Question", height="auto", buttons=[],
-        placeholder=_hint(compare.examples), examples=compare.examples or None,  # type: ignore[arg-type]
-        render_markdown=False, allow_tags=False, feedback_options=None, layout="bubble", allow_file_downloads=False,
-    )  # fmt: skip
+        elem_id="asked",
+        show_label=False,
+        label="Question",
+        height="auto",
+        placeholder=_hint(compare.examples),
+        examples=compare.examples or None,  # type: ignore[arg-type]
+        buttons=[],
+        **CHATBOT,
+    )
     with gr.Row(elem_id="sides"):
         left, right = (
             gr.Chatbot(
-                elem_id=side, label=side.capitalize(), height="30vh", min_width=140, buttons=["copy"],
-                render_markdown=False, allow_tags=False, feedback_options=None, layout="bubble",
-                allow_file_downloads=False, placeholder=f"<p>Answer on the {side}</p>",
+                elem_id=side,
+                label=side.capitalize(),
+                height="30vh",
+                min_width=140,
+                placeholder=f"<p>Answer on the {side}</p>",
+                buttons=["copy"],
+                **CHATBOT,
             )
             for side in ("left", "right")
-        )  # fmt: skip
+        )
     with gr.Row(elem_id="votes"):
         buttons = {
             choice: gr.Button(text, interactive=False, min_width=120, elem_id=f"vote-{choice.replace('_', '-')}")

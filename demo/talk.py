@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,6 +16,7 @@ import gradio as gr
 from demo.visitors import Visitor, Visitors
 from qllava.config import InputError
 from qllava.inference import Chat, Exchange, Session, Settings
+from qllava.models.errors import out_of_memory
 
 TROUBLE = "Not answered"
 MAX_QUESTION = 100_000
@@ -115,10 +117,9 @@ def messages(session: Session) -> list[Any]:
     """A conversation as Gradio's chatbot shows it: two messages an exchange, so that their places can be told."""
     shown: list[Any] = []
     for exchange in session.exchanges:
-        pictures = [{"path": str(picture)} for picture in exchange.pictures if picture.is_file()]
-        shown.append({"role": "user", "content": [*pictures, as_text(exchange.question)]})
+        shown.append(asked(exchange.question, exchange.pictures))
         if exchange.trouble:
-            shown.append(gr.ChatMessage(content=as_text(exchange.trouble), metadata={"title": TROUBLE}))
+            shown.append(not_answered(exchange.trouble))
         elif exchange.answer:
             shown.append({"role": "assistant", "content": as_text(exchange.answer)})
         elif exchange.over or exchange is not session.exchanges[-1]:
@@ -126,10 +127,21 @@ def messages(session: Session) -> list[Any]:
     return shown
 
 
+def asked(question: str, pictures: Sequence[Path]) -> dict[str, Any]:
+    """A question with those of its images that are still there, as Gradio's chatbot shows it."""
+    there = [{"path": str(picture)} for picture in pictures if picture.is_file()]
+    return {"role": "user", "content": [*there, as_text(question)]}
+
+
+def not_answered(trouble: str) -> gr.ChatMessage:
+    """Why there is no answer, in the place of one."""
+    return gr.ChatMessage(content=as_text(trouble), metadata={"title": TROUBLE})
+
+
 def in_words(error: Exception) -> str:
     """What went wrong, for the page; the kind of error and the whole of it go to the terminal."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    if "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return "The machine has not enough memory for this question; begin a new conversation, or use fewer pictures."
     return f"The model failed ({type(error).__name__}); the terminal in which the demo was started says more."
 

@@ -62,10 +62,9 @@ class Visitors:
 
     def of(self, request: gr.Request) -> Visitor:
         """The visitor behind a `gr.Request`. Raises InputError for one without the page's cookie."""
-        owner = self.cookies.owner(request.headers.get("cookie"))
+        owner, page = self._key(request)
         if owner is None:
             raise InputError("This page needs its cookie; allow it, and load the page again.")
-        page = re.sub(r"\W", "", str(request.session_hash))[:64]
         with self._lock:
             if (owner, page) not in self._visitors:
                 rater = request.username or f"anonymous-{owner[:8]}"
@@ -77,9 +76,13 @@ class Visitors:
 
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""
-        page = re.sub(r"\W", "", str(request.session_hash))[:64]
+        left = self._key(request)
+        self._forget(lambda key, _: key == left)
+
+    def _key(self, request: gr.Request) -> tuple[str | None, str]:
+        """Owner of the cookie, None without one, and the page, as a name that a folder may have."""
         owner = self.cookies.owner(request.headers.get("cookie"))
-        self._forget(lambda key, _: key == (owner, page))
+        return owner, re.sub(r"\W", "", str(request.session_hash))[:64]
 
     def leave_all(self) -> None:
         """The process ends; a model that still computes would be torn out of its thread."""

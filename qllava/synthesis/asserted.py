@@ -23,99 +23,76 @@ from dataclasses import dataclass
 
 from qllava.synthesis.nouns import may_be_a_model, spelling
 from qllava.synthesis.phrases import is_boundary
-from qllava.synthesis.words import COLOURS, is_counted, read_number, several
+from qllava.synthesis.words import COLOURS, is_counted, read_number, word_set
 
 _TOKEN = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*|[^\w\s]")
 _LONGEST = 3
 """Words of the longest noun of the table."""
-_VETO = frozenset(
-    several(
-        "not cannot never or nor neither either if whether would could should might may must will perhaps maybe "
-        "probably possibly seems seem seemingly appears appear imagine imaginary fake pretend pretending supposed "
-        "missing nowhere gone absent nothing nobody none hardly barely almost"
-    )
+_VETO = word_set(
+    "not cannot never or nor neither either if whether would could should might may must will perhaps maybe "
+    "probably possibly seems seem seemingly appears appear imagine imaginary fake pretend pretending supposed "
+    "missing nowhere gone absent nothing nobody none hardly barely almost"
 )
 """Words that make everything in their sentence unsure."""
-_SHOWS = frozenset(
-    several(
-        "picture pictures photo photos photograph photographs image images drawing drawings painting paintings "
-        "poster posters portrait portraits statue statues sculpture sculptures figurine figurines cartoon cartoons "
-        "illustration sketch mural murals graffiti toy toys replica replicas model models reflection reflections "
-        "reflected reflecting reflects shadow shadows silhouette silhouettes tattoo tattoos sticker stickers logo "
-        "logos print prints printed costume costumes mask masks advertisement advertisements ad ads billboard "
-        "billboards magazine video movie game lego legos plush stuffed decal emblem pictured depicted depicting "
-        "depicts painted drawn carved screenshot animated virtual miniature ornament ornaments figure figures doll "
-        "dolls dollhouse inflatable shaped themed pattern design word words wording letters text says reads "
-        "reading saying named called selfie dream art"
-    )
+_SHOWS = word_set(
+    "picture pictures photo photos photograph photographs image images drawing drawings painting paintings "
+    "poster posters portrait portraits statue statues sculpture sculptures figurine figurines cartoon cartoons "
+    "illustration sketch mural murals graffiti toy toys replica replicas model models reflection reflections "
+    "reflected reflecting reflects shadow shadows silhouette silhouettes tattoo tattoos sticker stickers logo "
+    "logos print prints printed costume costumes mask masks advertisement advertisements ad ads billboard "
+    "billboards magazine video movie game lego legos plush stuffed decal emblem pictured depicted depicting "
+    "depicts painted drawn carved screenshot animated virtual miniature ornament ornaments figure figures doll "
+    "dolls dollhouse inflatable shaped themed pattern design word words wording letters text says reads "
+    "reading saying named called selfie dream art"
 )
 """Words for what shows a thing that need not be there, and for names."""
-_OF_THE_PHOTO = frozenset(several("taking takes take taken posing pose poses"))
+_OF_THE_PHOTO = word_set("taking takes take taken posing pose poses")
 """What is done before a "picture" that is not in the picture."""
-_SCREENS = frozenset(several("mirror mirrors screen screens tv television televisions monitor monitors"))
-_CUTS = frozenset(
-    several(
-        "without no for like as than from toward towards about before after instead rather minus except but "
-        "lacking lacks missing resembling resembles imitating mimicking mimics wants wanting needs needing waiting "
-        "awaiting seeking hoping dreaming expecting advertising making makes made builds preparing "
-        "prepares ordering cooking baking showing shows indicating until where when so off out past half"
-    )
+_SCREENS = word_set("mirror mirrors screen screens tv television televisions monitor monitors")
+_CUTS = word_set(
+    "without no for like as than from toward towards about before after instead rather minus except but "
+    "lacking lacks resembling resembles imitating mimicking mimics wants wanting needs needing waiting "
+    "awaiting seeking hoping dreaming expecting advertising making makes made builds preparing "
+    "prepares ordering cooking baking showing shows indicating until where when so off out past half"
 )
 """Words that take back what follows them in the sentence."""
-_NEAR_TO = frozenset(several("next close attached tied adjacent chained connected strapped"))
-_ADJECTIVES = frozenset(
-    (
-        *COLOURS,
-        *several(
-            "gray tan beige gold golden silver dark light bright colorful colourful small large big little tiny "
-            "huge giant tall short long high low wide narrow round square circular old young new older younger "
-            "elderly baby adult full grown beautiful pretty nice cute adorable lovely fancy stylish modern antique "
-            "vintage clean dirty messy empty open closed busy crowded quiet wet dry snowy grassy sandy rocky dusty "
-            "muddy parked sleeping standing sitting smiling lone single double outdoor indoor male female asian "
-            "rusty shiny flat steep fluffy furry hairy spotted striped plain simple different other same lit "
-            "overturned folded wheeled commercial residential public main"
-        ),
-    )
+_NEAR_TO = word_set("next close attached tied adjacent chained connected strapped")
+_ADJECTIVES = {*COLOURS} | word_set(
+    "gray tan beige gold golden silver dark light bright colorful colourful small large big little tiny "
+    "huge giant tall short long high low wide narrow round square circular old young new older younger "
+    "elderly baby adult full grown beautiful pretty nice cute adorable lovely fancy stylish modern antique "
+    "vintage clean dirty messy empty open closed busy crowded quiet wet dry snowy grassy sandy rocky dusty "
+    "muddy parked sleeping standing sitting smiling lone single double outdoor indoor male female asian "
+    "rusty shiny flat steep fluffy furry hairy spotted striped plain simple different other same lit "
+    "overturned folded wheeled commercial residential public main"
 )
 """Words before a noun that leave the thing what it is."""
-_MATERIALS = frozenset(
-    several("wooden metal steel brick stone concrete glass plastic leather iron marble velvet paper")
-)
+_MATERIALS = word_set("wooden metal steel brick stone concrete glass plastic leather iron marble velvet paper")
 """They do so only for what is made of something: "a wooden horse" is no horse."""
-_ARTICLES = frozenset(several("a an the one his her its their this these those some several many few both all"))
-_PLACES = frozenset(
-    several(
-        "in on at by near with under beneath below over above behind beside besides between across along around "
-        "against inside outside through into onto upon atop among amongst amid down up within alongside underneath "
-        "and , & has have having"
-    )
+_ARTICLES = word_set("a an the one his her its their this these those some several many few both all")
+_PLACES = word_set(
+    "in on at by near with under beneath below over above behind beside besides between across along around "
+    "against inside outside through into onto upon atop among amongst amid down up within alongside underneath "
+    "and , & has have having"
 )
-_BEFORE_ARTICLES = frozenset(
-    several(
-        "in on at by near with under below over above behind beside between across along around through inside of to"
-    )
+_BEFORE_ARTICLES = word_set(
+    "in on at by near with under below over above behind beside between across along around through inside of to"
 )
 """Prepositions; after "and" and in a list a noun may share the article of another."""
-_DOES = frozenset(
-    several(
-        "holding holds hold wearing wears wear riding rides ride carrying carries using uses driving drives eating "
-        "eats containing contains facing faces featuring features sits stands lies walking flying pulling pushing "
-        "walks sitting standing lying laying hanging watching watches following follows chasing leaving crossing "
-        "crosses including surrounding surrounds topped"
-    )
+_DOES = word_set(
+    "holding holds hold wearing wears wear riding rides ride carrying carries using uses driving drives eating "
+    "eats containing contains facing faces featuring features sits stands lies walking flying pulling pushing "
+    "walks sitting standing lying laying hanging watching watches following follows chasing leaving crossing "
+    "crosses including surrounding surrounds topped"
 )
-_PART_OF = frozenset(
-    several(
-        "front top side middle center centre background foreground bottom edge corner back end inside outside left "
-        "right full box boxes bowl cup plate basket tray cart bag bottle view one"
-    )
+_PART_OF = word_set(
+    "front top side middle center centre background foreground bottom edge corner back end inside outside left "
+    "right full box boxes bowl cup plate basket tray cart bag bottle view one"
 )
 """What may stand before "of" so that the thing behind it is there; of "a piece of" or "the head of" it is not known."""
-_SEVERAL_OF = frozenset(
-    several(
-        "couple pair group groups bunch row rows lot lots number herd flock crowd stack pile line variety assortment "
-        "collection set all many both some several"
-    )
+_SEVERAL_OF = word_set(
+    "couple pair group groups bunch row rows lot lots number herd flock crowd stack pile line variety assortment "
+    "collection set all many both some several"
 )
 """The same before a plural: "the number of a bus" is no bus."""
 

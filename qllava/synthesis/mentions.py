@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from qllava.synthesis.nouns import COLLECTIVES, LIVING, OTHER_NAMES, SORTS, WIDER
 from qllava.synthesis.phrases import is_boundary
-from qllava.synthesis.words import is_counted, plural, read_number, several
+from qllava.synthesis.words import is_counted, plural, read_number, several, word_set
 
 _TOKEN = re.compile(r"[a-z]+(?:-[a-z]+)*|\d+|[^\w\s']")
 _HUGE = 1000
@@ -35,38 +35,29 @@ _VAGUE = {
     for word in several(words)
 }
 """Words before a noun, and how many of it they mean at least; many of it cannot be counted."""
-_FILLED = frozenset(several("full filled loaded packed covered lined crowded stacked piled topped"))
+_FILLED = word_set("full filled loaded packed covered lined crowded stacked piled topped")
 """Words before "of", "with", "in" or "by": what something is full of has no number."""
-_BREAKS = frozenset(
-    several(
-        "and or on at near next to from behind under over while who that is are was were has have holding riding "
-        "wearing looking sitting standing as for into through around above below inside outside"
-    )
+_BREAKS = word_set(
+    "and or on at near next to from behind under over while who that is are was were has have holding riding "
+    "wearing looking sitting standing as for into through around above below inside outside"
 )
-_THIS_ONE = frozenset(several("the his her its their this that same"))
+_THIS_ONE = word_set("the his her its their this that same")
 _ARTICLES = _THIS_ONE | {"a", "an", "my", "our", "your"}
-_ONE = frozenset(several("a an one another single lone this that the"))
-_PIECES = frozenset(
-    several("piece pieces slice slices half halves part parts portion portions bit bits bite remains rest")
-)
-_HEADS = frozenset(
-    several(
-        "bus car van room shirt uniform jersey hat cap photo portrait picture stand house light sign signal cone jam "
-        "lane station officer member dinner table boat flag logo size bed ride guide book dog"
-    )
+_ONE = word_set("a an one another single lone this that the")
+_PIECES = word_set("piece pieces slice slices half halves part parts portion portions bit bits bite remains rest")
+_HEADS = word_set(
+    "bus car van room shirt uniform jersey hat cap photo portrait picture stand house light sign signal cone jam "
+    "lane station officer member dinner table boat flag logo size bed ride guide book dog"
 )
 """Nouns before which a word for several says of what sort they are: "a team bus"."""
-_NO_AGENTS = frozenset(
-    several(
-        "papers newspapers flowers sunflowers computers containers controllers covers towers nletters corners "
-        "trailers burgers hamburgers speakers drawers counters posters layers stickers fingers feathers boulders "
-        "rollers shoulders sneakers others waters ladders lockers planters heaters crackers scooters helicopters "
-        "rivers trousers slippers banners borders dividers diapers zippers bumpers propellers skyscrapers printers "
-        "loafers peppers cuctoppers coolers dressers rafters gutters shutters lighters timbers shelters powers "
-        "showers quarters meters centers theaters coasters burners toasters blenders rulers markers binders "
-        "hangers hammers tractors trackers cruisers choppers freezers appetizers membranes lists twists fists "
-        "wrists waists mists masts"
-    )
+_NO_AGENTS = word_set(
+    "papers newspapers flowers sunflowers computers containers controllers covers towers corners trailers burgers "
+    "hamburgers speakers drawers counters posters layers stickers fingers feathers boulders rollers shoulders "
+    "sneakers others waters ladders lockers planters heaters crackers scooters helicopters rivers trousers "
+    "slippers banners borders dividers diapers zippers bumpers propellers skyscrapers printers loafers peppers "
+    "coolers dressers rafters gutters shutters lighters timbers shelters powers showers quarters meters centers "
+    "theaters coasters burners toasters blenders rulers markers binders hangers hammers trackers cruisers "
+    "choppers freezers appetizers twists wrists waists"
 )
 """Words in -ers and -ists that are no people."""
 

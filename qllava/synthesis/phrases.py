@@ -33,6 +33,7 @@ from itertools import dropwhile
 from typing import TYPE_CHECKING, Literal
 
 from qllava.config import InputError
+from qllava.synthesis.words import word_set
 
 if TYPE_CHECKING:
     from spacy.tokens import Token
@@ -40,11 +41,7 @@ if TYPE_CHECKING:
 SPACY_MODEL = "en_core_web_sm"
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-FUNCTION = _words(
+FUNCTION = word_set(
     """
     a an the this that these those some any each every either neither no all both another other others such several
     many few more most much less least own same enough various
@@ -66,7 +63,7 @@ FUNCTION = _words(
 )
 """Words between phrases, whatever stands around them; `s` and `t` are what is left of a clitic that stands apart."""
 
-VERBS = _words(
+VERBS = word_set(
     """
     sits sit sat stands stood lies lay laid lays holds hold held rides rode walks runs ran eats eat ate plays wears
     wear wore looks shows shown goes go went gone gets get got gives give gave given takes take took taken makes
@@ -80,7 +77,7 @@ VERBS = _words(
 )
 """Common verbs of captions that end in neither -ing nor -ed; no forms that are nouns as often (watch, drinks)."""
 
-NOUNS = _words(
+NOUNS = word_set(
     """
     building ceiling clothing crossing dining living evening morning earring string spring swing thing
     painting drawing wedding railing awning bedding frosting icing topping stuffing pudding dumpling sibling

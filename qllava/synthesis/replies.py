@@ -38,6 +38,7 @@ from qllava.llm.store import Reply
 from qllava.llm.thoughts import answer_of, holds_marks
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.objects import unsupported
+from qllava.synthesis.words import word_set
 
 Turns: TypeAlias = tuple[tuple[str, str], ...]
 """Question and answer of every turn; a description's question is empty."""
@@ -113,14 +114,13 @@ _DECLINES = re.compile(
 _FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"^[ \t*#]*(Question|Answer)(?: *\d+)? *:[ *]*", re.MULTILINE | re.IGNORECASE)
 _RULER = re.compile(r"^\s*={3,}\s*$", re.MULTILINE)
-_LIGHT = frozenset(
-    re.split(
-        r"\s+",
-        """a an the this that these those it its he she they his her their them there here is are was were be been
-        being am do does did has have had and or but of in on at to from with by for as into over under one some any
-        what which who whom whose where when why how can could would will may might i you we picture image photo
-        photograph scene""",
-    )
+_LIGHT = word_set(
+    """
+    a an the this that these those it its he she they his her their them there here is are was were be been
+    being am do does did has have had and or but of in on at to from with by for as into over under one some any
+    what which who whom whose where when why how can could would will may might i you we picture image photo
+    photograph scene
+    """
 )
 
 

@@ -18,6 +18,11 @@ def several(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def word_set(text: str) -> frozenset[str]:
+    """Return the words of a text as a set."""
+    return frozenset(text.split())
+
+
 SIZES = ("small", "medium", "large")
 COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey",
@@ -30,22 +35,20 @@ KINDS = {
 """Words that stand above several categories; the first two are COCO's."""
 KIND_OF = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
 
-_MASS = frozenset(
-    several(
-        """
-        broccoli food hair water grass sand snow ice rain mud dirt soil smoke fog sky rice bread meat cheese butter
-        fruit pasta corn spinach lettuce cabbage garlic soup salad milk juice coffee tea beer wine sugar salt sauce
-        luggage baggage furniture equipment clothing jewelry jewellery silverware cutlery traffic graffiti wood metal
-        plastic paper cardboard concrete asphalt pavement gravel stone brick foliage vegetation shrubbery scenery
-        money mail trash garbage rubbish hay straw wool fur leather cotton produce popcorn toast bacon ham pork beef
-        seafood
-        """
-    )
+_MASS = word_set(
+    """
+    broccoli food hair water grass sand snow ice rain mud dirt soil smoke fog sky rice bread meat cheese butter
+    fruit pasta corn spinach lettuce cabbage garlic soup salad milk juice coffee tea beer wine sugar salt sauce
+    luggage baggage furniture equipment clothing jewelry jewellery silverware cutlery traffic graffiti wood metal
+    plastic paper cardboard concrete asphalt pavement gravel stone brick foliage vegetation shrubbery scenery
+    money mail trash garbage rubbish hay straw wool fur leather cotton produce popcorn toast bacon ham pork beef
+    seafood
+    """
 )
 """Words without a plural: there is some of it or none, and it is never counted."""
-_PLURAL_ONLY = frozenset(several("people men women children cattle police mice geese teeth feet oxen livestock"))
-_SINGULAR_IN_S = frozenset(several("gas lens canvas atlas iris tennis bus christmas pancreas"))
-_SAME = frozenset(several("sheep fish deer bison moose shrimp aircraft series species"))
+_PLURAL_ONLY = word_set("people men women children cattle police mice geese teeth feet oxen livestock")
+_SINGULAR_IN_S = word_set("gas lens canvas atlas iris tennis bus christmas pancreas")
+_SAME = word_set("sheep fish deer bison moose shrimp aircraft series species")
 """Words whose plural looks like their singular: they can be counted."""
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")

@@ -99,14 +99,13 @@ class _Forms:
 def speaks_against(captions: Sequence[str], noun: str, found: int) -> bool:
     """Return whether a caption speaks of more of a thing than were found, or of another number of it."""
     return any(
-        _number_said(caption, noun) not in (None, found) or _least(_words(caption), noun) > found
-        for caption in captions
+        _number_said(caption, noun) not in (None, found) or _least(caption, noun) > found for caption in captions
     )
 
 
 def _number_said(caption: str, noun: str) -> int | None:
     """Return the number of a thing that a caption says in the thing's own name, if it is its only mention there."""
-    mentions = list(_mentions(_words(caption), _forms(noun)))
+    mentions = _mentioned(caption, noun)
     said = mentions[0].said if len(mentions) == 1 and mentions[0].own else None
     return said if said is not None and said > 1 else None
 
@@ -114,11 +113,11 @@ def _number_said(caption: str, noun: str) -> int | None:
 def disputed(caption: str, others: Sequence[str], noun: str) -> bool:
     """Return whether a caption says a number of a thing, or of a sort of it, and another says a different one."""
     # Several numbers in one caption are of parts: "one pizza is larger than two others" does not say two.
-    only = [found[0] for one in (caption, *others) if len(found := list(_mentions(_words(one), _forms(noun)))) == 1]
-    if not only or len(list(_mentions(_words(caption), _forms(noun)))) != 1:
+    mine, *theirs = (_mentioned(one, noun) for one in (caption, *others))
+    if len(mine) != 1 or (mine[0].said or 0) < 2:
         return False
-    mine = only[0]
-    return (mine.said or 0) > 1 and any(one.name == mine.name and one.said not in (None, mine.said) for one in only)
+    name, said = mine[0].name, mine[0].said
+    return any(len(one) == 1 and one[0].name == name and one[0].said not in (None, said) for one in theirs)
 
 
 def wider_speaks_against(captions: Sequence[str], counts: dict[str, int]) -> set[str]:
@@ -161,9 +160,9 @@ def _names(noun: str) -> dict[str, bool]:
     return {**dict.fromkeys(sorts, False), **dict.fromkeys((noun.lower(), *OTHER_NAMES.get(noun, ())), True)}
 
 
-def _least(words: tuple[str, ...], noun: str) -> int:
+def _least(caption: str, noun: str) -> int:
     """How many of a thing a caption speaks of at least."""
-    mentions = list(_mentions(words, _forms(noun)))
+    mentions, words = _mentioned(caption, noun), _words(caption)
     least = _together(mentions)
     if mentions and "others" in words[mentions[0].at :]:
         least += 2
@@ -174,6 +173,13 @@ def _together(mentions: Sequence[_Mention]) -> int:
     """How many the mentions of one caption mean at least; "another" says that there is one besides."""
     first = any(not one.further for one in mentions)
     return sum(one.least for one in mentions) + (1 if mentions and not first else 0)
+
+
+# The rules ask for the same caption and thing again: for a number, for the sound captions, for the others beside it.
+@lru_cache(maxsize=1 << 10)
+def _mentioned(caption: str, noun: str) -> tuple[_Mention, ...]:
+    """Every mention of a category in a caption."""
+    return tuple(_mentions(_words(caption), _forms(noun)))
 
 
 # A category comes with every image of a data set; the bound is for what users call theirs.

@@ -108,13 +108,12 @@ class View:
 
     def more_than_one(self) -> list[str]:
         """Return the categories of which there are several, while their number is not settled."""
-        several = {noun for noun, things in self.by_noun.items() if len(things) > 1 and not self._pieces(noun)}
-        return sorted(
-            noun for noun in several | self.crowds if is_counted(noun) and (noun in self.crowds or not self.count(noun))
-        )
-
-    def _pieces(self, noun: str) -> bool:
-        return in_pieces(self.captions, noun)
+        several = {
+            noun
+            for noun, things in self.by_noun.items()
+            if len(things) > 1 and not self.count(noun) and not in_pieces(self.captions, noun)
+        }
+        return sorted(noun for noun in several | self.crowds if is_counted(noun))
 
     @cached_property
     def sound_captions(self) -> list[str]:

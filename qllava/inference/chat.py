@@ -47,9 +47,7 @@ class Chat:
         system: str | None = None,
     ) -> str:
         """Answer one question about no, one or several pictures. Raises InputError for a broken picture or question."""
-        pictures = as_list(images)
-        conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
-        prompt = self.prompt(conversation, pictures)
+        prompt = self.prompt(*_asked(images, question, system))
         return self.complete([prompt], max_new_tokens=max_new_tokens, temperature=temperature)[0]
 
     def stream(
@@ -62,9 +60,8 @@ class Chat:
         system: str | None = None,
     ) -> Iterator[str]:
         """`answer`, piece by piece. Closing the iterator ends the computation."""
-        pictures = as_list(images)
-        conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
-        return self.reply(conversation, pictures, max_new_tokens=max_new_tokens, temperature=temperature)
+        asked = _asked(images, question, system)
+        return self.reply(*asked, max_new_tokens=max_new_tokens, temperature=temperature)
 
     def reply(
         self,
@@ -111,11 +108,7 @@ class Chat:
 
         As many at once as fit into memory, and at most `batch_size`.
         """
-        prompts = []
-        for images, question in pairs:
-            pictures = as_list(images)
-            conversation = Conversation(turns=(user_turn(question, len(pictures)),), system=system)
-            prompts.append(self.prompt(conversation, pictures))
+        prompts = [self.prompt(*_asked(images, question, system)) for images, question in pairs]
         return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
 
     def prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
@@ -182,3 +175,11 @@ class Chat:
             thread.join()
         if failure:
             raise failure[0]
+
+
+def _asked(
+    images: Picture | Sequence[Picture] | None, question: str, system: str | None
+) -> tuple[Conversation, list[Picture]]:
+    """One question as a conversation, and its images."""
+    pictures = as_list(images)
+    return Conversation((user_turn(question, len(pictures)),), system), pictures

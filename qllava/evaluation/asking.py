@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
-from qllava.llm.address import OPENAI, without_secrets
+from qllava.llm.address import OPENAI, chosen, without_secrets
 from qllava.llm.client import Client
 from qllava.llm.store import Call, Message, Reply, Store
 from qllava.llm.thoughts import answer_of
@@ -55,7 +54,7 @@ class Judge:
 
         Behind one name stand other models at other addresses: many local servers call whatever they serve the same.
         """
-        address = (self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
+        address = chosen(self.base_url)
         return "" if address == OPENAI else f"-{hashlib.sha256(without_secrets(address).encode()).hexdigest()[:8]}"
 
     def ask(self, calls: Sequence[Call]) -> Answered:

@@ -82,8 +82,7 @@ def address_of(base_url: str | None) -> Address:
     Raises:
         InputError: This is no address, or it is OpenAI's own and there is no key, or the key cannot be one.
     """
-    key = _key()
-    given = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
+    key, given = _key(), chosen(base_url)
     try:
         url = httpx.URL(given)
         login = (unquote(url.username), unquote(url.password)) if url.userinfo else None
@@ -98,6 +97,11 @@ def address_of(base_url: str | None) -> Address:
     if plain == OPENAI and not key:
         raise InputError(f"{plain} needs a key: set OPENAI_API_KEY, or name another server with --base-url.")
     return Address(f"{plain}/chat/completions", key, login)
+
+
+def chosen(base_url: str | None) -> str:
+    """`base_url`, else OPENAI_BASE_URL, else OpenAI's: as it was given, unchecked, with whatever secret it holds."""
+    return (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
 
 
 def without_secrets(url: str) -> str:

@@ -155,7 +155,8 @@ def export_batch(job: Job, requests: Path, max_calls: int | None = None, max_tok
 
         def affordable() -> Iterator[Call]:
             calls, tokens = kept.requests, kept.tokens
-            for task in _in_turn(job, kept):
+            # Where nothing has failed the order stays, and `_next` below passes over what is settled.
+            for task in _in_turn(job, kept) if kept.failed else job.tasks:
                 step = _next(task, job.asking, kept.known)
                 if step is None:
                     continue

@@ -46,7 +46,7 @@ class Cookies:
         return f"{token}.{self._sign(token)}"
 
     def owner(self, header: str | None) -> str | None:
-        """Return the folder name of the visitor who sends a `Cookie` header; the cookie cannot be told from it."""
+        """Return the folder name of the visitor who sends a `Cookie` header; the cookie cannot be derived from it."""
         for part in (header or "").split(";"):
             name, _, value = part.strip().partition("=")
             token, _, signature = value.partition(".")

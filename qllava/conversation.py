@@ -255,7 +255,7 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 
 
 def joined(parts: Sequence[str | None]) -> str:
-    """Join content parts (a text, or None for an image) into the content of a turn, every image where it stands.
+    """Join content parts (a text, or None for an image) into the content of a turn, every image at its place.
 
     A single image comes first, as in `ask`. Several keep their places; those before all words are each followed by a
     newline. Words of different parts never touch: `["Is", None, "darker than", None, "?"]` is

@@ -50,7 +50,7 @@ def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[
             on_problem(Problem("table", "the record holds a NUL character", "write it again", place))
         elif len(record) == len(columns):
             yield place, _record(columns, record)
-        elif record:  # a blank line is no record
+        elif record:  # a blank line is not a record
             problem = f"the number of fields is {len(record)}, of columns {len(columns)}"
             hint = f"quote fields that hold {delimiter!r} or a line break"
             on_problem(Problem("table", problem, hint, place))
@@ -65,7 +65,7 @@ def _unreadable(error: csv.Error, place: Place) -> Problem:
 
 
 def _header(line: str) -> tuple[str, list[str]]:
-    """Delimiter and columns of a table; no columns where the line is no header of records."""
+    """Delimiter and columns of a table; no columns where the line is not a header."""
     for delimiter in ",;\t":
         try:
             fields = next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True), [])

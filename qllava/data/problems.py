@@ -129,7 +129,7 @@ def check_unicode(text: str, what: str, kind: str = "no text") -> None:
         raise Unusable(kind, problem, "write the character whole")
 
 
-# What pyarrow and tarfile raise at broken bytes beside their own: wrong places, numbers and texts have been followed.
+# What pyarrow and tarfile raise for corrupt bytes besides their own errors, when they follow wrong offsets.
 DAMAGE = (OSError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
 
 

@@ -121,7 +121,7 @@ def _add_turn(said: Said, turn: dict[str, Any], number: int, kind: str, key: str
 
 
 def _joined(said: Said, parts: list[Any], number: int, key: str) -> str:
-    """A content given as a list of parts, every image where it stands."""
+    """A content given as a list of parts, as text with every image at its place."""
     pieces: list[str | None] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None

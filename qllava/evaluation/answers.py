@@ -46,7 +46,7 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
 
     Args:
         path: The file; it need not exist.
-        settings: What stands in every line, `fingerprint` among it; `model` is a name, and may be another.
+        settings: What every line holds, the `fingerprint` included; `model` is only a name and may differ.
         asked: By the ids of the questions, hashes of what they ask.
 
     Raises:

@@ -52,7 +52,7 @@ class Judge:
     def _place(self) -> str:
         """A mark of the server, part of what a kept reply is found by; none for OpenAI's own.
 
-        Behind one name stand other models at other addresses: many local servers call whatever they serve the same.
+        One name may mean different models at different addresses: many local servers name all that they serve alike.
         """
         address = chosen(self.base_url)
         return "" if address == OPENAI else f"-{hashlib.sha256(without_secrets(address).encode()).hexdigest()[:8]}"

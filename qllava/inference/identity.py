@@ -1,6 +1,6 @@
 """Which model answered: a fingerprint of all that decides a greedy answer, whatever path or name it was loaded by.
 
-A path is no name of a model: a run is trained again, a merge written anew, a hub name moves on. A file of answers
+A path does not identify a model: a run is trained again, a merge replaced, a hub name updated. A file of answers
 carries the fingerprint of whoever gave them, so that the answers of one model are never taken for another's.
 """
 

@@ -80,7 +80,7 @@ def address_of(base_url: str | None) -> Address:
     """Return where requests go: `base_url`, else OPENAI_BASE_URL, else OpenAI's.
 
     Raises:
-        InputError: This is no address, or it is OpenAI's own and there is no key, or the key cannot be one.
+        InputError: The address cannot be one, or it is OpenAI's own and there is no key, or the key cannot be one.
     """
     key, given = _key(), chosen(base_url)
     try:

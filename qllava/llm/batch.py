@@ -149,7 +149,7 @@ def read_results(paths: Sequence[Path], call_of: Callable[[str], Call | None], s
         store: Where the replies are kept.
 
     Raises:
-        InputError: A line is no result, or nothing in a file belongs to this command.
+        InputError: A line is not a result, or nothing in a file belongs to this command.
     """
     total = Imported(0, 0, 0, 0)
     for path in paths:
@@ -175,7 +175,7 @@ def _read_file(path: Path, call_of: Callable[[str], Call | None], store: Store) 
                 if len(new) == _AT_ONCE:
                     store.add(*new.values())
                     new.clear()
-    finally:  # a line that is no result costs none of those before it
+    finally:  # those before a line that is not a result are kept
         store.add(*new.values())
     if foreign and not (replies or known or failed):
         raise InputError(

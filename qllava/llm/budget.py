@@ -8,7 +8,7 @@ server says it cost takes that place. What is unknown counts at the most: a prom
 tokens as it has bytes (no tokenizer in use makes more of a text, whatever its language), a reply has as many as it was
 allowed, and a request whose connection broke may have been paid in full.
 
-An estimate (`prompt_tokens`, `text_tokens`) is no bound: it says what a run will probably cost.
+An estimate (`prompt_tokens`, `text_tokens`) is not a bound: it says what a run will probably cost.
 """
 
 from __future__ import annotations

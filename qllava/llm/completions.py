@@ -2,7 +2,7 @@
 
 A body may be anything: half of JSON, brackets that nest thousands deep, numbers that no count can be, halves of
 characters. Whatever arrived was paid, so it is a reply all the same: the whole text, with "unreadable" for a reason.
-What is no reply is an error that came with status 200, as some routers send it (`error_of`).
+Only an error that came with status 200, as some routers send it, is not a reply (`error_of`).
 """
 
 from __future__ import annotations

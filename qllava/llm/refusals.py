@@ -53,7 +53,7 @@ class Trouble:
 
 
 def trouble_of(response: httpx.Response, address: Address) -> Trouble:
-    """Return what an answer that is no reply means.
+    """Return what an answer other than a reply means.
 
     Raises:
         InputError: Every other request would fail alike.

@@ -7,8 +7,8 @@
 A name maps to whether the caption has it in the plural. Only nouns of a table (`nouns`) are looked for. One counts if
 
     its phrase      is article or number, adjectives of a list, and the noun, and nothing makes another thing of it:
-                    "dog bed", "hot dog" and "toy train" are no dog and no train
-    before it       stands the start of the sentence, "and", or a preposition or verb of a list ("on", "holding")
+                    "dog bed", "hot dog" and "toy train" mean neither a dog nor a train
+    before it       is the start of the sentence, "and", or a preposition or verb of a list ("on", "holding")
     its sentence    has nothing before it that takes it back (no, without, for, like, as, waiting, "to catch"), and
                     nowhere a "not", an "or" or a word for things that show other things (picture, statue, toy)
 
@@ -68,7 +68,7 @@ _ADJECTIVES = {*COLOURS} | word_set(
 )
 """Words before a noun that leave the thing what it is."""
 _MATERIALS = word_set("wooden metal steel brick stone concrete glass plastic leather iron marble velvet paper")
-"""They do so only for what is made of something: "a wooden horse" is no horse."""
+"""They do so only for what is made of something: "a wooden horse" is not a horse."""
 _ARTICLES = word_set("a an the one his her its their this these those some several many few both all")
 _PLACES = word_set(
     "in on at by near with under beneath below over above behind beside besides between across along around "
@@ -94,7 +94,7 @@ _SEVERAL_OF = word_set(
     "couple pair group groups bunch row rows lot lots number herd flock crowd stack pile line variety assortment "
     "collection set all many both some several"
 )
-"""The same before a plural: "the number of a bus" is no bus."""
+"""The same before a plural: "the number of a bus" is not a bus."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _nouns(words: list[str]) -> Iterator[_Found]:
 
 
 def _ends(words: list[str], end: int) -> bool:
-    """Whether a noun phrase ends here: what follows is no noun, or participle and noun ("a tree lined street")."""
+    """Whether a noun phrase ends here: no noun follows, and no participle with one ("a tree lined street")."""
     after, then = ([*words[end : end + 2], "", ""])[:2]
     if not after or after == "full":
         return True
@@ -208,7 +208,7 @@ def _ends(words: list[str], end: int) -> bool:
 
 
 def _begins(words: list[str], one: _Found) -> bool:
-    """Whether article and adjectives stand before a noun, and before those something that says that it is there."""
+    """Whether a noun has article and adjectives, and before those something that says that it is there."""
     at = one.start - 1
     while at >= 0 and (words[at] in _ADJECTIVES or (words[at] in _MATERIALS and not may_be_a_model(one.name))):
         at -= 1

@@ -59,7 +59,7 @@ _NO_AGENTS = word_set(
     "theaters coasters burners toasters blenders rulers markers binders hangers hammers trackers cruisers "
     "choppers freezers appetizers twists wrists waists"
 )
-"""Words in -ers and -ists that are no people."""
+"""Words in -ers and -ists that do not mean people."""
 
 
 @dataclass(frozen=True)

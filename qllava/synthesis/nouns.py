@@ -2,7 +2,7 @@
 
 OTHER_NAMES["couch"]    ("sofa", ...): a number with it is a number of couches
 SORTS["person"]         ("man", "surfer", ...): a number with it is a number of at least so many people
-WIDER["animal"]         categories that it stands above: "two animals" are two of these together
+WIDER["animal"]         categories that it includes: "two animals" are two of these together
 COLLECTIVES["person"]   {"crowd": 10, ...}: at least so many, in one word
 spelling("mustache")    "moustache": one name for all spellings and synonyms of a thing that can be seen
 """
@@ -116,7 +116,7 @@ WIDER = {
     "computer": ("laptop",),
     "dish": ("bowl", "cup"),
 }
-"""A word and the categories that it stands above."""
+"""A word and the categories that it includes."""
 _LIVING = {"herd": 3, "flock": 3, "pack": 3, "pride": 3, "swarm": 10, "group": 3, "pair": 2, "trio": 3, "twins": 2}
 COLLECTIVES: dict[str, dict[str, int]] = {
     "person": {

@@ -80,7 +80,7 @@ def conversation(view: View, rng: random.Random, *, brief: bool = False, turns: 
 
 
 def detail(view: View, rng: random.Random) -> str:
-    """A description: the sound caption that says most, how many of what, where it is, and how it lies to each other."""
+    """A description: the sound caption that says most, how many of what, where it is, and what is next to it."""
     if view.complete:
         said = [f"{article(f'{t.size} {t.phrase}' if t.size else t.phrase)}{_at(view, t)}" for t in view.things]
         return f"There {verb(view.things[0].noun)} {listed(said)}." if said else "There is nothing."

@@ -153,11 +153,6 @@ def read_letter(text: str) -> str | None:
     return stated[0] if len(stated) == 1 else None
 
 
-def is_right(problem: ScienceProblem, answer: str) -> bool:
-    """Whether the letter that can be read from an answer is the right choice's."""
-    return read_letter(answer) == LETTERS[problem.answer]
-
-
 def read_problems(path: Path, split: str = "test") -> list[ScienceProblem]:
     """The problems of one split of an original `problems.json`.
 

@@ -13,6 +13,7 @@ from qllava.config import expanded
 from qllava.inference.chat import Chat
 from qllava.models.adapter import RECORD_FILE, read_record
 from qllava.models.card import base_of, results_of
+from qllava.models.checkpoint import tokens_per_image
 from qllava.models.positions import positions_of
 from qllava.models.recommended import recommendation
 
@@ -42,8 +43,7 @@ def about(chat: Chat) -> dict[str, str]:
     facts = {
         "Model": label(chat),
         "Size": f"{_short(parameters)} parameters, {text.num_hidden_layers} layers of {text.hidden_size}",
-        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, "
-        f"{(vision.image_size // vision.patch_size) ** 2} tokens each",
+        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, {tokens_per_image(config)} tokens each",
         "Context": f"{positions_of(text):,} tokens",
         "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
     }

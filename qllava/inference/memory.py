@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from transformers import LlavaConfig
 
+from qllava.models.checkpoint import tokens_per_image
+
 _FP32 = 4
 _IDS = 4 * 8
 """Of a token: its id, as it was given and as it grows, its place in the mask, and its position."""
@@ -184,11 +186,8 @@ class _Shape:
         text: Any = config.get_text_config()
         vision: Any = config.vision_config
         size = dtype.itemsize
-        side = vision.image_size
-        patches = (side // vision.patch_size) ** 2
-        has_class = vision.model_type == "clip_vision_model"
-        tokens = patches + int(has_class)
-        seen = tokens if config.vision_feature_select_strategy == "full" else tokens - 1
+        seen = tokens_per_image(config)
+        tokens = seen + int(config.vision_feature_select_strategy == "default")
         chosen = config.vision_feature_layer
         chosen = 1 if isinstance(chosen, int) else len(chosen)
         own = _FP32 if training else size
@@ -202,7 +201,7 @@ class _Shape:
             text=text,
             size=size,
             training=training,
-            pixels=_FP32 * vision.num_channels * side**2,
+            pixels=_FP32 * vision.num_channels * vision.image_size**2,
             tower=(3 + chosen) * hidden + max(inner, 3 * hidden),
             projector=(1 + chosen) * hidden + (given if training or chosen > 1 else 0) + 2 * features,
             image_outputs=(1 + chosen) * hidden + features,

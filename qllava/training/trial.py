@@ -42,13 +42,13 @@ def try_out(config: TrainConfig) -> None:
                 optimizer.train()
             optimizer.step()
             setting = f"lr_scheduler_type {config.scheduler}"
-            arguments = config.lr_scheduler_kwargs or {}
+            shape: Any = config.lr_scheduler_kwargs or {}
             scheduler: Any = get_scheduler(
                 config.lr_scheduler_type,
                 optimizer,
                 num_warmup_steps=1,
                 num_training_steps=1000,
-                scheduler_specific_kwargs=dict(arguments),
+                scheduler_specific_kwargs=dict(shape),
             )
             scheduler.step(*([1.0] if config.scheduler in FOLLOWING else []))
     except Exception as error:  # optimizers come from many packages, and raise what they like

@@ -15,13 +15,14 @@ program without such a connection uploads is removed after `PAGELESS` seconds.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -200,12 +201,12 @@ class Uploads:
         """Return the number of images, and their bytes, of one owner or of all."""
         with self._lock:
             counted = [(files, size) for whose, files, size in self._arriving.values() if owner in (None, whose)]
-        for path in self.folder.glob(f"{owner or '*'}/**/*"):
-            try:
-                if path.is_file() and EXAMPLES not in path.relative_to(self.folder).parts[:1]:
-                    counted.append((1, path.stat().st_size))
-            except OSError:  # removed meanwhile
+        for folder, _, files in os.walk(self.folder / (owner or "")):  # passes over folders that are removed meanwhile
+            if EXAMPLES in Path(folder).relative_to(self.folder).parts[:1]:
                 continue
+            for file in files:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    counted.append((1, Path(folder, file).stat().st_size))
         return sum(files for files, _ in counted), sum(size for _, size in counted)
 
     def _keep(self, owner: str, file: UploadFile) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +75,25 @@ def test_only_cookies_that_were_issued_have_an_owner() -> None:
     assert cookies.owner(None) is None and cookies.owner(f"qllava={first}") is None
     assert Cookies().owner(f"{cookies.name}={first}") is None, "of another process"
     assert cookies.owner(f'a="; {cookies.name}=x;; {cookies.name}={first} ; b') in owners
+
+
+def test_files_are_counted_while_others_remove_theirs(
+    tmp_path: Path, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by twenty visitors at once: the count met a folder that was removed as it was looked into."""
+    uploads = Uploads(tmp_path)
+    for owner in ("first", "second", "third"):
+        send(uploads, owner, photo)
+    look, there = os.scandir, {owner: uploads.used(owner) for owner in ("first", "third")}
+
+    def scandir(path: Any) -> Any:
+        if str(path) == str(tmp_path / "second" / "uploads"):
+            shutil.rmtree(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert uploads.used() == (2, sum(size for _, size in there.values()))
+    assert not (tmp_path / "second" / "uploads").exists()
 
 
 def test_new_visitors_are_limited_by_the_minute() -> None:

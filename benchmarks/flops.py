@@ -33,10 +33,10 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
 from qllava.models.checkpoint import tokens_per_image
 from qllava.surroundings import prepare_process
-from qllava.training.attention import looking_at
-from qllava.training.exact import take_shortcuts, teach_rows
 from qllava.training.memory import recompute as recompute_layers
 from qllava.training.memory.fake import fake_llava, llava_of
+from qllava.training.step.attention import looking_at
+from qllava.training.step.exact import take_shortcuts, teach_rows
 
 TEXT_TOKENS, LEARNED_TOKENS = 200, 100
 

@@ -35,7 +35,7 @@ from benchmarks.throughput import MIXTURES, Plan, compare, disagreement
 from benchmarks.turns import Worker
 from qllava.data.packing import Group
 from qllava.surroundings import prepare_process
-from qllava.training.attention import Sight, row_attention
+from qllava.training.step.attention import Sight, row_attention
 
 CAPS_GB = (8, 12, 16, 24)
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*gb*.yaml"))

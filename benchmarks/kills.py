@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks.machine import provenance
 from qllava.nano.dataset import prepare
 from qllava.surroundings import prepare_process
-from qllava.training.checkpoints import PARTIAL, checkpoints, fault
+from qllava.training.durable.checkpoints import PARTIAL, checkpoints, fault
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, JITTER = 320, 0.02

@@ -6,7 +6,7 @@ nano is tuned on the pictures of its own training set, with the projector that t
 recipes/finetune_lora.py and its settings; only the words differ:
 
     main      nano's own questions: what the finished run scored, over 3,000 more pictures in colours without a name
-    rules     `qllava.synthesis.rules`, conversations with brief answers: up to ten questions a picture
+    rules     `qllava.synthesis.rules.examples`, conversations with brief answers: up to ten questions a picture
     naive     a question from a list, and a caption
 
 Each is scored on nano's own 1,000 held-out questions. Seeds change the rows and the order of training.
@@ -27,7 +27,7 @@ from benchmarks.machine import provenance
 from qllava.nano.dataset import NanoData, prepare
 from qllava.surroundings import prepare_process
 from qllava.synthesis.contexts import read_contexts
-from qllava.synthesis.rules import write
+from qllava.synthesis.rules.examples import write
 
 ROOT = Path(__file__).parents[1]
 TYPES = {"rules": "conversation", "naive": "naive"}

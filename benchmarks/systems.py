@@ -42,7 +42,7 @@ from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
-from qllava.training.order import loader
+from qllava.training.durable.order import loader
 from qllava.training.settings import TrainConfig
 from qllava.training.stage import Begin, Stage, fitted
 from qllava.training.trainer import LlavaTrainer

@@ -25,7 +25,7 @@ from qllava.files import made_once
 from qllava.surroundings import prepare_process
 
 if TYPE_CHECKING:
-    from qllava.training.ablation import Grid
+    from qllava.experiments.ablation import Grid
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,8 +66,8 @@ def small_llama() -> Path:
 
 def ablate(grid: Grid, out: Path) -> None:
     """Run what is missing of a grid and write what was found."""
-    from qllava.training import ablation_report
-    from qllava.training.ablation import run_grid
+    from qllava.experiments import report as ablation_report
+    from qllava.experiments.ablation import run_grid
 
     page = ablation_report.write(out, grid, run_grid(grid, out, run))
     print((out / "table.md").read_text(encoding="utf-8"))
@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from qllava.experiments.ablation import read_grid
     from qllava.nano import dataset, orders
-    from qllava.training.ablation import read_grid
 
     places = {"nano": lambda: dataset.prepare().folder, "orders": orders.prepare, "small_llama": small_llama}
     places |= {name: path.absolute for name, path in arguments.place}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from qllava.training.begin import finetune
+from qllava.training.options.begin import finetune
 
 if __name__ == "__main__":
     sys.exit(finetune())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from qllava.training.begin import pretrain
+from qllava.training.options.begin import pretrain
 
 if __name__ == "__main__":
     sys.exit(pretrain())

@@ -50,7 +50,7 @@ NOT_RUN = {
     "llama-": "another program's",
     "cd gguf && ollama": "another program's",
     "python -m lmms_eval": "another program's",
-    "python recipes/ablate.py": "hours of trainings; tests/training/test_ablation.py runs a small one",
+    "python recipes/ablate.py": "hours of trainings; tests/experiments/test_ablation.py runs a small one",
     "python -m qllava.models.convert": "needs pickled weights; tests/models/test_hub.py runs it",
     "python benchmarks/gpu.py": "needs a GPU; tests/test_benchmarks.py runs each step at a tiny size",
     "cp -r": "the shell's own",
@@ -118,7 +118,7 @@ class Reader:
             return main(words[1:])
         assert words[0] == "python", f"nobody here runs {command!r}; say in NOT_RUN why"
         if words[1] == "demo/app.py":
-            from demo import app
+            from qllava.pages import server as app
 
             return app.main(words[2:])
         trains = Path(words[1]).name in ("finetune_lora.py", "pretrain_projector.py")

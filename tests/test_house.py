@@ -25,10 +25,11 @@ ROWS = (
     {"arguments"},
     {"data", "models", "nano"},
     {"inference", "llm"},
-    {"synthesis"},
+    {"voting", "synthesis"},
     {"evaluation"},
     {"training", "merge", "export", "doctor"},
-    {"cli", "recipes", "demo"},
+    {"experiments", "pages", "cli"},
+    {"recipes", "demo"},
     {"__main__"},  # the command by another name
 )
 LIGHT = {room for rooms in ROWS[:3] for room in rooms}
@@ -36,13 +37,7 @@ ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip", "gradio", "datasets"}
 
 # What a recipe's command line goes through before anything heavy is imported.
-BEFORE_TORCH = {
-    *(
-        ROOT / "qllava/training" / f"{name}.py"
-        for name in ("before", "begin", "command", "defaults", "fields", "sizes", "typed")
-    ),
-    ROOT / "qllava/models/record.py",
-}
+BEFORE_TORCH = {*(ROOT / "qllava/training/options").glob("*.py"), ROOT / "qllava/models/record.py"}
 
 MAX_FUNCTION = 60
 MAX_FILE = 400
@@ -261,7 +256,7 @@ def test_tests_compute_on_the_cpu_whatever_is_there() -> None:
     # An environment that a test makes for a process is that of the tests, with changes; these import no torch.
     new = re.compile(r"env(?:iron|ironment)? ?= ?\{(?!\*\*|name: value for)")
     assert [name(p) for p in TESTS if p != Path(__file__) and new.search(p.read_text())] == [
-        "tests/synthesis/test_rules.py",
+        "tests/synthesis/rules/test_rules.py",
         "tests/test_before_torch.py",
     ]
 
@@ -310,7 +305,7 @@ class TestTheRulesThemselves:
             ("qllava.data.encode", "def f():\n    import qllava.training.trainer"),
             ("qllava.inference.chat", "from qllava import evaluation"),
             ("qllava.merge", "from qllava.cli import main"),
-            ("recipes.finetune_lora", "from demo.app import build"),
+            ("recipes.finetune_lora", "from demo.app import main"),
             ("qllava.data.encode", "from . import formats"),
             ("qllava.data.encode", "from qllava.cupboard import things"),
         ],
@@ -323,7 +318,7 @@ class TestTheRulesThemselves:
         [
             ("qllava.data.encode", "from qllava.conversation import Turn\nfrom qllava.data.formats import Example"),
             ("qllava.training.trainer", "from qllava.evaluation.vqa import score"),
-            ("demo.app", "import torch\nimport qllava\nfrom qllava import load"),
+            ("qllava.experiments.ablation", "import torch\nimport qllava\nfrom qllava import load"),
             ("qllava", "from qllava.inference import load"),
         ],
     )

@@ -23,10 +23,10 @@ from qllava.models import ledger
 from qllava.models.adapter import LORA_TARGETS
 from qllava.models.known import known_config
 from qllava.training import memory, scores
-from qllava.training.before import look
-from qllava.training.command import Given, read
-from qllava.training.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
-from qllava.training.fields import TRL
+from qllava.training.options.before import look
+from qllava.training.options.command import Given, read
+from qllava.training.options.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
+from qllava.training.options.fields import TRL
 from qllava.training.plan import llava_config
 from qllava.training.settings import Settings, TrainConfig, parse
 from tests.test_recipes import commands, understand

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import app
+from qllava.pages import server as app
 from tests.llm.server import ChatServer
 from tests.reader import NOT_RUN, ROOT, Reader, commands, fresh_folder, stand_in_server
 from tests.tiny_runs import Tiny

@@ -15,8 +15,8 @@ import yaml
 from qllava.cli import _parser
 from qllava.config import InputError
 from qllava.evaluation.vqa import read_answer, reader
-from qllava.training.ablation import read_grid
-from qllava.training.defaults import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.experiments.ablation import read_grid
+from qllava.training.options.defaults import NANO_FINETUNE, NANO_PRETRAIN
 from qllava.training.settings import Settings, parse
 from recipes import ablate, build_nano, scienceqa
 

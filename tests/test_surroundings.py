@@ -19,9 +19,9 @@ import pytest
 
 from qllava import cli, surroundings
 from qllava.config import InputError, cache_folder
-from qllava.data.votes import Vote, VoteFile, read_votes
 from qllava.files import locked_folder
 from qllava.training.run import finetune, main
+from qllava.voting.votes import Vote, VoteFile, read_votes
 from tests.tiny_models import make_tiny_rows
 from tests.tiny_runs import Tiny, stage2_settings
 

@@ -131,9 +131,9 @@ def prepare(folder: Path) -> None:
 
 def run(program: str, words: list[str]) -> dict[str, Any]:
     """One command line, in this process: its status, and what it said on stderr."""
-    from demo import app
     from qllava import cli
-    from qllava.training import begin
+    from qllava.pages import server as app
+    from qllava.training.options import begin
     from recipes import ablate, build_nano, scienceqa
 
     mains = (begin.finetune, begin.pretrain, cli.main, app.main, ablate.main, scienceqa.main, build_nano.main)

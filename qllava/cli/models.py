@@ -135,7 +135,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
     """`qllava chat`: one answer with `--prompt`, else a conversation, or a comparison with a second model."""
     if arguments.compare is not None and arguments.prompt is not None:
         raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
-    from qllava.inference import Settings, chat_loop, compare_loop
+    from qllava.cli.terminal import chat_loop, compare_loop
+    from qllava.inference import Settings
 
     how: dict[str, Any] = {
         "images": arguments.image,

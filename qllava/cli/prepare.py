@@ -22,7 +22,7 @@ from qllava.arguments import (
 )
 from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
-from qllava.training.sizes import check_bytes
+from qllava.training.options.sizes import check_bytes
 
 
 def add(verbs: Verbs) -> None:
@@ -85,7 +85,7 @@ def _add_plan(verbs: Verbs) -> None:
 
 def _check_recipe(path: str, what: str) -> None:
     """Raise InputError for a recipe that is not there, or has keys or values that are not possible."""
-    from qllava.training import command
+    from qllava.training.options import command
 
     check_file(path, what)
     command.read(["--config", path], output_dir="", nano={})

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qllava.config import InputError
-from qllava.data.votes import VERDICTS, Verdict, Vote, read_votes
 from qllava.evaluation.intervals import RESAMPLES, Estimate, bootstrap
 from qllava.evaluation.judgments import Judgment, read_judgments
+from qllava.voting.votes import VERDICTS, Verdict, Vote, read_votes
 
 Codes = NDArray[np.int64]  # (N,) places in VERDICTS
 _MIRRORED: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qllava.config import InputError
-from qllava.data.votes import Verdict, Vote, read_votes
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
 from qllava.evaluation.judgments import ORDERS, JudgeOrder, Judgment
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.prompting import shown
+from qllava.voting.votes import Verdict, Vote, read_votes
 
 PROMPT = (
     "Two assistants have answered a question, mostly about pictures. You see the pictures, or a context says in words "

@@ -1,4 +1,4 @@
-"""A judge's verdicts on pairs of answers that people voted on: JSON lines, beside the votes of `qllava.data.votes`.
+"""A judge's verdicts on pairs of answers that people voted on: JSON lines, beside the votes of `qllava.voting.votes`.
 
 What `qllava eval judge --votes` writes, one line for each vote and order of the two answers:
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from qllava.config import InputError
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_id
-from qllava.data.votes import ONE_OF, VERDICTS, Verdict
+from qllava.voting.votes import ONE_OF, VERDICTS, Verdict
 
 JudgeOrder = Literal["left-first", "right-first"]
 ORDERS: tuple[JudgeOrder, ...] = get_args(JudgeOrder)

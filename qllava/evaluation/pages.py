@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from qllava import page
 from qllava.config import InputError
-from qllava.data.votes import VERDICTS
 from qllava.evaluation.intervals import Estimate
 from qllava.page import Html
+from qllava.voting.votes import VERDICTS
 
 if TYPE_CHECKING:
     from qllava.evaluation.agreement import Agreement, Report  # scipy's statistics take a second to import

@@ -4,8 +4,8 @@
     chat = qllava.load("nano")                      # or a merged folder, a run folder, a hub name
     print(chat.answer("photo.jpg", "What is this?"))
 
-`load` turns a name into a `Chat`, a `Session` is one person's conversation with it, and a `Duel` puts one question to
-two; `answer_prompts` answers encoded prompts on a model that is in memory already.
+`load` turns a name into a `Chat`, and a `Session` is one person's conversation with it. `answer_prompts` answers
+encoded prompts on a model that is in memory already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from qllava.inference.about import about, label
 from qllava.inference.batches import MOST, Room, attempt
 from qllava.inference.chat import Chat
-from qllava.inference.duel import Contender, Duel, contenders
 from qllava.inference.generate import answer_prompts
 from qllava.inference.given import Picture
 from qllava.inference.identity import fingerprint_of
@@ -21,13 +20,10 @@ from qllava.inference.loading import has_base, load, same_model
 from qllava.inference.pictures import keep_picture
 from qllava.inference.prompts import Prompt, user_turn
 from qllava.inference.session import Exchange, Session, Settings
-from qllava.inference.terminal import chat_loop, compare_loop
 
 __all__ = [
     "MOST",
     "Chat",
-    "Contender",
-    "Duel",
     "Exchange",
     "Picture",
     "Prompt",
@@ -37,9 +33,6 @@ __all__ = [
     "about",
     "answer_prompts",
     "attempt",
-    "chat_loop",
-    "compare_loop",
-    "contenders",
     "fingerprint_of",
     "has_base",
     "keep_picture",

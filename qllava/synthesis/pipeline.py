@@ -26,10 +26,10 @@ from qllava.llm.batch import Exported, Imported, read_results, write_requests
 from qllava.llm.budget import check_bounded, most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
 from qllava.llm.client import RETRIES, Client, fault
 from qllava.llm.store import Call, Reply, Store
-from qllava.synthesis import rules
 from qllava.synthesis.live import ask_all
 from qllava.synthesis.output import Counts, write_output
 from qllava.synthesis.prompting import example_turns
+from qllava.synthesis.rules import examples as rules
 from qllava.synthesis.tasks import Asking, Form, Known, Needed, Settled, Task, settle
 
 TOO_LITTLE = "too little known"

@@ -13,8 +13,8 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from qllava.config import InputError, LoopConfig
 from qllava.training import scores
 from qllava.training.data import Prepared
-from qllava.training.fields import FOLLOWING
-from qllava.training.order import samples_per_step, total_steps
+from qllava.training.durable.order import samples_per_step, total_steps
+from qllava.training.options.fields import FOLLOWING
 from qllava.training.settings import TrainConfig, name_of
 
 _MOST = 10

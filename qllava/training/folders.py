@@ -24,10 +24,10 @@ from qllava.models.card import write_card
 from qllava.models.decided import decided_by
 from qllava.nano import dataset as nano
 from qllava.runs import RESULTS_FILE, RUN_FILE
-from qllava.training import processes
-from qllava.training.before import check_output
-from qllava.training.checkpoints import begun_with, flush, refuse_changes, write_whole
 from qllava.training.data import Part, hashes_of, parts_of
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import begun_with, flush, refuse_changes, write_whole
+from qllava.training.options.before import check_output
 from qllava.training.report import write_report
 from qllava.training.settings import Settings
 from qllava.training.trial import try_out

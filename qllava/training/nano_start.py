@@ -13,8 +13,8 @@ import yaml
 
 from qllava.config import InputError
 from qllava.runs import RUN_FILE, RUNS, finished_nano_runs
-from qllava.training import processes
-from qllava.training.checkpoints import resumable
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import resumable
 from qllava.training.settings import Settings
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.runs import RESULTS_FILE
-from qllava.training import processes
-from qllava.training.checkpoints import read_json, resumable, write_whole
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import read_json, resumable, write_whole
 
 COMMAND_FILE = "command.json"
 SAMPLES_FILE = "samples.json"

@@ -25,7 +25,7 @@ from qllava.models.known import known_config
 from qllava.models.outline import language_model_config, nano_part
 from qllava.models.vision import SUPPORTED
 from qllava.training import memory
-from qllava.training.defaults import NANO_FINETUNE
+from qllava.training.options.defaults import NANO_FINETUNE
 from qllava.training.scores import asking_of, expects_held_out
 from qllava.training.settings import parse
 

@@ -40,17 +40,18 @@ from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
 from qllava.runs import RESULTS_FILE
 from qllava.surroundings import prepare_process
-from qllava.training import disk, evaluations, folders, outcome, processes, samples, scores
+from qllava.training import evaluations, folders, outcome, samples, scores
 from qllava.training.asked import HeldOut
-from qllava.training.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
 from qllava.training.data import Part, Prepared, hashes_of, prepare
-from qllava.training.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
+from qllava.training.durable import disk, processes
+from qllava.training.durable.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
+from qllava.training.durable.numbers import SPIKES_FILE
+from qllava.training.durable.order import total_steps
+from qllava.training.durable.signals import Stopped, handled
 from qllava.training.memory.allocator import keep_freed_memory
 from qllava.training.nano_start import take_projector
-from qllava.training.numbers import SPIKES_FILE
-from qllava.training.order import total_steps
+from qllava.training.options.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
 from qllava.training.settings import Settings, TrainConfig
-from qllava.training.signals import Stopped, handled
 from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import METRICS_FILE
 

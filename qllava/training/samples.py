@@ -28,8 +28,9 @@ from qllava.data.formats import Example
 from qllava.evaluation import vqa
 from qllava.inference import Room
 from qllava.models.assemble import Assembled
-from qllava.training import processes, scores
-from qllava.training.checkpoints import checkpoints, read_json, write_whole
+from qllava.training import scores
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import checkpoints, read_json, write_whole
 from qllava.training.outcome import SAMPLES_FILE
 
 BEFORE_FILE = "before.json"

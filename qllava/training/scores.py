@@ -31,8 +31,8 @@ from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.nano import dataset as nano
-from qllava.training import processes
-from qllava.training.checkpoints import read_json, resumable, write_whole
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import read_json, resumable, write_whole
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
 from qllava.training.settings import Settings, TrainConfig, name_of
 

@@ -13,7 +13,7 @@ from trl import SFTConfig, TrlParser
 from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
 from qllava.models.errors import one_line
 from qllava.models.record import BELONGS_TO_BASE, adapter_at, lora_shape, read_record
-from qllava.training.command import Given, read
+from qllava.training.options.command import Given, read
 
 
 @dataclass

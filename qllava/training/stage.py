@@ -31,19 +31,20 @@ from qllava.models import ledger
 from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
-from qllava.training import disk, processes, scores
-from qllava.training.attention import Kernel
-from qllava.training.checkpoints import checkpoints, computed_in, newest, optim_of, saving, write_whole
+from qllava.training import scores
 from qllava.training.data import Prepared
+from qllava.training.durable import disk, processes
+from qllava.training.durable.checkpoints import checkpoints, computed_in, newest, optim_of, saving, write_whole
+from qllava.training.durable.numbers import check_weights
+from qllava.training.durable.signals import SaveAndStop, Stopped, handled
+from qllava.training.durable.zero import read_tensors_only
 from qllava.training.evaluations import settle
-from qllava.training.kernels import Chosen, Layers
 from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, settled, setup_of
-from qllava.training.numbers import check_weights
-from qllava.training.rows import LEDGER_FILE
 from qllava.training.settings import TrainConfig
-from qllava.training.signals import SaveAndStop, Stopped, handled
+from qllava.training.step.attention import Kernel
+from qllava.training.step.kernels import Chosen, Layers
+from qllava.training.step.rows import LEDGER_FILE
 from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, computing_in
-from qllava.training.zero import read_tensors_only
 
 PROBES = 32
 

@@ -40,16 +40,16 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.evaluation.vqa import VqaResult
 from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
-from qllava.training import processes
-from qllava.training.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
+from qllava.training.durable.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
+from qllava.training.durable.order import InOrder, PictureOrder, loader
 from qllava.training.evaluations import same_draws
-from qllava.training.exact import compile_layers, take_shortcuts, teach_rows
-from qllava.training.kernels import choose, choose_layers
 from qllava.training.memory.paged import keep_paged
-from qllava.training.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
-from qllava.training.order import InOrder, PictureOrder, loader
-from qllava.training.rows import RowTrainer, prepare_for_rows
 from qllava.training.settings import TrainConfig
+from qllava.training.step.exact import compile_layers, take_shortcuts, teach_rows
+from qllava.training.step.kernels import choose, choose_layers
+from qllava.training.step.rows import RowTrainer, prepare_for_rows
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -25,7 +25,7 @@ def work(config: dict[str, Any]) -> None:
 
     Ray has set RANK, WORLD_SIZE and what else torch.distributed reads.
     """
-    from qllava.training.begin import finetune
+    from qllava.training.options.begin import finetune
 
     status = finetune(config["words"])
     if status:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from demo.compare import tally_bar
-from demo.page import STYLE
 from qllava import page as pages
-from qllava.data.votes import Tally
 from qllava.page import Bar, Series, write_page
-from tests.demo.server import ARTIFACTS, served, wait_until
+from qllava.pages.compare import tally_bar
+from qllava.pages.page import STYLE
+from qllava.voting.votes import Tally
+from tests.pages.server import ARTIFACTS, served, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
 pytestmark = pytest.mark.browser

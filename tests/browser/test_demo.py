@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.talk import TROUBLE
-from qllava.data.votes import VoteFile
 from qllava.inference import load
-from tests.demo.server import ARTIFACTS, computes, endless_model, kept_by, served, wait_until
+from qllava.pages.talk import TROUBLE
+from qllava.voting.votes import VoteFile
+from tests.pages.server import ARTIFACTS, computes, endless_model, kept_by, served, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
 pytestmark = pytest.mark.browser

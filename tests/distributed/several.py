@@ -18,10 +18,10 @@ from typing import Any
 from unittest.mock import patch
 
 from qllava.config import InputError
-from qllava.training import processes
+from qllava.training.durable import processes
+from qllava.training.durable.signals import SaveAndStop, Stopped
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse
-from qllava.training.signals import SaveAndStop, Stopped
 from qllava.training.trainer import LlavaTrainer
 
 RECIPES = {"pretrain": pretrain, "finetune": finetune}

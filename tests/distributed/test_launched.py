@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qllava.config import InputError
-from qllava.training.checkpoints import MANIFEST_FILE, checkpoints, seal
+from qllava.training.durable.checkpoints import MANIFEST_FILE, checkpoints, seal
 from tests.distributed.test_several import FULL, ROOT, Runs, assert_same, start, unfinished
 from tests.security.test_models import Bomb
 from tests.tiny_runs import Tiny, flags

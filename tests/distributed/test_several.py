@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training.checkpoints import checkpoints, fault
+from qllava.training.durable.checkpoints import checkpoints, fault
 from qllava.training.run import finetune, pretrain
 from tests.tiny_models import make_tiny_rows
 from tests.tiny_runs import Tiny, flags, refusal, settings

@@ -14,9 +14,9 @@ from sklearn.metrics import cohen_kappa_score
 
 from qllava import cli
 from qllava.config import InputError
-from qllava.data.votes import VERDICTS, Side, Verdict, Vote, read_votes
 from qllava.evaluation.agreement import Report, compare, kappa, measure
 from qllava.evaluation.judgments import ORDERS, Judgment, read_judgments
+from qllava.voting.votes import VERDICTS, Side, Verdict, Vote, read_votes
 
 MIRROR: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 

@@ -11,10 +11,10 @@ import pytest
 
 from qllava import cli
 from qllava.config import InputError
-from qllava.data.votes import VERDICTS
 from qllava.evaluation.asking import Judge
 from qllava.evaluation.judge_votes import read_verdict, vote_on_file
 from qllava.evaluation.judgments import read_judgments
+from qllava.voting.votes import VERDICTS
 from tests.llm.server import ChatServer, Request, Said
 from tests.tiny_models import make_picture
 

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training import disk, folders, scores
-from qllava.training.checkpoints import checkpoints, fault, newest, saving, write_whole
-from qllava.training.disk import Need
-from qllava.training.order import total_steps
+from qllava.training import folders, scores
+from qllava.training.durable import disk
+from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving, write_whole
+from qllava.training.durable.disk import Need
+from qllava.training.durable.order import total_steps
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import TrainConfig
 from tests.faults.test_survives import ROOT, cut, flip, last_step, same, wait_for

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from qllava.config import InputError
 from qllava.conversation import CHATML
-from qllava.training.checkpoints import (
+from qllava.training.durable.checkpoints import (
     MANIFEST_FILE,
     PARTIAL,
     begun_with,
@@ -32,8 +32,8 @@ from qllava.training.checkpoints import (
     rotate,
     seal,
 )
+from qllava.training.durable.signals import SaveAndStop, Stopped
 from qllava.training.run import pretrain
-from qllava.training.signals import SaveAndStop, Stopped
 from qllava.training.stage import Stage, fitted
 from tests.tiny_runs import Tiny, flags, make_trainer, refusal, stage1_settings
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qllava.models.nf4 import as_quantized, unpacked
-from qllava.training.exact import _weight
+from qllava.training.step.exact import _weight
 
 SOURCES = Path(__file__).parents[2] / "qllava"
 

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import lay_out, rows_of
-from qllava.training.attention import looking_at
-from qllava.training.exact import prune_last_layer, row_forward, stop_tower
+from qllava.training.step.attention import looking_at
+from qllava.training.step.exact import prune_last_layer, row_forward, stop_tower
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_tiny_model, make_tiny_processor
 
 PROCESSOR = make_tiny_processor()

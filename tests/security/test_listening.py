@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.demo.server import ROOT, served
+from tests.pages.server import ROOT, served
 from tests.security.test_source import calls, constant
 from tests.test_house import CODE, name
 from tests.tiny_models import make_tiny_llava

@@ -18,19 +18,19 @@ from qllava.data.formats import Example
 from qllava.data.inspect import html as inspect_html
 from qllava.data.inspect import show
 from qllava.data.problems import Place
-from qllava.data.votes import Vote
 from qllava.evaluation.agreement import compare
 from qllava.evaluation.judgments import ORDERS, Judgment
 from qllava.evaluation.pages import agreement_page
 from qllava.evaluation.vqa import failures_page, score
+from qllava.experiments import report as ablation_report
+from qllava.experiments.ablation import Grid, Measured, Variant
 from qllava.synthesis.balance import Settings, balance_of
 from qllava.synthesis.balance import html as balance_html
 from qllava.synthesis.concepts import index_phrases
 from qllava.synthesis.contexts import Box, Context
 from qllava.synthesis.report import write_report as write_synthesis
-from qllava.training import ablation_report
-from qllava.training.ablation import Grid, Measured, Variant
 from qllava.training.report import write_report
+from qllava.voting.votes import Vote
 from tests.security.test_source import dotted
 from tests.test_house import CODE, name
 from tests.test_page import HOSTILE, Reader
@@ -98,7 +98,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "qllava/evaluation/vqa.py": of_failures,
     "qllava/synthesis/balance.py": of_filter,
     "qllava/synthesis/report.py": of_synthesis,
-    "qllava/training/ablation_report.py": of_ablation,
+    "qllava/experiments/report.py": of_ablation,
     "qllava/training/report.py": of_run,
 }
 

@@ -112,8 +112,8 @@ def test_rules_ask_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_rules_write_what_their_own_module_writes(tmp_path: Path) -> None:
-    from qllava.synthesis import rules
     from qllava.synthesis.contexts import read_contexts
+    from qllava.synthesis.rules import examples as rules
 
     assert run(tmp_path, "--types", ",".join(TYPES), teacher="rules") == 0
     contexts = read_contexts(tmp_path / "contexts.jsonl")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qllava.synthesis.contexts import Box, Context
 from qllava.synthesis.report import measure, write_report
-from qllava.synthesis.rules import write
+from qllava.synthesis.rules.examples import write
 
 BOX = (0.1, 0.1, 0.4, 0.4)
 CONTEXTS = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qllava.training.order import InOrder
+from qllava.training.durable.order import InOrder
 from tests.tiny_runs import Tiny, make_trainer
 
 FIGURES = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")

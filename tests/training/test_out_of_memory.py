@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from qllava.config import InputError
 from qllava.data import collate
 from qllava.data.formats import read_examples
-from qllava.training import rows, run, scores
-from qllava.training.checkpoints import computed_in
+from qllava.training import run, scores
+from qllava.training.durable.checkpoints import computed_in
 from qllava.training.memory.fake import held_by
 from qllava.training.memory.paged import keep_paged
 from qllava.training.run import finetune
+from qllava.training.step import rows
 from qllava.training.trainer import LlavaTrainer
 from tests.small_memory import small_memory
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, stage2_settings

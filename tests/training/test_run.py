@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from qllava.config import InputError
 from qllava.models.adapter import load_run, read_record
 from qllava.training import scores
-from qllava.training.checkpoints import fault
+from qllava.training.durable.checkpoints import fault
 from qllava.training.run import finetune, main, pretrain
 from qllava.training.scores import spaced
 from qllava.training.settings import Settings

@@ -14,9 +14,10 @@ from trl import SFTConfig
 
 from qllava.config import InputError, ModelConfig
 from qllava.models.record import BELONGS_TO_BASE, Recipe, save_record
-from qllava.training import begin, run
-from qllava.training.defaults import NANO_FINETUNE, NANO_PRETRAIN
+from qllava.training import run
 from qllava.training.memory import setup_of
+from qllava.training.options import begin
+from qllava.training.options.defaults import NANO_FINETUNE, NANO_PRETRAIN
 from qllava.training.settings import Settings, TrainConfig, parse
 from tests.tiny_runs import refusal
 

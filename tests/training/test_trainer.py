@@ -19,7 +19,7 @@ from qllava.config import InputError
 from qllava.data.collate import Collator
 from qllava.models import outline as parts
 from qllava.models.adapter import load_run, projector_state
-from qllava.training.checkpoints import checkpoints, saving
+from qllava.training.durable.checkpoints import checkpoints, saving
 from qllava.training.trainer import LlavaTrainer, Metrics
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 

@@ -14,7 +14,7 @@ from qllava.training.memory.step import (
     recompute,
     setup_of,
 )
-from qllava.training.sizes import CARDS, GB, format_bytes, parse_bytes
+from qllava.training.options.sizes import CARDS, GB, format_bytes, parse_bytes
 
 __all__ = [
     "CARDS",

@@ -35,7 +35,7 @@ from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.outline import Recipe
-from qllava.training.attention import looking_at
+from qllava.training.step.attention import looking_at
 
 Parts = Counter[str]
 _MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}

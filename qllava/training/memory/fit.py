@@ -11,8 +11,8 @@ from qllava.config import InputError
 from qllava.models.checkpoint import tokens_per_image
 from qllava.training.memory.phases import Asking, Phase, phases_of
 from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
+from qllava.training.options.sizes import CARDS, GB, format_bytes
 from qllava.training.settings import TrainConfig
-from qllava.training.sizes import CARDS, GB, format_bytes
 
 _PER_PASS = 300
 """Tokens whose products take as long as making all weights whole: 4.5 bytes of traffic a weight, 2 FLOP a token."""

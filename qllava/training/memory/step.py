@@ -34,7 +34,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaConfig
 
 from qllava.config import ModelConfig
-from qllava.training import exact
 from qllava.training.memory.fake import (
     Parts,
     Tracker,
@@ -47,6 +46,7 @@ from qllava.training.memory.fake import (
     track_model,
 )
 from qllava.training.settings import TrainConfig
+from qllava.training.step import exact
 
 CONTEXT = 512 << 20
 """Of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""

@@ -1,0 +1,284 @@
+"""`qllava chat`: a conversation in the terminal.
+
+    you> /image photo.jpg
+    you> What is on the table?
+    A red cup.
+
+`/help` lists the commands; Ctrl-C stops the answer, not the program. With a prompt it answers once and returns. With a
+second model every question is put to both, on sides that nobody knows, and asks for a vote.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qllava.config import InputError, expanded
+from qllava.data.images import open_image
+from qllava.inference.about import about
+from qllava.inference.chat import Chat
+from qllava.inference.loading import has_base, load, same_model
+from qllava.inference.pictures import hash_of
+from qllava.inference.session import Session, Settings
+from qllava.models.recommended import recommendation
+from qllava.surroundings import user_name
+from qllava.voting.duel import Contender, Duel, contenders
+from qllava.voting.votes import Verdict, VoteFile
+
+HELP = """/image FILE      shows a picture with your next question
+/again           asks the last question anew
+/edit TEXT       asks it in other words
+/clear           begins a new conversation
+/system TEXT     tells the model how to answer; without TEXT no longer
+/temperature T   0 gives the likeliest answer, 1 draws freely
+/sampling WHAT   recommended: as the model recommends; asked: the likeliest, or by /temperature
+/length N        the most tokens of an answer
+/model           what is loaded
+/quit            leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+SAMPLING = ("asked", "recommended")
+_VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
+
+
+def chat_loop(
+    model: str,
+    *,
+    images: Sequence[Path],
+    prompt: str | None,
+    settings: Settings,
+    load_in_4bit: bool,
+    dtype: str | None,
+    base_model: Sequence[str] = (),
+    recommended_sampling: bool = False,
+) -> int:
+    """Load the model and talk; returns the exit status. Raises InputError for what cannot be loaded or asked."""
+    _look_at(images)
+    chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base_model)
+    chat = replace(chat, recommended_sampling=recommended_sampling)
+    terminal = _Terminal(chat, list(images), settings)
+    if prompt is not None:
+        terminal.ask(prompt)
+        return 0
+    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.{_recommends(chat)}")
+    _read_lines(terminal.handle)
+    return 0
+
+
+def compare_loop(
+    models: tuple[str, str],
+    *,
+    images: Sequence[Path],
+    votes: Path,
+    settings: Settings,
+    load_in_4bit: bool,
+    dtype: str | None,
+    base_model: Sequence[str] = (),
+    recommended_sampling: bool = False,
+) -> int:
+    """Load two models (or one twice), put every question to both, and keep the votes; returns the exit status."""
+    _look_at(images)
+    file = VoteFile(votes)
+
+    def loaded(model: str) -> Chat:
+        base = base_model if has_base(model) else ()
+        chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base)
+        return replace(chat, recommended_sampling=recommended_sampling)
+
+    first = loaded(models[0])
+    second = first if same_model(*models) else loaded(models[1])
+    # One model twice is compared with itself where it draws.
+    warm = tuple(_temperature(chat, settings) for chat in (first, second))
+    cold = 0.0 if second is first else warm[0]
+    pair = contenders((first, second), (cold, warm[1]))
+    _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows a picture, /quit leaves.")
+    _read_lines(_Comparison(pair, list(images), settings, file).handle)
+    return 0
+
+
+def _temperature(chat: Chat, settings: Settings) -> float:
+    if settings.temperature is None:
+        return chat.recommended.temperature if chat.recommended_sampling else 0.0
+    return settings.temperature
+
+
+def _recommends(chat: Chat) -> str:
+    """A line for the greeting; empty where the model recommends nothing."""
+    said = recommendation(chat.model.generation_config)
+    if not said:
+        return ""
+    used = "used" if chat.recommended_sampling else "not used; /sampling recommended does"
+    return f"\nThe model recommends for sampling: {said} ({used})."
+
+
+def _look_at(images: Iterable[Path]) -> None:
+    for image in images:
+        open_image(image)  # a wrong file name should not cost the minute that a large model takes to load
+
+
+def _greet(text: str) -> None:
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # the import gives `input` line editing and history
+
+        print(text)
+
+
+def _read_lines(handle: Callable[[str], bool]) -> None:
+    """Hand in each line until one says to leave."""
+    while (line := _read_line("you> ")) is not None:
+        try:
+            if not handle(line.strip()):
+                break
+        except InputError as error:  # one question went wrong; the conversation goes on
+            print(error, file=sys.stderr)
+
+
+def _read_line(prompt: str) -> str | None:
+    """The next line, or None at the end of the input. Ctrl-C at the prompt leaves too, as in other chats."""
+    try:
+        return input(prompt if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _picture(argument: str) -> Path:
+    path = Path(expanded(argument.strip().strip("'\"")))  # terminals quote a file that is dropped on them
+    if not argument.strip() or path.is_dir():
+        raise InputError("/image takes the name of a picture's file.")
+    open_image(path)
+    return path
+
+
+class _Terminal:
+    """One conversation, the pictures that wait for the next question, and how to answer."""
+
+    def __init__(self, chat: Chat, images: list[Path], settings: Settings) -> None:
+        self.chat = chat
+        self.session = Session()
+        self.waiting = images
+        self.settings = settings
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command == "/quit":
+            return False
+        if command == "/image":
+            self.waiting.append(_picture(argument))
+        elif command == "/clear":
+            self.session.clear()
+            self.waiting = []
+        elif command == "/again":
+            self.session.ask_again()
+            self._answer()
+        elif command == "/edit":
+            self.session.ask_again(question=argument)
+            self._answer()
+        elif command in ("/system", "/temperature", "/length", "/sampling"):
+            self._set(command, argument)
+        elif command == "/model":
+            print("\n".join(f"{name:<28}{value}" for name, value in about(self.chat).items()))
+        elif command.startswith("/"):
+            print(HELP if command == "/help" else f"unknown command {command}; /help lists them")
+        elif line:
+            self.ask(line)
+        return True
+
+    def ask(self, question: str) -> None:
+        """Print the answer as it comes. A question that fails, or is stopped before it said anything, is forgotten."""
+        self.session.ask(question, self.waiting)
+        if self._answer():
+            self.waiting = []
+
+    def _answer(self) -> bool:
+        exchange, shown = self.session.exchanges[-1], 0
+        try:
+            for said in self.session.answer(self.chat, self.settings):
+                print(said[shown:], end="", flush=True)
+                shown = len(said)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        finally:
+            if not exchange.answer:
+                self.session.exchanges.remove(exchange)
+        print(flush=True)
+        if exchange.pace and sys.stdout.isatty():
+            print(f"\033[2m{exchange.pace}\033[0m")
+        return bool(exchange.answer)
+
+    def _set(self, command: str, argument: str) -> None:
+        try:
+            if command == "/system":
+                self.settings = replace(self.settings, system=argument or None)
+            elif command == "/sampling":
+                if argument not in SAMPLING:
+                    raise InputError(f"/sampling takes {' or '.join(SAMPLING)}, not {argument!r}.")
+                self.chat = replace(self.chat, recommended_sampling=argument == "recommended")
+                self.settings = replace(self.settings, temperature=None)
+            elif command == "/length":
+                length = int(argument)
+                if length < 1:
+                    raise ValueError
+                self.settings = replace(self.settings, max_new_tokens=length)
+            else:
+                temperature = float(argument)
+                if not 0 <= temperature < math.inf:
+                    raise ValueError
+                self.settings = replace(self.settings, temperature=temperature)
+        except ValueError:
+            least = "a whole number of at least 1" if command == "/length" else "a number of at least 0"
+            raise InputError(f"{command} takes {least}, not {argument!r}.") from None
+
+
+class _Comparison:
+    """Blind comparison: both answers, a vote, and then the names."""
+
+    def __init__(
+        self, pair: tuple[Contender, Contender], images: list[Path], settings: Settings, votes: VoteFile
+    ) -> None:
+        self.pair = pair
+        self.waiting = images
+        self.settings = settings
+        self.votes = votes
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave."""
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/image":
+            self.waiting.append(_picture(argument))
+        elif command.startswith("/"):
+            print("/image FILE shows a picture with the next question, /quit leaves")
+        elif line:
+            self._compare(line)
+        return True
+
+    def _compare(self, question: str) -> None:
+        duel = Duel(self.pair, random.randrange(2**31))
+        growing = duel.answer(
+            question,
+            self.waiting,
+            hashes=[hash_of(picture) for picture in self.waiting],
+            max_new_tokens=self.settings.max_new_tokens,
+            system=self.settings.system,
+        )
+        try:
+            for _ in growing:
+                pass
+        except KeyboardInterrupt:
+            print("[stopped]")
+            return
+        print(f"left:  {duel.answers['left']}\nright: {duel.answers['right']}", flush=True)
+        choice = None
+        while choice is None:
+            said = _read_line("better: l(eft), r(ight), t(ie), b(oth bad), or s(kip)> ")
+            if said is None or said.strip().lower()[:1] == "s":
+                return
+            choice = _VOTES.get(said.strip().lower()[:1])
+        self.votes.append(duel.vote(choice, user_name()))
+        print(f"left was {duel.contenders['left'].name}, right was {duel.contenders['right'].name}", flush=True)
+        self.waiting = []

@@ -1,0 +1,1 @@
+"""Series of runs that answer a question about training."""

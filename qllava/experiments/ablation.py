@@ -1,0 +1,292 @@
+"""Ablations: the same run with one thing changed, repeated by seed, each measured alike.
+
+A grid is a YAML. `pretrain` and `finetune` hold keys of the two recipes, `variants` what is changed, by name; `grid`
+adds a variant for each combination of values. A variant is compared with the first, or with the one that it names under
+`against`; it may have a `measure` of its own, with which only variants of the same should be compared.
+
+    seeds: [1, 2, 3]
+    measure: vqa {model} test.json --image-folder pictures
+    pretrain: {train_file: captions.json, image_folder: pictures}
+    finetune: {train_file: train.json, image_folder: pictures, language_model: parts/llama, vision_tower: parts/tower}
+    variants:
+      as it is: {}
+      last layer: {vision_feature_layer: -1}
+      without stage 1: {pretrain: {max_steps: 1, learning_rate: 0}}
+    grid: {lora_r: [8, 32], projector_type: [mlp2x_gelu, linear]}
+
+A key that says what the base is goes into both stages. Variants whose stage 1 is the same share it, seed by seed;
+without `pretrain` the projector is the one that `finetune` names or has. Nothing is trained or asked here: a cell is
+the commands that a user would type, each a process of its own, and what they have finished is not done again.
+
+    OUT/aligned/HASH/            stage 1
+    OUT/NAME/seed-1/             a run of finetune_lora; seed-1.yaml is its configuration, seed-1.log what it said
+    OUT/NAME/seed-1.measured/    what `qllava eval` said of the run, or of each of its checkpoints, as JSON
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from qllava.config import InputError
+from qllava.runs import RESULTS_FILE
+from qllava.training.durable.checkpoints import checkpoints, write_whole
+
+IN_BOTH_STAGES = (
+    "model_name_or_path",
+    "language_model",
+    "vision_tower",
+    "projector_type",
+    "vision_feature_layer",
+    "image_aspect",
+    "load_in_4bit",
+)
+"""What of `finetune` holds for stage 1 too: what the base is made of."""
+KEYS = {"seeds", "measure", "pretrain", "finetune", "variants", "grid"}
+
+Run = Callable[[Sequence[str], Path], str]
+"""Run a command: `pretrain_projector`, `finetune_lora` or `eval` with its words, and where its messages are kept;
+returns what it printed. Raises InputError when it fails."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table."""
+
+    name: str
+    """For people; also its folder's name, in lower case and with hyphens."""
+    pretrain: dict[str, Any] | None
+    """The configuration of stage 1; None where there is none to be done."""
+    finetune: dict[str, Any]
+    """The configuration of stage 2."""
+    measure: str
+    """The words after `qllava eval`; `{model}` is the run or checkpoint, `{out}` a file of its own."""
+    against: str
+    """The name of the variant that it is compared with; its own where with none."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Variants, each to be run with every seed."""
+
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found for one variant and seed."""
+
+    variant: str
+    seed: int
+    points: tuple[tuple[int, float], ...]
+    """(optimizer step, share of right answers) of each checkpoint that was measured; the last is the result."""
+    ci95: tuple[float, float]
+    """The interval of the last one, over questions."""
+
+    @property
+    def result(self) -> float:
+        """The share at the end of the run."""
+        return self.points[-1][1]
+
+
+def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None) -> Grid:
+    """Read a grid's YAML.
+
+    Args:
+        places: what `{name}` in a value stands for; called only where the file speaks of it, as it may take minutes.
+
+    Raises InputError for a file that cannot be read, and for keys or values that are none of a grid's.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        for name, make in (places or {}).items():
+            if f"{{{name}}}" in text:
+                text = text.replace(f"{{{name}}}", str(make()))
+        given = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"The grid {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The grid {path} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(given, dict) or not given.keys() <= KEYS:
+        raise InputError(f"The grid {path} must be a mapping with keys of {', '.join(sorted(KEYS))} and no others.")
+    for key in KEYS - {"seeds", "measure"}:
+        if not isinstance(given.setdefault(key, {}), dict):
+            raise InputError(f"The grid {path}: {key} must be a mapping.")
+    seeds = given.get("seeds", [42])
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
+        raise InputError(f"The grid {path}: seeds must be a list of whole numbers.")
+    if not isinstance(given.get("measure"), str):
+        raise InputError(f"The grid {path}: measure must say what is asked, such as `vqa {{model}} test.json`.")
+    changes = list(_changes(given, path))
+    variants = tuple(_variant(name, changed, given, path, changes[0][0]) for name, changed in changes)
+    for variant in variants:
+        if variant.against not in dict(changes):
+            raise InputError(f"The grid {path}: {variant.name} is against {variant.against!r}, which is no variant.")
+    folders = [variant.folder for variant in variants]
+    if not variants or len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
+        raise InputError(f"The grid {path}: variants need names that make folders, each another, none `aligned`.")
+    return Grid(variants, tuple(dict.fromkeys(seeds)))
+
+
+def _changes(given: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names of all variants, and what each changes."""
+    for name, changed in given["variants"].items():
+        if not isinstance(changed, dict) or not isinstance(changed.get("pretrain", {}), dict):
+            raise InputError(f"The grid {path}: the variant {name} must be a mapping of what it changes.")
+        yield str(name), changed
+    for key, values in given["grid"].items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"The grid {path}: {key} must have a list of values.")
+    if given["grid"]:
+        for values in itertools.product(*given["grid"].values()):
+            changed = dict(zip(given["grid"], values, strict=True))
+            yield ", ".join(f"{key} {value}" for key, value in changed.items()), changed
+
+
+def _variant(name: str, changed: dict[str, Any], given: dict[str, Any], path: Path, first: str) -> Variant:
+    """What is the same for all, with what this one changes."""
+    own = {key: value for key, value in changed.items() if key not in ("pretrain", "measure", "against")}
+    finetune = {**given["finetune"], **own}
+    shared = {key: finetune[key] for key in IN_BOTH_STAGES if key in finetune}
+    pretrain = {**shared, **given["pretrain"], **changed.get("pretrain", {})}
+    reserved = {"output_dir", "seed", *(["projector"] if given["pretrain"] else [])}
+    if taken := reserved & {*finetune, *pretrain}:
+        raise InputError(f"The grid {path}: {name} sets {min(taken)}, which the grid itself does; remove it.")
+    measure, against = changed.get("measure", given["measure"]), str(changed.get("against", first))
+    return Variant(name, pretrain if given["pretrain"] else None, finetune, measure, against)
+
+
+def run_grid(grid: Grid, out: Path, run: Run) -> list[Measured]:
+    """Run and measure every cell that is not finished, seed by seed, with a bar. Returns all that is there in the end.
+
+    Raises InputError when a command fails, or when `out` holds a cell with other settings.
+    """
+    cells = [(variant, seed) for seed in grid.seeds for variant in grid.variants]
+    for variant, seed in cells:
+        _configure(out, variant, seed)  # all of them first: a grid that was changed is refused before hours of work
+    finished = [_is_measured(out, variant, seed) for variant, seed in cells]
+    with tqdm(total=len(cells), initial=sum(finished), unit=" cells", disable=None) as bar:
+        for (variant, seed), done in zip(cells, finished, strict=True):
+            if done:
+                continue
+            bar.set_description(f"{variant.name}, seed {seed}")
+            _train(out, variant, seed, run)
+            _measure(out, variant, seed, run)
+            bar.update()
+    return read_measured(grid, out)
+
+
+def read_measured(grid: Grid, out: Path) -> list[Measured]:
+    """What is there of a grid, finished or not."""
+    found = []
+    for variant, seed in itertools.product(grid.variants, grid.seeds):
+        if _is_measured(out, variant, seed):
+            names = [model.name for model in _models(_folder(out, variant, seed))]
+            said = [json.loads((_told(out, variant, seed) / f"{name}.json").read_text("utf-8")) for name in names]
+            points = tuple((_step(name), one["accuracy"]) for name, one in zip(names, said, strict=True))
+            low, high = said[-1]["ci95"]
+            found.append(Measured(variant.name, seed, points, (low, high)))
+    return found
+
+
+def _folder(out: Path, variant: Variant, seed: int) -> Path:
+    return out / variant.folder / f"seed-{seed}"
+
+
+def _told(out: Path, variant: Variant, seed: int) -> Path:
+    return out / variant.folder / f"seed-{seed}.measured"
+
+
+def _models(folder: Path) -> list[Path]:
+    """What of a finished run is measured: its checkpoints where it kept some, the last of which is its end; or it."""
+    return checkpoints(folder) or [folder]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("checkpoint-")) if name.startswith("checkpoint-") else 0
+
+
+def _is_measured(out: Path, variant: Variant, seed: int) -> bool:
+    folder, told = _folder(out, variant, seed), _told(out, variant, seed)
+    if not (folder / RESULTS_FILE).is_file():
+        return False
+    return all((told / f"{model.name}.json").is_file() for model in _models(folder))
+
+
+def _aligned(out: Path, variant: Variant, seed: int) -> Path:
+    """Where its stage 1 lies: the same for all variants that have the same."""
+    settings = json.dumps({**(variant.pretrain or {}), "seed": seed}, sort_keys=True, default=str)
+    return out / "aligned" / hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def _configure(out: Path, variant: Variant, seed: int) -> None:
+    """Write a cell's configurations. Raises InputError where it was begun with others."""
+    folder, aligned = _folder(out, variant, seed), _aligned(out, variant, seed)
+    stage2 = {**variant.finetune, "seed": seed, "output_dir": str(folder)}
+    if variant.pretrain is not None:
+        _write({**variant.pretrain, "seed": seed, "output_dir": str(aligned)}, aligned)
+        stage2["projector"] = str(aligned)
+    _write(stage2, folder)
+
+
+def _write(settings: dict[str, Any], folder: Path) -> None:
+    text, path = yaml.safe_dump(settings, sort_keys=False), folder.with_name(f"{folder.name}.yaml")
+    try:
+        if folder.is_dir() and path.read_text(encoding="utf-8") != text:
+            raise InputError(f"{folder} was begun with other settings than the grid's now; name another --out.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+
+
+def _train(out: Path, variant: Variant, seed: int, run: Run) -> None:
+    """Both stages, as far as they are not finished."""
+    stages = [("finetune_lora", _folder(out, variant, seed))]
+    if variant.pretrain is not None:
+        stages.insert(0, ("pretrain_projector", _aligned(out, variant, seed)))
+    for recipe, folder in stages:
+        if not (folder / RESULTS_FILE).is_file():
+            configuration, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log"))
+            run([recipe, "--config", str(configuration)], log)
+
+
+def _measure(out: Path, variant: Variant, seed: int, run: Run) -> None:
+    """Ask the run, or each of its checkpoints, what it was not asked yet."""
+    told = _told(out, variant, seed)
+    told.mkdir(exist_ok=True)
+    for model in _models(_folder(out, variant, seed)):
+        path = told / f"{model.name}.json"
+        if path.is_file():
+            continue
+        places = {"{model}": str(model), "{out}": str(told / f"{model.name}.jsonl")}
+        words = [_put(word, places) for word in shlex.split(variant.measure)]
+        said = run(["eval", *words, "--json"], told / f"{model.name}.log")
+        try:
+            figures = json.loads(said)
+            float(figures["accuracy"]), *figures["ci95"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"`qllava eval {shlex.join(words)}` gives no accuracy; measure something else.") from error
+        write_whole(path, json.dumps(figures, indent=1) + "\n")
+
+
+def _put(word: str, places: Mapping[str, str]) -> str:
+    for name, value in places.items():
+        word = word.replace(name, value)
+    return word

@@ -1,0 +1,1 @@
+"""The pages of the demo: chat and comparison in the browser."""

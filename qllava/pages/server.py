@@ -1,0 +1,238 @@
+"""The command that serves the demo's pages: its flags, the models it loads, the server.
+
+The page is served on 127.0.0.1 and asks nobody else for anything: no statistics, no fonts, no scripts from elsewhere,
+and a policy in every answer of the server that forbids the browser to. Of images only the pixels are kept, in a folder
+of this process; they are shown to nobody but who uploaded them, and deleted when their page is closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qllava.arguments import (
+    MODEL_HELP,
+    Parser,
+    base_flag,
+    carry_out,
+    check_file,
+    check_finished,
+    check_kept,
+    check_written_folder,
+    file_path,
+    looks,
+    model_name,
+)
+from qllava.config import NANO, InputError
+from qllava.surroundings import prepare_process
+from qllava.voting.votes import VoteFile
+
+if TYPE_CHECKING:
+    from qllava.inference import Chat
+
+SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
+through a server of Gradio's. Pictures and questions of others reach this machine."""
+OPEN = "Without --auth there is no password on it."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Load the models, serve the page until Ctrl-C; returns the exit status."""
+    prepare_process()
+    return carry_out(_parser().parse_args(arguments), _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    passwords = read_passwords(options.auth) if options.auth else None
+    if options.keep_pictures is not None:
+        _make_folder(options.keep_pictures)
+    votes = VoteFile(options.votes)
+    chat, other = _load_both(options)
+    if options.share:
+        print(SHARED if passwords else f"{SHARED} {OPEN}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the pictures are deleted then, too
+    with tempfile.TemporaryDirectory(prefix="qllava-demo-", ignore_cleanup_errors=True) as folder:
+        # Gradio reads them when a page is built. Its own default keeps uploads for ever in a folder that all share.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+        os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it notices that a page was closed
+        from qllava.pages.uploads import EXAMPLES
+
+        # nano sees 96 x 96 pixels; other towers more, in which a small drawing is no more than a blur.
+        examples = drawn_examples(Path(folder).resolve() / EXAMPLES, 1 if options.model == NANO else 4)
+        return serve(chat, other, votes, Path(folder).resolve(), examples, passwords, options)
+
+
+def serve(
+    chat: Chat,
+    other: Chat,
+    votes: VoteFile,
+    folder: Path,
+    examples: list[dict[str, Any]],
+    passwords: list[tuple[str, str]] | None,
+    options: argparse.Namespace,
+) -> int:
+    """Build the page and serve it until it is interrupted; 1 when the port is taken."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from qllava.pages.access import Cookies, Hosts
+    from qllava.pages.guard import Guard
+    from qllava.pages.page import STYLE, build_page
+    from qllava.pages.uploads import MAX_UPLOAD, Uploads
+    from qllava.pages.visitors import Visitors
+
+    font = ["system-ui", "sans-serif"]
+    mono = ["ui-monospace", "monospace"]  # plain names: Gradio's themes ask Google for their fonts otherwise
+    uploads, cookies, hosts = Uploads(folder), Cookies(), Hosts(options.port)
+    visitors = Visitors(uploads, cookies)
+    page = build_page(chat, other, visitors, examples, votes, options.keep_pictures)
+    try:
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=options.port,
+            share=options.share,
+            auth=passwords,
+            ssr_mode=False,
+            max_file_size=MAX_UPLOAD,
+            theme=gr.themes.Base(primary_hue="teal", neutral_hue="zinc", font=font, font_mono=mono),
+            css_paths=STYLE,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, cookies=cookies, hosts=hosts)]},
+        )
+    except OSError as error:
+        print(
+            f"the page cannot be served on port {options.port} ({error}): choose another with --port", file=sys.stderr
+        )
+        return 1
+    if page.share_url:
+        hosts.share(page.share_url)
+    visitors.sweep_for_ever()
+    print(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        visitors.leave_all()
+    return 0
+
+
+def read_passwords(path: Path) -> list[tuple[str, str]]:
+    """A line `NAME:PASSWORD` for each person who may use the page. Raises InputError that names a wrong line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a text file of lines NAME:PASSWORD.") from error
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        name, colon, password = line.strip().partition(":")
+        if line.strip() and not (name and colon and password):
+            raise InputError(f"{path}, line {number}: expected NAME:PASSWORD.")  # the line itself may be a password
+        if line.strip() and name in dict(pairs):
+            raise InputError(f"{path}, line {number}: {name} has a password already.")
+        if line.strip():
+            pairs.append((name, password))
+    if not pairs:
+        raise InputError(f"{path} names nobody; write a line NAME:PASSWORD for each person.")
+    return pairs
+
+
+def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
+    """Draw three images that no training has seen, each with a question about it, as Gradio's examples.
+
+    Args:
+        folder: Where they are written.
+        scale: How many times as large as nano's images.
+    """
+    from PIL import Image
+
+    from qllava.nano import language, scenes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(7)
+    examples = []
+    for type_ in ("colour", "count", "relation"):
+        question = None
+        while question is None:  # not every scene allows every type
+            scene = scenes.sample_scene(rng, "test")
+            question = language.ask(scene, type_, rng)
+        path = folder / f"{type_}.png"
+        drawn = scenes.render(scene)
+        drawn.resize((drawn.width * scale, drawn.height * scale), Image.Resampling.LANCZOS).save(path)
+        examples.append({"text": question.text, "files": [str(path)]})
+    return examples
+
+
+def _parser() -> Parser:
+    parser = Parser(description="Chat about pictures in the browser.")
+    parser.add_argument("--model", metavar="MODEL", type=model_name, default=NANO, help=MODEL_HELP)
+    parser.add_argument(
+        "--compare", metavar="MODEL", type=model_name, help="a second model (default: the same at two temperatures)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1 (default: 7860)")
+    parser.add_argument(
+        "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
+    )
+    parser.add_argument("--keep-pictures", metavar="DIR", type=file_path, help="keep the pictures of votes here")
+    parser.add_argument("--auth", metavar="FILE", type=file_path, help="ask for a password; lines of NAME:PASSWORD")
+    parser.add_argument("--share", action="store_true", help="a public address through Gradio's server")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)"
+    )
+    base_flag(parser)
+    parser.add_argument(
+        "--sampling",
+        choices=("asked", "recommended"),
+        default="asked",
+        help="asked: by the page's temperature alone (default); recommended: with the values that the model brings",
+    )
+    parser.add_argument(
+        "--load-in-4bit",
+        action=argparse.BooleanOptionalAction,
+        help="keep the language model in NF4 (default: on CUDA; a run is loaded as it was trained)",
+    )
+    looks(
+        parser,
+        votes=check_kept,
+        keep_pictures=check_written_folder,
+        auth=check_file,
+        model=check_finished,
+        compare=check_finished,
+    )
+    return parser
+
+
+def _load_both(options: argparse.Namespace) -> tuple[Chat, Chat]:
+    """The model, and the one it is compared with: itself where no other is named."""
+    from qllava.inference import same_model
+
+    chat = _load(options.model, options)
+    alone = options.compare is None or same_model(options.model, options.compare)
+    return chat, chat if alone else _load(options.compare, options)
+
+
+def _load(model: str, options: argparse.Namespace) -> Chat:
+    import torch
+
+    from qllava.inference import has_base, load
+
+    four_bit = torch.cuda.is_available() if options.load_in_4bit is None else options.load_in_4bit
+    base = options.base_model if has_base(model) or options.compare is None else ()
+    chat = load(model, load_in_4bit=four_bit, dtype=options.dtype, base_model=base)
+    return replace(chat, recommended_sampling=options.sampling == "recommended")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be a folder for pictures ({error.strerror}); choose another.") from error

@@ -1,0 +1,135 @@
+"""Who is here: one visitor for each open page, with a conversation, a comparison, and a folder of pictures."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+
+from qllava.config import InputError
+from qllava.inference import Session, keep_picture
+from qllava.pages.access import Cookies
+from qllava.pages.uploads import EXAMPLES, MAX_PICTURES, PAGELESS, Uploads
+from qllava.voting.duel import Duel
+
+IDLE = 3600
+"""Seconds after which an open page that nothing is asked on is forgotten."""
+
+
+@dataclass
+class Visitor:
+    """One open page. Only its own requests reach it."""
+
+    owner: str  # of the cookie
+    rater: str  # the name that votes are given under
+    folder: Path
+    session: Session = field(default_factory=Session)
+    duel: Duel | None = None
+    question: str = ""  # of the comparison, with its pictures
+    pictures: tuple[Path, ...] = ()
+    trouble: str = ""
+    voted: Duel | None = None  # the comparison whose vote is on the disk
+    seen: float = field(default_factory=time.monotonic)
+
+    def leave(self) -> None:
+        """Stop what is computed and delete the pictures."""
+        self.session.clear()
+        if self.duel is not None:
+            self.duel.stopped.set()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Delete the images that neither the conversation nor the comparison shows any more."""
+        shown = {path for exchange in self.session.exchanges for path in exchange.pictures} | set(self.pictures)
+        for path in self.folder.glob("*"):
+            if path not in shown:
+                path.unlink(missing_ok=True)
+
+
+class Visitors:
+    """All visitors of the process, and the images they hand in."""
+
+    def __init__(self, uploads: Uploads, cookies: Cookies) -> None:
+        self.uploads = uploads
+        self.cookies = cookies
+        self._visitors: dict[tuple[str, str], Visitor] = {}
+        self._lock = threading.Lock()
+
+    def of(self, request: gr.Request) -> Visitor:
+        """The visitor behind a `gr.Request`. Raises InputError for one without the page's cookie."""
+        owner, page = self._key(request)
+        if owner is None:
+            raise InputError("This page needs its cookie; allow it, and load the page again.")
+        with self._lock:
+            if (owner, page) not in self._visitors:
+                rater = request.username or f"anonymous-{owner[:8]}"
+                folder = self.uploads.folder / owner / f"page-{page}"
+                self._visitors[owner, page] = Visitor(owner, rater, folder)
+            visitor = self._visitors[owner, page]
+            visitor.seen = time.monotonic()
+        return visitor
+
+    def leave(self, request: gr.Request) -> None:
+        """A page was closed."""
+        left = self._key(request)
+        self._forget(lambda key, _: key == left)
+
+    def _key(self, request: gr.Request) -> tuple[str | None, str]:
+        """Owner of the cookie, None without one, and the page, as a name that a folder may have."""
+        owner = self.cookies.owner(request.headers.get("cookie"))
+        return owner, re.sub(r"\W", "", str(request.session_hash))[:64]
+
+    def leave_all(self) -> None:
+        """The process ends; a model that still computes would be torn out of its thread."""
+        self._forget(lambda *_: True)
+
+    def sweep(self) -> None:
+        """Forget pages that are not heard of: soon if they hold no connection, later if they do."""
+        self.uploads.sweep()
+        now = time.monotonic()
+        self._forget(
+            lambda key, visitor: now - visitor.seen > (IDLE if self.uploads.is_open(*key) else min(PAGELESS, IDLE))
+        )
+
+    def sweep_for_ever(self, seconds: float = 15) -> None:
+        """Call `sweep` again and again, in a thread of its own that ends with the process."""
+
+        def run() -> None:
+            while True:
+                time.sleep(seconds)
+                self.sweep()
+
+        threading.Thread(target=run, name="qllava-sweep", daemon=True).start()
+
+    def _forget(self, wanted: Callable[[tuple[str, str], Visitor], bool]) -> None:
+        with self._lock:
+            keys = [key for key, visitor in self._visitors.items() if wanted(key, visitor)]
+            gone = [self._visitors.pop(key) for key in keys]
+        for visitor in gone:
+            visitor.leave()
+            self.uploads.remove_empty(visitor.folder.parent)
+
+    def take(self, visitor: Visitor, files: Sequence[str]) -> tuple[Path, ...]:
+        """Move images that were handed in into the visitor's folder.
+
+        Raises InputError when one is not the visitor's own, is not there any more, or they are too many.
+        """
+        mine, examples = self.uploads.folder / visitor.owner, self.uploads.folder / EXAMPLES
+        paths = [Path(file).resolve() for file in files]
+        if not all(path.is_relative_to(mine) or path.is_relative_to(examples) for path in paths):
+            raise InputError("This image is not yours; upload it again.")
+        if len(paths) > MAX_PICTURES:
+            raise InputError(f"{len(paths)} images are too many for one question; at most {MAX_PICTURES}.")
+        visitor.folder.mkdir(parents=True, exist_ok=True)
+        return tuple(
+            self.uploads.take(visitor.owner, path, visitor.folder)
+            if path.is_relative_to(mine)
+            else keep_picture(path, visitor.folder, path.name)
+            for path in paths
+        )

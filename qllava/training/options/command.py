@@ -1,0 +1,256 @@
+"""The command line of a recipe, read without torch and TRL: `--config FILE.yaml`, and flags over it.
+
+What is found here is what TRL's parser finds: the types and choices of every field are those of `fields.py`. A wrong
+flag ends the process with status 2, as argparse does; anything wrong in the YAML is an InputError, which the recipes
+print as one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qllava.arguments import Parser, suggestion
+from qllava.config import InputError, ModelConfig, expanded
+from qllava.training.options.defaults import Defaults
+from qllava.training.options.fields import FIELDS, LISTS, PATHS, RANGES, Field
+from qllava.training.options.typed import TypedLoader
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user set, and what applies where nothing was set."""
+
+    values: Mapping[str, Any]
+    """By name, of the right type: those of the YAML, and the flags over them."""
+    output_dir: str
+    """Where the run goes unless `values` says otherwise."""
+    nano: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults when the model is nano."""
+    flags: frozenset[str] = frozenset()
+    """The names that were set by a flag; the others are the YAML's."""
+
+    @property
+    def is_nano(self) -> bool:
+        """Whether the parts are nano's own."""
+        names = {own.name for own in fields(ModelConfig)}
+        return ModelConfig(**{name: value for name, value in self.values.items() if name in names}).is_nano
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Values that take the place of a field's own default."""
+        return {"output_dir": self.output_dir, **(self.nano if self.is_nano else {})}
+
+    def get(self, name: str) -> Any:
+        """The value that applies."""
+        return self.values.get(name, self.defaults.get(name, FIELDS[name].default))
+
+
+def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Given:
+    """Read flags and the YAML that `--config` names.
+
+    Args:
+        args: The command line.
+        output_dir: The run's folder unless the settings name one.
+        nano: Values that take the place of the defaults when the model is nano.
+
+    Raises:
+        InputError: For a YAML that cannot be read, an unknown key, a value of another type or outside what is
+            possible, and a field that would have no effect.
+    """
+    found = vars(_parser().parse_args(list(args)))
+    config = found.pop("config", None)
+    of_yaml = _read_yaml(config) if config is not None else {}
+    given = Given({**of_yaml, **found}, output_dir, nano, frozenset(found))
+    for name, value in given.values.items():
+        _check(FIELDS[name], value)
+    return given
+
+
+def show_help(args: Sequence[str], defaults: Defaults) -> bool:
+    """Print the help if the command line asks for it, with the defaults that apply to the rest of that line."""
+    if not any(word in ("-h", "--help") for word in args):
+        return False
+    given = read([word for word in args if word not in ("-h", "--help")], **defaults.for_parsing())
+    applied = {**defaults.rates, **given.defaults, **given.values}
+    _parser(applied, defaults.about).print_help()
+    return True
+
+
+def _parser(shown: Mapping[str, Any] | None = None, about: str | None = None) -> Parser:
+    """A flag for every field, in both spellings, and `--no_FIELD` for what is on by default.
+
+    Args:
+        shown: For the help alone: values that apply in place of a field's own default.
+        about: What the recipe does, for the help.
+    """
+    parser = Parser(usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]", description=about)
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="settings; flags win over them"
+    )
+    groups: dict[bool, Any] = {
+        True: parser.add_argument_group("model, data and training"),
+        False: parser.add_argument_group("of TRL's SFTConfig, where they are explained"),
+    }
+    for own in FIELDS.values():
+        _add(groups[bool(own.help)], own, (shown or {}).get(own.name, own.default))
+    return parser
+
+
+def _add(group: Any, own: Field, applies: Any) -> None:
+    """Add the flags of a field; the help shows the default that applies."""
+    name, dashed = own.name, own.name.replace("_", "-")
+    options = [f"--{name}"] + ([f"--{dashed}"] if dashed != name else [])
+    kind: dict[str, Any] = {"type": _typed(own), "metavar": own.kind.upper()}
+    if own.kind == "bool" or name in ("activation_checkpointing", "fsdp"):
+        kind |= {"nargs": "?", "const": True}
+    elif own.kind == "list":
+        kind |= {"nargs": "+"}
+    elif own.choices:
+        kind |= {"choices": own.choices, "metavar": None}
+    value = f"{applies:g}" if isinstance(applies, float) else applies
+    default = "" if applies is None else f"(default: {value})".replace("%", "%%")
+    about = argparse.SUPPRESS if own.refused else f"{own.help} {default}".strip() or None
+    group.add_argument(*options, default=argparse.SUPPRESS, help=about, **kind)
+    if own.kind == "bool" and own.default is True:
+        negative = [f"--no_{name}", f"--no-{dashed}"]
+        group.add_argument(
+            *negative, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def _typed(own: Field) -> Callable[[str], Any]:
+    """What makes a flag's value of its text."""
+
+    def convert(text: str) -> Any:
+        try:
+            return value_of(own, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def value_of(own: Field, given: Any) -> Any:
+    """A field's value from text, or from what a YAML made of more than text.
+
+    Raises:
+        ValueError: For a value of another type; the message says what is expected.
+    """
+    if given is None:
+        if own.default is None or own.name in _NOTHING:
+            return _NOTHING.get(own.name)
+        raise ValueError(f"expected {_EXPECTED[own.kind]}, not nothing")
+    if isinstance(given, list):
+        if own.kind == "list" or own.name in LISTS:
+            return [_part(value) if isinstance(value, dict) else _scalar(own, value) for value in given]
+        raise ValueError(f"expected {_EXPECTED[own.kind]}, not a list")
+    if isinstance(given, dict):
+        if own.kind in ("dict", "object"):
+            return given
+        raise ValueError(f"expected {_EXPECTED[own.kind]}, not a mapping")
+    return _scalar(own, given)
+
+
+def _part(given: dict[str, Any]) -> dict[str, Any]:
+    """One file of a mixture, `~` expanded in its paths."""
+    paths = ("path", "image_folder")
+    return {key: expanded(one) if key in paths and isinstance(one, str) else one for key, one in given.items()}
+
+
+_NOTHING: Mapping[str, Any] = {"max_length": None, "max_grad_norm": 0.0}
+"""What nothing means, in fields whose default is something; transformers compares max_grad_norm with a number."""
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "switch": "true or false",
+    "str": "a text",
+    "choice": "one of its choices",
+    "list": "a list of names",
+    "dict": "a mapping, as JSON on the command line",
+    "object": "an object of Python's",
+}
+_WORDS = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0", "off"), False),
+}
+
+
+def _scalar(own: Field, text: Any) -> Any:
+    kind = own.kind
+    if not isinstance(text, str):  # within a list, where YAML decided
+        text = str(text)
+    expected = ValueError(f"expected {_EXPECTED[kind]}, not {text!r}")
+    if kind in ("int", "float"):
+        try:
+            return int(text) if kind == "int" else float(text)
+        except ValueError:
+            raise expected from None
+    if kind in ("bool", "switch"):
+        if text.lower() not in _WORDS:
+            raise expected
+        return _WORDS[text.lower()]
+    if kind == "dict" and text.startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"expected {_EXPECTED[kind]}; {text} is not JSON ({error})") from error
+    if kind == "dict" and own.name not in PATHS and not own.refused:  # deepspeed may be a file too
+        raise expected
+    return expanded(text) if own.name in PATHS else text
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a file, each of its type."""
+    place = Path(expanded(path))
+    try:
+        given = TypedLoader.read(place.read_text(encoding="utf-8"), list_like=LISTS)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        said = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
+        raise InputError(f"The configuration {path} {said}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML has no error of its own for the date 2024-13-45
+        raise InputError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if given is None:
+        raise InputError(f"The configuration {path} must hold `key: value` lines.")
+    values = {}
+    for key, value in given.items():
+        if key not in FIELDS:
+            raise InputError(f"The configuration has the unknown key {key!r}{suggestion(key, FIELDS)}")
+        try:
+            found = value_of(FIELDS[key], value)
+            values[key] = [found] if FIELDS[key].kind == "list" and isinstance(found, str) else found
+        except ValueError as error:
+            raise InputError(f"The setting {key} in {path}: {error}.") from error
+    return values
+
+
+def _check(own: Field, value: Any) -> None:
+    """Raise InputError for a value that is not possible."""
+    if own.refused and value != own.default:
+        raise InputError(f"The setting {own.name} has no effect in qllava: {own.refused}; remove it.")
+    if own.choices and value is not None and value not in own.choices:
+        raise InputError(f"The setting {own.name} is {value!r}; possible are {', '.join(own.choices)}.")
+    if own.name == "max_steps" and (value == 0 or value < -1):
+        why = "nothing would be trained" if value == 0 else "-1 leaves it to num_train_epochs"
+        raise InputError(f"The setting max_steps is {value}; {why}, so give a number of at least 1, or leave it out.")
+    least, most, why = RANGES.get(own.name, (None, None, ""))
+    if value is None or isinstance(value, str | list | dict):
+        return
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise InputError(f"The setting {own.name} is {value}; give a finite number.")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise InputError(f"The setting {own.name} is {value}{why}; give a number {_between(least, most)}.")
+
+
+def _between(least: float | None, most: float | None) -> str:
+    low = "above 0" if least is not None and 0 < least < 1 else f"of at least {least}"
+    return low if most is None else f"{low} and below 1" if most <= 1 else f"{low} and at most {most}"

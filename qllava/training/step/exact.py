@@ -1,0 +1,309 @@
+"""The forward pass of a row: the same loss as that of its samples, each by itself, for less.
+
+    pictures --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
+    tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
+
+With dropout 0 what is left out changes nothing (with dropout, questions about one image share the mask of its tokens,
+and random numbers fall on other tokens): tokens that predict nothing have no logits, and a picture is looked at once
+however many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can
+be left out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
+
+- `stop_tower`: no layer of the tower is computed behind the one whose features are used.
+- `prune_last_layer`: the last layer of the language model gives keys and values of all tokens, and everything else only
+  where something is predicted.
+- `lora_first`: LoRA's product before the base's. When a layer is recomputed on the way back, torch ends as soon as it
+  has what it needs; the base's product (4 bit, frozen) is needed by nothing, so that the last one of a layer is saved.
+- `compile_layers`: what stands between the products of a decoder layer, its norms and the gate of its MLP, is one
+  compiled kernel each. The products themselves, 4-bit ones and LoRA's, and attention are libraries' kernels already.
+
+S tokens, P image tokens of a row, I its pictures, L its learned tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.utils import ModelOutput
+
+from qllava.data.packing import Group
+from qllava.models.nf4 import unpacked
+from qllava.models.stream import features_at
+from qllava.training.step.attention import Kernel, Sight, row_attention
+
+MOST_LOGITS = 1 << 25
+"""That are held at once: 128 MB in fp32, for 1,048 learned tokens of a vocabulary of 32,000."""
+
+_STEPS = 6
+"""Twice the three that count: the small products of a LoRA are bound by memory. Measured with nano."""
+
+
+@dataclass
+class RowOutput(ModelOutput):
+    """What TRL makes its loss and its figures of, for the learned tokens alone; (L,) each."""
+
+    log_probs: Tensor | None = None
+    """Of the token that was to come; these have gradients."""
+    label_mask: Tensor | None = None
+    """True everywhere but in a weightless row: only learned tokens are here."""
+    entropy: Tensor | None = None
+    """Of what was predicted, in nats."""
+    is_top1: Tensor | None = None
+    """Whether the token that was to come was the likeliest."""
+
+
+class Switches(Protocol):
+    """Which shortcuts are taken; a run's settings say so, among others."""
+
+    @property
+    def stop_tower(self) -> bool:
+        """See the head of this file."""
+
+    @property
+    def prune_last_layer(self) -> bool:
+        """See the head of this file."""
+
+    @property
+    def lora_first(self) -> bool:
+        """See the head of this file."""
+
+
+def take_shortcuts(model: Any, switches: Switches) -> None:
+    """Change a LlavaForConditionalGeneration, with LoRA in it or without, as the switches say."""
+    if switches.stop_tower:
+        stop_tower(model)
+    if switches.prune_last_layer:
+        prune_last_layer(model.model.language_model)
+    if switches.lora_first:
+        lora_first(model)
+
+
+def teach_rows(model: Any, kernel: Kernel = "groups") -> None:
+    """Let a LlavaForConditionalGeneration's forward take rows too: a call with `row_groups` is one of a row.
+
+    It stands on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
+    """
+    plain = model.forward
+
+    @wraps(plain)  # `generate` looks at its signature
+    def forward(*args: Any, row_groups: Sequence[Group] | None = None, **kwargs: Any) -> Any:
+        if row_groups is None:
+            return plain(*args, **kwargs)
+        return row_forward(model, row_groups=row_groups, kernel=kernel, **kwargs)
+
+    model.forward = forward
+
+
+def row_forward(
+    model: Any,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    image_places: Tensor,
+    features: Tensor,
+    learned: Tensor,
+    targets: Tensor,
+    learned_counts: Sequence[int],
+    row_groups: Sequence[Group],
+    kernel: Kernel = "groups",
+    pixel_values: Tensor | None = None,
+    weightless: bool = False,
+    **_: Any,
+) -> RowOutput:
+    """What the model says to the learned tokens of a row (`data.collate.row_tensors`).
+
+    model: a LlavaForConditionalGeneration whose language model is `looking_at` rows.
+    features: (P,) indices into the features of all pictures, (I * tokens_per_image, D).
+    pixel_values: (I, 3, H, W); None for a row without pictures.
+    weightless: gradients are zero, and nothing is counted.
+    """
+    embeddings = model.model.language_model.get_input_embeddings()(input_ids[0])
+    if pixel_values is not None:
+        seen = image_features(model, pixel_values)
+        embeddings = embeddings.index_put((image_places,), seen[features].to(embeddings.dtype))
+    elif torch.is_grad_enabled():
+        # A text teaches the projector nothing, and its gradient is zero, not missing: stage 1 has no other, and
+        # several processes wait for it.
+        learning = [p.sum() for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
+        embeddings = embeddings + 0 * sum(learning)
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings[None],
+        position_ids=position_ids,
+        attention_mask=None,
+        use_cache=False,
+        sight=Sight(tuple(row_groups), learned, tuple(learned_counts), kernel),
+    ).last_hidden_state[0]
+    # A last layer that was pruned has given the learned places alone.
+    predicting = hidden if len(hidden) == len(learned) else hidden[learned]
+    log_probs, entropy, is_top1 = _scores(model.lm_head, predicting, targets)
+    if weightless:
+        return RowOutput(0 * log_probs, torch.zeros_like(is_top1), 0 * entropy, torch.zeros_like(is_top1))
+    return RowOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
+
+
+def _scores(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D), (L,) -> log-probability, entropy and whether it was the likeliest, (L,) each.
+
+    Where the logits of a row are many, they are made in pieces, and again on the way back.
+    """
+    size = max(1, MOST_LOGITS // head.weight.shape[0])
+    if len(hidden) <= size:
+        return _score(head, hidden, targets)
+    pieces = [
+        checkpoint(_score, head, some, of, use_reentrant=False, preserve_rng_state=False)
+        for some, of in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    log_probs, entropy, is_top1 = (torch.cat(of) for of in zip(*pieces, strict=True))
+    return log_probs, entropy, is_top1
+
+
+def _score(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    likely = head(hidden).float().log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(likely.exp() * likely).sum(-1)
+        is_top1 = likely.argmax(-1) == targets
+    return likely.gather(-1, targets[:, None])[:, 0], entropy, is_top1
+
+
+def image_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """(I, 3, H, W) -> (I * tokens_per_image, D): the tower outside the graph, then the projector."""
+    layer = model.config.vision_feature_layer
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        stopped = getattr(tower, "features_at", None)
+        chosen = (
+            stopped(pixel_values, layer)
+            if stopped is not None
+            else tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+        )
+    if model.config.vision_feature_select_strategy == "default":
+        chosen = chosen[:, 1:]
+    seen: Tensor = model.model.multi_modal_projector(chosen)
+    return seen.flatten(0, 1)
+
+
+def stop_tower(model: Any) -> None:
+    """Let the tower of a LLaVA stop at the layer whose features are used, when a row is computed."""
+    tower = model.model.vision_tower
+    inner = getattr(tower, "vision_model", tower)
+    tower.features_at = lambda pixel_values, layer: features_at(inner, [pixel_values], layer)[0]
+
+
+def prune_last_layer(language_model: Any) -> None:
+    """Let the last layer of a LLaMA or Mistral compute only what the learned places of a row need.
+
+    It is never recomputed on the way back, which begins with it: what it holds is small, and would be made again at
+    once. Other calls than those of rows are as before.
+    """
+    layer = language_model.layers[-1]
+    if not isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer):
+        raise TypeError(f"no layer of a LLaMA or Mistral: {type(layer).__name__}")
+    layer.forward = partial(_pruned, layer, layer.forward)  # type: ignore[method-assign]
+
+
+def _pruned(
+    layer: Any,
+    plain: Callable[..., Any],
+    hidden_states: Tensor,
+    *args: Any,
+    sight: Sight | None = None,
+    **kwargs: Any,
+) -> Any:
+    """(1, S, D) -> (1, L, D): a decoder layer at the learned places of a row."""
+    if sight is None:
+        return plain(hidden_states, *args, **kwargs)
+    attention, places = layer.self_attn, sight.learned
+    cos, sin = kwargs["position_embeddings"]
+    every = layer.input_layernorm(hidden_states)
+    few = every[:, places]
+    query, key, value = (
+        project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for project, x in ((attention.q_proj, few), (attention.k_proj, every), (attention.v_proj, every))
+    )
+    query, key = _rotated(query, cos[:, places], sin[:, places]), _rotated(key, cos, sin)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    out, _ = row_attention(attention, query, key, value, None, sight=sight, scaling=attention.scaling, dropout=dropout)
+    hidden = hidden_states[:, places] + attention.o_proj(out.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1, H, S, D) turned by the angles of its positions, (1, S, D)."""
+    turned: Tensor = x * cos[:, None] + rotate_half(x) * sin[:, None]
+    return turned
+
+
+def lora_first(model: nn.Module) -> None:
+    """Let every LoRA of a model be computed before its base layer, while it trains; or in it, where that is less."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            module.forward = partial(_lora_first, module, module.forward)
+
+
+def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """(..., in) -> (..., out): (alpha / r) B A x + W x, in the base's type as peft has it."""
+    if not layer.training or layer.disable_adapters or layer.merged or args or kwargs:
+        return plain(x, *args, **kwargs)
+    a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+    # Under autocast torch chooses the type; without, LoRA computes in its own.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and x.dtype == torch.float32 and _is_large(layer):
+        whole = torch.addmm(_weight(layer.base_layer), b.weight, a.weight, alpha=scaling)
+        return linear(x, whole, layer.base_layer.bias)
+    given = x if autocast else x.to(a.weight.dtype)
+    delta = b(a(layer.lora_dropout["default"](given)) * scaling)
+    base = layer.base_layer(x)
+    return base + delta.to(base.dtype)
+
+
+def _is_large(layer: Any) -> bool:
+    """Whether a LoRA costs as much as its layer.
+
+    By itself it takes 3 r (in + out) products a token, both ways, in seven small steps; added to the weight, the
+    gradient of the weight, in * out in one. In 16 bit the sum would be rounded, so it is for fp32 alone.
+    """
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    (rank, wide), tall = a.shape, b.shape[0]
+    plain = isinstance(layer.lora_dropout["default"], nn.Identity) and a.dtype == torch.float32
+    return plain and _STEPS * rank * (wide + tall) >= wide * tall
+
+
+@torch.no_grad()
+def _weight(base: Any) -> Tensor:
+    """(out, in) of a frozen linear layer, in fp32."""
+    # FSDP puts a plain tensor in the weight's place; bitsandbytes keeps what belongs to it on the layer too.
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+    return base.weight.float() if state is None else unpacked(base.weight.data, state)
+
+
+def compile_layers(language_model: Any) -> None:
+    """Compile the norms of a LLaMA or Mistral, and the gates of its MLPs, for rows of any length."""
+    for layer in language_model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = partial(compiled(type(norm).forward), norm)
+        layer.mlp.forward = partial(_mlp, layer.mlp)
+
+
+def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """What a LLaMA's MLP does between its products."""
+    return act(gate) * up
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """(..., D) -> (..., D)."""
+    out: Tensor = mlp.down_proj(compiled(gated)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+    return out
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile's, once for all layers."""
+    return torch.compile(function, dynamic=True)

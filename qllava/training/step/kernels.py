@@ -1,0 +1,160 @@
+"""Which kernels compute a row on this device: attention (`training/attention.py`), and what stands between products.
+
+On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
+with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
+fp32 too. What was measured is in the ledger. The choice is kept in every checkpoint: a run that is resumed on the same
+kind of device computes with the same kernels, whatever a stopwatch says then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qllava.data.packing import Group
+from qllava.training.step.attention import Kernel, Sight, by_groups, flex, varlen
+from qllava.training.step.exact import compiled, gated
+
+TOLERANCE = 2e-2
+"""Largest difference from `groups` in outputs and gradients, against the largest value: 16-bit rounding, not a mask."""
+# Two groups as LLaVA-Instruct has them: 600 shared tokens, and questions about them; and a text.
+TRIAL = (Group(0, 600, (200, 120, 80)), Group(1000, 600, (150, 50)), Group(1800, 0, (248,)))
+KERNELS: dict[Kernel, Callable[..., Tensor]] = {"groups": by_groups, "varlen": varlen, "flex": flex}
+
+
+TRIAL_TOKENS = 2048
+"""Of the row in which compiled kernels are tried."""
+Layers = Literal["plain", "compiled"]
+Trial = Callable[[list[Tensor]], list[Tensor]]
+Name = TypeVar("Name", bound=str)
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[Name]):
+    """A kernel, and why it was chosen, in a line."""
+
+    kernel: Name
+    why: str
+
+
+def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel | None = None) -> Chosen[Kernel]:
+    """The kernel of attention for a language model's heads.
+
+    config: a LlamaConfig or MistralConfig.
+    dtype: what the model computes in.
+    kept: the kernel of the checkpoint that is resumed; it is taken if it works here.
+    """
+    if device.type != "cuda":
+        return Chosen("groups", "group by group, as everywhere but on CUDA")
+    if dtype == torch.float32:
+        return Chosen("groups", "group by group, because the model computes in fp32")
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    generator = torch.Generator(device).manual_seed(0)
+    row = [
+        torch.randn(1, n, TRIAL[-1].end, width, dtype=dtype, device=device, generator=generator)
+        for n in (heads, shared, shared)
+    ]
+    return fastest(row, {name: partial_trial(name) for name in KERNELS}, kept)
+
+
+def choose_layers(
+    config: Any, device: torch.device, dtype: torch.dtype, asked: bool | None, kept: Layers | None = None
+) -> Chosen[Layers]:
+    """Whether norms and gates of the decoder layers are compiled.
+
+    config: a LlamaConfig or MistralConfig.
+    dtype: what the model computes in.
+    asked: what the user says; None: the faster on CUDA, plain elsewhere.
+    kept: the choice of the checkpoint that is resumed.
+    """
+    if asked is not None:
+        return Chosen("compiled" if asked else "plain", "as asked")
+    if device.type != "cuda":
+        return Chosen("plain", "as everywhere but on CUDA")
+    generator = torch.Generator(device).manual_seed(0)
+    row = [
+        torch.randn(1, TRIAL_TOKENS, width, dtype=dtype, device=device, generator=generator)
+        for width in (config.hidden_size, config.intermediate_size, config.intermediate_size)
+    ]
+    norm = LlamaRMSNorm(config.hidden_size).to(device, dtype).requires_grad_(False)
+    return fastest(
+        row, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}, kept
+    )
+
+
+def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trial:
+    """Forward and backward pass of a norm and a gate: outputs and gradients."""
+
+    def run(row: list[Tensor]) -> list[Tensor]:
+        given = [x.detach().requires_grad_() for x in row]
+        out = [how(type(norm).forward)(norm, given[0]), how(gated)(silu, given[1], given[2])]
+        total = torch.stack([x.float().square().sum() for x in out]).sum()
+        return [*(x.detach() for x in out), *torch.autograd.grad(total, given)]
+
+    return run
+
+
+def partial_trial(kernel: Kernel) -> Trial:
+    """Forward and backward pass of a kernel over the trial's row: output and the three gradients."""
+
+    def run(row: list[Tensor]) -> list[Tensor]:
+        learned = torch.arange(0, device=row[0].device)
+        sight = Sight(TRIAL, learned, [0] * sum(len(group.branches) for group in TRIAL), kernel)
+        given = [x.detach().requires_grad_() for x in row]
+        out = KERNELS[kernel](*given, sight)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), given)]
+
+    return run
+
+
+def fastest(row: list[Tensor], trials: dict[Name, Trial], kept: Name | None = None) -> Chosen[Name]:
+    """The fastest of the trials that agree with the first; `kept` without a stopwatch, if it agrees."""
+    first, *_ = trials
+    wanted = trials[first](row)
+    seconds: dict[Name, float] = {}
+    said = []
+    if kept in trials:
+        fault = _fault(trials[kept], row, wanted)
+        if fault is None:
+            return Chosen(kept, "as in the checkpoint")
+        said.append(f"{kept}, which the checkpoint had, {fault}")
+    for name, trial in trials.items():
+        if fault := _fault(trial, row, wanted):
+            said.append(f"{name} {fault}")
+            continue
+        seconds[name] = _median_seconds(trial, row)
+        said.append(f"{name} {seconds[name] * 1000:.2f} ms")
+    return Chosen(min(seconds, key=lambda name: seconds[name]), ", ".join(said))
+
+
+def _fault(trial: Trial, row: list[Tensor], wanted: list[Tensor]) -> str | None:
+    """Why a trial cannot be used on this device; None where it can."""
+    try:
+        found = trial(row)
+    except Exception as error:  # whatever is missing on this device, the others remain
+        return f"is not available ({type(error).__name__})"
+    off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
+    # Not the largest: `max` passes over a NaN that is not the first.
+    if all(difference <= TOLERANCE for difference in off):
+        return None
+    return f"differs by {max(off):.1%}" if all(map(math.isfinite, off)) else "computes values that are not finite"
+
+
+def _median_seconds(trial: Trial, row: list[Tensor], repetitions: int = 7) -> float:
+    taken = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        trial(row)
+        if row[0].is_cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[repetitions // 2]

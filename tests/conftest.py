@@ -27,10 +27,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qllava.conversation import IMAGE_TOKEN
 from qllava.models.checkpoint import save_llava
+from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, make_tiny_runs
 
@@ -52,6 +52,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("computes on the CPU: run `make test`")
 
 
+CASES = Path(__file__).resolve().parent / "cases"
+
+
+@pytest.fixture(scope="session")
+def coco_contexts() -> Path:
+    """Captions and boxes of 40 images of COCO (`tests/cases/NOTICE`)."""
+    return CASES / "coco_contexts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def reports() -> Path:
+    """Small inputs that were made after public reports (`tests/cases/reports/README.md`)."""
+    return CASES / "reports"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of cases that nobody here made up (`../shared/data`)."""
@@ -66,9 +81,20 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
     """The Llama-2 tokenizer in legacy mode, as LLaVA trained with it, and `<image>` as one more token."""
     folder = tmp_path_factory.mktemp("llama_tokenizer")
     shutil.copy(shared_data / "llama_tokenizer.model", folder / "tokenizer.model")
-    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    return tokenizer
+    return legacy_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A small sentencepiece tokenizer of the same kind, trained here, because Llama's may not be copied."""
+    return legacy_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("trained_tokenizer")))
+
+
+@pytest.fixture(scope="session", params=["trained", "llama"])
+def sentencepiece_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """Both, one after the other: the second is skipped where `../shared` is not there."""
+    found: PreTrainedTokenizerBase = request.getfixturevalue(f"{request.param}_tokenizer")
+    return found
 
 
 @pytest.fixture(autouse=True)

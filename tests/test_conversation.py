@@ -205,9 +205,9 @@ def test_chat_template_on_a_byte_level_bpe(template: Template, name: str) -> Non
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", [VICUNA_V1, LLAMA_2], ids=lambda t: t.name)
 def test_chat_template_on_sentencepiece(
-    template: Template, name: str, llama_tokenizer: PreTrainedTokenizerBase
+    template: Template, name: str, sentencepiece_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert_chat_template_agrees(template, llama_tokenizer, CONVERSATIONS[name], parts=False)
+    assert_chat_template_agrees(template, sentencepiece_tokenizer, CONVERSATIONS[name], parts=False)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, VICUNA_V1, LLAMA_2], ids=lambda t: t.name)
@@ -216,8 +216,8 @@ def test_chat_template_takes_contents_as_parts(template: Template) -> None:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_chat_template_of_captions(parts: bool, llama_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert_chat_template_agrees(PLAIN, llama_tokenizer, CAPTION, parts=parts)
+def test_chat_template_of_captions(parts: bool, sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert_chat_template_agrees(PLAIN, sentencepiece_tokenizer, CAPTION, parts=parts)
     assert_chat_template_agrees(PLAIN, bpe_tokenizer(), CAPTION, parts=parts)
 
 

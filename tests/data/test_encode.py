@@ -113,21 +113,23 @@ def test_captions_are_learned_to_their_newline(caption: str, trim_offsets: bool)
 
 @settings(deadline=None, max_examples=50)
 @given(question=SAID, answer=SAID)
-def test_sentencepiece_in_legacy_mode(llama_tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> None:
-    made = encoder(VICUNA_V1, llama_tokenizer)
+def test_sentencepiece_in_legacy_mode(
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, question: str, answer: str
+) -> None:
+    made = encoder(VICUNA_V1, sentencepiece_tokenizer)
     sample = made.encode(example(f"<image>\n{question}", answer))
     assert sample is not None
     prompt = made.encode_prompt(Conversation((Turn("user", f"<image>\n{question}"),)), images=1)
     assert sample.input_ids[: len(prompt)] == prompt
     assert sample.labels == [IGNORE_INDEX] * len(prompt) + sample.input_ids[len(prompt) :]
-    assert sample.input_ids[-1] == llama_tokenizer.eos_token_id
+    assert sample.input_ids[-1] == sentencepiece_tokenizer.eos_token_id
 
 
-def test_a_lone_space_mark_is_learned_with_what_follows(llama_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_lone_space_mark_is_learned_with_what_follows(sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
     """After <image> sentencepiece puts in a mark that has no character of its own; nothing else may go with it."""
-    sample = encoder(PLAIN, llama_tokenizer).encode(example("<image>", "53"))
+    sample = encoder(PLAIN, sentencepiece_tokenizer).encode(example("<image>", "53"))
     assert sample is not None
-    marks = llama_tokenizer.convert_ids_to_tokens([label for label in sample.labels if label != IGNORE_INDEX])
+    marks = sentencepiece_tokenizer.convert_ids_to_tokens([label for label in sample.labels if label != IGNORE_INDEX])
     assert marks == ["▁", "5", "3", "<0x0A>"]
 
 
@@ -157,12 +159,12 @@ def test_words_cannot_spell_a_control_token(said: tuple[str, ...], token: str) -
     assert str(error.value).startswith("train.json, row 3, id x7: ")
 
 
-def test_words_of_other_models_are_words(llama_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_words_of_other_models_are_words(sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
     sample = encoder().encode(example("What is </s>?", "An <s> ends with </s>."))
     assert sample is not None
     assert learned(sample) == ["An <s> ends with </s>.<|im_end|>"]
     with pytest.raises(InputError, match="contain </s>"):
-        encoder(VICUNA_V1, llama_tokenizer).encode(example("What is </s>?", "A tag."))
+        encoder(VICUNA_V1, sentencepiece_tokenizer).encode(example("What is </s>?", "A tag."))
 
 
 def test_system_prompts_cannot_spell_one_either() -> None:

@@ -124,11 +124,10 @@ def test_half_transparent_is_half_white() -> None:
     assert as_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 51))).getpixel((1, 1)) == (204, 204, 204)
 
 
-def test_images_after_public_reports(shared_data: Path) -> None:
-    folder = shared_data / "reports"
-    scan = np.asarray(open_image(folder / "scan_12bit.png"))
+def test_images_after_public_reports(reports: Path) -> None:
+    scan = np.asarray(open_image(reports / "scan_12bit.png"))
     assert {*scan.flat} == {round(500 * 255 / 4095), round(3500 * 255 / 4095)}
-    a, b = (np.asarray(open_image(folder / f"transparent_{name}.png")) for name in "ab")
+    a, b = (np.asarray(open_image(reports / f"transparent_{name}.png")) for name in "ab")
     assert a.min() < 10 and a.max() == 255 and b.min() < 10 and not np.array_equal(a, b)
 
 
@@ -171,6 +170,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "gone.png")
     with pytest.raises(InputError, match="cannot be decoded"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_drawn_photograph(progressive: bool, tmp_path: Path) -> None:
+    """The two ways in which a JPEG is stored, in the sizes of photographs."""
+    drawn = Image.fromarray(NOISE[..., :3]).resize((1000, 667))
+    drawn.save(path := tmp_path / "photo.jpg", progressive=progressive, quality=95)
+    opened = np.asarray(open_image(path)).astype(int)
+    assert opened.shape == (667, 1000, 3) and np.abs(opened - np.asarray(drawn)).mean() < 3
 
 
 def test_photographs(shared_data: Path) -> None:

@@ -167,11 +167,11 @@ def test_captions(caption: str, picture: Path) -> None:
 @settings(deadline=None, max_examples=60)
 @given(question=SAID, answer=SAID)
 def test_sentencepiece_with_the_spaces_that_it_puts_in(
-    llama_tokenizer: PreTrainedTokenizerBase, question: str, answer: str
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, question: str, answer: str
 ) -> None:
     # The tokenizer's own space mark is a space to it.
     question, answer = (words.replace("\u2581", "_") for words in (question, answer))
-    made = encoder(VICUNA_V1, llama_tokenizer)
+    made = encoder(VICUNA_V1, sentencepiece_tokenizer)
     row = example(question, answer, question, answer)
     one = show(row, made, None)
     assert one is not None
@@ -184,9 +184,9 @@ def test_sentencepiece_with_the_spaces_that_it_puts_in(
 
 @pytest.mark.parametrize("word", ["é", "€", "😀", "\ufffd", "😀😀", "a\ufffdb"])
 def test_a_character_of_several_tokens_is_one_piece(
-    word: str, request: pytest.FixtureRequest, llama_tokenizer: PreTrainedTokenizerBase
+    word: str, request: pytest.FixtureRequest, sentencepiece_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for made in (encoder(), encoder(CHATML, nano_tokenizer()), encoder(VICUNA_V1, llama_tokenizer)):
+    for made in (encoder(), encoder(CHATML, nano_tokenizer()), encoder(VICUNA_V1, sentencepiece_tokenizer)):
         one = show(example(word, word), made, None)
         assert one is not None
         assert sum(piece.text.count("\ufffd") for piece in one.pieces) == 2 * word.count("\ufffd")

@@ -327,16 +327,17 @@ def test_samples_of_a_tar_hide_nothing(folder: Path) -> None:
             to_example(row, place, pictures)
 
 
-def test_inputs_after_public_reports(shared_data: Path, encoder: Encoder) -> None:
-    folder = shared_data / "reports"
-    one, two = read_examples(folder / "interleaved_parts.jsonl")
+def test_inputs_after_public_reports(reports: Path, encoder: Encoder) -> None:
+    one, two = read_examples(reports / "interleaved_parts.jsonl")
     assert learned(one) == learned(two)
     assert one.conversation.turns[0].content == "Is <image> darker than <image>?"
-    assert {e.conversation.system for e in read_examples(folder / "system.jsonl")} == {"Answer in one upper-case word."}
+    assert {e.conversation.system for e in read_examples(reports / "system.jsonl")} == {
+        "Answer in one upper-case word."
+    }
     with pytest.raises(RowError, match="'video' cannot be obeyed"):
-        read_examples(folder / "video.jsonl")
-    rows = list(read_rows(folder / "weight.jsonl"))
-    example = to_example(rows[0][1], rows[0][0], Pictures(folder))
+        read_examples(reports / "video.jsonl")
+    rows = list(read_rows(reports / "weight.jsonl"))
+    example = to_example(rows[0][1], rows[0][0], Pictures(reports))
     assert [turn.learned for turn in example.conversation.turns[1::2]] == [False, True]
     with pytest.raises(RowError, match="nothing of it is learned"):
-        to_example(rows[1][1], rows[1][0], Pictures(folder))
+        to_example(rows[1][1], rows[1][0], Pictures(reports))

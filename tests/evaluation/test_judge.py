@@ -16,6 +16,8 @@ from qllava import cli
 from qllava.config import InputError
 from qllava.evaluation.asking import Judge, json_object
 from qllava.evaluation.judge import Case, JudgeResult, judge_files, rate, read_cases, read_scores
+from qllava.synthesis.contexts import read_contexts
+from tests.evaluation.made_up import write_bench
 from tests.llm.server import ChatServer, Request, Said
 
 
@@ -148,13 +150,14 @@ def test_a_failed_reply_is_counted_and_moves_nothing(tmp_path: Path) -> None:
 class TestLlavaBench:
     """The 90 questions with GPT-4's reference answers, over HTTP, with a judge that fails in a tenth of its replies."""
 
-    @pytest.fixture
-    def files(self, shared_data: Path) -> dict[str, Path]:
-        return {
-            "questions": shared_data / "llava_bench_coco_questions.jsonl",
-            "reference": shared_data / "llava_bench_coco_reference.jsonl",
-            "contexts": shared_data / "coco_contexts.jsonl",
-        }
+    @pytest.fixture(params=["made up", "real"])
+    def files(self, request: pytest.FixtureRequest, coco_contexts: Path, tmp_path: Path) -> dict[str, Path]:
+        """Questions and reference answers: made up, and LLaVA-Bench's where they are there."""
+        if request.param == "made up":
+            return {**write_bench(read_contexts(coco_contexts), tmp_path), "contexts": coco_contexts}
+        real = request.getfixturevalue("shared_data")
+        names = {"questions": "llava_bench_coco_questions.jsonl", "reference": "llava_bench_coco_reference.jsonl"}
+        return {**{key: real / name for key, name in names.items()}, "contexts": coco_contexts}
 
     def test_the_references_themselves_have_100(self, files: dict[str, Path], tmp_path: Path) -> None:
         with ChatServer(failing) as server:

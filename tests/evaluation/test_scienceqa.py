@@ -25,6 +25,7 @@ from qllava.evaluation.scienceqa import (
     training_rows,
 )
 from recipes.scienceqa import write_rows
+from tests.evaluation.made_up import NAMES, write_science
 from tests.tiny_models import make_picture, make_tiny_llava
 
 ROW = {
@@ -139,9 +140,16 @@ def test_whatever_is_answered_is_counted(answers: dict[str, str]) -> None:
     json.dumps(result.to_json())
 
 
-@pytest.mark.parametrize("whose", ["llava_13b_v0", "llava_13b_lcs558k", "gpt3_cot"])
-def test_real_answers_get_the_papers_figures(whose: str, shared_data: Path) -> None:
-    folder = shared_data / "scienceqa"
+@pytest.fixture(params=["made up", "real"])
+def answered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of problems, answers and their counts: made up, and the released ones where they are there."""
+    return request.getfixturevalue("shared_data") / "scienceqa" if request.param == "real" else write_science(tmp_path)
+
+
+@pytest.mark.parametrize("whose", NAMES)
+def test_answers_get_the_figures_that_were_counted(whose: str, answered: Path) -> None:
+    """Of the released answers those of the papers' own scorer, of the made-up ones those of who made them up."""
+    folder = answered
     expected = json.loads((folder / "expected.json").read_text())
     found = score_file(folder / "problems.json", folder / f"{whose}.jsonl").to_json()
     assert (found["n"], found["n_image"]) == (expected["n"], expected["n_image"])

@@ -170,12 +170,13 @@ class TestCharacters:
         assert found.scores[-5:-2] == [0.0, -1.0, -2.0] and found.scores[-1] < -1e5
         assert found.tokens[-2:] == ["[PAD265]", "[PAD266]"]
 
-    def test_llama_2_is_cut_alike(self, llama_tokenizer: PreTrainedTokenizerBase) -> None:
-        found = read_vocabulary(llama_tokenizer, 32064, "Vicuna")
+    def test_llama_2_is_cut_alike(self, sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
+        tokenizer, image = sentencepiece_tokenizer, len(sentencepiece_tokenizer) - 1
+        found = read_vocabulary(tokenizer, image + 64, "Vicuna")
         assert found.model == "llama" and found.space_prefix
-        assert found.tokens[32000] == "<image>" and found.types[32000] == TokenType.CONTROL
+        assert found.tokens[image] == "<image>" and found.types[image] == TokenType.CONTROL
         for text in (*TEXTS[:1], *TEXTS[2:], "\nWhat is it?", "x" * 40, "naïve café 日本語"):
-            assert by_scores(text, found) == llama_tokenizer.encode(text, add_special_tokens=False), text
+            assert by_scores(text, found) == tokenizer.encode(text, add_special_tokens=False), text
 
 
 class TestOtherKinds:

@@ -92,10 +92,10 @@ def test_text_without_them_is_read_as_before(chat: Chat) -> None:
     assert prompt_of(chat.processor, words, []).input_ids == chat.processor.tokenizer(text)["input_ids"]
 
 
-def test_html_in_llama_s_own_tokens(llama_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_html_in_llamas_kind_of_tokens(sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
     processor = LlavaProcessor(
         image_processor=make_tiny_processor().image_processor,
-        tokenizer=llama_tokenizer,
+        tokenizer=sentencepiece_tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -104,8 +104,8 @@ def test_html_in_llama_s_own_tokens(llama_tokenizer: PreTrainedTokenizerBase) ->
     html = "<p>Was <s>10</s> now 8</p>"
     turns = (user_turn("Write HTML.", 0), Turn("assistant", html), user_turn("And <s>?", 0))
     ids = prompt_of(processor, Conversation(turns=turns), []).input_ids
-    assert ids.count(llama_tokenizer.bos_token_id) == 1 and ids.count(llama_tokenizer.eos_token_id) == 1
-    said = llama_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert ids.count(sentencepiece_tokenizer.bos_token_id) == 1 and ids.count(sentencepiece_tokenizer.eos_token_id) == 1
+    said = sentencepiece_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert html in said and "And <s>?" in said and BREAK not in said
 
 

@@ -12,6 +12,7 @@ from qllava.conversation import CHATML, VICUNA_V1
 from qllava.models.assemble import assemble
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.reading import Reader, read_model, read_parts, read_tokenizer
+from tests.sentencepiece_models import train_sentencepiece
 from tests.tiny_models import IMAGE_TOKENS
 from tests.tiny_runs import Tiny
 
@@ -44,11 +45,18 @@ def test_of_nano_before_any_run() -> None:
     assert (reader.template, reader.tokens_per_image) == (CHATML, 36)
 
 
-def test_of_a_tokenizer_alone(tiny: Tiny, shared_data: Path) -> None:
+def test_of_a_tokenizer_alone(tiny: Tiny) -> None:
     for path in (tiny.language_model, tiny.language_model / "tokenizer.json"):
         reader = read_tokenizer(path)
         assert (reader.template, reader.tokens_per_image, reader.image_processor) == (CHATML, 576, None)
         assert reader.tokenizer.encode("<image>", add_special_tokens=False) == [reader.image_token_id]
+
+
+def test_of_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    assert read_tokenizer(train_sentencepiece(tmp_path) / "tokenizer.model").template == VICUNA_V1
+
+
+def test_of_llamas_own(shared_data: Path) -> None:
     assert read_tokenizer(shared_data / "llama_tokenizer.model").template == VICUNA_V1
 
 

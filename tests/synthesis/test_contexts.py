@@ -124,8 +124,8 @@ class TestRows:
         with pytest.raises(InputError, match="check its name"):
             read_contexts(tmp_path / "absent.jsonl")
 
-    def test_the_forty_of_the_bench(self, shared_data: Path) -> None:
-        contexts = read_contexts(shared_data / "coco_contexts.jsonl")
+    def test_the_forty_of_the_bench(self, coco_contexts: Path) -> None:
+        contexts = read_contexts(coco_contexts)
         assert len(contexts) == 40
         assert all(len(one.captions) == 5 for one in contexts)
         assert sum(not one.boxes for one in contexts) == 1

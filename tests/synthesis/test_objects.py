@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qllava.synthesis.contexts import Context, read_contexts
 from qllava.synthesis.objects import CATEGORIES, named, unsupported
 
 
@@ -47,6 +48,23 @@ def test_every_category_is_named_by_some_word() -> None:
 )
 def test_other_words_are_evidence(answer: str, captions: list[str], categories: list[str], expected: set[str]) -> None:
     assert unsupported(answer, captions, categories) == expected
+
+
+def test_captions_are_told_apart_from_captions_of_another_image(coco_contexts: Path) -> None:
+    """What people said of an image is never accused, what they said of another image nearly always."""
+    contexts = read_contexts(coco_contexts)
+
+    def accused(answer: str, context: Context) -> bool:
+        return bool(unsupported(answer, context.captions, [box.category for box in context.boxes]))
+
+    answers = [" ".join(context.captions) for context in contexts]
+    assert not [n for n, context in enumerate(contexts) if accused(answers[n], context)]
+    shifted = [
+        accused(answers[(n + shift) % len(answers)], context)
+        for shift in range(3, len(answers), 9)
+        for n, context in enumerate(contexts)
+    ]
+    assert sum(shifted) > 0.85 * len(shifted)
 
 
 def test_answers_of_others_are_told_apart_from_answers_to_another_picture(shared_data: Path) -> None:

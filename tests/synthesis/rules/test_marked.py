@@ -16,9 +16,9 @@ from tests.synthesis.rules.marked import SIZE, draw, marked, pool, refused
 
 
 @pytest.fixture(scope="module")
-def contexts(shared_data: Path) -> list[Context]:
+def contexts(coco_contexts: Path) -> list[Context]:
     """The forty of the bench."""
-    return read_contexts(shared_data / "coco_contexts.jsonl")
+    return read_contexts(coco_contexts)
 
 
 def test_the_list_is_whole_and_nearly_all_of_it_true() -> None:

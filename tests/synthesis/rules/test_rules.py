@@ -67,8 +67,8 @@ A, B, C = (0.05, 0.05, 0.25, 0.25), (0.7, 0.7, 0.95, 0.95), (0.4, 0.4, 0.6, 0.6)
 
 class TestTheFortyOfTheBench:
     @pytest.fixture(scope="class")
-    def contexts(self, shared_data: Path) -> list[Context]:
-        return read_contexts(shared_data / "coco_contexts.jsonl")
+    def contexts(self, coco_contexts: Path) -> list[Context]:
+        return read_contexts(coco_contexts)
 
     def test_enough_questions_about_distinct_facts_and_every_answer_true(self, contexts: list[Context]) -> None:
         assert len(contexts) == 40

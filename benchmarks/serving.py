@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from benchmarks.counting import counter
+from benchmarks.step import Step
 from benchmarks.systems import Job, System, build, mean_loss
-from benchmarks.turns import Step
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import rows_of
 

@@ -25,9 +25,10 @@ from benchmarks import shapes
 from benchmarks.machine import provenance
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import make_texts, write_texts
+from benchmarks.step import Step
 from benchmarks.systems import SYSTEMS, Job
 from benchmarks.tables import format_table
-from benchmarks.turns import Failed, Step, Worker, interleave
+from benchmarks.turns import Failed, Worker, interleave
 from qllava.surroundings import prepare_process
 
 MIXTURES = (1.0, 1.95, 3.0)

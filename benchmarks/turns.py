@@ -12,37 +12,16 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks.machine import MALLOC
+from benchmarks.step import Step
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 STOP_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an optimizer step was.
-
-    seconds: on the clock.
-    samples, positions, learned: samples of the step, tokens that went through the language model, and tokens learned.
-    needed: positions that remain when nothing is padding and no shared prefix is computed twice.
-    flops: None where they were not counted.
-    peak_bytes, reserved_bytes: most memory of the GPU, in tensors and with what torch keeps; 0 on a CPU.
-    """
-
-    seconds: float
-    samples: int
-    positions: int
-    learned: int
-    needed: int
-    flops: int | None
-    peak_bytes: int
-    reserved_bytes: int
 
 
 class Failed(RuntimeError):

@@ -25,8 +25,9 @@ from benchmarks import (
 from benchmarks.counting import counter
 from benchmarks.pairing import largest_difference, paired_ratio
 from benchmarks.samples import Text, make_texts, within_steps, write_texts
+from benchmarks.step import Step
 from benchmarks.systems import Job, build, mean_loss
-from benchmarks.turns import Failed, Step, Worker
+from benchmarks.turns import Failed, Worker
 from qllava.data.formats import read_examples
 from qllava.data.packing import lay_out
 from qllava.inference import load

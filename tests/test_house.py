@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,37 @@ def _types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def dotted(path: Path) -> str:
+    """A file as it is imported: `qllava.page` for its `__init__.py`."""
+    return name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circles(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import themselves by way of others, wherever the imports stand; each with its shortest way round.
+
+    Args:
+        sources: Source text by dotted name.
+    """
+    uses: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        targets = [target for _, target in imports(ast.parse(source))]
+        # `from a import b` names the module a.b, or something in the module a.
+        named = {target if target in sources else target.rpartition(".")[0] for target in targets}
+        uses[module] = named & sources.keys() - {module}
+    found = []
+    for module in uses:
+        ways = [[module, used] for used in sorted(uses[module])]
+        seen: set[str] = set()
+        for way in ways:  # grows while it is gone through: the shortest ways come first
+            if way[-1] == module:
+                found.append(" -> ".join(way))
+                break
+            if way[-1] not in seen:
+                seen.add(way[-1])
+                ways += [[*way, used] for used in sorted(uses[way[-1]])]
+    return found
+
+
 def undocumented(source: str) -> list[str]:
     """The module, and its public classes, functions and methods, that have no docstring."""
     tree = ast.parse(source)
@@ -158,8 +189,13 @@ def collect(paths: list[Path], rule: object) -> list[str]:
 def test_imports_follow_the_order() -> None:
     problems = []
     for path in CODE:
-        module = name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        problems += [f"{name(path)}, {p}" for p in against_the_order(path.read_text(encoding="utf-8"), module)]
+        problems += [f"{name(path)}, {p}" for p in against_the_order(path.read_text(encoding="utf-8"), dotted(path))]
+    assert not problems, "\n".join(problems)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Not even inside a room or a function: what two files share belongs into a third."""
+    problems = circles({dotted(path): path.read_text(encoding="utf-8") for path in (*CODE, *TESTS)})
     assert not problems, "\n".join(problems)
 
 
@@ -324,6 +360,23 @@ class TestTheRulesThemselves:
     )
     def test_order_lets_pass(self, module: str, source: str) -> None:
         assert against_the_order(source, module) == []
+
+    def test_circles(self) -> None:
+        three = {
+            "a.one": "from a import two, three",
+            "a.two": "def f():\n    from a.three import x",
+            "a.three": "import a.one",
+        }
+        assert circles(three) == [
+            "a.one -> a.three -> a.one",
+            "a.two -> a.three -> a.one -> a.two",
+            "a.three -> a.one -> a.three",
+        ]
+        assert circles({"a": "from a.one import x", "a.one": "from a.two import a", "a.two": "import torch"}) == []
+        assert circles({"a": "from a.one import x", "a.one": "from a import y"}) == [
+            "a -> a.one -> a",
+            "a.one -> a -> a.one",
+        ]
 
     def test_heavy(self) -> None:
         assert heavy_at_import("import torch.nn") == ["torch.nn"]

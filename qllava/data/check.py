@@ -110,18 +110,34 @@ class Checked:
 
 
 def check(
-    path: Path, image_folder: Path | None, encoder: Encoder, *, pictures: bool = True, progress: bool = True
+    path: Path,
+    image_folder: Path | None,
+    encoder: Encoder,
+    *,
+    pictures: bool = True,
+    progress: bool = True,
+    workers: int | None = None,
 ) -> Checked:
-    """Read a data file to its end; pictures lie in `image_folder`, or beside it; without `pictures` none is decoded.
+    """Read a data file to its end. What is wrong with the file is not raised: see `problems`.
 
-    Raises InputError when the result cannot be kept. What is wrong with the file is not raised: see `problems`.
+    Args:
+        path: The file, or a folder that holds a data set.
+        image_folder: The folder that image paths are relative to; None for that of the file.
+        encoder: Makes samples of the examples.
+        pictures: Whether every image is decoded once.
+        progress: Whether a bar is shown.
+        workers: Number of processes that read a large file; None for one per core. The result is the same.
+
+    Raises:
+        InputError: The result cannot be kept.
     """
     root = cache_folder() / "checked"
     folder = root / _key(path, image_folder, encoder)
     try:
         if not _is_settled(folder):
             with made_once(folder, _is_settled) as aside:
-                _read(path, aside, _Reader(encoder, Pictures(image_folder or folder_of(path))), progress)
+                reader = _Reader(encoder, Pictures(image_folder or folder_of(path)))
+                _read(path, aside, reader, progress, workers or os.cpu_count() or 1)
         table = open_table(folder / _SAMPLES)
         pictured = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
         known = root / f"images-{pictured.hexdigest()}.json"
@@ -249,22 +265,23 @@ def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield chunk
 
 
-def _pieces(reader: _Reader, chunks: Iterator[list[_Row]], aside: Path) -> Iterator[tuple[pa.RecordBatch, Any, Any]]:
-    """Every chunk read, in order: the first ones here, and if there are more, in processes."""
-    for chunk in islice(chunks, _ALONE):
+def _pieces(
+    reader: _Reader, chunks: Iterator[list[_Row]], aside: Path, workers: int
+) -> Iterator[tuple[pa.RecordBatch, Any, Any]]:
+    """Every chunk read, in order: the first ones here, and if there are more, in `workers` processes (here if 1)."""
+    for chunk in islice(chunks, _ALONE if workers > 1 else None):
         yield reader(chunk)
     first = next(chunks, None)
     if first is None:
         return
     copy = aside / "reader.pickle"
     copy.write_bytes(pickle.dumps(reader))
-    workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from in_order(pool, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
     copy.unlink()
 
 
-def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
+def _read(path: Path, folder: Path, reader: _Reader, progress: bool, workers: int) -> None:
     """Read all rows into the table in `folder`, and what is wrong with them into the file beside it."""
     rows = unsettled = 0
     unread: list[Problem] = []
@@ -281,7 +298,7 @@ def _read(path: Path, folder: Path, reader: _Reader, progress: bool) -> None:
                 rows += 1
                 yield row
 
-        for batch, problems, unread_keys in _pieces(reader, _chunks(counted()), folder):
+        for batch, problems, unread_keys in _pieces(reader, _chunks(counted()), folder, workers):
             _count(keys, unread_keys)
             table.write_batch(batch)
             unsettled += _write(file, problems)

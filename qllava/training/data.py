@@ -117,15 +117,20 @@ def prepare(
     seed: int,
     evaluation: Sequence[Part] = (),
     skip_check: bool = False,
+    workers: int | None = None,
 ) -> tuple[Prepared, Prepared | None]:
     """Check the files, say what was found, and open them: what is trained on, and what is held out.
 
     seed: draws the rows of a part that is repeated a broken number of times.
     skip_check: pictures are not looked at, and rows are not compared.
+    workers: processes that encode a large file; None for one per core.
     Raises InputError when a row cannot be used, or none is left; all such problems have been printed then.
     """
-    checked = [check(p.path, p.image_folder, encoder, pictures=not skip_check) for p in parts]
-    held_out = [check(p.path, p.image_folder, encoder, pictures=not skip_check) for p in evaluation]
+
+    def checked_parts(some: Sequence[Part]) -> list[Checked]:
+        return [check(p.path, p.image_folder, encoder, pictures=not skip_check, workers=workers) for p in some]
+
+    checked, held_out = checked_parts(parts), checked_parts(evaluation)
     verdict = Verdict(checked, held_out, ()) if skip_check else Verdict.over(checked, held_out)
     if skip_check:
         print("NOT CHECKED, as asked: a picture that cannot be read will end the run when its batch comes.")

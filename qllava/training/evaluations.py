@@ -14,7 +14,7 @@ from qllava.config import InputError, LoopConfig
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.durable.order import samples_per_step, total_steps
-from qllava.training.options.fields import FOLLOWING
+from qllava.training.options.table import FOLLOWING
 from qllava.training.settings import TrainConfig, name_of
 
 _MOST = 10

@@ -294,8 +294,16 @@ def _prepare(
         settings.data.too_long,  # type: ignore[arg-type]
         positions_of(assembled.model.config.text_config),
     )
-    seed, skip = settings.train.seed, settings.data.skip_check
-    return processes.main_first(partial(prepare, files, encoder, seed=seed, evaluation=held_out, skip_check=skip))
+    call = partial(
+        prepare,
+        files,
+        encoder,
+        seed=settings.train.seed,
+        evaluation=held_out,
+        skip_check=settings.data.skip_check,
+        workers=settings.train.dataset_num_proc,
+    )
+    return processes.main_first(call)
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:

@@ -11,7 +11,7 @@ from transformers import Trainer, get_scheduler
 
 from qllava.config import InputError
 from qllava.models.errors import one_line
-from qllava.training.options.fields import FOLLOWING
+from qllava.training.options.table import FOLLOWING
 from qllava.training.settings import TrainConfig
 
 _SIDE = 64

@@ -326,10 +326,17 @@ def test_chunks_in_processes_give_what_they_give_here(folder: Path, monkeypatch:
     monkeypatch.setattr(module, "_ROWS", 2)
     monkeypatch.setattr(module, "_ALONE", 2)
     monkeypatch.setenv("QLLAVA_CACHE", str(folder.parent / "cache2"))
-    there = looked_at(folder / "train.jsonl")
+    started: list[int] = []
+    pool = module.ProcessPoolExecutor
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda n, **k: (started.append(n), pool(n, **k))[1])
+    there = looked_at(folder / "train.jsonl", workers=2)
+    assert started == [2]
     assert len(there.table.data.column("id").chunks) > len(here.table.data.column("id").chunks)
     assert there.table.to_list() == here.table.to_list()
     assert list(there.problems()) == list(here.problems())
     assert there.summary == here.summary
     assert (here.summary.rows, here.summary.samples, here.summary.errors) == (19, 13, 7)
     assert sorted(p.name for p in there.folder.iterdir()) == sorted(p.name for p in here.folder.iterdir())
+    monkeypatch.setenv("QLLAVA_CACHE", str(folder.parent / "cache3"))
+    alone = looked_at(folder / "train.jsonl", workers=1)
+    assert started == [2] and alone.table.to_list() == here.table.to_list()

@@ -11,11 +11,14 @@ import pytest
 
 from qllava.config import InputError
 from qllava.conversation import CHATML, IMAGE_TOKEN
+from qllava.data.check import Checked, check
 from qllava.data.encode import Encoder
 from qllava.data.formats import read_examples
+from qllava.models.assemble import assemble
+from qllava.training import data, run
 from qllava.training.data import Part, Prepared, chosen, parts_of, prepare
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_rows, make_tiny_tokenizer
-from tests.tiny_runs import write_rows
+from tests.tiny_models import IMAGE_TOKENS, make_tiny_parts, make_tiny_rows, make_tiny_tokenizer
+from tests.tiny_runs import Tiny, settings, write_rows
 
 
 def encoder(**more: Any) -> Encoder:
@@ -42,6 +45,24 @@ def test_rows_are_the_samples_of_the_encoder(tmp_path: Path) -> None:
     assert [row["pictures"] for row in prepared.dataset] == [[str(p) for p in s.images] for s in samples]
     assert prepared.lengths.tolist() == [len(s.input_ids) for s in samples]
     assert prepared.learned == sum(label != -100 for s in samples for label in s.labels)
+
+
+def test_dataset_num_proc_says_how_many_processes_encode_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_tiny_rows(tmp_path)
+    parts = Tiny(*make_tiny_parts(tmp_path), rows, tmp_path / "no", tmp_path / "run")
+    asked: list[int | None] = []
+
+    def counted(*given: Any, workers: int | None, **more: Any) -> Checked:
+        asked.append(workers)
+        return check(*given, workers=workers, **more)
+
+    monkeypatch.setattr(data, "check", counted)
+    for number in (3, None):
+        chosen = settings(parts, tmp_path / "run", dataset_num_proc=number)
+        run._prepare(chosen, assemble(parts.recipe()), CHATML, [Part(rows, None)], [Part(rows, None)])
+    assert asked == [3, 3, None, None]
 
 
 class TestMixtures:

@@ -15,7 +15,7 @@ from qllava.config import InputError
 from qllava.training import folders
 from qllava.training.options import command
 from qllava.training.options.before import look
-from qllava.training.options.fields import OPTIMIZERS, SCHEDULERS, TRL, Field
+from qllava.training.options.table import OPTIMIZERS, SCHEDULERS, TRL, Field
 from qllava.training.settings import resolve
 from qllava.training.trial import try_out
 from tests.tiny_models import make_tiny_parts, make_tiny_rows

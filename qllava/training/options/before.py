@@ -15,8 +15,8 @@ from qllava.config import InputError, expanded
 from qllava.models.record import PROJECTOR_FILE, adapter_at
 from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training.options.command import Given
-from qllava.training.options.fields import FOLLOWING
 from qllava.training.options.sizes import check_bytes
+from qllava.training.options.table import FOLLOWING
 
 # For `report_to`: groups of modules (it needs one of each), and what to install.
 TRACKERS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {

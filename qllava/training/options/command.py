@@ -1,6 +1,6 @@
 """The command line of a recipe, read without torch and TRL: `--config FILE.yaml`, and flags over it.
 
-What is found here is what TRL's parser finds: the types and choices of every field are those of `fields.py`. A wrong
+What is found here is what TRL's parser finds: the types and choices of every field are those of `table.py`. A wrong
 flag ends the process with status 2, as argparse does; anything wrong in the YAML is an InputError, which the recipes
 print as one sentence.
 """
@@ -20,7 +20,8 @@ import yaml
 from qllava.arguments import Parser, suggestion
 from qllava.config import InputError, ModelConfig, expanded
 from qllava.training.options.defaults import Defaults
-from qllava.training.options.fields import FIELDS, LISTS, PATHS, RANGES, Field
+from qllava.training.options.fields import FIELDS, LISTS, PATHS, RANGES
+from qllava.training.options.table import Field
 from qllava.training.options.typed import TypedLoader
 
 

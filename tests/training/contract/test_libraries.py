@@ -6,6 +6,7 @@ When a new release changes one of these, its test names what to look at in qllav
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,14 @@ class TestTransformersTrainer:
         assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
         assert not list((tmp_path / "run").glob("checkpoint-*"))
 
+    def test_fsdp_is_switched_on_after_the_model_is_built(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """So the field `fsdp` is refused: `models.assemble` lays out 4-bit weights by this variable of accelerate's."""
+        monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+        config = SFTConfig(output_dir=str(tmp_path), fsdp=True, bf16=False)
+        assert config.fsdp_plugin_args and "ACCELERATE_USE_FSDP" not in os.environ
+
     def test_adamw_decays_where_nothing_is_said(self, model: Any, tmp_path: Path) -> None:
         """So the groups have to say it."""
         trainer = make(model, tmp_path)
@@ -161,6 +170,21 @@ class TestTrl:
         torch.testing.assert_close(own * 3, of_step * 6)
         with torch.no_grad():
             torch.testing.assert_close(own.detach(), model(**batch).loss)
+
+    def test_padding_is_of_trls_own_collators(self, model: Any, tmp_path: Path) -> None:
+        """So the field `pad_to_multiple_of` has no effect on packs (`training/options/table.py`)."""
+        batch = next(iter(make(model, tmp_path, pad_to_multiple_of=64).get_train_dataloader()))
+        assert batch["input_ids"].shape == (2, 3)
+
+    def test_liger_replaces_layers_and_not_the_loss(self, model: Any, tmp_path: Path) -> None:
+        """So the field `use_liger_kernel` is refused for what it does to norms and gates, which qllava compiles."""
+        with pytest.warns(FutureWarning, match="removed in v2.0.0"):
+            trainer = make(model, tmp_path, use_liger_kernel=True)
+        assert trainer.args.liger_kernel_config == {"fused_linear_cross_entropy": False}
+
+    def test_a_smoothed_label_needs_all_logits(self) -> None:
+        """So the field `label_smoothing_factor` is refused."""
+        assert "self.label_smoother(model(**logits_inputs)" in inspect.getsource(SFTTrainer.compute_loss)
 
     def test_a_model_card_is_made_by_a_method_of_this_name(self) -> None:
         assert "create_model_card" in inspect.getsource(SFTTrainer._save_checkpoint)

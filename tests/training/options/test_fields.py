@@ -16,7 +16,8 @@ from qllava.arguments import meant
 from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
 from qllava.training.options import command
 from qllava.training.options.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
-from qllava.training.options.fields import FIELDS, PATHS, TRL, Field
+from qllava.training.options.fields import FIELDS, PATHS
+from qllava.training.options.table import OURS, TRL, Field
 from qllava.training.settings import TrainConfig, parse
 
 OF_TRL = {own.name: own for own in TRL}
@@ -26,10 +27,51 @@ for _action in FROM_TRL._actions:
     ACTIONS.setdefault(_action.dest, _action)
 
 
-def test_the_table_has_every_field_of_trls_and_no_other() -> None:
-    installed = [own.name for own in dataclasses.fields(SFTConfig)]
-    assert [name for name in installed if name not in OF_TRL] == []
-    assert [name for name in OF_TRL if name not in installed] == []
+TABLE = "qllava/training/options/table.py"
+HOW = (
+    "`_decides` where it changes what is learned, `_free` where a resumed run may change it, `_refused` with a reason "
+    "where it has no effect"
+)
+
+
+def unclassified(config: type) -> list[str]:
+    """A sentence for each field that is in a config and not in the table, or the other way round."""
+    installed = [own.name for own in dataclasses.fields(config)]
+    new = [name for name in installed if name not in OF_TRL]
+    gone = [name for name in OF_TRL if name not in installed]
+    return [
+        *(f"TRL's SFTConfig has the new field {name}: classify it in TRL of {TABLE}, as {HOW}." for name in new),
+        *(f"TRL's SFTConfig has no field {name} any more: remove it from TRL of {TABLE}." for name in gone),
+    ]
+
+
+def test_every_field_of_trls_is_classified() -> None:
+    problems = unclassified(SFTConfig)
+    assert not problems, "\n".join(problems)
+
+
+def test_a_field_of_a_new_release_is_named() -> None:
+    fields = [(own.name, Any) for own in dataclasses.fields(SFTConfig) if own.name != "seed"]
+    other = dataclasses.make_dataclass("Other", [*fields, ("teacher_forcing", bool)])
+    new, gone = unclassified(other)
+    assert "new field teacher_forcing: classify it in TRL of qllava/training/options/table.py" in new
+    assert "no field seed any more" in gone
+
+
+def test_every_field_of_ours_is_classified() -> None:
+    """Those that are TRL's too stand among TRL's."""
+    ours = {own.name for config in (ModelConfig, DataConfig, LoopConfig) for own in dataclasses.fields(config)}
+    new, gone = sorted(ours - set(OF_TRL) - set(OURS)), sorted(set(OURS) - ours)
+    assert not new, f"classify {', '.join(new)} in OURS of {TABLE}, as `decides` or `free`"
+    assert not gone, f"remove {', '.join(gone)} from OURS of {TABLE}"
+    assert not set(OURS) & set(OF_TRL)
+
+
+def test_a_class_is_what_it_says() -> None:
+    """Only what is refused has a reason, and nothing is in the table twice."""
+    assert [own.name for own in FIELDS.values() if (own.use == "refused") != bool(own.refused)] == []
+    assert len(OF_TRL) == len(TRL)
+    assert set(OURS.values()) == {"decides", "free"}
 
 
 @pytest.mark.parametrize("own", dataclasses.fields(SFTConfig), ids=lambda own: own.name)

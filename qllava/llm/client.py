@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import random
 import signal
@@ -28,6 +27,7 @@ from qllava.config import InputError
 from qllava.llm.address import address_of, connections_of
 from qllava.llm.budget import Budget, Stopped, check_bounded, most_tokens
 from qllava.llm.completions import error_of, read_json, read_reply
+from qllava.llm.patience import Patience
 from qllava.llm.refusals import Standing, Trouble, Unanswered, no_server, trouble_of
 from qllava.llm.store import Call, Reply, Spent, Store
 
@@ -36,8 +36,7 @@ T = TypeVar("T")
 RETRIES = 6
 """Attempts after the first. With the pauses between them a call outlives an outage of a minute."""
 
-_FIRST_REST = 1.0  # seconds before the second attempt, at the least; twice as many before each further one
-_LONGEST_REST = 60.0  # seconds between two attempts, where the server names none
+_FIRST_REST = 1.0  # seconds before the second attempt, at the least
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
@@ -167,28 +166,20 @@ class Client:
     async def _attempts(self, call: Call, spent: Spent) -> Reply:
         """A reply, after as many attempts as are allowed. Raises as `ask`."""
         content, tokens, loop = _content(call), most_tokens(call), asyncio.get_running_loop()
-        failures, answered = 0, self._standing.answered
-        for attempt in itertools.count():
+
+        async def attempt() -> Reply | Trouble:
             # Not all at the same moment, or the server would have to turn most of them away again.
             await self._rest((self._resume - loop.time()) * random.uniform(1.0, 1.2))
             outcome = await self._once(call, content, tokens, spent)
-            if isinstance(outcome, Reply):
-                return outcome
-            if not outcome.passes:
-                raise Unanswered(outcome.reason, outcome.status)
-            if outcome.wait is not None:
-                self._resume = max(self._resume, loop.time() + outcome.wait)
-            # To be told to come later is no failure while others are served.
-            failures += not (outcome.status == 429 and self._standing.answered > answered)
-            answered = self._standing.answered
-            if failures > self._retries:
-                reason = f"{attempt + 1} attempts failed, the last one with {outcome.reason}"
-                raise Unanswered(reason, outcome.status, outage=True)
-            if not outcome.wait:
-                # Never less than the doubled time: the pauses together are what an outage may last.
-                least = min(_LONGEST_REST, self._first_rest * 2.0 ** min(attempt, 20))
-                await self._rest(random.uniform(1.0, 1.5) * least)
-        raise AssertionError("the attempts are counted without an end")
+            if isinstance(outcome, Trouble):
+                if not outcome.passes:
+                    raise Unanswered(outcome.reason, outcome.status)
+                if outcome.wait is not None:
+                    self._resume = max(self._resume, loop.time() + outcome.wait)
+            return outcome
+
+        patience = Patience(self._standing, self._retries, self._first_rest)
+        return await patience.wait_for(attempt, self._rest)
 
     async def _once(self, call: Call, content: bytes, tokens: int, spent: Spent) -> Reply | Trouble:
         """One attempt, within the budget, and what it cost. Raises as `ask`."""

@@ -1,0 +1,89 @@
+"""How often one call is tried again, and how long it rests in between: tenacity's loop, counts and doubled pauses.
+
+Three things are ours, because tenacity lacks them:
+
+- A pause that holds for all calls: a server that says `Retry-After` to one of them means the others too
+  (`Client._attempts` waits for it before each attempt).
+- An attempt that does not count: 429 is no failure of this call while the server answers other calls.
+- Jitter that never makes a pause shorter and grows with it: the doubled times together are what an outage may last.
+  tenacity's `wait_random_exponential` starts at 0, and the jitter of `wait_exponential_jitter` does not grow.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from qllava.llm.refusals import Standing, Trouble, Unanswered
+from qllava.llm.store import Reply
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+_LONGEST_REST = 60.0  # seconds between two attempts, where the server names none
+
+
+class Patience:
+    """The attempts of one call."""
+
+    def __init__(self, standing: Standing, retries: int, first_rest: float) -> None:
+        """Begin to count.
+
+        Args:
+            standing: How many calls the server has answered.
+            retries: Attempts after the first.
+            first_rest: Seconds before the second attempt, at the least; twice as many before each further one.
+        """
+        from tenacity import wait_exponential  # here: a command that asks no server does not pay for the import
+
+        self._standing, self._retries = standing, retries
+        self._failures, self._answered = 0, standing.answered
+        self._doubled = wait_exponential(multiplier=first_rest, max=_LONGEST_REST)
+
+    async def wait_for(
+        self, attempt: Callable[[], Awaitable[Reply | Trouble]], rest: Callable[[float], Awaitable[None]]
+    ) -> Reply:
+        """Attempt until there is a reply.
+
+        Args:
+            attempt: One attempt; what it raises ends the call.
+            rest: Waits so many seconds; what it raises ends the call.
+
+        Raises:
+            Unanswered: All attempts met trouble that passes.
+        """
+        from tenacity import AsyncRetrying, retry_if_result
+
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda found: isinstance(found, Trouble)),
+            stop=self._is_at_its_end,
+            wait=self._pause,
+            sleep=rest,
+            retry_error_callback=_give_up,
+        )
+        reply: Reply = await retrying(attempt)
+        return reply
+
+    def _is_at_its_end(self, state: RetryCallState) -> bool:
+        """Count the attempt, unless the server was only busy with other calls."""
+        busy = _trouble(state).status == 429 and self._standing.answered > self._answered
+        self._failures += not busy
+        self._answered = self._standing.answered
+        return self._failures > self._retries
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt; 0 where the server has named a time, which every attempt waits for."""
+        return 0.0 if _trouble(state).wait else self._doubled(state) * random.uniform(1.0, 1.5)
+
+
+def _give_up(state: RetryCallState) -> Any:
+    last = _trouble(state)
+    reason = f"{state.attempt_number} attempts failed, the last one with {last.reason}"
+    raise Unanswered(reason, last.status, outage=True)
+
+
+def _trouble(state: RetryCallState) -> Trouble:
+    assert state.outcome is not None
+    found: Trouble = state.outcome.result()
+    return found

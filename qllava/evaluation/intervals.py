@@ -1,8 +1,11 @@
-"""How sure a figure is: Wilson's interval for a share, and the bootstrap over questions for everything else."""
+"""How sure a figure is: Wilson's interval for a share, and the bootstrap over questions for everything else.
+
+Wilson's interval is scipy's. The bootstrap is ours, because `scipy.stats.bootstrap` draws single observations: it can
+neither draw whole clusters (all votes on one question) nor leave out draws on which a statistic is undefined.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +63,14 @@ class Estimate:
         return f"{self.value:.3f}  (95 % interval {self.ci95[0]:.3f} to {self.ci95[1]:.3f})"
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) for a proportion; (0, 1) when nothing was asked."""
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval for a proportion; (0, 1) when nothing was asked."""
     if n == 0:
         return 0.0, 1.0
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    from scipy.stats import binomtest  # here: it takes a second to import
+
+    found = binomtest(correct, n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap(

@@ -17,7 +17,17 @@ def test_wilson() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(8, 10)
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Wilson's interval for 8 of 10, as in the tables
-    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
+    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == 1.0
+    assert {type(end) for end in wilson(3, 7)} == {float}  # what JSON can hold
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 1000])
+def test_wilsons_interval_is_where_the_score_test_would_just_reject(n: int) -> None:
+    """By its definition: the shares p whose distance from the observed one is at most 1.96 standard errors of p."""
+    for correct in {0, 1, n // 3, n}:
+        for end in wilson(correct, n):
+            distance = abs(correct / n - end)
+            assert distance == pytest.approx(norm.ppf(0.975) * (end * (1 - end) / n) ** 0.5, abs=1e-9)
 
 
 def test_a_share_of_nothing_is_none() -> None:

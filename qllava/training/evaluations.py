@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -85,6 +85,12 @@ def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, que
     question = float(np.mean(evaluation.lengths)) + scores.MAX_ANSWER_TOKENS
     once = int(evaluation.lengths.sum()) + questions * question
     return min(_MOST, int(training / once))
+
+
+def of_samples(logged: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of an evaluation's log line that are about held-out samples: its loss, and TRL's averages."""
+    others = ("exact_match", "runtime", "per_second")
+    return {name: x for name, x in logged.items() if name.startswith("eval_") and not any(o in name for o in others)}
 
 
 @contextmanager

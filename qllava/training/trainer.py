@@ -44,7 +44,7 @@ from qllava.training.durable import processes
 from qllava.training.durable.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
 from qllava.training.durable.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
 from qllava.training.durable.order import InOrder, PictureOrder, loader
-from qllava.training.evaluations import same_draws
+from qllava.training.evaluations import of_samples, same_draws
 from qllava.training.memory.paged import keep_paged
 from qllava.training.settings import TrainConfig
 from qllava.training.step.exact import compile_layers, take_shortcuts, teach_rows
@@ -77,8 +77,8 @@ class LlavaTrainer(RowTrainer):
     evaluating = 0.0
     """Seconds that evaluations have taken."""
     _saved = 0
-    _evaluated = (-1, 0.0)
-    """The step of the last evaluation, and its held-out loss."""
+    _evaluated: tuple[int, dict[str, float]] = (-1, {})
+    """The step of the last evaluation, and what it found over the held-out samples."""
 
     def __init__(
         self,
@@ -272,16 +272,16 @@ class LlavaTrainer(RowTrainer):
             self._ask()
             result: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluating += time.monotonic() - began
-        self._evaluated = (self.state.global_step, result["eval_loss"])
+        self._evaluated = (self.state.global_step, of_samples(self.state.log_history[-1]))
         return result
 
     def evaluate_last(self, exact_match: Callable[[], VqaResult] | None) -> dict[str, float]:
         """Evaluate the trained model with other questions; the held-out loss is not computed twice for one step."""
         self.exact_match = exact_match
-        step, loss = self._evaluated
+        step, found = self._evaluated
         if step != self.state.global_step:
             return self.evaluate()
-        figures = {"eval_loss": loss}
+        figures = dict(found)
         if exact_match is not None:
             self._ask()
             self.log(figures)  # TRL adds the score

@@ -261,15 +261,18 @@ class Bomb:
         return Path.touch, (self.ran,)
 
 
-@pytest.mark.parametrize("content", ["code", "a number", "a list", "nothing"])
+@pytest.mark.parametrize("content", ["code", "a number", "a list", "settings alone", "no file"])
 def test_what_is_no_tensor_is_not_converted(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m").mkdir()
     held: dict[str, Any] = {"code": {"a": Bomb(tmp_path / "ran")}, "a number": {"a": 1}, "a list": [torch.ones(1)]}
-    if content != "nothing":
+    if content == "settings alone":
+        (tmp_path / "m" / "config.json").write_text("{}", encoding="utf-8")
+    elif content in held:
         torch.save(held[content], tmp_path / "m" / "pytorch_model.bin")
     assert convert.main([str(tmp_path / "m"), str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and ("nothing to convert" if content == "nothing" else "cannot be converted") in said
+    other = {"settings alone": "nothing to convert", "no file": "is empty"}
+    assert said.count("\n") == 1 and other.get(content, "cannot be converted") in said
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 

@@ -89,14 +89,17 @@ def test_the_last_step_is_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(LlavaTrainer, "evaluation_loop", counted)
     found = []
-    for every, expected, asked in ((2, [2, 4], [2, 2, 8]), (3, [3, 4], [2, 8])):
-        folder = finetune(stage2_settings(tiny, tmp_path / str(every), eval_steps=every, eval_questions=2))
+    for when, expected, asked in (("steps", [2, 4], [2, 2, 8]), ("no", [4], [8])):
+        chosen = {"eval_strategy": when, "eval_steps": 2, "eval_questions": 2}
+        folder = finetune(stage2_settings(tiny, tmp_path / when, **chosen))
         assert steps == expected
         steps.clear()
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         found.append({name: results[name] for name in ("eval_loss", "eval_exact_match", "n", "ci95")})
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert lines[-1]["step"] == 4 and lines[-1]["eval_loss"] == results["eval_loss"]
+        figures = ("eval_entropy", "eval_mean_token_accuracy")
+        found[-1] |= {name: lines[-1][name] for name in figures}
         assert [line["eval_exact_match_n"] for line in lines if "eval_loss" in line] == asked
     assert found[0] == found[1] and found[0]["n"] == 8
 

@@ -33,7 +33,8 @@ from benchmarks.machine import provenance
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import ADAPTER_FILE, LORA_TARGETS, PROBES_FILE, save_record
 from qllava.models.checkpoint import write_weights
-from qllava.models.outline import Recipe, load_tokenizer
+from qllava.models.language import load_tokenizer
+from qllava.models.outline import Recipe
 from qllava.surroundings import prepare_process
 
 RANK, PROBES, WORDS, PIXELS = 16, 32, 60, 224

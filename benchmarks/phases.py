@@ -32,9 +32,9 @@ from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import out_of_memory
 from qllava.models.outline import Recipe
+from qllava.models.shapes import shapes_of
 from qllava.training import memory, samples, scores
 from qllava.training.memory.phases import CHAT_TOKENS, PHASES
-from qllava.training.plan import llava_config
 from qllava.training.settings import Settings, parse
 from qllava.training.stage import Stage, train_stage
 from qllava.training.trainer import LlavaTrainer
@@ -105,7 +105,7 @@ def lines_of(case: Case) -> list[dict[str, Any]]:
 def measure(case: Case) -> list[dict[str, Any]]:
     """Measure a case in this process: planned and measured gigabytes (2^30) of each phase of the run."""
     settings = _settings(case)
-    config = shapes.tiny() if case.device == "cpu" else llava_config(settings.model)
+    config = shapes.tiny() if case.device == "cpu" else shapes_of(settings.model).config
     lora_r = 0 if Path(case.preset).stem.endswith("_pretrain") else settings.model.lora_r
     planned = _planned(settings, config, lora_r, case.cap_gb * memory.GB)
     peaks = Peaks(case.device)

@@ -36,10 +36,10 @@ from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import save_projector
+from qllava.models.shapes import shapes_of
 from qllava.surroundings import prepare_process
 from qllava.training import memory, run, scores
 from qllava.training.memory.phases import PHASES
-from qllava.training.plan import llava_config
 from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
 
@@ -175,7 +175,9 @@ def ask(folder: Path) -> None:
 def planned(folder: Path, tokens: int) -> dict[str, int]:
     """What the plan says of the same run, all its questions answered at once."""
     settings = settings_of(folder, tokens)
-    setup = memory.setup_of(settings.model, settings.train, llava_config(settings.model), lora_r=settings.model.lora_r)
+    setup = memory.setup_of(
+        settings.model, settings.train, shapes_of(settings.model).config, lora_r=settings.model.lora_r
+    )
     asking = scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=True)
     asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
     found = memory.phases_of(setup, memory.estimate(setup), asking)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from qllava.config import ModelConfig
-from qllava.training.plan import llava_config
+from qllava.models.shapes import shapes_of
 
 CLIP = "open_clip:ViT-L-14-336-quickgelu/openai"
 SIGLIP = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
@@ -22,7 +22,7 @@ SIGLIP = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
 
 def llava_7b() -> LlavaConfig:
     """LLaVA-1.5 on Vicuna-7B with CLIP-L/336."""
-    return llava_config(ModelConfig("llava-hf/llava-1.5-7b-hf"))
+    return shapes_of(ModelConfig("llava-hf/llava-1.5-7b-hf")).config
 
 
 def llava_13b() -> LlavaConfig:
@@ -75,7 +75,7 @@ def tiny() -> LlavaConfig:
 
 
 def _of_parts(language_model: str, vision_tower: str) -> LlavaConfig:
-    return llava_config(ModelConfig(language_model=language_model, vision_tower=vision_tower))
+    return shapes_of(ModelConfig(language_model=language_model, vision_tower=vision_tower)).config
 
 
 def _clip(**sizes: int) -> CLIPVisionConfig:

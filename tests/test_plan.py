@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
 from transformers import LlamaConfig, LlavaConfig
 
-from benchmarks import shapes
 from qllava import cli
-from qllava.config import InputError, ModelConfig
-from qllava.models.checkpoint import tokens_per_image
-from qllava.training import memory, plan
+from qllava.training import memory
 from tests.tiny_runs import Tiny
 
 L336 = "open_clip:ViT-L-14-336-quickgelu/openai"
@@ -139,44 +134,3 @@ def test_a_wrong_command_line(line: str) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", *line.split()])
     assert end.value.code == 2
-
-
-class TestTowersOfOpenClip:
-    """Sizes that open_clip would build, found without building it."""
-
-    def test_llava_15(self, llama: str) -> None:
-        config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=L336))
-        own, known = config.vision_config, shapes.llava_7b().vision_config
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"):
-            assert getattr(own, name) == getattr(known, name)  # type: ignore[union-attr]
-        assert tokens_per_image(config) == 576
-        assert config.text_config.vocab_size == 1024 and config.image_token_index == 1000
-
-    def test_siglip(self, llama: str) -> None:
-        tower = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
-        config: Any = plan.llava_config(ModelConfig(language_model=llama, vision_tower=tower))
-        own = config.vision_config
-        sizes = (own.hidden_size, own.intermediate_size, own.num_hidden_layers, own.num_attention_heads)
-        assert sizes == (1152, 4304, 27, 16)  # as the paper's authors published so400m
-        assert tokens_per_image(config) == 729
-
-    @pytest.mark.parametrize("arch", ["ViT-B-32", "ViT-S-32-alt"])
-    def test_the_same_as_the_tower_itself(self, arch: str) -> None:
-        from qllava.models.vision import convert_open_clip
-
-        with torch.random.fork_rng(devices=[]):
-            built = convert_open_clip(open_clip.create_model(arch).visual).config
-        own = plan._of_open_clip(f"open_clip:{arch}/any")
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "patch_size",
-            "hidden_act",
-        ):
-            assert getattr(own, name) == getattr(built, name), name
-
-    def test_a_folder_that_is_missing(self) -> None:
-        with pytest.raises(InputError, match="could not read"):
-            plan._of_open_clip("open_clip:local-dir:nowhere")

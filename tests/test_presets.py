@@ -22,12 +22,12 @@ from qllava.config import InputError
 from qllava.models import ledger
 from qllava.models.adapter import LORA_TARGETS
 from qllava.models.known import known_config
+from qllava.models.shapes import shapes_of
 from qllava.training import memory, scores
 from qllava.training.options.before import look
 from qllava.training.options.command import Given, read
 from qllava.training.options.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
 from qllava.training.options.fields import TRL
-from qllava.training.plan import llava_config
 from qllava.training.settings import Settings, TrainConfig, parse
 from tests.test_recipes import commands, understand
 
@@ -52,7 +52,7 @@ def load(path: Path, *flags: str) -> Settings:
 
 
 def shape_of(settings: Settings) -> LlavaConfig:
-    return llava_config(settings.model)
+    return shapes_of(settings.model).config
 
 
 @each_preset

@@ -29,7 +29,9 @@ from qllava.conversation import TEMPLATES, Template
 from qllava.models.checkpoint import load_llava
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 from qllava.models.hub import model_folder
-from qllava.models.outline import Outline, Recipe, grown, llava_config, nano_part, outline, settle_template
+from qllava.models.language import grown, nano_part
+from qllava.models.outline import Outline, Recipe, outline, settle_template
+from qllava.models.shapes import Shapes
 from qllava.models.vision import load_tower
 
 # Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
@@ -102,8 +104,10 @@ def _from_parts(plan: Outline, dtype: torch.dtype, device: str, seed: int) -> Ll
     if recipe.load_in_4bit:
         # It would be saved inside the merged model's config, and programs would take plain weights for packed ones.
         del llm.config.quantization_config
+    layer, projector_type = recipe.vision_feature_layer, recipe.projector_type
+    shapes = Shapes.of_parts(llm.config, tower.model.config, tokenizer, layer=layer, projector_type=projector_type)
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(llava_config(recipe, llm.config, tower, tokenizer))
+        model: Any = LlavaForConditionalGeneration(shapes.config)
     model.model.language_model, model.lm_head = llm.model, llm.lm_head
     model.model.vision_tower = nn.Module.to(tower.model, device=device, dtype=dtype)
     model.model.multi_modal_projector.to_empty(device="cpu")

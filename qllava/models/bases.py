@@ -17,12 +17,12 @@ from pathlib import Path
 
 from qllava.config import InputError, expanded
 from qllava.models.hub import HubError
-from qllava.models.outline import LANGUAGE_MODELS, Recipe
-from qllava.models.record import read_record
+from qllava.models.language import LANGUAGE_MODELS
+from qllava.models.record import Recipe, read_record
+from qllava.models.towers import KINDS
 
 FLAG = "--base-model DIR"
 _PARTS = {"model": "LLaVA", "language_model": "language model", "vision_tower": "vision tower"}
-_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
 
 def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Recipe:
@@ -78,6 +78,6 @@ def _part_of(folder: str | Path) -> str:
         return "model"
     if kind in LANGUAGE_MODELS:
         return "language_model"
-    if kind in _TOWERS:
+    if kind in KINDS:
         return "vision_tower"
     raise InputError(f"{folder} is a model of type '{kind}', which is no part of a LLaVA; give another {FLAG}.")

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
 )
 
-from qllava.config import NANO_WEIGHTS, InputError, expanded
-from qllava.conversation import EOS, IMAGE_TOKEN, TEMPLATES, Template
+from qllava.config import InputError
+from qllava.conversation import EOS, TEMPLATES, Template
 from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
 from qllava.models.decided import decided
-from qllava.models.errors import one_line, one_sentence
+from qllava.models.errors import one_sentence
 from qllava.models.hub import settings_folder
-from qllava.models.layouts import find_weights
+from qllava.models.language import language_model_config, nano_part
 from qllava.models.record import Recipe as Recipe
+from qllava.models.shapes import Shapes
 from qllava.models.vision import Tower, load_tower
 from qllava.models.weights import Base, language_model_name, open_weights, tower_name
-
-LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
 
 
 def compute_dtype() -> torch.dtype:
@@ -108,18 +103,18 @@ def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, 
     spec = nano_part(recipe.vision_tower, "tower")
     on_disk = not spec.startswith("open_clip:")
     tower = load_tower(spec, image_aspect=recipe.image_aspect, weights=not on_disk)
-    agreement.check_feature_layer(spec, recipe.vision_feature_layer, tower.model.config)
+    layer, vision = recipe.vision_feature_layer, tower.model.config
+    agreement.check_feature_layer(spec, layer, vision)
     held = {}
     if on_disk:
         weights.join(open_weights(spec, tower_name))
     else:  # open_clip's, which was converted
         held = {tower_name(key): tensor for key, tensor in tower.model.state_dict().items()}
-    text.vocab_size = grown(text.vocab_size, len(tokenizer))
-    config = llava_config(recipe, text, tower, tokenizer)
+    shapes = Shapes.of_parts(text, vision, tokenizer, layer=layer, projector_type=recipe.projector_type)
     processor = build_processor(tokenizer, tower)
-    generation = _generation_config(name, text)
-    base = Base(weights, dtype, held, rows=text.vocab_size)
-    return config, processor, generation, base, tower
+    generation = _generation_config(name, shapes.config.text_config)
+    base = Base(weights, dtype, held, rows=shapes.rows)
+    return shapes.config, processor, generation, base, tower
 
 
 def settle_template(model: Any, processor: LlavaProcessor, template: Template) -> None:
@@ -144,87 +139,10 @@ def template_of(tokenizer: Any, saved: Any = None) -> str:
     return "llama_2" if "[INST]" in str(tokenizer.chat_template or "") else "vicuna_v1"
 
 
-def llava_config(recipe: Recipe, text: Any, tower: Tower, tokenizer: Any) -> LlavaConfig:
-    """The config of a LLaVA from parts; `text` is that of its language model."""
-    return LlavaConfig(
-        text_config=text,
-        vision_config=tower.model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        projector_hidden_act="gelu" if recipe.projector_type == "mlp2x_gelu" else "linear",
-        vision_feature_layer=recipe.vision_feature_layer,
-        vision_feature_select_strategy=tower.strategy,
-        image_seq_length=tower.tokens_per_image,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
-    )
-
-
 def _generation_config(name: str, config: Any) -> GenerationConfig:
     """A model's own, or what its config says where it has none."""
     own = agreement.read_generation(settings_folder(name), name, config.get_text_config())
     return own or GenerationConfig.from_model_config(config)
-
-
-def nano_part(name: str, part: str) -> str:
-    """The folder of one of nano's parts, or the name as it is."""
-    if name != "nano":
-        return name
-    folder = NANO_WEIGHTS / part
-    if not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
-        )
-    return str(folder)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with `<image>` as one more token, and padding.
-
-    Raises InputError when it cannot be read.
-    """
-    folder = settings_folder(name)
-    try:
-        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
-
-
-def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Config and tokenizer of a LLaMA-family model, compared with each other and with what else is there.
-
-    Args:
-        name: A folder, or a name on the hub.
-        whole: Whether a tokenizer has to be there; else it is None where there is none.
-
-    Raises:
-        InputError: It is no such model, or its parts do not agree.
-    """
-    folder = settings_folder(name)
-    config = agreement.read_config(folder, f"The language model {name}")
-    if config.model_type not in LANGUAGE_MODELS:
-        supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
-        raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
-    with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
-        agreement.check_text_config(name, config)
-    files = [path.name for path in folder.iterdir()]
-    tokenizer = None
-    if whole or any(file in files for file in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = load_tokenizer(name)
-        agreement.check_language_model(name, config, tokenizer)
-    agreement.read_generation(folder, name, config)
-    if Path(expanded(name)).is_dir() and find_weights(files, name):
-        agreement.check_table(name, config, open_weights(name, language_model_name))
-    return config, tokenizer
-
-
-def grown(rows: int, tokens: int) -> int:
-    """Rows of an embedding with room for so many tokens: as many as it has, or a multiple of 64."""
-    return rows if tokens <= rows else -(-tokens // 64) * 64
 
 
 def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:

@@ -19,9 +19,11 @@ from qllava.models.agreement import refuse_quantized
 from qllava.models.checkpoint import build_processor, look_at
 from qllava.models.errors import one_line, one_sentence
 from qllava.models.hub import settings_folder
-from qllava.models.outline import Recipe, language_model_config, load_tokenizer, nano_part, template_of
+from qllava.models.language import language_model_config, load_tokenizer, nano_part
+from qllava.models.outline import template_of
 from qllava.models.positions import positions_of
-from qllava.models.record import RECORD_FILE, read_record
+from qllava.models.record import RECORD_FILE, Recipe, read_record
+from qllava.models.shapes import Shapes, read_shapes
 from qllava.models.vision import ImageAspect, load_tower
 
 LLAVA_TOKENS_PER_IMAGE = 576
@@ -71,7 +73,7 @@ def read_model(model: str) -> Reader:
     else:
         config, processor = look_at(model)
         refuse_quantized(model, config)
-        positions = positions_of(config.text_config)
+        positions = Shapes(config).positions
         if processor is None:
             raise InputError(f"{model} cannot be read as a model (it has no tokenizer or processor files); {advice}.")
     with one_sentence(model, advice):
@@ -81,7 +83,7 @@ def read_model(model: str) -> Reader:
 def _positions_of_base(record: Recipe) -> int | None:
     """How many positions the base of a run reads, whose parts are compared; None where it is not here."""
     if record.model is not None:
-        return positions_of(look_at(record.model)[0].text_config) if Path(record.model).is_dir() else None
+        return read_shapes(record).positions if Path(record.model).is_dir() else None
     name = nano_part(record.language_model or "", "llama")
     return positions_of(language_model_config(name)[0]) if Path(name).is_dir() else None
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qllava.config import InputError, expanded
+from qllava.config import NANO, InputError, ModelConfig, expanded
 from qllava.models.errors import one_line
 
 RECORD_FILE = "qllava.json"
@@ -42,6 +42,29 @@ class Recipe:
     """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
     dtype: str = ""
     """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
+
+    @classmethod
+    def of_settings(cls, model: ModelConfig) -> Recipe:
+        """Return what the settings of a run name, with folders by their whole paths: the record is read elsewhere too.
+
+        `plain` is for captions; the model itself keeps the template in which it will be asked.
+        """
+        built = bool(model.language_model or model.vision_tower)
+        return cls(
+            model=None if built or model.is_nano else _absolute(model.model_name_or_path),
+            language_model=NANO if model.is_nano else _absolute(model.language_model),
+            vision_tower=NANO if model.is_nano else _absolute(model.vision_tower),
+            projector_type=model.projector_type,  # type: ignore[arg-type]
+            vision_feature_layer=model.vision_feature_layer,
+            image_aspect=model.image_aspect,  # type: ignore[arg-type]
+            template=model.template or "" if model.template != "plain" else "",
+            load_in_4bit=model.load_in_4bit,
+        )
+
+
+def _absolute(name: str | None) -> str | None:
+    folder = Path(expanded(name)) if name else None
+    return str(folder.absolute()) if folder is not None and folder.is_dir() else name
 
 
 def save_record(recipe: Recipe, folder: Path) -> None:

@@ -14,9 +14,8 @@ Shapes: S image side in pixels, P patches = tokens per image, D width of the tow
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,6 @@ from typing import Any, Literal
 import open_clip
 import torch
 from PIL.Image import Resampling
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessor,
@@ -36,17 +34,12 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import InputError, expanded
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 from qllava.models.hub import hub_trouble, model_folder
-
-SUPPORTED = (
-    "supported are the CLIP ViTs of open_clip (OpenAI, LAION, DataComp, DFN, MetaCLIP), its SigLIP and SigLIP 2 "
-    "towers, and folders in transformers' own format of type clip, clip_vision_model, siglip or siglip_vision_model"
-)
+from qllava.models.towers import SUPPORTED, config_of, kind_of, square
 
 ImageAspect = Literal["pad", "crop", "squash"]
 VisionModel = CLIPVisionModel | SiglipVisionModel
@@ -133,15 +126,10 @@ def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") ->
 
     Raises InputError for every other tower.
     """
-    trunk: Any = getattr(visual, "trunk", None)
-    if isinstance(visual, open_clip.transformer.VisionTransformer) and visual.attn_pool is None:
-        return _fill(CLIPVisionModel, _clip_config(visual, source), _clip_tensors(visual), source)
-    without_cls = isinstance(trunk, TimmVisionTransformer) and trunk.cls_token is None
-    if without_cls and hasattr(trunk.blocks[0].mlp, "fc1"):  # ViTamin's blocks have gated MLPs
-        return _fill(SiglipVisionModel, _siglip_config(trunk, source), _siglip_tensors(trunk), source)
-    kind = type(visual).__name__ if trunk is None else f"timm's {type(trunk).__name__}"
-    pooling = " with attentional pooling" if getattr(visual, "attn_pool", None) is not None else ""
-    raise InputError(f"{source} is a {kind}{pooling}, which cannot be used as a tower; {SUPPORTED}.")
+    config = config_of(visual, source=source)
+    if isinstance(config, CLIPVisionConfig):
+        return _fill(CLIPVisionModel, config, _clip_tensors(visual), source)
+    return _fill(SiglipVisionModel, config, _siglip_tensors(visual.trunk), source)
 
 
 def _load_open_clip(spec: str, image_aspect: ImageAspect) -> Tower:
@@ -197,18 +185,13 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
 
 def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Tower:
     """Read a vision model, and the preprocessing beside it, as transformers saves them."""
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"The vision tower {folder} has no readable config.json; {SUPPORTED}.") from error
+    kind = kind_of(folder)
     classes: dict[str, Any] = {
         "clip": CLIPModel,
         "clip_vision_model": CLIPVisionModel,
         "siglip": SiglipModel,
         "siglip_vision_model": SiglipVisionModel,
     }
-    if kind not in classes:
-        raise InputError(f"The vision tower {folder} is a model of type '{kind}'; {SUPPORTED}.")
     try:
         model = _model_of_folder(folder, classes[kind], weights)
     except LOAD_ERRORS as error:
@@ -242,7 +225,7 @@ def _tower(
     model: VisionModel, mean: list[float], std: list[float], resample: int, image_aspect: ImageAspect, source: str
 ) -> Tower:
     """Put the parts together; how many tokens a picture takes follows from the model's own sizes."""
-    size, patch = _square(model.config.image_size, source), _square(model.config.patch_size, source)
+    size, patch = square(model.config.image_size, source), square(model.config.patch_size, source)
     values: dict[str, Any] = {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
@@ -265,38 +248,6 @@ def _tower(
         additional_tokens=1 if has_cls else 0,
         tokens_per_image=(size // patch) ** 2,
         source=source,
-    )
-
-
-def _clip_config(visual: Any, source: str) -> CLIPVisionConfig:
-    """Read the sizes off open_clip's VisionTransformer itself, so that a custom architecture is no special case."""
-    block = visual.transformer.resblocks[0]
-    return CLIPVisionConfig(
-        hidden_size=visual.conv1.out_channels,
-        intermediate_size=block.mlp.c_fc.out_features,
-        projection_dim=visual.output_dim,
-        num_hidden_layers=len(visual.transformer.resblocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=_square(visual.image_size, source),
-        patch_size=_square(visual.patch_size, source),
-        hidden_act=_activation(block.mlp.gelu, source),
-        layer_norm_eps=block.ln_1.eps,
-    )
-
-
-def _siglip_config(trunk: Any, source: str) -> SiglipVisionConfig:
-    """Read the sizes off the timm trunk. SigLIP 1 there computes the exact GELU, SigLIP 2 mostly the tanh form."""
-    block = trunk.blocks[0]
-    return SiglipVisionConfig(
-        hidden_size=trunk.embed_dim,
-        intermediate_size=block.mlp.fc1.out_features,
-        num_hidden_layers=len(trunk.blocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=_square(trunk.patch_embed.img_size, source),
-        patch_size=_square(trunk.patch_embed.patch_size, source),
-        hidden_act=_activation(block.mlp.act, source),
-        layer_norm_eps=block.norm1.eps,
-        vision_use_head=trunk.attn_pool is not None,
     )
 
 
@@ -362,26 +313,3 @@ def _fill(
     model.load_state_dict(tensors)
     filled: VisionModel = model.eval()
     return filled
-
-
-def _square(sides: Any, source: str) -> int:
-    """Return the side of a square, given as one number or as (height, width)."""
-    height, width = sides if isinstance(sides, Sequence) else (sides, sides)
-    if height != width:
-        raise InputError(f"{source} takes pictures or patches of {height} x {width}; LLaVA needs square ones.")
-    return int(height)
-
-
-def _activation(layer: torch.nn.Module, source: str) -> str:
-    """Name, in transformers' words, the activation that the source really computes.
-
-    It is recognized by its values and not by its class: open_clip, timm and torch have several classes for each.
-    """
-    names = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-    probe = torch.linspace(-6, 6, 401)
-    for name in names:
-        if torch.allclose(layer(probe.clone()), ACT2FN[name](probe), rtol=0, atol=1e-6):
-            return name
-    raise InputError(
-        f"{source} uses the activation {type(layer).__name__}, which is none of {', '.join(names)}; {SUPPORTED}."
-    )

@@ -21,7 +21,7 @@ import torch
 from transformers import set_seed
 
 from qllava.arguments import explain
-from qllava.config import NANO, InputError, expanded
+from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.models.adapter import (
@@ -36,8 +36,8 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
-from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
+from qllava.models.record import Recipe
 from qllava.runs import RESULTS_FILE
 from qllava.surroundings import prepare_process
 from qllava.training import evaluations, folders, outcome, samples, scores
@@ -231,33 +231,13 @@ def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> 
 
 def _assemble(settings: Settings, start: Path | None = None) -> Assembled:
     """The model of the settings, or the base of an adapter; that they fit together is known (`before.py`)."""
-    model = settings.model
-    built = bool(model.language_model or model.vision_tower)
     set_seed(settings.train.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    # `plain` is for captions; the model itself keeps the template in which it will be asked.
-    template = model.template if model.template != "plain" else None
     if start:
         with at_its_base(start):
             return assemble(_same_base(settings, start), seed=settings.train.seed)
-    recipe = Recipe(
-        model=None if built or model.is_nano else _absolute(model.model_name_or_path),
-        language_model=NANO if model.is_nano else _absolute(model.language_model),
-        vision_tower=NANO if model.is_nano else _absolute(model.vision_tower),
-        projector_type=model.projector_type,  # type: ignore[arg-type]
-        vision_feature_layer=model.vision_feature_layer,
-        image_aspect=model.image_aspect,  # type: ignore[arg-type]
-        template=template or "",
-        load_in_4bit=model.load_in_4bit,
-    )
-    return assemble(recipe, seed=settings.train.seed)
-
-
-def _absolute(name: str | None) -> str | None:
-    """A folder by its whole path: the run's record is read from other places too."""
-    folder = Path(expanded(name)) if name else None
-    return str(folder.absolute()) if folder is not None and folder.is_dir() else name
+    return assemble(Recipe.of_settings(settings.model), seed=settings.train.seed)
 
 
 def _same_base(settings: Settings, start: Path) -> Recipe:

@@ -28,7 +28,8 @@ from qllava.models.adapter import (
     save_record,
 )
 from qllava.models.assemble import assemble, load_language_model
-from qllava.models.outline import Recipe, fingerprint, load_tokenizer, outline, template_of
+from qllava.models.language import load_tokenizer
+from qllava.models.outline import Recipe, fingerprint, outline, template_of
 from qllava.models.weights import EMBEDDING, HEAD, Base, language_model_name, open_weights
 from tests.tiny_models import (
     make_tiny_llava,

@@ -24,8 +24,8 @@ from qllava.models.adapter import load_projector, projector_state
 from qllava.models.assemble import assemble, load_language_model
 from qllava.models.checkpoint import load_config, load_llava
 from qllava.models.decided import decided_by
+from qllava.models.language import load_tokenizer
 from qllava.models.layouts import find_weights
-from qllava.models.outline import load_tokenizer
 from qllava.models.reading import read_model
 from qllava.models.weights import language_model_name, open_weights
 from qllava.training.plan import plan

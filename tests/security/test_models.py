@@ -19,7 +19,7 @@ from qllava.inference import load
 from qllava.models.adapter import load_run
 from qllava.models.assemble import load_language_model
 from qllava.models.checkpoint import load_llava
-from qllava.models.outline import load_tokenizer
+from qllava.models.language import load_tokenizer
 from qllava.models.reading import read_model
 from qllava.models.vision import load_tower
 from qllava.models.weights import open_weights

@@ -1,0 +1,81 @@
+"""The language model of a LLaVA before its weights: its folder, its config and its tokenizer with `<image>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qllava.config import NANO_WEIGHTS, InputError, expanded
+from qllava.conversation import IMAGE_TOKEN
+from qllava.models import agreement
+from qllava.models.errors import one_line, one_sentence
+from qllava.models.hub import settings_folder
+from qllava.models.layouts import find_weights
+from qllava.models.weights import language_model_name, open_weights
+
+LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": "Mistral"}
+
+
+def nano_part(name: str, part: str) -> str:
+    """The folder of one of nano's parts, or the name as it is."""
+    if name != "nano":
+        return name
+    folder = NANO_WEIGHTS / part
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
+        )
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with `<image>` as one more token, and padding.
+
+    Raises InputError when it cannot be read.
+    """
+    folder = settings_folder(name)
+    try:
+        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """Config and tokenizer of a LLaMA-family model, compared with each other and with what else is there.
+
+    Args:
+        name: A folder, or a name on the hub.
+        whole: Whether a tokenizer has to be there; else it is None where there is none.
+
+    Raises:
+        InputError: It is no such model, or its parts do not agree.
+    """
+    folder = settings_folder(name)
+    config = agreement.read_config(folder, f"The language model {name}")
+    if config.model_type not in LANGUAGE_MODELS:
+        supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
+        raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
+    with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
+        agreement.check_text_config(name, config)
+    files = [path.name for path in folder.iterdir()]
+    tokenizer = None
+    if whole or any(file in files for file in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(name)
+        agreement.check_language_model(name, config, tokenizer)
+    agreement.read_generation(folder, name, config)
+    if Path(expanded(name)).is_dir() and find_weights(files, name):
+        agreement.check_table(name, config, open_weights(name, language_model_name))
+    return config, tokenizer
+
+
+def grown(rows: int, tokens: int) -> int:
+    """Rows of an embedding with room for so many tokens: as many as it has, or a multiple of 64."""
+    return rows if tokens <= rows else -(-tokens // 64) * 64

@@ -1,0 +1,122 @@
+"""What the config files of a model say of it, without its weights.
+
+`outline` (and so a run, its merge and its chat), `plan`, `check` and `inspect` take the config of a LLaVA from here, so
+that what is planned is what is run: one function joins a language model and a tower, and one reads a finished LLaVA.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import LlavaConfig, PreTrainedTokenizerBase
+
+from qllava.config import InputError, ModelConfig, expanded
+from qllava.conversation import IMAGE_TOKEN
+from qllava.models.agreement import check_feature_layer, refuse_quantized
+from qllava.models.bases import located
+from qllava.models.checkpoint import look_at
+from qllava.models.known import known_config
+from qllava.models.language import grown, language_model_config, nano_part
+from qllava.models.positions import positions_of
+from qllava.models.record import RECORD_FILE, Recipe
+from qllava.models.towers import TowerConfig, tower_config
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a LLaVA and of its parts."""
+
+    config: LlavaConfig
+    """As transformers builds the model from it; nobody changes it."""
+
+    @classmethod
+    def of_parts(
+        cls,
+        text: Any,
+        vision: TowerConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        layer: int,
+        projector_type: str,
+    ) -> Shapes:
+        """Join a language model and a tower.
+
+        Args:
+            text: The config of the language model; it is not changed.
+            vision: The config of the tower.
+            tokenizer: That of the language model, with `<image>`. None where it is not here: the language model is then
+                taken to have one row in its table for each token, and `<image>` comes behind them.
+            layer: Whose features of the tower are used.
+            projector_type: A choice of the setting of this name.
+        """
+        image_token: Any = text.vocab_size
+        tokens, tower = image_token + 1, cast(Any, vision)  # transformers' types allow sides that `towers.py` refuses
+        if tokenizer is not None:
+            image_token, tokens = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), len(tokenizer)
+        if (rows := grown(text.vocab_size, tokens)) != text.vocab_size:
+            text = copy.deepcopy(text)
+            text.vocab_size = rows
+        config = LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=image_token,
+            projector_hidden_act="gelu" if projector_type == "mlp2x_gelu" else "linear",
+            vision_feature_layer=layer,
+            vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
+            image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+            tie_word_embeddings=bool(text.tie_word_embeddings),
+        )
+        return cls(config)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the language model's embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the language model reads."""
+        return positions_of(self.config.text_config)
+
+
+def shapes_of(model: ModelConfig) -> Shapes:
+    """Return the shapes of the model that the settings of a run name; nothing but small files is downloaded.
+
+    Raises:
+        InputError: The settings do not name a model, a part of it cannot be read, or parts do not agree.
+    """
+    built = model.language_model or model.vision_tower
+    if model.model_name_or_path and built and not model.is_nano:
+        raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
+    recipe = Recipe.of_settings(model)
+    if recipe.model and (Path(expanded(recipe.model)) / RECORD_FILE).is_file():  # a run, whose base is elsewhere
+        recipe = located(Path(expanded(recipe.model)), model.base_model or ())
+    return read_shapes(recipe)
+
+
+def read_shapes(recipe: Recipe) -> Shapes:
+    """Return the shapes of the model that a recipe builds or names. Raises InputError as `shapes_of` does."""
+    name = recipe.model or recipe.language_model or ""
+    if recipe.model is not None:
+        shapes = Shapes(_known(recipe.model) or look_at(recipe.model)[0])
+    elif recipe.language_model is None or recipe.vision_tower is None:
+        raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
+    else:
+        language_model, tower = nano_part(recipe.language_model, "llama"), nano_part(recipe.vision_tower, "tower")
+        text, tokenizer = _known(language_model), None
+        if text is None:
+            text, tokenizer = language_model_config(language_model, whole=False)
+        vision = tower_config(tower)
+        check_feature_layer(tower, recipe.vision_feature_layer, vision)
+        layer, projector_type = recipe.vision_feature_layer, recipe.projector_type
+        shapes = Shapes.of_parts(text, vision, tokenizer, layer=layer, projector_type=projector_type)
+    refuse_quantized(name, shapes.config)
+    return shapes
+
+
+def _known(name: str) -> Any:
+    """The shapes that come with qllava, unless a folder has this name; None where there are none."""
+    return None if Path(expanded(name)).is_dir() else known_config(name)

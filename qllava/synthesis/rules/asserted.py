@@ -56,6 +56,11 @@ _CUTS = word_set(
     "prepares ordering cooking baking showing shows indicating until where when so off out past half"
 )
 """Words that take back what follows them in the sentence."""
+_BECOMES = word_set(
+    "turn turns turned turning make makes made convert converts converted transform transforms transformed cut cuts "
+    "carve carves carved fold folds folded shape arranged trim trimmed built crafted sculpted molded remodeled"
+)
+"""What is done to a thing that looks like another afterwards: "a bus converted into a house"."""
 _NEAR_TO = word_set("next close attached tied adjacent chained connected strapped")
 _ADJECTIVES = {*COLOURS} | word_set(
     "gray tan beige gold golden silver dark light bright colorful colourful small large big little tiny "
@@ -173,6 +178,8 @@ def _cuts(words: list[str], at: int) -> bool:
         return False
     if words[at] == "to":
         return not at or words[at - 1] not in _NEAR_TO
+    if words[at] == "into":
+        return bool(_BECOMES & {*words[max(0, at - 4) : at]})
     if words[at] == "building":  # "building a house", not "in front of a building"
         return at + 1 < len(words) and words[at + 1] in _ARTICLES
     return words[at] in _CUTS

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qllava.synthesis.phrases import is_boundary
-from qllava.synthesis.rules.nouns import COLLECTIVES, LIVING, OTHER_NAMES, SORTS, WIDER
+from qllava.synthesis.rules.nouns import COLLECTIVES, LIVING, OTHER_NAMES, SORTS, WIDER, spelling
 from qllava.synthesis.words import is_counted, plural, read_number, several, word_set
 
 _TOKEN = re.compile(r"[a-z]+(?:-[a-z]+)*|\d+|[^\w\s']")
@@ -41,15 +41,16 @@ _BREAKS = word_set(
     "and or on at near next to from behind under over while who that is are was were has have holding riding "
     "wearing looking sitting standing as for into through around above below inside outside"
 )
-_THIS_ONE = word_set("the his her its their this that same")
-_ARTICLES = _THIS_ONE | {"a", "an", "my", "our", "your"}
+_THIS_ONE = word_set("the this that same")
+_ARTICLES = _THIS_ONE | word_set("a an his her its their my our your")
 _ONE = word_set("a an one another single lone this that the")
 _PIECES = word_set("piece pieces slice slices half halves part parts portion portions bit bits bite remains rest")
 _HEADS = word_set(
     "bus car van room shirt uniform jersey hat cap photo portrait picture stand house light sign signal cone jam "
     "lane station officer member dinner table boat flag logo size bed ride guide book dog"
 )
-"""Nouns before which a word for several says of what sort they are: "a team bus"."""
+"""Nouns before which another noun, or a word for several, says of what sort they are: "a team bus"."""
+_KIN = word_set("baby babies young mother mom mama parent parents offspring mate twin sibling siblings")
 _NO_AGENTS = word_set(
     "papers newspapers flowers sunflowers computers containers controllers covers towers corners trailers burgers "
     "hamburgers speakers drawers counters posters layers stickers fingers feathers boulders rollers shoulders "
@@ -164,9 +165,22 @@ def _least(caption: str, noun: str) -> int:
     """How many of a thing a caption speaks of at least."""
     mentions, words = _mentioned(caption, noun), _words(caption)
     least = _together(mentions)
-    if mentions and "others" in words[mentions[0].at :]:
-        least += 2
+    if mentions:
+        least += _besides(words[mentions[0].at :], noun)
     return max(least, _collective(words, noun), _they(words, noun, bool(mentions)))
+
+
+def _besides(words: tuple[str, ...], noun: str) -> int:
+    """How many more there are by words that name no thing: "others", "another", "the other", and "its baby"."""
+    if "others" in words:
+        return 2
+    for before, word, after in zip(("", *words), words, (*words[1:], "."), strict=False):
+        if word in ("its", "their") and after in _KIN and noun in LIVING - {"person"}:
+            return 1
+        # "each other" and "one another" are said of those that are named.
+        if word in ("another", "other") and before not in ("each", "one") and is_boundary(after):
+            return 1
+    return 0
 
 
 def _together(mentions: Sequence[_Mention]) -> int:
@@ -205,18 +219,23 @@ def _forms_of(names: dict[str, bool]) -> _Forms:
 
 def _mentions(words: tuple[str, ...], forms: _Forms) -> Iterator[_Mention]:
     """Every mention of a thing, the longest name first, from left to right."""
+    named: set[str] = set()
     at = 0
     while at < len(words):
         for length in forms.lengths if words[at] in forms.first else ():
             if (found := forms.forms.get(words[at : at + length])) is not None:
                 name, own, many = found
-                yield _mention(words, at, length, name, own=own, many=many)
+                yield _mention(words, at, length, name, own=own, many=many, again=name in named)
+                named.add(name)
                 at += length - 1
                 break
         at += 1
 
 
-def _mention(words: tuple[str, ...], at: int, length: int, name: str, *, own: bool, many: bool) -> _Mention:
+def _mention(
+    words: tuple[str, ...], at: int, length: int, name: str, *, own: bool, many: bool, again: bool
+) -> _Mention:
+    """One mention; `again`: the caption has called something so before."""
     before = _before(words, at)
     after = words[at + length] if at + length < len(words) else ""
     if plural(name) == name and is_counted(name) and not _ONE & {*before}:  # "sheep in a field"
@@ -225,10 +244,22 @@ def _mention(words: tuple[str, ...], at: int, length: int, name: str, *, own: bo
         many = True
     said = next((number for word in before if (number := read_number(word)) is not None), None)
     least = max(2 if many else 1, said or 0, *(_VAGUE.get(word, 0) for word in before))
-    compound = after.isalpha() and not is_boundary(after)
-    if least == 1 and (compound or (before and before[-1] in _THIS_ONE and at > len(before))):
+    this_one = again and bool(before) and before[-1] in _THIS_ONE
+    if least == 1 and (this_one or _is_compound(words, at, length)):
         least = 0  # of another thing ("a dog bed"), or mentioned before ("the boy")
     return _Mention(at, name, least, said, own, bool({"other", "another"} & {*before}))
+
+
+def _is_compound(words: tuple[str, ...], at: int, length: int) -> bool:
+    """Whether the next word makes another thing of a noun: "dog bed", and not "a boy and girl walk".
+
+    It has to be known as a noun, and no object may follow, which a verb has ("a boy ride a bike").
+    """
+    end = at + length
+    after, then = (*words[end : end + 2], "", "")[:2]
+    if then in _ARTICLES or (at and words[at - 1] == "and"):
+        return False
+    return spelling(" ".join((*words[at:end], after))) is not None or spelling(after) is not None or after in _HEADS
 
 
 def _before(words: tuple[str, ...], at: int) -> list[str]:

@@ -15,7 +15,7 @@ from functools import cache
 from qllava.synthesis.words import KINDS, plural, several
 
 OTHER_NAMES = {
-    "person": ("human", "individual", "someone"),
+    "person": ("human", "individual", "someone", "somebody"),
     "donut": ("doughnut",),
     "bicycle": ("bike", "bicyclist", "cyclist"),
     "motorcycle": ("motorbike", "motor bike", "bike", "scooter", "moped", "motorcyclist"),
@@ -61,7 +61,10 @@ SORTS = {
         policeman cop soldier fireman firefighter farmer fisherman businessman student teacher tourist passenger
         pedestrian spectator onlooker bystander fan visitor guest customer shopper commuter protester performer dancer
         musician singer actor artist hiker camper boater rower kayaker jogger teammate opponent competitor contestant
-        boarder patron diner male female stranger member monk nun clown sailor
+        boarder patron diner male female stranger member monk nun clown sailor doctor nurse dentist patient barber
+        priest king queen prince princess clerk cashier salesman craftsman reporter photographer cameraman
+        wrestler boxer grandmother grandfather grandma grandpa uncle aunt cousin niece nephew grandson
+        granddaughter girlfriend boyfriend fiance buddy companion partner host butcher baker carpenter mechanic
         """
     ),
     "suitcase": ("bag", "case", "piece of luggage"),

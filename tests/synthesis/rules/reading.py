@@ -27,6 +27,7 @@ _TAKEN_BACK = (
     r"\b(?:no|without|for|like|as(?! well)|than|instead of|toward|towards|wait\w*|mimic\w*|imitat\w*|resembl\w*|want\w*"
     r"|the number of"
     r"|(?:piece|part|head|slice|shape|half)s? of|about|lacking|off|from|(?<!next )(?<!close )to|half|showing"
+    r"|(?:turn|ma[dk]e|convert|transform|cut|carv|fold|trim|built)\w*(?: \w+){0,3} into"
     r"|making|building (?:an?|the)|before|after)\b"
 )
 _FOLLOWS = (
@@ -46,7 +47,8 @@ _INTRODUCES = (
 _PEOPLE = re.findall(
     r"\w+",
     "person man woman boy girl kid child baby guy lady skier surfer player rider worker skateboarder snowboarder "
-    "batter catcher umpire driver officer spectator tourist passenger fan student adult friend swimmer cyclist",
+    "batter catcher umpire driver officer spectator tourist passenger fan student adult friend swimmer cyclist "
+    "somebody someone bride groom husband wife father mother son daughter brother sister doctor patient",
 )
 _FAMILY = {
     "person": set(_PEOPLE),
@@ -59,6 +61,7 @@ _FAMILY = {
     "couch": {"couch", "sofa"},
     "cat": {"cat", "kitten"},
     "dog": {"dog", "puppy"},
+    "cow": {"cow", "calf"},
     "cell phone": {"cell phone", "cellphone", "phone"},
 }
 _ANIMALS = {"cat", "dog", "horse", "sheep", "cow", "bear", "elephant", "zebra", "giraffe", "bird"}
@@ -70,6 +73,8 @@ _CROWD = {
     "cow": r"\b(?:cattle|herd|cows|oxen)\b",
     "car": r"\btraffic(?! light| sign)\b",
 } | dict.fromkeys(_ANIMALS - {"cow"}, r"\b(?:herd|flock|animals)\b")
+_ANOTHER = r"(?<!each )(?<!one )\b(?:an)?other(?= (?:on|in|is)\b|[.]|$)"
+_ONE_MORE = dict.fromkeys(_ANIMALS, rf"{_ANOTHER}|\bits baby\b")
 _LEAST = {
     "some": 2,
     "several": 3,
@@ -134,6 +139,15 @@ def allows(captions: list[str], noun: str, count: int) -> bool:
     return all(_allows(plain(caption), noun, count) for caption in captions)
 
 
+def _told_apart(caption: str, ones: str, then: str) -> int:
+    """How many of a thing a caption tells apart, one at a time: "a boy and girl", "a woman and her baby"."""
+    found: list[str] = []
+    for before, name in re.findall(rf"(?:\b(\w+) )?\b({ones})\b{then}", caption):
+        if before not in ("the", "this", "that", "same") or name not in found:
+            found.append(name)
+    return len(found)
+
+
 def _allows(caption: str, noun: str, count: int) -> bool:
     family = _FAMILY.get(noun, {noun})
     plurals = "|".join(sorted({re.escape(many(one)) for one in family}, key=len, reverse=True))
@@ -152,6 +166,10 @@ def _allows(caption: str, noun: str, count: int) -> bool:
         or (noun == "person" and re.search(r"\b\w{3,}(?<!pap)(?<!flow)(?<!controll)(?<!oth)ers\b", caption))
         or (noun == "sheep" and re.search(r"(?<!\ba )(?<!\bone )(?<!\bthe )\bsheep\b", caption))
     ):
+        return False
+    # What is done by people and animals may come right behind them; behind a thing it may be another thing.
+    then = r"(?! (?:bed|stop|shirt|hat)\b)" if noun in {"person", *_ANIMALS} else rf"(?={_FOLLOWS})"
+    if count < 2 and (_told_apart(caption, ones, then) > 1 or re.search(_ONE_MORE.get(noun, _ANOTHER), caption)):
         return False
     said = re.findall(
         rf"\b({'|'.join(_LEAST)}|\d+) (?:(?!with|and|in|on|of|a|the)[a-z]+ ){{0,3}}?({plurals}|{ones})\b", caption

@@ -58,6 +58,8 @@ def said_by(*captions: str) -> list[str]:
         ("A birthday cake in the shape of a truck.", "truck"),
         ("A boy imagines a boat.", "boat"),
         ("A car parked where a tree stood.", "tree"),
+        ("A bus converted into a house.", "house"),
+        ("A man folds a napkin into a swan.", "swan"),
         ("A boy wants to ride a horse.", "horse"),
         ("A computer mouse on a desk.", "mouse"),
         ("A cat sleeps next to a stuffed bear.", "bear"),

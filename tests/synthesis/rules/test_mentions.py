@@ -57,10 +57,26 @@ from tests.synthesis.rules.reading import allows
         ("Cows and a man.", "cow", 1),
         ("Oxen pull a cart.", "cow", 1),
         ("A man and other people.", "person", 2),
+        ("A woman holds her baby.", "person", 1),
+        ("A man and his wife share a pizza.", "person", 1),
+        ("A cat and its kitten.", "cat", 1),
+        ("A cow stands by her calf.", "cow", 1),
+        ("An elephant with its baby.", "elephant", 1),
+        ("A man and woman walk down a street.", "person", 1),
+        ("A bride and groom cut a cake.", "person", 1),
+        ("A father and son surf.", "person", 1),
+        ("A man watches a boy fly a kite.", "person", 1),
+        ("A man helps a woman ride a horse.", "person", 1),
+        ("The man and the woman sit.", "person", 1),
+        ("A man talks to somebody.", "person", 1),
+        ("A doctor and a patient.", "person", 1),
+        ("A person pulls another.", "person", 1),
+        ("A car passes another on a road.", "car", 1),
+        ("One cat looks at the other.", "cat", 1),
     ],
 )
 def test_words_that_forbid_a_number(caption: str, noun: str, found: int) -> None:
-    """Numbers, plurals, words for several, and "another"."""
+    """Numbers, plurals, words for several, "another", and two in one sentence, whatever is between them."""
     assert speaks_against(["A scene.", caption], noun, found)
     assert not allows([caption], noun, found), "the checker is to see it too"
 
@@ -80,6 +96,13 @@ def test_words_that_forbid_a_number(caption: str, noun: str, found: int) -> None
         ("A boy and girl. The boy has a hat.", "person", 2),
         ("Flowers and papers on a table near a man.", "person", 1),
         ("A bus stop and a bus.", "bus", 1),
+        ("A man in a hat. The man has a bag.", "person", 1),
+        ("A man with his dog.", "dog", 1),
+        ("A man and his dog walk.", "person", 1),
+        ("A cat bed with a cat.", "cat", 1),
+        ("A cell phone and jewels near each other.", "cell phone", 1),
+        ("Two zebras near one another.", "zebra", 2),
+        ("A cup on another table.", "cup", 1),
         ("A pair of skis near a man.", "person", 1),
         ("A sheep in a field.", "sheep", 1),
         ("A group of four giraffes.", "giraffe", 4),

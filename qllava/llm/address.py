@@ -107,10 +107,14 @@ def chosen(base_url: str | None) -> str:
 def without_secrets(url: str) -> str:
     """An address as it may be shown: without user, password, and what follows a question mark.
 
-    >>> without_secrets("https://me:secret@host/v1?key=secret")
-    'https://***@host/v1?***'
+    It may be one that cannot be used, without `//` or with a slash in its password: all before the last @ is hidden.
+
+    >>> without_secrets("https://me:secret@host/v1?key=secret"), without_secrets("me:secret@host/v1")
+    ('https://***@host/v1?***', '***@host/v1')
     """
-    return _QUERY.sub("?***", _USER.sub("//***@", url))
+    scheme, mark, rest = url.partition("//") if "//" in url.partition("@")[0] else ("", "", url)
+    shown = f"{scheme}{mark}***@{rest.rpartition('@')[2]}" if "@" in rest else url
+    return _QUERY.sub("?***", shown)
 
 
 def _key() -> str:

@@ -132,7 +132,7 @@ def _context(row: Any) -> Context:
         raise Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
     wrong: list[str] = []
     image, id_ = row.get("image"), row.get("id")
-    if not isinstance(image, str) or not image.strip() or not PurePosixPath(image).name:
+    if not isinstance(image, str) or not _names_a_file(image):
         wrong.append("image must be the name of a file")
         image = ""
     if id_ is None:
@@ -152,6 +152,12 @@ def _context(row: Any) -> Context:
     if wrong:
         raise Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete, crowds)
+
+
+def _names_a_file(image: str) -> bool:
+    """Whether a name can be that of a file: "..", "photos/" and "" cannot, nor can one with a NUL."""
+    last = image.rpartition("/")[2]
+    return bool(last.strip()) and last not in (".", "..") and "\0" not in image
 
 
 def _boxes(row: dict[str, Any], wrong: list[str]) -> tuple[list[Box], tuple[str, ...]]:

@@ -305,7 +305,16 @@ def test_a_password_in_the_address_is_sent_and_never_shown(
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://me:secret@host/v1", "http://me:secret@host:eighty/v1", "https://me@host/v1?key=secret", "//:secret@"]
+    "url",
+    [
+        "ftp://me:secret@host/v1",
+        "http://me:secret@host:eighty/v1",
+        "https://me@host/v1?key=secret",
+        "//:secret@",
+        "me:secret@host/v1",
+        "http://me:a/secret@host/v1",
+        "http://me:a//secret@host/v1",
+    ],
 )
 def test_an_address_that_is_none_is_shown_without_its_password(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputError, match="is no address of a server") as caught:

@@ -7,8 +7,10 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -100,6 +102,14 @@ def test_no_text_becomes_markup() -> None:
 @given(st.text())
 def test_any_text_keeps_the_page_whole(text: str) -> None:
     assert Reader(full_page(text)).open == []
+
+
+@pytest.mark.parametrize("build", [page.join, page.grid, page.group, page.gallery], ids=lambda build: build.__name__)
+def test_text_where_markup_is_expected_is_text(build: Callable[..., Html]) -> None:
+    """Mypy refuses it; should it happen all the same, nothing is injected."""
+    given: Any = (HOSTILE, page.code("fine")) if build in (page.grid, page.group) else ([HOSTILE, page.code("fine")],)
+    assert "<script>" not in build(*given) and "&lt;script&gt;" in build(*given)
+    assert "<pre>fine</pre>" in build(*given)
 
 
 def test_the_page_needs_nothing_from_outside() -> None:

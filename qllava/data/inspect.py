@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from typing import Any
 
@@ -187,7 +186,7 @@ def html(shown: Sequence[Shown], *, title: str, about: Sequence[tuple[str, str]]
     figures = [("Samples", f"{len(shown):,}"), ("Tokens", f"{tokens:,}"), ("Learned tokens", f"{learned:,}")]
     figures += [("Learned share", page.percent(learned / tokens))] if tokens else []
     lead = "Training samples exactly as the model gets them: the pictures, every token, and which tokens it learns."
-    origin = [(Html(f'<span class="muted">{escape(label)}</span>'), value) for label, value in about]
+    origin = [(Html('<span class="muted">{}</span>').format(label), value) for label, value in about]
     samples = [_exhibit(one) for one in shown] or [page.paragraph("There are no samples to show.", muted=True)]
     sections = [
         _explanation(next((piece.images for one in shown for piece in one.pieces if piece.images), 576)),
@@ -253,13 +252,14 @@ def _exhibit(shown: Shown) -> Html:
 def _boxes(pieces: Sequence[Piece]) -> Html:
     """Tokens in boxes; learned ones are bold and underlined too, for those who cannot see the colour."""
     out = []
+    form = Html('<{tag} class="token{kind}"{tip}>{text}</{tag}>{line}')
     for piece in pieces:
         tag, kind = ("b", " learned") if piece.learned else ("span", " image" if piece.images else "")
         number = str(piece.ids[0]) if piece.images and piece.ids else " ".join(map(str, piece.ids))
-        tip = f' title="id {number}{", learned" if piece.learned else ""}"' if number else ""
-        line = "<br>" if _end_of_line(piece) else ""
-        out.append(f'<{tag} class="token{kind}"{tip}>{escape(_mark(piece))}</{tag}>{line}')
-    return Html(f'<div class="tokens">{"".join(out)}</div>')
+        tip = Html(' title="id {}{}"').format(number, ", learned" if piece.learned else "") if number else ""
+        line = Html("<br>") if _end_of_line(piece) else ""
+        out.append(form.format(tag=tag, kind=kind, tip=tip, text=_mark(piece), line=line))
+    return Html('<div class="tokens">{}</div>').format(Html("").join(out))
 
 
 def _mark(piece: Piece) -> str:

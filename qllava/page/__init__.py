@@ -3,8 +3,9 @@
 Everything is inline: one style sheet (light and dark, narrow and wide), charts as SVG, pictures as data URIs; no
 script, no font and no address outside the file, so a page can be mailed or kept beside a checkpoint for years.
 
-Two kinds of string keep the escaping right. A plain `str` is text and is escaped here; `Html` is markup that a function
-of this package made. Handing a `str` where markup is expected is a type error, not an injection.
+Two kinds of string keep the escaping right (`markupsafe`). A plain `str` is text; `Html` is markup that a function of
+this package made. Templates and `join` escape what is plain text, so a `str` where markup is expected is a type error
+for mypy, and text on the page, never an injection.
 
     body = section("Loss", paragraph("Falls."), line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])]))
     write_page(Path("report.html"), page("A run", "What it learned.", [body]))
@@ -17,7 +18,6 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -67,49 +67,48 @@ class Bar:
 
 def join(parts: Iterable[Html]) -> Html:
     """Markup, one after the other."""
-    return Html("\n".join(parts))
+    return Html("\n").join(parts)
 
 
 def paragraph(text: str, *, muted: bool = False) -> Html:
     """A paragraph of text; `muted` for a remark of second rank."""
-    start = '<p class="muted">' if muted else "<p>"
-    return Html(f"{start}{escape(text)}</p>")
+    return Html('<p class="muted">{}</p>' if muted else "<p>{}</p>").format(text)
 
 
 def code(text: str) -> Html:
     """Text as it stands, in a fixed-width box that scrolls by itself when a line is too long."""
-    return Html(f"<pre>{escape(text)}</pre>")
+    return Html("<pre>{}</pre>").format(text)
 
 
 def callout(text: str, kind: Literal["note", "good", "warning"] = "note") -> Html:
     """A sentence that must not be missed."""
-    return Html(f'<p class="callout {kind}">{escape(text)}</p>')
+    return Html('<p class="callout {}">{}</p>').format(kind, text)
 
 
 def details(summary: str, *parts: Html) -> Html:
     """Something that is there for who asks: closed until the summary is clicked."""
-    return Html(f"<details><summary>{escape(summary)}</summary>\n{join(parts)}\n</details>")
+    return Html("<details><summary>{}</summary>\n{}\n</details>").format(summary, join(parts))
 
 
 def group(*parts: Html) -> Html:
     """Parts that belong together and are parted from the next such group."""
-    return Html(f"<div>{join(parts)}</div>")
+    return Html("<div>{}</div>").format(join(parts))
 
 
 def section(title: str, *parts: Html) -> Html:
     """A titled part of a page."""
-    return Html(f"<section><h2>{escape(title)}</h2>\n{join(parts)}\n</section>")
+    return Html("<section><h2>{}</h2>\n{}\n</section>").format(title, join(parts))
 
 
 def grid(*parts: Html) -> Html:
     """Parts side by side where there is room, below each other where there is not."""
-    return Html(f'<div class="grid">\n{join(parts)}\n</div>')
+    return Html('<div class="grid">\n{}\n</div>').format(join(parts))
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> Html:
     """Headline figures: (label, value) pairs, the value already formatted."""
-    cells = (f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in values)
-    return Html(f'<dl class="tiles">{"".join(cells)}</dl>')
+    cell = Html("<div><dt>{}</dt><dd>{}</dd></div>")
+    return Html('<dl class="tiles">{}</dl>').format(Html("").join(cell.format(*pair) for pair in values))
 
 
 def percent(value: float) -> str:
@@ -126,20 +125,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], *, caption
         if len(row) != len(head):
             raise ValueError(f"row {line} of the table has {len(row)} cells, its head has {len(head)}")
     numeric = [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in range(len(head))]
-    mark = [' class="number"' if right else "" for right in numeric]
-    top = "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True))
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{m}>{_cell(cell)}</td>" for m, cell in zip(mark, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return Html(
-        f'<div class="scroll"><table>{title}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    marks = [Html(' class="number"' if right else "") for right in numeric]
+    top = _cells("<th{}>{}</th>", marks, head)
+    body = join(Html("<tr>{}</tr>").format(_cells("<td{}>{}</td>", marks, row)) for row in rows)
+    title = Html("<caption>{}</caption>").format(caption) if caption else ""
+    return Html('<div class="scroll"><table>{}<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody></table></div>').format(
+        title, top, body
     )
 
 
-def _cell(value: str | float) -> str:
-    return escape(value) if isinstance(value, str) else number(value)
+def _cells(form: str, marks: Sequence[Html], values: Sequence[str | float]) -> Html:
+    texts = [value if isinstance(value, str) else number(value) for value in values]
+    return Html("").join(Html(form).format(*pair) for pair in zip(marks, texts, strict=True))
 
 
 def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
@@ -149,13 +146,13 @@ def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
     rows = []
     for bar in bars:
         width = 100 * min(max(bar.value / maximum, 0.0), 1.0) if math.isfinite(bar.value) else 0.0
-        note = f"<small>{escape(bar.note)}</small>" if bar.note else ""
-        rows.append(
-            f'<div class="bar"><span class="name">{escape(bar.label)}{note}</span>'
-            f'<span class="track"><span style="width:{width:.2f}%"></span></span>'
-            f'<span class="value">{escape(percent(bar.value))}</span></div>'
+        note = Html("<small>{}</small>").format(bar.note) if bar.note else ""
+        row = Html(
+            '<div class="bar"><span class="name">{}{}</span>'
+            '<span class="track"><span style="width:{:.2f}%"></span></span><span class="value">{}</span></div>'
         )
-    return Html('<div class="bars">\n' + "\n".join(rows) + "\n</div>")
+        rows.append(row.format(bar.label, note, width, percent(bar.value)))
+    return Html('<div class="bars">\n{}\n</div>').format(join(rows))
 
 
 def picture(image: Image, alt: str, *, longest: int = 480) -> Html:
@@ -169,26 +166,25 @@ def picture(image: Image, alt: str, *, longest: int = 480) -> Html:
     buffer = io.BytesIO()
     shown.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    small = ' class="pixels"' if max(shown.size) <= 160 else ""
-    return Html(f'<img{small} src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">')
+    small = Html(' class="pixels"' if max(shown.size) <= 160 else "")
+    return Html('<img{} src="data:image/png;base64,{}" alt="{}">').format(small, data, alt)
 
 
 def card(image: Html, *parts: Html) -> Html:
     """A picture with what belongs to it; cards stand in a `gallery`."""
-    return Html(
-        f'<article class="card"><div class="frame">{image}</div><div class="text">{join(parts)}</div></article>'
-    )
+    form = Html('<article class="card"><div class="frame">{}</div><div class="text">{}</div></article>')
+    return form.format(image, join(parts))
 
 
 def gallery(cards: Sequence[Html]) -> Html:
     """Cards beside each other, as many as fit."""
-    return Html(f'<div class="gallery">\n{join(cards)}\n</div>')
+    return Html('<div class="gallery">\n{}\n</div>').format(join(cards))
 
 
 def legend(marks: Sequence[tuple[Html, str]]) -> Html:
     """Signs of a page and what they mean."""
-    lines = (f"<dt>{mark}</dt><dd>{escape(meaning)}</dd>" for mark, meaning in marks)
-    return Html(f'<dl class="legend">{"".join(lines)}</dl>')
+    line = Html("<dt>{}</dt><dd>{}</dd>")
+    return Html('<dl class="legend">{}</dl>').format(Html("").join(line.format(*pair) for pair in marks))
 
 
 def exhibit(title: str, pictures: Sequence[tuple[Html, str]], *parts: Html) -> Html:
@@ -196,10 +192,11 @@ def exhibit(title: str, pictures: Sequence[tuple[Html, str]], *parts: Html) -> H
 
     Without pictures the parts take the whole width.
     """
-    figures = (f"<figure>{image}<figcaption>{escape(said)}</figcaption></figure>" for image, said in pictures)
-    side = f'<div class="side">{"".join(figures)}</div>' if pictures else ""
-    halves = f'<div class="halves">{side}<div>{join(parts)}</div></div>'
-    return Html(f'<article class="exhibit"><h3>{escape(title)}</h3>{halves}</article>')
+    figure = Html("<figure>{}<figcaption>{}</figcaption></figure>")
+    figures = Html("").join(figure.format(*pair) for pair in pictures)
+    side = Html('<div class="side">{}</div>').format(figures) if pictures else ""
+    form = '<article class="exhibit"><h3>{}</h3><div class="halves">{}<div>{}</div></div></article>'
+    return Html(form).format(title, side, join(parts))
 
 
 def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
@@ -207,22 +204,24 @@ def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
     out = []
     for label, answer, right in lines:
         kind, sign = {True: ("right", "\u2713"), False: ("wrong", "\u2717"), None: ("plain", "")}[right]
-        shown = escape(answer) if answer.strip() else '<i class="muted">nothing</i>'
-        out.append(f'<dt>{escape(label)}</dt><dd class="{kind}">{shown}<span class="sign">{sign}</span></dd>')
-    return Html(f'<dl class="verdicts">{"".join(out)}</dl>')
+        shown = answer if answer.strip() else Html('<i class="muted">nothing</i>')
+        line = Html('<dt>{}</dt><dd class="{}">{}<span class="sign">{}</span></dd>')
+        out.append(line.format(label, kind, shown, sign))
+    return Html('<dl class="verdicts">{}</dl>').format(Html("").join(out))
 
 
 def page(title: str, lead: str, sections: Sequence[Html], *, footer: str = "") -> str:
     """A whole document: the title, one sentence that says what is to be seen, and the sections."""
-    end = f"<footer>{escape(footer)}</footer>" if footer else ""
-    return (
+    end = Html("<footer>{}</footer>").format(footer) if footer else ""
+    document = Html(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
-        f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>\n'
-        f"{join(sections)}\n{end}</main>\n</body>\n</html>\n"
+        "<title>{0}</title>\n<style>{1}</style>\n</head>\n<body>\n<main>\n"
+        '<header><h1>{0}</h1><p class="lead">{2}</p></header>\n'
+        "{3}\n{4}</main>\n</body>\n</html>\n"
     )
+    return str(document.format(title, _style(), lead, join(sections), end))
 
 
 def write_page(path: Path, html: str) -> None:
@@ -236,5 +235,5 @@ def write_page(path: Path, html: str) -> None:
         raise
 
 
-def _style() -> str:
-    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+def _style() -> Html:
+    return Html(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))

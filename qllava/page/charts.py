@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
+
+from markupsafe import escape
 
 from qllava.page.markup import Html, number
 
@@ -71,7 +72,7 @@ def line_chart(
         key = f'<div class="key">{names}</div>'
     return Html(
         f'<figure class="chart">{head}{key}<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title, quote=True)}">{frame}{"".join(lines)}</svg></figure>'
+        f'aria-label="{escape(title)}">{frame}{"".join(lines)}</svg></figure>'
     )
 
 
@@ -95,7 +96,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], 
         )
     return Html(
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {bottom + 26}" '
-        f'role="img" aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg></figure>'
+        f'role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NewType
 
-Html = NewType("Html", str)
-"""Markup that a function of this package made; a plain `str` is text, and is escaped."""
+from markupsafe import Markup
+
+Html = Markup
+"""Markup that a function of this package made; a plain `str` is text, and is escaped wherever markup is built."""
 
 
 def number(value: float) -> str:

@@ -225,17 +225,21 @@ def generation_settings(
         raise InputError(
             f"The conversation has {longest} tokens, but this model reads at most {context}; begin a new one."
         )
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
         max_new_tokens=min(max_new_tokens, context - longest),
-        eos_token_id=sorted(ends - {None}) or None,
+        eos_token_id=ends_of(model, tokenizer) or None,
         pad_token_id=pad if pad is not None else 0,
         do_sample=False,
         num_beams=1,
         use_cache=True,
     )
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer, sorted: those of the model's generation config and of its tokenizer."""
+    ends = model.generation_config.eos_token_id
+    return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
 
 
 def continue_prompts(

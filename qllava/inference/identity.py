@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qllava.inference.chat import Chat
+from qllava.inference.generate import ends_of
 
 _VALUES = 256
 """Evenly spaced values of each tensor: training moves nearly all of them."""
@@ -20,7 +21,7 @@ _DIGITS = 16
 
 
 def fingerprint_of(chat: Chat) -> str:
-    """Hash the weights as they are in memory, the vocabulary, the image processor and the chat template.
+    """Hash the weights as they are in memory, the vocabulary, the image processor, the chat template and end tokens.
 
     The base, the adapter, and what they are held in (4 bit, bf16, fp32) all change it; the device does not.
 
@@ -31,7 +32,9 @@ def fingerprint_of(chat: Chat) -> str:
     processor = chat.processor
     images = processor.image_processor.to_dict()
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    said = [processor.chat_template, images, vocabulary, _shapes(chat.model.config.to_dict())]
+    # Of `generation_config` alone: what else it holds is a recommendation, which answers do not follow.
+    ends = ends_of(chat.model, processor.tokenizer)
+    said = [processor.chat_template, images, vocabulary, _shapes(chat.model.config.to_dict()), ends]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode(errors="surrogatepass"))
     tensors = dict(chat.model.named_parameters(remove_duplicate=False)) | dict(chat.model.named_buffers())
     for name in sorted(tensors):

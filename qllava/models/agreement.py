@@ -25,6 +25,8 @@ from qllava.models.errors import does_not_fit, lacks, one_line, one_sentence
 from qllava.models.weights import EMBEDDING, HEAD, Weights, llava_name
 
 _ADVICE = "take both from the same model"
+_SCALES = re.compile(r"\.(?:SCB|absmax|quant_state\.\w+)$")
+"""How tensors end that bitsandbytes writes for each of its own."""
 _LAYER = re.compile(r"(?P<stack>language_model\.model|vision_tower\.vision_model\.encoder)\.layers\.(?P<number>\d+)\.")
 
 
@@ -85,6 +87,11 @@ def check_feature_layer(name: str, layer: Any, vision: Any) -> None:
             f"{name}: vision_feature_layer is {layer}, and the tower has {depth} layers; give one from {-depth - 1} to "
             f"{depth}."
         )
+    if layer == 0:  # transformers takes it for unset
+        raise InputError(
+            f"{name}: vision_feature_layer is 0, which transformers does not compute; give {-depth - 1} for the "
+            "embeddings before the first layer, or a layer."
+        )
 
 
 def check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
@@ -123,6 +130,22 @@ def check_processor(name: str, config: Any, processor: Any) -> None:
             name, "preprocessor_config.json", f"images of {' x '.join(map(str, found[-2:]))} pixels", "config.json",
             f"a tower of {side} x {side} pixels",
         )  # fmt: skip
+    if not torch.isfinite(torch.as_tensor(pixels)).all():
+        raise InputError(
+            f"{name}: preprocessor_config.json makes pixels that are no numbers (image_std must not be 0); copy it "
+            "from where the weights came from."
+        )
+
+
+def check_packed(name: str, config: Any, weights: Weights) -> None:
+    """Weights that bitsandbytes has packed, as config.json says, bring their scales; without them it asserts later."""
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") == "bitsandbytes" and not any(_SCALES.search(tensor) for tensor in weights):
+        raise InputError(
+            f"{name}: config.json has a quantization_config of bitsandbytes, and none of the weights is packed; remove "
+            f"that key, or {_ADVICE}."
+        )
 
 
 def check_weights(name: str, config: Any, weights: Weights) -> None:

@@ -164,6 +164,8 @@ def load_llava(
     Raises InputError when it is no LLaVA, or files are missing, cut off, or do not belong together.
     """
     config, processor = load_config(folder_or_name)  # first: it is quick, the weights are not
+    if getattr(config, "quantization_config", None):
+        agreement.check_packed(folder_or_name, config, open_weights(folder_or_name))
     loading: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device_map}
     if quantization_config is not None:  # handing in None would drop the one that the checkpoint brings
         loading["quantization_config"] = quantization_config

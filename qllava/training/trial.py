@@ -1,4 +1,4 @@
-"""Optimizer and scheduler of the settings, tried out on a small weight before a model is loaded."""
+"""Optimizer, scheduler and recomputation of the settings, tried out on a small weight before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 
 from qllava.config import InputError
@@ -19,13 +20,14 @@ _SIDE = 64
 
 
 def try_out(config: TrainConfig) -> None:
-    """Take one step with the optimizer and the scheduler that a run would have.
+    """Recompute once, and take one step with the optimizer and the scheduler, as a run would.
 
-    DeepSpeed brings its own; with it nothing is tried.
+    DeepSpeed brings an optimizer and a scheduler of its own, which are not tried.
 
     Raises:
         InputError: When one of them cannot be made, or cannot take a step, on this machine.
     """
+    _recompute(config.activation_checkpointing_kwargs)
     if config.deepspeed:
         return
     config = copy.copy(config)
@@ -56,4 +58,20 @@ def try_out(config: TrainConfig) -> None:
         raise InputError(
             f"{setting} cannot be used here with its arguments ({one_line(error).rstrip('.')}); change it or "
             f"{arguments_of}."
+        ) from error
+
+
+def _recompute(given: Any) -> None:
+    """Raise InputError for arguments that torch's recomputation does not take."""
+
+    def layer(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.relu(hidden)
+
+    try:
+        if given:
+            checkpoint(layer, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **given}).backward()
+    except Exception as error:  # torch raises ValueError for some, and TypeError for others
+        raise InputError(
+            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs, its alias) is {given}, and "
+            f"torch.utils.checkpoint does not take that ({one_line(error).rstrip('.')}); correct it, or leave it out."
         ) from error

@@ -127,6 +127,10 @@ BREAKS = {
     "patch over image": Break(edit(C, vision_config__patch_size=64), (C, "image_size 32", "patch_size 64")),
     "several layers": Break(edit(C, vision_feature_layer=[-2, -1]), ("[-2, -1]", "-2")),
     "layer beyond": Break(edit(C, vision_feature_layer=-9), ("vision_feature_layer is -9", "3 layers")),
+    "layer 0": Break(edit(C, vision_feature_layer=0), ("vision_feature_layer is 0", "-4")),
+    "pixels": Break(
+        edit("preprocessor_config.json", image_std=[0, 0, 0]), ("preprocessor_config.json", "image_std must not be 0")
+    ),
     "end of answer": Break(edit(G, eos_token_id=5000), (G, "eos_token_id 5000", C, "vocab_size")),
     "ends of answer": Break(edit(G, eos_token_id=[2, 5001]), (G, "5001", C, "vocab_size")),
     "suppressed": Break(edit(G, suppress_tokens=[5002]), (G, "suppress_tokens 5002")),
@@ -189,6 +193,8 @@ def test_a_model_that_is_quantized_already(hf_layout: Path, tmp_path: Path) -> N
         said_by(lambda: outline(recipe(folder))),
     }
     assert len(said) == 1 and "is quantized already" in next(iter(said))
+    # These weights are not packed, whatever config.json says.
+    assert "none of the weights is packed" in said_by(lambda: load(str(folder)))
 
 
 def test_sound_folders_pass(hf_layout: Path) -> None:

@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "eval_strategy": "steps",
     "save_strategy": "epoch",
     "logging_strategy": "epoch",
+    "dataloader_multiprocessing_context": "spawn --dataloader_num_workers 1",
     "dataloader_prefetch_factor": "1 --dataloader_num_workers 1",
     "dataloader_persistent_workers": "true --dataloader_num_workers 1",
     "local_rank": "0",
@@ -161,6 +162,10 @@ def test_every_scheduler_works_and_says_what_it_needs(name: str, parts: Tiny) ->
         ("--save_strategy best", "save_strategy best needs"),
         ("--optim_args lr", "optim_args has no effect"),
         ("--optim sgd --optim_args momentum=much", "optim sgd cannot be used here with its arguments"),
+        ("--optim sgd --optim_args momentun=0.9", "momentun, which optim sgd does not read; possible are momentum"),
+        ('--gradient_checkpointing_kwargs {"odd":1}', "or gradient_checkpointing_kwargs, its alias) is {'odd': 1}"),
+        ('--activation_checkpointing_kwargs {"early_stop":1,"odd":1}', "torch.utils.checkpoint does not take that"),
+        ("--dataloader_multiprocessing_context spawn", "multiprocessing_context needs workers"),
     ],
 )
 def test_numbers_that_are_not_possible(words: str, said: str, parts: Tiny) -> None:

@@ -51,6 +51,16 @@ _OPTIMIZERS = (
 )
 _READ_OPTIM_ARGS = ("adamw_anyprecision", "ademamix", "paged_ademamix", "sgd", "adagrad", "rmsprop")
 
+# Keys that these optimizers read of `optim_args`; transformers drops any other without a word.
+_OPTIM_ARGS = {
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+}
+_OF_WORKERS = tuple(
+    f"dataloader_{name}" for name in ("prefetch_factor", "persistent_workers", "multiprocessing_context")
+)
+
 EXACT_MATCH = "eval_exact_match"
 METRICS = ("eval_loss", EXACT_MATCH, "eval_mean_token_accuracy", "eval_entropy")
 """What an evaluation reports and a run may be judged by; transformers takes each without `eval_` too."""
@@ -96,7 +106,7 @@ def _check_loop(given: Given) -> None:
     if given.get("bf16") and given.get("fp16"):
         raise InputError("bf16 and fp16 are both set; keep one (bf16 where the GPU has it).")
     if not given.get("dataloader_num_workers"):
-        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        for name in _OF_WORKERS:
             if given.get(name):
                 raise InputError(f"{name} needs workers; set dataloader_num_workers, or remove it.")
     for what in ("logging", "eval", "save"):
@@ -161,6 +171,11 @@ def _check_packages(given: Given) -> None:
             raise InputError(f"optim {optim} needs a package that is not installed: pip install {install}.")
     if given.get("optim_args") and not optim.startswith(_READ_OPTIM_ARGS):
         raise InputError(f"optim_args has no effect with optim {optim}; remove it.")
+    for pair in (given.get("optim_args") or "").split(",") if optim in _OPTIM_ARGS else ():
+        key = pair.partition("=")[0].strip()
+        if key and key not in _OPTIM_ARGS[optim]:
+            raise InputError(f"optim_args has {key}, which optim {optim} does not read; possible are "
+                             f"{', '.join(_OPTIM_ARGS[optim])}.")  # fmt: skip
     if given.get("deepspeed") and missing(["deepspeed"]):
         raise InputError("deepspeed needs a package that is not installed: pip install deepspeed.")
 

@@ -3,7 +3,7 @@
     python benchmarks/first_token.py --out benchmarks/results/first_token.json
 
 Each question is about a picture that is uploaded before the clock starts. The page itself takes the time, from the
-press on the button to the first letter of the answer that stands in the document.
+press on the button to the first letter of the answer in the document.
 """
 
 from __future__ import annotations

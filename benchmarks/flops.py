@@ -4,7 +4,7 @@
 
 The real code runs on fake tensors: they have shapes and no contents, so 13B parameters take no memory, and torch's
 counter sees every product, forward, recomputed and backward. Counted are TRL with and without recomputation, and qllava
-with one and three samples per picture, with and without recomputation, and with each shortcut off by itself. A sample
+with one and three samples per picture, with and without recomputation, and with each shortcut off alone. A sample
 has a picture of 576 tokens and 200 tokens of text, 100 of them learned.
 """
 

@@ -105,7 +105,7 @@ def profiled(plan: Plan, path: Path) -> None:
 
 
 class Record:
-    """The figures of all steps in one file, written anew after each measurement."""
+    """The figures of all steps in one file, written again after each measurement."""
 
     def __init__(self, out: Path, device: str) -> None:
         self.out = out.with_suffix(".json")

@@ -126,7 +126,7 @@ def kill_once(run: Run, folder: Path, log: Path, number: int, longest: float, di
     seconds = time.monotonic() - began
     process.kill()
     if process.wait() != -9:
-        raise RuntimeError(f"{run.recipe} ended by itself with {process.returncode} at kill {number}; see {log}.")
+        raise RuntimeError(f"{run.recipe} ended on its own with {process.returncode} at kill {number}; see {log}.")
     whole = [place.name for place in checkpoints(folder) if fault(place) is None]
     aside = folder / PARTIAL  # one that an earlier kill left is older than this command
     in_save = aside.exists() and aside.stat().st_mtime > clock

@@ -1,4 +1,4 @@
-"""Peak memory and time of `qllava merge` at real sizes, with random weights that lie on disk in shards.
+"""Peak memory and time of `qllava merge` at real sizes, with random weights, in shards on disk.
 
     python benchmarks/merge_memory.py --folder DIR --out benchmarks/results/merge_memory.json      (about 10 GB of disk)
 

@@ -7,7 +7,7 @@ optimizer steps in turn (`turns.py`). Printed are the median of the ratios withi
 over learned tokens after the same samples, which has to agree within 1 %, the share of positions that are neither
 padding nor a prefix computed twice, and FLOPs. On a CPU the model has the fixed shape `shapes.cpu_bench`.
 
-`--ablate` measures qllava against itself instead: each shortcut switched off by itself.
+`--ablate` measures qllava against itself instead: each shortcut switched off alone.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def summarize(
 
 
 def ablate(plan: Plan, mixture: float) -> list[dict[str, Any]]:
-    """Each shortcut of qllava by itself: how much faster a step is with it than without."""
+    """Each shortcut of qllava alone: how much faster a step is with it than without."""
     texts = plan.texts([mixture], 1 + plan.repetitions)
     out = []
     for name, (on, off) in ABLATIONS.items():
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
     parser.add_argument("--samples-per-step", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--ablate", action="store_true", help="qllava against itself, each shortcut off by itself")
+    parser.add_argument("--ablate", action="store_true", help="qllava against itself, each shortcut off alone")
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args(arguments)

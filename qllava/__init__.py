@@ -29,7 +29,7 @@ def load(model: str, *, load_in_4bit: bool = False, base_model: str | Path | Seq
 
     `model` is `nano` (the newest finished nano run), a run folder, a merged folder, or a hub name. `load_in_4bit` keeps
     the language model in NF4, and `base_model` says where the base of a run is now, if it has moved. Raises
-    `qllava.config.InputError` when there is no such model.
+    `qllava.config.InputError` when the model does not exist.
     """
     from qllava.inference import load as load_chat
 

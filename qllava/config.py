@@ -20,8 +20,8 @@ def cache_folder() -> Path:
     given = expanded(os.environ.get("QLLAVA_CACHE") or "~/.cache/qllava")
     if given.startswith("~"):
         raise InputError(
-            f"{given} cannot be found, because there is no such home folder; set QLLAVA_CACHE to a folder for what is "
-            "kept between runs."
+            f"{given} cannot be found, because this home folder does not exist; set QLLAVA_CACHE to a folder for what "
+            "is kept between runs."
         )
     return Path(given)
 

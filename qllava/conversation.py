@@ -23,7 +23,7 @@ from typing import Literal
 
 IMAGE_TOKEN = "<image>"
 
-# LLaMA's spelling, in which the templates below are written. They stand for the tokenizer's own tokens: `render`
+# LLaMA's spelling, in which the templates below are written. They mean the tokenizer's own tokens: `render`
 # takes those, and a chat template asks for `bos_token` and `eos_token`.
 BOS = "<s>"
 EOS = "</s>"
@@ -223,7 +223,7 @@ class Template:
         if generation_prompt and last != "user":
             raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
         if not generation_prompt and last != "assistant":
-            raise ValueError("the conversation ends with the user, so there is no answer to learn")
+            raise ValueError("the conversation ends with the user, so it has no answer to learn")
         if self.pictures_only and (len(conversation.turns) > 2 or IMAGE_TOKEN not in conversation.turns[0].content):
             raise ValueError(
                 f"template {self.name} takes a picture and its caption; this is a longer conversation, "

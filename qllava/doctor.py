@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-# Needed to train, in the order in which they build on each other. The bounds stand in the package's own metadata.
+# Needed to train, in the order in which they build on each other. The bounds are in the package's own metadata.
 PACKAGES = (
     "torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip_torch", "accelerate", "datasets",
     "tokenizers", "sentencepiece", "protobuf", "safetensors", "gradio", "pillow", "numpy", "PyYAML", "tqdm",

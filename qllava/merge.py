@@ -4,7 +4,8 @@
 
 Chosen: the delta goes onto the weights that training saw. Onto the original 16-bit weights it is another model (KL per
 token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again another still. The result is written
-aside, read anew, and asked the run's own held-out rows beside the adapter model: it gets its name only if they agree.
+aside, read back, and compared with the adapter model on the run's own held-out samples: it gets its name only if they
+agree.
 
 Nothing holds a whole language model: weights come from disk one by one and go back in shards, and both models that are
 compared are computed layer by layer (`models/stream.py`).
@@ -67,7 +68,7 @@ class MergeResult:
     same_text: float | None
     """Share of held-out rows that both answer greedily with the same text, as far as `Comparison` follows it."""
     verified: bool
-    """Whether the result was read anew and agrees with what was trained."""
+    """Whether the result was read back and agrees with what was trained."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def merge(
 def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
     if not run.is_dir():
-        raise InputError(f"There is no folder {run}; give a run of finetune_lora or its checkpoint.")
+        raise InputError(f"The folder {run} does not exist; give a run of finetune_lora or its checkpoint.")
     adapter, record = run / ADAPTER_CONFIG_FILE, run / RECORD_FILE
     if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")

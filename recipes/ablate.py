@@ -83,7 +83,7 @@ def command_line() -> Parser:
     parser.add_argument("--out", type=file_path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
     parser.add_argument(
-        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="what {NAME} in the grid stands for"
+        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="the value of {NAME} in the grid"
     )
     looks(parser, config=check_file, out=check_written_folder)
     return parser

@@ -421,7 +421,7 @@ class TestRefusals:
         assert "holds no adapter" in self.refused(tiny.stage1, tmp_path / "out")
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        assert "There is no folder" in self.refused(tmp_path / "nope", tmp_path / "out")
+        assert "nope does not exist" in self.refused(tmp_path / "nope", tmp_path / "out")
 
     def test_no_run(self, tmp_path: Path) -> None:
         assert "is no run of qllava" in self.refused(tmp_path, tmp_path / "out")

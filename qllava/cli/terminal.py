@@ -30,7 +30,7 @@ from qllava.voting.duel import Contender, Duel, contenders
 from qllava.voting.votes import Verdict, VoteFile
 
 HELP = """/image FILE      shows a picture with your next question
-/again           asks the last question anew
+/again           asks the last question again
 /edit TEXT       asks it in other words
 /clear           begins a new conversation
 /system TEXT     tells the model how to answer; without TEXT no longer

@@ -8,7 +8,7 @@ What comes out is kept in a folder, named by a hash of the file's bytes and of e
 are, so the training run, and a second check, find it done. Which pictures are sound is remembered for a whole folder of
 them, so only those are decoded that are new or have changed, whatever was changed in the text.
 
-Memory does not grow with the rows: they stand in an Arrow file, and problems in a JSONL file beside it.
+Memory does not grow with the examples: they are in an Arrow file, and problems in a JSONL file next to it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _VERSION = 3
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
 _ROWS = 1_000
 _SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
-# The key of a folder does not see what else lies on the disk: a picture that was missing may have been added.
+# The key of a folder does not see what else is on the disk: an image that was missing may have been added.
 _UNSETTLED = ("picture missing", "file unreadable")
 _ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
 _ALONE = 6

@@ -1,4 +1,4 @@
-"""Rows compared with rows, by the hashes that stand beside them in their tables: twice the same, one id for two, leaks.
+"""Examples compared with each other, by the hashes in their tables: twice the same, one id for two, leaks.
 
 Several files are one data set: rows are compared across them.
 """
@@ -15,7 +15,7 @@ from qllava.data.problems import OnProblem, Place, Problem
 
 
 def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
-    """Rows of one data set, of one or more files, that stand there twice, and ids that name two different rows.
+    """Rows of one data set, of one or more files, that occur twice, and ids that name two different rows.
 
     Several rows about one picture may bear its id, as LLaVA's own do; rows with the same words may not.
     """
@@ -56,7 +56,7 @@ def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: 
             owner = np.repeat(np.arange(len(chunk)), chunk.value_lengths().to_numpy(zero_copy_only=False))
             found = np.isin(chunk.flatten().to_numpy(zero_copy_only=False), held_out)
             for index in np.unique(owner[found]):
-                problem = "a question with its pictures and answer stands in the evaluation file too"
+                problem = "a question with its images and answer is in the evaluation file too"
                 hint = "remove it from one of the two, or the evaluation measures what was learned by heart"
                 on_problem(where.problem(offset + int(index), "in the evaluation", problem, hint, "warning"))
             offset += len(chunk)

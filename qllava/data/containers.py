@@ -51,7 +51,7 @@ def read_folder(path: Path, on_problem: OnProblem) -> Rows:
                 head = file.read(512)
         except (OSError, ValueError) as error:  # ValueError: state.json can spell names that no file may have
             problem = f"the data file cannot be read ({error.strerror if isinstance(error, OSError) else error})"
-            on_problem(Problem("file unreadable", problem, "check the folder it lies in", Place(str(shard))))
+            on_problem(Problem("file unreadable", problem, "check its folder", Place(str(shard))))
         else:
             yield from read_container(shard, head, on_problem)
 
@@ -64,7 +64,7 @@ def _shards(path: Path, on_problem: OnProblem) -> list[Path]:
         on_problem(Problem("splits", problem, "name the folder of one of them", here))
         return []
     if (path / "state.json").is_file():
-        # It names the files; others lie there too: what `map` caches, and shards of an older, longer version.
+        # It names the files; others may be there too: what `map` caches, and shards of an older, longer version.
         try:
             state = json.loads((path / "state.json").read_bytes())
             return [path / PurePath(file["filename"]).name for file in state["_data_files"]]

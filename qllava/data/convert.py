@@ -57,6 +57,6 @@ def _names(example: Example, image_folder: Path) -> list[str]:
         full = Path(os.path.normpath(image.absolute()))
         if not full.is_relative_to(root):
             problem = f"the picture {str(image)!r} lies outside the image folder {root}"
-            raise example.problem("picture outside", problem, "copy it there, or give the folder it lies in")
+            raise example.problem("picture outside", problem, "copy it there, or give its folder")
         names.append(full.relative_to(root).as_posix())
     return names

@@ -5,9 +5,9 @@ r"""Example -> Sample: one tokenization, labels from spans, every image token in
     ids       ...    <image> x tokens_per_image    ...
     labels    -100   -100 ...                      ...      _A _bus . </s>
 
-A token is learned exactly when its characters lie in a span of `Rendered`; no prefix is tokenized a second time, no
+A token is learned exactly when its characters are in a span of `Rendered`; no prefix is tokenized a second time, no
 lengths are subtracted. Only the template's own strings become control tokens: one that a user's text spells is
-an error, because it would end a turn, or stand for a picture that is not there.
+an error, because it would end a turn, or mean an image that is not there.
 Labels are not shifted; the loss shifts them.
 """
 
@@ -29,7 +29,7 @@ from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
 
 IGNORE_INDEX = -100
 
-_TEXTS_PER_CALL = 256  # the tokenizer works on a batch in parallel, and offsets of all of them lie in memory at once
+_TEXTS_PER_CALL = 256  # the tokenizer works on a batch in parallel, and offsets of all of them are in memory at once
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Encoder:
         return samples[0] if samples else None
 
     def encode_all(self, examples: Sequence[Example], on_problem: OnProblem = stop) -> list[Sample]:
-        """The samples of examples, in order. They lie in memory at once: call it per part of a large data set.
+        """The samples of examples, in order. They are in memory at once: call it per part of a large data set.
 
         Left out, and handed to `on_problem`, is an example that is too long under the policy, spells a control token,
         does not suit the template, has other pictures than `<image>`, or teaches nothing; one that is trimmed is
@@ -170,7 +170,7 @@ class Encoder:
             yield from zip(batch, texts, self._tokens([rendered.text for rendered in texts]), strict=True)
 
     def _tokens(self, texts: list[str]) -> list[_Tokens]:
-        """The one tokenization. Begin of text stands in the text already; verbose would warn about long ones."""
+        """The one tokenization. Begin of text is in the text already; verbose would warn about long ones."""
         if not texts:
             return []
         out = self.tokenizer(
@@ -182,7 +182,7 @@ class Encoder:
         ]
 
     def _check_words(self, rendered: Rendered, tokens: _Tokens, refuse: Callable[[str, str, str], InputError]) -> None:
-        """Refuse control tokens that come from what was said; `<image>` may stand in a question."""
+        """Refuse control tokens that come from what was said; `<image>` may be in a question."""
         for start, end in rendered.contents:
             here = tokens.ids[bisect_right(tokens.ends, start) : bisect_left(tokens.starts, end)]
             for id in self._controls.intersection(here):

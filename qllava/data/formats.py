@@ -72,7 +72,7 @@ class Example:
 
 
 def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]:
-    """Read a data file; pictures lie in `image_folder`, or beside the file.
+    """Read a data file; images are in `image_folder`, or in the folder of the file.
 
     Raises InputError for the first row that cannot be used.
     """
@@ -302,7 +302,7 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
     placed = tuple(replace(t, content=_image_first(t.content)) if t.role == "user" else t for t in turns)
     conversation = Conversation(placed, system)
     if placed[-1].role == "user":
-        problem = "the conversation ends with the user, so there is no answer to learn"
+        problem = "the conversation ends with the user, so it has no answer to learn"
         raise Unusable("turns", problem, "add it or drop the turn")
     for number, turn in enumerate(placed, start=1):
         check_unicode(turn.content, f"turn {number}")

@@ -54,15 +54,15 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.format == "EPS":  # a program, which Pillow has Ghostscript run
-                raise _broken(path, "EPS is no picture but a program, and is not run", "convert it to PNG")
+                raise _broken(path, "EPS is a program and not an image, and it is not run", "convert it to PNG")
             _check_sides(path, *image.size)
             return as_rgb(image)
     except RowError:
         raise
     except FileNotFoundError:
-        raise _broken(path, "there is no such picture", "check the name") from None
+        raise _broken(path, "the image does not exist", "check the name") from None
     except UnidentifiedImageError:
-        raise _broken(path, "this is no picture that can be read", "replace it, or remove its rows") from None
+        raise _broken(path, "this is not an image that can be read", "replace it, or remove its examples") from None
     except Image.DecompressionBombError:  # Pillow refuses what has more pixels than a square of this side
         raise _broken(path, f"a side of the picture has {_TOO_LONG}", "make it smaller, or cut it") from None
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to (SyntaxError, struct.error)

@@ -35,7 +35,7 @@ _RETURN = "\u21b5"
 
 @dataclass(frozen=True)
 class Piece:
-    """A token; or the few that make up one character, or the many that stand for one picture.
+    """A token; or the few that make up one character, or the many of one image.
 
     text: what it reads as; `<image>` for a picture.
     ids: of its tokens.
@@ -129,7 +129,7 @@ def terminal(shown: Shown, *, colour: bool) -> str:
     """A sample as lines of text: a head line, and the tokens.
 
     colour: with ANSI codes: learned tokens are green, and every other token is underlined, so that their edges are
-        seen. Without: learned tokens stand in double brackets, and a dot parts a token from the next.
+        seen. Without: learned tokens are in double brackets, and a dot parts a token from the next.
     No control character of the text gets through.
     """
     sample = shown.sample

@@ -1,4 +1,4 @@
-"""Samples -> rows: what samples share stands there once, and rows are full. Pure functions on lengths and ids.
+"""Samples -> packs: what samples share is there once, and packs are full. Pure functions on lengths and ids.
 
 Samples about the same picture(s) that begin with the same tokens become one group: the longest common prefix once
 (every image token is in it), then the rest of each sample as a branch, whose positions go on from the prefix. Two
@@ -40,10 +40,10 @@ _WINDOW = 256
 
 @dataclass(frozen=True)
 class Group:
-    """Where the samples of a group stand in a row.
+    """Where the samples of a group are in a pack.
 
     start: of the prefix, an index into the row.
-    prefix: tokens that they share; 0 for a sample by itself.
+    prefix: tokens that they share; 0 for a sample alone.
     branches: tokens of each one's rest, one after the other behind the prefix.
     """
 
@@ -63,7 +63,7 @@ class Row:
 
     input_ids, position_ids, shift_labels: (S,) each.
     image_places: (P,) where the image tokens stand.
-    features: (P,) which feature stands there: an index into the features of `pictures`, one picture after the other.
+    features: (P,) which feature is there: an index into the features of `pictures`, one picture after the other.
     pictures: the distinct pictures of the row.
     groups: who stands where.
     ids: of the samples, in the order of the branches.
@@ -109,8 +109,8 @@ def rows_of(
 ) -> list[Row]:
     """The same samples in rows of at most `tokens_per_row` tokens; None: in one row.
 
-    A group that is longer is cut between branches, and its prefix repeated. A sample that is longer by itself is a row
-    by itself.
+    A group that is longer is cut between branches, and its prefix repeated. A sample that is longer alone is a pack of
+    its own.
     """
     parts = [
         part for members in _by_pictures(samples, share) for part in _parts(members, image_token_id, tokens_per_row)
@@ -125,7 +125,7 @@ def rows_of(
 def _by_pictures(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict[str, Any]]]:
     shown: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for number, sample in enumerate(samples):
-        # A text shares no picture: it is a group by itself, whatever else is in the row.
+        # A text shares no picture: it is a group of its own, whatever else is in the row.
         key = tuple(sample["pictures"]) if share and sample["pictures"] else ("", str(number))
         shown.setdefault(key, []).append(sample)
     return list(shown.values())
@@ -286,10 +286,10 @@ def shares_of(step: np.ndarray, pictures: np.ndarray, count: int) -> list[np.nda
 
 
 def _groups(pictures: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group by itself."""
+    """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group of its own."""
     order = rng.permutation(len(pictures))
     alone = pictures[order] == 0
-    # The first sample about them stands for pictures: by hashes of paths, a folder that moves would change the order.
+    # Images are known by the first sample about them: by hashes of paths, a folder that moves would change the order.
     _, first, of = np.unique(pictures, return_index=True, return_inverse=True)
     keys = first[of][order]
     by_key = np.argsort(keys[~alone], kind="stable")

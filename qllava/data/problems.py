@@ -39,7 +39,7 @@ class Place:
 
     @property
     def within(self) -> str:
-        """The place inside its file: "row 3"; it stands in for an id that a row does not have."""
+        """The place inside its file: "row 3"; it replaces an id that an example does not have."""
         return str(self).rpartition(", ")[2]
 
 

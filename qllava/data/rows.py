@@ -43,7 +43,7 @@ def row_text(row: dict[str, Any], key: str, place: Place, id: str) -> str:
     """A text of a row. Raises InputError where it is none."""
     text = row.get(key)
     if not isinstance(text, str):
-        problem = f"there is no text under {key!r}"
+        problem = f"{key!r} holds no text"
         raise RowError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
     _check_unicode(text, key, place, id)
     return text
@@ -92,7 +92,7 @@ def row_files(path: Path) -> list[Path]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies there; False, and no error, where that cannot be seen."""
+    """Whether this is a folder; False, and no error, where that cannot be seen."""
     try:
         return path.is_dir()
     except OSError:  # a name that is too long, or a folder around it that may not be entered
@@ -100,7 +100,7 @@ def is_folder(path: Path) -> bool:
 
 
 def _undecodable(path: Path) -> int:
-    """The line of the first byte that is no UTF-8; the reader of text does not tell it."""
+    """The line of the first byte that is not UTF-8; the reader of text does not say it."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
@@ -114,7 +114,7 @@ def _undecodable(path: Path) -> int:
 
 
 def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-    # Not by lines: all of a JSON list may stand in one.
+    # Not by lines: all of a JSON list may be in one.
     first = next((piece.lstrip() for piece in iter(lambda: file.read(512), "") if piece.strip()), "")
     file.seek(0)
     if first.startswith("["):
@@ -134,7 +134,7 @@ def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tupl
             yield Place(path, line=number), json.loads(line.rstrip("\n"))
         except (ValueError, RecursionError) as error:
             on_problem(_not_json(error, Place(path, line=number)))
-            if line.strip() == "{":  # the rest of an object that spans lines is no row either: one problem is enough
+            if line.strip() == "{":  # one problem is enough for an object that spans lines
                 return
 
 
@@ -161,7 +161,7 @@ class _JsonList:
         self.decoder = json.JSONDecoder()
 
     def rows(self, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-        """The elements; at the first text that is no JSON, `on_problem` and the end."""
+        """The elements; at the first text that is not JSON, `on_problem` and the end."""
         try:
             self._expect("[")
             number = 0
@@ -200,7 +200,7 @@ class _JsonList:
         self.position = to
 
     def _peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character other than white space; "" at the end."""
         while True:
             at = self.position
             while at < len(self.text) and self.text[at] in " \t\n\r":

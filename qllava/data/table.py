@@ -1,6 +1,6 @@
 """Samples on disk: an Arrow file that is memory-mapped, so that a data set of any size takes no memory.
 
-A picture's image tokens stand in it once, and what is learned as pairs of positions; both are unfolded when a row is
+The tokens of an image are in it once, and what is learned as pairs of positions; both are unfolded when a row is
 taken out. For one picture of 4 tokens:
 
     tokens     [10, <image>, 11, 12, 13]     learned  [3, 5]
@@ -142,7 +142,7 @@ def write_table(path: Path, examples: Iterable[Example], samples: Iterable[Sampl
 
 
 def open_table(path: Path) -> Dataset:
-    """The rows as they lie there, memory-mapped; `with_transform(layout)` gives them to the trainer."""
+    """The rows of the file, memory-mapped; `with_transform(layout)` gives them to the trainer."""
     return Dataset.from_file(str(path))
 
 

@@ -103,7 +103,7 @@ def _add_turn(said: Said, turn: dict[str, Any], number: int, kind: str, key: str
         raise Unusable("key refused", problem, "keep one")
     learned = next(iter(obeyed.values()), None)
     if learned and _ROLES[role] != "assistant":
-        problem = f"turn {number} shall be learned ({next(iter(obeyed))}) and is no answer"
+        problem = f"turn {number} is to be learned ({next(iter(obeyed))}) but is not an answer"
         raise Unusable("key refused", problem, "only answers are learned: remove the key")
     content = turn.get(content_key)
     if isinstance(content, list):
@@ -174,7 +174,7 @@ def alpaca(keys: Keys, images: int) -> Said:
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair) for pair in rounds
     ):
-        raise Unusable("turns", "the history is no list of pairs", "write [[question, answer], ...]")
+        raise Unusable("turns", "the history is not a list of pairs", "write [[question, answer], ...]")
     words = [*(words for pair in rounds for words in pair), asked]
     if not any(IMAGE_TOKEN in one for one in words):
         words[0] = ask(words[0], images)

@@ -63,7 +63,7 @@ def _members(path: Path) -> Iterator[_Member]:
                     name = PurePosixPath(member.name)
                     first, *parts = name.name.split(".")
                     suffix = name.suffix.lower()
-                    # A name that begins with a dot is no sample: systems pack such files beside the real ones.
+                    # A name that begins with a dot is not a sample: systems pack such files with the real ones.
                     if not first:
                         continue
                     if suffix not in _READ:

@@ -67,7 +67,7 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise InputError(f"{place}: this is no answer; name another file for --out.")
+            raise InputError(f"{place}: this is not an answer; name another file for --out.")
         if other := _other(row, settings, asked):
             raise InputError(f"{place}: {other}; name another file for --out.")
         id, text = _answer(row, place)

@@ -102,7 +102,7 @@ class Answered:
     asked: int  # replies that were not kept from before
 
     def texts(self) -> list[str | None]:
-        """What can be read, without thoughts; None where there is no reply, a refusal, or nothing the API promises."""
+        """The text of each reply, without thoughts; None for a missing, refused or unreadable reply."""
         return [
             None
             if reply is None or reply.refusal is not None or reply.finish_reason == "unreadable"

@@ -4,9 +4,9 @@
     qllava eval ensemble --problems problems.json --answers llava.jsonl --partner gpt4.jsonl --rule judge --judge gpt-4
 
 Both rules are the paper's. `complement`: the partner answers where no letter can be read from the first. `judge`: where
-the two letters differ a language model is shown the problem in words and both answers, and decides anew; it may find
+the two letters differ a language model is shown the problem in words and both answers, and decides again; it may find
 a third answer. It is asked twice, the answers in both orders. Where it says two things, or a reply cannot be read,
-there is no decision, and the first's answer stands (the partner's where the first has none): so a judge that takes
+no decision is made, and the first's answer is kept (the partner's where the first has none): so a judge that takes
 whatever it sees first changes nothing, and `seen_first` shows it.
 
 The gain is the ensemble's accuracy less the first's on the same problems: its interval is of a bootstrap over problems,

@@ -26,7 +26,7 @@ class Share:
 
     @property
     def value(self) -> float | None:
-        """Between 0 and 1; None of nothing, which is no share."""
+        """Between 0 and 1; None without trials."""
         return self.count / self.n if self.n else None
 
     @property
@@ -84,7 +84,7 @@ def bootstrap(
 
     Items of one cluster (votes on one question, say) go together, because they are not independent of each other; with
     a cluster of its own for each item this is the ordinary bootstrap. Draws on which the statistic is undefined are
-    left out; where those are more than one in twenty, or where there is one cluster only, there is no interval.
+    left out; where those are more than one in twenty, or with one cluster only, the interval is None.
 
     Args:
         statistic: from the numbers of the drawn items (with repetition) to its value; None where it is undefined.
@@ -98,7 +98,7 @@ def bootstrap(
     if value is None:
         return Estimate(None, None, reason if clusters else "there is nothing to count")
     if len(members) < 2:
-        return Estimate(value, None, "all stand on one question, so there is nothing to draw from")
+        return Estimate(value, None, "all belong to one question, so nothing can be resampled")
     groups = [np.array(items, dtype=np.intp) for items in members.values()]
     random = np.random.default_rng(_SEED)
     drawn = (random.integers(len(groups), size=len(groups)) for _ in range(resamples))

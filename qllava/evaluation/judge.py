@@ -58,7 +58,7 @@ class Case:
     text: str
     category: str
     image: str | None
-    context: str  # the picture in words; empty where there is no context of it
+    context: str  # the picture in words; empty without a context of it
     reference: str
     answer: str
 
@@ -170,7 +170,7 @@ def judge_files(
     """
     cases = read_cases(questions, reference, answers, contexts)
     if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
+        raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
     result = rate(cases, judge)
     write_lines(out, _lines(result))
     return result

@@ -5,7 +5,7 @@ What `qllava eval judge --votes` writes, one line for each vote and order of the
     {"id": "5f0c", "order": "left-first" | "right-first", "vote": "left" | "right" | "tie" | "both_bad" | null,
      "judge": ..., "reply": ...}
 
-`left` is the vote's left answer in both orders, wherever the judge saw it; null stands for a reply without a verdict.
+`left` is the vote's left answer in both orders, wherever the judge saw it; null means a reply without a verdict.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def answer_problems(
         raise InputError("Some problems have pictures; name their folder with --image-folder.")
     images = find_images(asked, image_folder or problems.parent)
     if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written, because there is no folder {out.parent}; make it first.")
+        raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
     chat = load(model, base_model=base_model)
     settings = {
         "model": chat.name, "fingerprint": fingerprint_of(chat), "order": order, "max_new_tokens": REASON_TOKENS,
@@ -271,7 +271,7 @@ def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, P
             continue
         path = (folder / problem.split if is_folder(folder / problem.split) else folder) / problem.id / problem.image
         if not path.is_file():
-            raise InputError(f"Problem {problem.id}: there is no picture {path}; check --image-folder.")
+            raise InputError(f"Problem {problem.id}: the image {path} does not exist; check --image-folder.")
         found[problem.id] = path
     return found
 

@@ -125,7 +125,7 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
     Raises InputError where there is nothing to score: a share of nothing is not 0.
     """
     if not examples:
-        raise InputError("There are no questions, so there is no score; give rows with a question and its answer.")
+        raise InputError("There are no questions to score; give examples with a question and its answer.")
     right = [is_correct(answer, truth(example)) for example, answer in zip(examples, answers, strict=True)]
     groups: defaultdict[str, list[bool]] = defaultdict(list)
     for example, good in zip(examples, right, strict=True):
@@ -212,7 +212,7 @@ def evaluate_file(
         truth(example)
     for path in (out, html):
         if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path} cannot be written, because there is no folder {path.parent}; make it first.")
+            raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist. Create it first.")
     chat = load(model, base_model=base_model)
     asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
     result = evaluate(chat, asked, batch_size=batch_size or MOST)
@@ -240,7 +240,7 @@ def reader(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"--read {pattern!r} is no regular expression ({error}); mend it.") from error
+        raise InputError(f"--read {pattern!r} is not a regular expression ({error}); correct it.") from error
     if compiled.groups != 1:
         raise InputError(f"--read {pattern!r} has {compiled.groups} groups; put one around what the answer is.")
     return compiled
@@ -268,7 +268,7 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
                 prompt = chat.prompt(question(example), example.images)
             except InputError as error:
                 raise InputError(f"{example.where}: {error}") from error
-            # Every answer gets the same room, whatever stands beside it in a batch.
+            # Every answer gets the same room, whatever else is in its batch.
             if len(prompt.input_ids) + ANSWER_TOKENS > context:
                 long = f"the question has {len(prompt.input_ids)} tokens with all that stands before it"
                 space = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"

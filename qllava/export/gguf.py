@@ -74,8 +74,8 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 
     quantize: `f16`, `bf16` or `q8_0` for the matrices of the language model.
 
-    Raises InputError when it is no whole LLaVA, llama.cpp could not compute it, `out` is not empty, or writing fails;
-    nothing is written then.
+    Raises InputError when it is not a complete LLaVA, llama.cpp could not compute it, `out` is not empty, or writing
+    fails; nothing is written then.
     """
     source = _read(model)
     _check(source)
@@ -106,7 +106,7 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 
 
 def _read(model: str) -> _Source:
-    """Everything but the weights. Raises InputError for a run, and for what is no LLaVA."""
+    """Everything but the weights. Raises InputError for a run, and for anything but a LLaVA."""
     folder = folder_of(model)
     if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
         raise InputError(

@@ -27,7 +27,7 @@ _LLAMA_3 = _CONTRACTIONS + r"\p{N}{1,3}" + _REST
 _QWEN_2 = _CONTRACTIONS + r"\p{N}" + _REST
 
 # How words are cut, and whether a word that is a token is taken whole -> llama.cpp's name of the rule. In its own list
-# several names stand for the same rule; these are the oldest.
+# several names mean the same rule; these are the oldest.
 _RULES = {
     (("bytes with words",), False): "gpt-2",
     (("single digits", "bytes with words"), False): "smollm",

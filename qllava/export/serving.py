@@ -45,7 +45,7 @@ def template_of(chat_template: str) -> Template | None:
 def modelfile(
     language_model: str, projector: str, template: Template | None, bos: str | None, eos: str, add_bos: bool
 ) -> str:
-    """An Ollama Modelfile for the two files, which lie beside it.
+    """An Ollama Modelfile for the two files in the same folder.
 
     bos, eos: the tokenizer's own. add_bos: Ollama puts the begin of text there itself, as the file tells it to.
     """

@@ -1,6 +1,6 @@
 """What a loaded model is, in lines for people: its base, its adapter, its template, what it scored.
 
-Read from what lies in its folder; nothing is named by a path of this machine, so that a page may show it to others.
+Read from the files in its folder; nothing is named by a path of this machine, so that a page may show it to others.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _short(number: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file: a card shows what is known."""
+    """A JSON object, or an empty one for a missing file: a card shows what is known."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ def load(
     keeps the language model in NF4. Neither changes a run folder: it is its base, exactly as it was trained (in 4 bit
     if it was), plus the adapter; `base_model` says where the parts of its base are now, if they have moved.
 
-    Raises InputError when there is no such model, or its base is another one.
+    Raises InputError when the model does not exist, or its base is another one.
     """
     folder = folder_of(model)
     if (folder / ADAPTER_CONFIG_FILE).is_file():
@@ -37,7 +37,7 @@ def load(
         settle_threads(network)
         return Chat(network.eval(), processor, str(folder))
     if base_model:
-        raise InputError(f"{model} is no run with an adapter, so it has no base elsewhere; leave --base-model out.")
+        raise InputError(f"{model} is not a run with an adapter, so it has no base elsewhere; leave --base-model out.")
     if (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
     from qllava.models.assemble import nf4

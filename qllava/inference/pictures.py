@@ -1,4 +1,4 @@
-"""Pictures that people hand in: opened, looked at, written anew, so that what is kept is a picture and nothing else.
+"""Images that people hand in: decoded and written again, so that only pixels are kept.
 
 A file's name says nothing of its content, and its content may hold more than a picture (a place, a second file). What
 `keep_picture` writes is the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes:
@@ -34,9 +34,9 @@ def hash_of(picture: Path) -> str:
 
 
 def keep_picture(picture: Path, folder: Path, name: str) -> Path:
-    """Write a picture anew into a folder, as SHA256.png; `name` is what its owner calls it.
+    """Write an image again into a folder, as SHA256.png; `name` is what its owner calls it.
 
-    Raises InputError, which names no path, when it is no picture, a broken or a too large one.
+    Raises InputError, which names no path, when it is not an image, corrupt or too large.
     """
     content = _written_anew(picture, name)
     path = folder / f"{hashlib.sha256(content).hexdigest()}.png"
@@ -52,7 +52,7 @@ def _written_anew(picture: Path, name: str) -> bytes:
             too_large = image.width * image.height > MAX_PIXELS
             profile = image.info.get("icc_profile")
     except UnidentifiedImageError:
-        raise InputError(f"{name} is no picture that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
+        raise InputError(f"{name} is not an image that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
     except Image.DecompressionBombError:
         too_large = True
     except (OSError, ValueError, SyntaxError):

@@ -56,7 +56,7 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
 
     Args:
         processor: The model's, with its chat template.
-        conversation: Ends with a question. `<image>` stands for an image in questions (see `user_turn`), and is text
+        conversation: Ends with a question. `<image>` means an image in questions (see `user_turn`), and is text
             in answers and instructions.
         images: One for each `<image>` of the questions.
 
@@ -92,7 +92,7 @@ def render(processor: LlavaProcessor, conversation: Conversation) -> str:
     after each image themselves. A probe tells which kind it is.
 
     Raises:
-        InputError: There is no template, it refuses the conversation, or it leaves the instructions out.
+        InputError: The model has no template, it refuses the conversation, or it leaves the instructions out.
     """
     if not processor.chat_template:
         raise InputError("This model has no chat template; add the one it was trained with as chat_template.jinja.")

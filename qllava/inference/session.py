@@ -37,7 +37,7 @@ class Exchange:
     question: str
     pictures: tuple[Path, ...]
     answer: str = ""
-    trouble: str = ""  # why there is no answer, for people
+    trouble: str = ""  # why no answer came, for people
     begun: bool = False  # somebody computes the answer, or has
     over: bool = False  # nothing more will come
     pace: str = ""  # how fast the answer came, for people
@@ -63,9 +63,9 @@ class Session:
         return self.exchanges[-1]
 
     def ask_again(self, index: int = -1, question: str | None = None) -> Exchange:
-        """Forget an answer and all that came after it, and ask anew, in other words perhaps. Raises InputError."""
+        """Forget an answer and all that came after it, and ask again, in other words perhaps. Raises InputError."""
         if not self.exchanges:
-            raise InputError("There is no question yet to ask again.")
+            raise InputError("No question was asked yet.")
         if question is not None and not question.strip():
             raise InputError("Write the question in other words; nothing was changed.")
         old = self.exchanges[index]
@@ -74,7 +74,7 @@ class Session:
         return self.ask(old.question if question is None else question, old.pictures)
 
     def clear(self) -> None:
-        """Begin anew; an answer that is under way is stopped."""
+        """Start a new conversation; an answer in progress is stopped."""
         self.stop()
         self.exchanges.clear()
 

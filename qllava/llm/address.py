@@ -80,7 +80,7 @@ def address_of(base_url: str | None) -> Address:
     """Return where requests go: `base_url`, else OPENAI_BASE_URL, else OpenAI's.
 
     Raises:
-        InputError: The address cannot be one, or it is OpenAI's own and there is no key, or the key cannot be one.
+        InputError: The address cannot be one, or it is OpenAI's own without a key, or the key cannot be one.
     """
     key, given = _key(), chosen(base_url)
     try:
@@ -91,7 +91,7 @@ def address_of(base_url: str | None) -> Address:
         url, login, plain = httpx.URL(""), None, ""
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise InputError(
-            f"{without_secrets(given)} is no address of a server, which looks like http://127.0.0.1:8000/v1; "
+            f"{without_secrets(given)} is not the address of a server, which looks like http://127.0.0.1:8000/v1; "
             "correct it."
         )
     if plain == OPENAI and not key:

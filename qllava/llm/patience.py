@@ -4,7 +4,7 @@ Three things are ours, because tenacity lacks them:
 
 - A pause that holds for all calls: a server that says `Retry-After` to one of them means the others too
   (`Client._attempts` waits for it before each attempt).
-- An attempt that does not count: 429 is no failure of this call while the server answers other calls.
+- An attempt that does not count: 429 is not a failure of this call while the server answers other calls.
 - Jitter that never makes a pause shorter and grows with it: the doubled times together are what an outage may last.
   tenacity's `wait_random_exponential` starts at 0, and the jitter of `wait_exponential_jitter` does not grow.
 """

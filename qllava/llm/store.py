@@ -52,7 +52,7 @@ class Call:
 
     @cached_property
     def key(self) -> str:
-        """64 hexadecimal digits that stand for the content."""
+        """64 hexadecimal digits that identify the content."""
         content = [self.model, self.version, list(self.messages), dict(self.parameters)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

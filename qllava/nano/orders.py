@@ -33,7 +33,7 @@ ANSWER = "The answer is {}."
 
 
 def prepare() -> Path:
-    """Make the files, unless they are there. Returns their folder; pictures lie in the one of `dataset.prepare`."""
+    """Make the files, unless they are there. Returns their folder; images are in the one of `dataset.prepare`."""
     nano = dataset.prepare()
     folder = cache_folder() / f"nano-{dataset.VERSION}-orders-{VERSION}"
     if folder.is_dir():

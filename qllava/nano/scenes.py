@@ -101,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; its shapes stand in reading order."""
+    """What a picture shows; its shapes in reading order."""
 
     shapes: tuple[Shape, ...]
     background: int

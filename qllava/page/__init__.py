@@ -76,7 +76,7 @@ def paragraph(text: str, *, muted: bool = False) -> Html:
 
 
 def code(text: str) -> Html:
-    """Text as it stands, in a fixed-width box that scrolls by itself when a line is too long."""
+    """Text unchanged, in a fixed-width box that scrolls when a line is too long."""
     return Html("<pre>{}</pre>").format(text)
 
 
@@ -171,7 +171,7 @@ def picture(image: Image, alt: str, *, longest: int = 480) -> Html:
 
 
 def card(image: Html, *parts: Html) -> Html:
-    """A picture with what belongs to it; cards stand in a `gallery`."""
+    """A picture with what belongs to it; a `gallery` holds cards."""
     form = Html('<article class="card"><div class="frame">{}</div><div class="text">{}</div></article>')
     return form.format(image, join(parts))
 

@@ -8,7 +8,7 @@ its folder:
     FOLDER/OWNER/page-SESSION/SHA256.png      the pixels of a question's image, until its page is closed
     FOLDER/examples/colour.png                for everybody
 
-FOLDER itself is a path of this machine, which is nobody's business: in what leaves the process a random name stands for
+FOLDER itself is a path of this machine, which is nobody's business: in what leaves the process a random name replaces
 it, and in what arrives it is put back.
 """
 
@@ -28,7 +28,7 @@ from qllava.pages.access import MAX_NEW, Cookies, Hosts
 from qllava.pages.uploads import EXAMPLES, MAX_PICTURES, MAX_UPLOAD, TooMuch, Uploads
 
 MAX_MESSAGE = 2 * 2**20
-"""Bytes of a request that is no upload."""
+"""Bytes of a request other than an upload."""
 # Whatever a model answers or a user pastes (markdown, <img src=...>), the browser loads nothing from elsewhere.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
@@ -90,7 +90,7 @@ class Guard:
             return 403, "Conversations are not kept here."
         file = _file_of(path)
         if file is not None and not self._may_read(file, owner):
-            return 403, "There is no such file, or it is not yours."
+            return 403, "This file does not exist, or it is not yours."
         if owner is None and uploading:
             return 403, "Uploads need the cookie of this page; allow it, and load the page again."
         return None
@@ -112,7 +112,7 @@ class Guard:
         if scope["method"] == "POST":
             body = await _whole_body(receive)
             if self._names_others(body, owner):
-                return await _refuse(send, 403, "There is no such file, or it is not yours.")
+                return await _refuse(send, 403, "This file does not exist, or it is not yours.")
             receive = _again(body.replace(self.alias.encode(), str(self.folder).encode()), receive)
         return await self.app(scope, receive, send)
 
@@ -209,7 +209,7 @@ def _with_headers(send: Send, name: str, cookie: str | None) -> Send:
 
 
 class _Renamed:
-    """Answers in which one string stands for another: pages and JSON as a whole, streams event by event."""
+    """Answers in which one string replaces another: pages and JSON as a whole, streams event by event."""
 
     def __init__(self, send: Send, old: str, new: str) -> None:
         self._send = send

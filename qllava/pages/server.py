@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
 through a server of Gradio's. Pictures and questions of others reach this machine."""
-OPEN = "Without --auth there is no password on it."
+OPEN = "Without --auth it has no password."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it notices that a page was closed
         from qllava.pages.uploads import EXAMPLES
 
-        # nano sees 96 x 96 pixels; other towers more, in which a small drawing is no more than a blur.
+        # nano sees 96 x 96 pixels; other towers more, in which a small drawing is only a blur.
         examples = drawn_examples(Path(folder).resolve() / EXAMPLES, 1 if options.model == NANO else 4)
         return serve(chat, other, votes, Path(folder).resolve(), examples, passwords, options)
 

@@ -44,7 +44,7 @@ class Talk:
         return self.ask(self.examples[event.index], request)
 
     def again(self, event: gr.RetryData, request: gr.Request) -> tuple[Any, Any, str]:
-        """An answer is wanted anew. Chatbot, text box, pace."""
+        """An answer is asked for again. Chatbot, text box, pace."""
         visitor = visitor_of(self.visitors, request)
         visitor.session.ask_again(_exchange_at(visitor.session, event.index))
         return messages(visitor.session), gr.update(submit_btn=False, stop_btn=True), ""
@@ -134,7 +134,7 @@ def asked(question: str, pictures: Sequence[Path]) -> dict[str, Any]:
 
 
 def not_answered(trouble: str) -> gr.ChatMessage:
-    """Why there is no answer, in the place of one."""
+    """Why no answer came, in its place."""
     return gr.ChatMessage(content=as_text(trouble), metadata={"title": TROUBLE})
 
 

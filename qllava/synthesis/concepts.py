@@ -58,7 +58,7 @@ class Index:
 
 
 def index_phrases(phrases_of_captions: Iterable[Iterable[str]]) -> Index:
-    """Number the phrases of captions, which are gone through once; a phrase counts once per caption."""
+    """Number the phrases of captions, which are read once; a phrase counts once per caption."""
     numbers: dict[str, int] = {}
     pairs, lengths = array("i"), array("i")
     for phrases in phrases_of_captions:

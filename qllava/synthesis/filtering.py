@@ -89,7 +89,7 @@ def caption_of(row: Any, place: Place) -> str:
             raise wrong("turns", "the conversation does not end with an answer of gpt", "the caption belongs there")
         caption = last.get("value")
     if not isinstance(caption, str):
-        raise wrong("no text", "the caption is no text", "write it as text, or drop the row")
+        raise wrong("no text", "the caption is not text", "write it as text, or drop the row")
     try:
         check_unicode(caption, "the caption")
     except Unusable as error:
@@ -146,7 +146,7 @@ def _check_places(captions: Path, out: Path, page: Path | None) -> None:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file to write.")
         if not path.parent.is_dir():
-            raise InputError(f"{path} cannot be written, because there is no folder {path.parent}; make it first.")
+            raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist. Create it first.")
         if path.exists() and captions.exists() and path.samefile(captions):
             raise InputError(f"{path} is the file of the captions itself; name another to write.")
     if page is not None and page.absolute() == out.absolute():

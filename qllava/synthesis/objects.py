@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 
 # Category | what a text must say to name it | what in a caption is evidence for it besides.
-# Plurals are added; a word with ! stands for itself alone. An empty middle stands for the category's own name.
+# Plurals are added; a word with ! means itself alone. An empty middle means the category's own name.
 _OBJECTS = """
 person | man, men!, woman, women!, boy, girl | person, people!, child, children!, kid, baby, toddler, adult, \
 someone!, anyone!, guy, lady, ladies!, gentleman, couple, family, crowd, player, batter, pitcher, catcher, umpire, \
@@ -132,7 +132,7 @@ def _pattern(forms: tuple[str, ...]) -> re.Pattern[str]:
 
 @cache
 def _forms(strict: bool) -> dict[str, set[str]]:
-    """Every form, and the categories that it stands for; `strict`: that name it, else whatever is evidence for it."""
+    """Every form, and the categories that it means; `strict`: that name it, else whatever is evidence for it."""
     forms: dict[str, set[str]] = {}
     for line in _OBJECTS.strip().splitlines():
         category, names, evidence = (part.strip() for part in line.split("|"))

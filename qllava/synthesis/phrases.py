@@ -167,7 +167,7 @@ def _by_spacy(texts: Iterable[str]) -> Iterator[list[str]]:
     except (OSError, ValueError) as error:  # a model of another version, for one
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(
-            f"spaCy cannot load {SPACY_MODEL} ({reason}); install both anew, or take --concepts simple."
+            f"spaCy cannot load {SPACY_MODEL} ({reason}); install both again, or use --concepts simple."
         ) from error
     for doc in pipeline.pipe(texts, batch_size=256):
         yield [phrase for chunk in doc.noun_chunks if (phrase := spacy_phrase(chunk))]

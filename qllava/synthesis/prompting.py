@@ -71,7 +71,7 @@ class Prompts:
     """The prompts of a run: built-in, or changed by the user."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Raises InputError for a folder that is none, or holds a text that is no prompt."""
+        """Raises InputError where there is none of the expected files, or one is not a prompt."""
         self._folder = folder
         if folder is not None:
             _check_names(folder)
@@ -108,7 +108,7 @@ class Prompts:
         path = self._path(_QUESTIONS[type_])
         questions = [line.strip() for line in _read(path).splitlines() if line.strip()]
         if not questions:
-            raise InputError(f"{path}: there is no question in it; write one a line.")
+            raise InputError(f"{path}: it has no question; write one per line.")
         return questions[draw(f"{type_} {context.id}", len(questions))]
 
     def _path(self, name: str) -> Path:

@@ -20,10 +20,10 @@ request to write it again.
     boxes          it speaks of bounding boxes; a box that a caption names is one to carry things in
     coordinates    it speaks of coordinates, or writes them
     object         it names an object that neither a caption nor a box names (see `objects`)
-    self-answered  a question that holds its answer: every word of weight in the answer stands in the question
+    self-answered  a question that holds its answer: every word of weight in the answer is in the question
     repeated       one question twice
     markup         it spells a control token, as <image>, or a mark of thoughts
-    characters     it holds what is no character: half of one, or U+FFFD, which stands for such
+    characters     it holds an invalid character: half of one, or U+FFFD, which replaces such
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verd
     if any(_MARKUP.search(part) or holds_marks(part) for pair in said for part in pair):
         broken.append(Broken("markup", "it spells a control token such as <image>"))
     if any("\ufffd" in part for pair in said for part in pair):
-        broken.append(Broken("characters", "it holds what is no character"))
+        broken.append(Broken("characters", "it holds an invalid character"))
     return Verdict(said, tuple(broken))
 
 

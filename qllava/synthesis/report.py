@@ -130,7 +130,7 @@ def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def write_report(
     rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context], path: Path, image_folder: Path | None = None
 ) -> Quality:
-    """Write the page and return what stands in it.
+    """Write the page and return its figures.
 
     rows: in LLaVA's form. image_folder: where pictures of the samples are looked for; those that are not there are left
     out. Raises OSError when the page cannot be written; what was there before is then still there.

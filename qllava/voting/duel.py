@@ -1,6 +1,6 @@
 """Two models answer one question, and nobody knows which is which until they are judged.
 
-duel = Duel(contenders((chat, other), (0.0, 0.0)), seed=7)    # the seed decides who stands on the left
+duel = Duel(contenders((chat, other), (0.0, 0.0)), seed=7)    # the seed decides who is on the left
 for left, right in duel.answer("What is this?", [picture]):
     show(left, right)
 file.append(duel.vote("left", rater="anna"))
@@ -45,7 +45,7 @@ def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> t
         raise InputError(f"Both would be {label(chats[0])} at one temperature: choose two, or two models.")
     names = [label(chat) for chat in chats]
     pieces = 1
-    while names[0] == names[1] and not same and pieces < 9:  # two folders `merged`: what they lie in differs
+    while names[0] == names[1] and not same and pieces < 9:  # two folders `merged`: their parent folders differ
         pieces += 1
         names = ["/".join(Path(chat.name).resolve().parts[-pieces:]) for chat in chats]
     pairs = zip(chats, temperatures, names, strict=True)

@@ -133,9 +133,9 @@ def _vote(row: Any, place: Place) -> Vote:
     id = row_id(row, place, "id")
     answers, pictures, rater = row.get("answers"), row.get("pictures", []), row.get("rater")
     if not isinstance(answers, dict):
-        raise RowError(Problem("no answers", "there is no object under 'answers'", "give it left and right", place, id))
+        raise RowError(Problem("no answers", "'answers' holds no object", "give it left and right", place, id))
     if not isinstance(pictures, list) or not all(isinstance(picture, str) for picture in pictures):
-        raise RowError(Problem("pictures", "'pictures' is no list of texts", "give the pictures' hashes", place, id))
+        raise RowError(Problem("pictures", "'pictures' is not a list of texts", "give the pictures' hashes", place, id))
     if row.get("vote") not in VERDICTS:
         raise RowError(Problem("vote", f"the vote is {row.get('vote')!r}", f"expected {ONE_OF}", place, id))
     conversation, models, seed = row.get("conversation"), row.get("models"), row.get("seed")
@@ -174,7 +174,7 @@ def _end_last_line(path: Path) -> None:
             json.loads(begun)
         except ValueError:
             if not content.startswith(b'{"id": '):  # as every vote that is written here begins
-                raise InputError(f"{path} is no file of votes; name another one.") from None
+                raise InputError(f"{path} is not a file of votes; name another one.") from None
             file.truncate(len(content) - len(begun))
             return
         file.write(b"\n")

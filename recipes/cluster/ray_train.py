@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python recipes/cluster/ray_train.py --workers 4 --shared /shared/ray \
         --config recipes/llava15_7b_8gb.yaml --train_file mine.json --output_dir /shared/runs/mine
 
-`pip install 'ray[train]'` on every node; output_dir and data lie on a disk that all of them see. When a worker or its
+`pip install 'ray[train]'` on every node; output_dir and data are on a disk that all of them see. When a worker or its
 machine is lost, Ray starts all workers again, and the same command continues from the newest whole checkpoint. Ray runs
 the function in a thread, where Python lets nobody handle signals: what was computed since the last checkpoint is
 computed again, so choose `save_steps` by that.

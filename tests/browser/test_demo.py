@@ -108,7 +108,7 @@ def test_what_is_no_picture_is_said_in_words_and_the_chat_goes_on(browser: Any, 
     page = browser.new_page()
     page.goto(demo)
     page.set_input_files("#question input[type=file]", tmp_path / "letter.png")
-    wait_until(lambda: "letter.png is no picture" in page.locator("body").inner_text(), 60)
+    wait_until(lambda: "letter.png is not an image" in page.locator("body").inner_text(), 60)
     ask(page, "x" * 110_000)
     wait_until(lambda: TROUBLE in page.locator("#chat").inner_text(), 60)
     ask(page, "What is it?")

@@ -126,7 +126,7 @@ def test_a_picture_that_went_missing_is_found(train: Path, work: list[str]) -> N
     (train.parent / "blue.png").unlink()
     assert again(train, work) == ["blue.png"]
     name = train.parent / "blue.png"
-    assert said(looked_at(train)) == [f"train.json, row 3, id three: {name}: there is no such picture; check the name."]
+    assert said(looked_at(train)) == [f"train.json, row 3, id three: {name}: the image does not exist; check the name."]
 
 
 def test_a_missing_picture_that_was_added_makes_it_sound(train: Path, work: list[str]) -> None:

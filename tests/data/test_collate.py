@@ -66,5 +66,5 @@ def test_pixels_are_in_the_order_of_the_rows(pad: bool, pictures: list[str]) -> 
 
 def test_a_broken_picture_is_named_with_its_row(pictures: list[str]) -> None:
     Path(pictures[1]).write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"id x1: .*green\.png: this is no picture"):
+    with pytest.raises(InputError, match=r"id x1: .*green\.png: this is not an image"):
         collator()(rows([pictures[0]], [pictures[1]]))

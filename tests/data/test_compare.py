@@ -137,7 +137,7 @@ class TestLeaked:
         verdict = Verdict.over([first, second], held)
         assert not verdict.ok and verdict.errors == 0
         assert str(next(verdict.problems())) == (
-            "1.jsonl, line 3, id 2: a question with its pictures and answer stands in the evaluation file too; "
+            "1.jsonl, line 3, id 2: a question with its images and answer is in the evaluation file too; "
             "remove it from one of the two, or the evaluation measures what was learned by heart."
         )
         assert "A run would go on, but not every row" in verdict.text()

@@ -99,8 +99,7 @@ class TestFolders:
         rows, problems = rows_of(folder)
         assert len(rows) == 3
         assert problems == [
-            f"{folder}/1.parquet: the data file cannot be read (Too many levels of symbolic links); "
-            "check the folder it lies in.",
+            f"{folder}/1.parquet: the data file cannot be read (Too many levels of symbolic links); check its folder.",
             f"{folder}/2.parquet: the file is neither text nor Parquet, Arrow, tar; {FORMATS}.",
         ]
 
@@ -117,7 +116,7 @@ class TestFolders:
     def test_a_state_that_names_what_is_not_there(self, folder: Path, name: str, reason: str) -> None:
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
         place = Place(str(folder / Path(name).name))
-        assert rows_of(folder)[1] == [f"{place}: the data file cannot be read ({reason}); check the folder it lies in."]
+        assert rows_of(folder)[1] == [f"{place}: the data file cannot be read ({reason}); check its folder."]
 
 
 class TestOtherBytes:

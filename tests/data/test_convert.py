@@ -88,5 +88,5 @@ class TestConvert:
             llava_row(example, tmp_path / "other")
         assert str(error.value) == (
             f"a.json, row 1, id one: the picture '{folder}/red.png' lies outside the image folder {tmp_path}/other; "
-            "copy it there, or give the folder it lies in."
+            "copy it there, or give its folder."
         )

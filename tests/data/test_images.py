@@ -166,7 +166,7 @@ def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone\.png: there is no such picture"):
+    with pytest.raises(InputError, match=r"gone\.png: the image does not exist"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(InputError, match="cannot be decoded"):
         open_image(tmp_path)

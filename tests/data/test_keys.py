@@ -268,7 +268,7 @@ def test_a_label_that_is_a_class_is_not_obeyed(folder: Path) -> None:
     [
         ({**ASKED, "weight": 0.5}, "the weight 0.5 cannot be obeyed; write 1 for learned"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 2}]}, "turn 2: the weight 2 cannot be obeyed"),
-        ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, r"turn 1 shall be learned \(train\) and is no answer"),
+        ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, r"turn 1 is to be learned \(train\) but is not an answer"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]}, "weight and train of turn 2 disagree"),
         ({"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{}]}]}, "turn 2: the key 'tool_calls' cannot be obeyed"),
         ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, "turn 1: the key 'images' cannot be obeyed"),
@@ -277,7 +277,7 @@ def test_a_label_that_is_a_class_is_not_obeyed(folder: Path) -> None:
         ({"system": "A", "messages": [{"role": "system", "content": "B"}, *CHAT]}, "another prompt under 'system'"),
         ({"question_id": 1, "image": "a.png", "text": "What is it?"}, "this one has none of them"),
         ({"text": "A bus."}, "this one has none of them"),
-        ({"instruction": "Hm?", "output": "Yes.", "history": ["a", "b"]}, "the history is no list of pairs"),
+        ({"instruction": "Hm?", "output": "Yes.", "history": ["a", "b"]}, "the history is not a list of pairs"),
         ({"instruction": "Hm?", "input": 3, "output": "Yes."}, "the input is a number"),
     ],
 )

@@ -197,9 +197,9 @@ def test_votes_are_read_as_the_demo_writes_them(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"vote": "up"}, "line 2, id v2: the vote is 'up'; expected left, right, tie or both_bad"),
-        ({"answers": None}, "no object under 'answers'"),
-        ({"answers": {"left": "x"}}, "no text under 'right'"),
-        ({"pictures": "abc"}, "'pictures' is no list"),
+        ({"answers": None}, "'answers' holds no object"),
+        ({"answers": {"left": "x"}}, "'right' holds no text"),
+        ({"pictures": "abc"}, "'pictures' is not a list"),
         ({"id": "v1"}, "another vote has this id"),
         ({"id": None}, "the line has no id"),
     ],

@@ -128,8 +128,8 @@ def test_pictures_first_then_captions_then_nothing(tmp_path: Path) -> None:
 
 def test_folders_are_looked_at_before_anything_is_asked(votes: Path, tmp_path: Path) -> None:
     judge = Judge("j", "http://127.0.0.1:9/v1", tmp_path / "calls.jsonl")
-    with pytest.raises(InputError, match="no folder .*missing"):
+    with pytest.raises(InputError, match="missing does not exist"):
         vote_on_file(votes, judge, tmp_path / "missing" / "j.jsonl", contexts=None, pictures=None)
-    with pytest.raises(InputError, match="no folder .*kept"):
+    with pytest.raises(InputError, match="kept does not exist"):
         vote_on_file(votes, judge, tmp_path / "j.jsonl", contexts=None, pictures=tmp_path / "kept")
     assert not (tmp_path / "j.jsonl").exists()

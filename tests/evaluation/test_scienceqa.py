@@ -206,7 +206,7 @@ def test_a_problem_that_cannot_be_asked_is_named(change: dict[str, Any], said: s
     ("lines", "said"),
     [
         ('{"question_id": "1", "text": "C"}\n{"question_id": 1, "text": "C"}', "line 2, id 1: .*answer already"),
-        ('{"question_id": "1"}', "no text under 'text'"),
+        ('{"question_id": "1"}', "'text' holds no text"),
         ('{"text": "C"}', "no question_id"),
         ('{"question_id": "1", "te', "not valid JSON"),
         ('{"question_id": "9", "text": "C"}', "answers none of the 4 problems"),
@@ -301,7 +301,7 @@ def test_the_prompt_of_each_order(problems: Path) -> None:
 
 def test_a_missing_picture_is_noticed_before_the_model_is_loaded(problems: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "3" / "image.png").unlink()
-    with pytest.raises(InputError, match="Problem 3: there is no picture"):
+    with pytest.raises(InputError, match="Problem 3: the image .*does not exist"):
         answer_problems("no/such/model", problems, tmp_path / "pictures", tmp_path / "out.jsonl", "reason-first")
     with pytest.raises(InputError, match="--image-folder"):
         answer_problems("no/such/model", problems, None, tmp_path / "out.jsonl", "reason-first")

@@ -73,7 +73,7 @@ class TestRows:
     def test_a_picture_that_is_none(self, refused: Refused, pictures: Path, content: bytes) -> None:
         (pictures / "1.png").write_bytes(content)
         message = self.refused_rows(refused, pictures, [row(image="1.png")])
-        assert "1.png" in message and "no picture that can be read" in message
+        assert "1.png" in message and "not an image that can be read" in message
 
     def test_a_picture_that_is_cut_off(self, refused: Refused, pictures: Path) -> None:
         Image.effect_noise((60, 60), 50).save(pictures / "1.png")
@@ -85,7 +85,7 @@ class TestRows:
     def test_a_picture_that_a_worker_process_meets(self, refused: Refused, pictures: Path) -> None:
         (pictures / "1.png").write_bytes(b"no picture")
         message = self.refused_rows(refused, pictures, [row(image="1.png")], dataloader_num_workers=1, skip_check=True)
-        assert message.startswith("qllava: id the-row: ") and "no picture that can be read" in message
+        assert message.startswith("qllava: id the-row: ") and "not an image that can be read" in message
 
     def test_a_row_that_is_no_conversation(self, refused: Refused, pictures: Path) -> None:
         assert "conversations" in self.refused_rows(refused, pictures, [{"id": "the-row", "caption": "red"}])

@@ -322,7 +322,7 @@ ROWS = {
         HUMAN, GPT, GPT,
     ),
     "a question at the end": row(
-        "the conversation ends with the user, so there is no answer to learn; add it or drop the turn",
+        "the conversation ends with the user, so it has no answer to learn; add it or drop the turn",
         HUMAN, GPT, HUMAN,
     ),
     "only an answer": row("the conversation has no turn of the human; write a question and an answer", GPT),
@@ -339,10 +339,10 @@ ROWS = {
         "turn 2 is an empty answer; write it or drop the row", HUMAN, GPT | {"value": " \n\u2003"}
     ),
     "an empty question": row("turn 1 is an empty question; write it or drop the row", HUMAN | {"value": "\n"}, GPT),
-    "an answer that is null": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": None}),
-    "an answer that is a number": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": 7}),
+    "an answer that is null": row("turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": None}),
+    "an answer that is a number": row("turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": 7}),
     "an answer that is an object": row(
-        "turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": {"a": "b"}}
+        "turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": {"a": "b"}}
     ),
     "half of a character": row(f"turn 2 {HALF}", HUMAN, GPT | {"value": "A bus \ud83d"}),
     "half of a character in a system prompt": row(
@@ -447,9 +447,9 @@ ROWS = {
 }  # fmt: skip
 
 PICTURES = {
-    "nothing in it": picture(f"this is no picture that can be read; {REPLACE}", bytes_of(b"")),
-    "text in it": picture(f"this is no picture that can be read; {REPLACE}", bytes_of(b"a bus"), name="bus.jpg"),
-    "a PNG by its head alone": picture(f"this is no picture that can be read; {REPLACE}", bytes_of(png()[:8])),
+    "nothing in it": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(b"")),
+    "text in it": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(b"a bus"), name="bus.jpg"),
+    "a PNG by its head alone": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(png()[:8])),
     "a PNG that is cut off": picture(
         f"the picture cannot be decoded (image file is truncated); {REPLACE}",
         bytes_of(png((90, 90))[:5000]),
@@ -478,7 +478,7 @@ PICTURES = {
         lambda path: path.symlink_to("gone.png"), named=False,
     ),
     "a link to a text": picture(
-        f"this is no picture that can be read; {REPLACE}", lambda path: path.symlink_to(path.parent / "train.json")
+        f"this is not an image that can be read; {REPLACE}", lambda path: path.symlink_to(path.parent / "train.json")
     ),
     "a pipe": picture(
         "the picture 'other.png' is not in the image folder {folder}; add it or give the right folder",
@@ -565,7 +565,7 @@ def test_all_problems_are_told_together(folder: Path) -> None:
         ("c", "picture broken"),
         ("c", "duplicate id"),
     ]
-    assert f"{folder}/bad.png: this is no picture that can be read (2 rows show it); {REPLACE}." in found.text()
+    assert f"{folder}/bad.png: this is not an image that can be read (2 rows show it); {REPLACE}." in found.text()
     assert (found.errors, found.as_json()["samples"]) == (2, 4)
 
 

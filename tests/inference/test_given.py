@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a dictionary": ({"image": "a.png"}, "type dict cannot be read"),
     "lists of lists": ([[1, 2]], "type list cannot be read"),
     "no bytes": (b"", "bytes is empty"),
-    "bytes of a text": (b"no image", "8 bytes cannot be used: this is no picture that can be read"),
+    "bytes of a text": (b"no image", "8 bytes cannot be used: this is not an image that can be read"),
     "bytes that are cut off": (png()[:-400], "cannot be used"),
     "a file of text": (io.StringIO("no image"), "open it as binary"),
     "an address": ("https://example.org/a.png", "is an address, and nothing is downloaded"),

@@ -67,7 +67,7 @@ def test_asking_again_forgets_what_came_after(chat: Chat, asked: list[Any]) -> N
     list(session.answer(chat, SHORT))
     assert [exchange.question for exchange in session.exchanges] == ["One?", "Two, rather?"]
     assert [turn.content for turn in asked[-1][0].turns] == ["One?", "Red.", "Two, rather?"]
-    with pytest.raises(InputError, match="no question yet"):
+    with pytest.raises(InputError, match="No question was asked yet"):
         Session().ask_again()
 
 
@@ -151,7 +151,7 @@ def test_a_kept_image_is_its_pixels_in_srgb_and_nothing_else(tmp_path: Path, for
 def test_what_is_no_picture_of_a_known_format_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    with pytest.raises(InputError, match=rf"^{name} is no picture") as error:
+    with pytest.raises(InputError, match=rf"^{name} is not an image") as error:
         keep_picture(tmp_path / name, tmp_path, name)
     assert str(tmp_path) not in str(error.value)
 

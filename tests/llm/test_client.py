@@ -251,7 +251,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://", "http://host:eighty/v1", "ftp://127.0.0.1/v1"])
 def test_an_address_must_be_one(tmp_path: Path, url: str) -> None:
-    with pytest.raises(InputError, match="is no address of a server"):
+    with pytest.raises(InputError, match="is not the address of a server"):
         ask(tmp_path, url, ["a"])
 
 
@@ -317,7 +317,7 @@ def test_a_password_in_the_address_is_sent_and_never_shown(
     ],
 )
 def test_an_address_that_is_none_is_shown_without_its_password(tmp_path: Path, url: str) -> None:
-    with pytest.raises(InputError, match="is no address of a server") as caught:
+    with pytest.raises(InputError, match="is not the address of a server") as caught:
         ask(tmp_path, url, ["a"])
     assert "secret" not in str(caught.value)
 

@@ -149,7 +149,7 @@ def test_what_is_no_part_of_the_base(base: Moved, tmp_path: Path) -> None:
 
 def test_where_there_is_no_run_the_flag_is_refused(base: Moved, tmp_path: Path) -> None:
     whole = str(make_tiny_llava(tmp_path / "whole"))
-    with pytest.raises(InputError, match="is no run with an adapter"):
+    with pytest.raises(InputError, match="is not a run with an adapter"):
         load(whole, base_model=base.parts)
 
 

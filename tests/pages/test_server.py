@@ -74,7 +74,7 @@ def test_what_is_no_picture_is_said_in_words(server: Server, model: Path, tmp_pa
         reply = visitor.upload(tmp_path / name)
         assert reply.status_code == 422
         said = reply.text
-        assert said.startswith(name) and ("no picture" in said or "cannot be used" in said), said
+        assert said.startswith(name) and ("not an image" in said or "cannot be used" in said), said
         assert str(tmp_path) not in said and "/" not in said
     assert kept_by(model) == before
     assert last(visitor.ask("Are you there?"))

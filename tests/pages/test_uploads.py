@@ -166,7 +166,7 @@ def test_an_upload_that_is_cut_off_is_removed(tmp_path: Path, photo: bytes, cut:
 
 
 def test_one_bad_file_of_an_upload_keeps_none_of_it(tmp_path: Path, photo: bytes) -> None:
-    with pytest.raises(InputError, match=r"^photo\.jpg is no picture"):
+    with pytest.raises(InputError, match=r"^photo\.jpg is not an image"):
         send(Uploads(tmp_path), "anna", photo, b"Dear reader")
     for body in (b"--x\r\nno form", form(*[photo] * 9)):
         with pytest.raises(InputError, match="cannot be read"):

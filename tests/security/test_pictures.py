@@ -19,7 +19,7 @@ def test_ghostscript_is_not_called(tmp_path: Path, name: str, monkeypatch: pytes
     Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
     called: list[object] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: called.append(given))
-    with pytest.raises(RowError, match="EPS is no picture but a program"):
+    with pytest.raises(RowError, match="EPS is a program and not an image"):
         open_image(tmp_path / name)
     assert not called
     with Image.open(tmp_path / name) as image, pytest.raises(Exception):  # noqa: B017  # the check can fail

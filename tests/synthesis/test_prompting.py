@@ -109,7 +109,7 @@ def test_a_text_that_is_no_prompt_is_refused(copy: Path, change: object, said: s
 
 def test_a_mistyped_name_and_an_empty_list_are_refused(copy: Path, tmp_path: Path) -> None:
     (copy / "detail_questions.txt").write_text("\n")
-    with pytest.raises(InputError, match="no question in it"):
+    with pytest.raises(InputError, match="has no question"):
         Prompts(copy).question("detail", CONTEXT)
     (copy / "reasonning.txt").write_text("x")
     with pytest.raises(InputError, match=r"holds reasonning\.txt; the files of prompts are "):

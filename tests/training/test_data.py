@@ -173,6 +173,6 @@ class TestBefore:
         (tmp_path / "a.png").write_bytes(b"no picture")
         rows = [{"id": "x", "image": "a.png", "question": "a", "answer": "b"}]
         part = Part(write_rows(tmp_path / "t.json", rows), None)
-        with pytest.raises(InputError, match="t.json, row 1, id x: .*a.png: this is no picture that can be read"):
+        with pytest.raises(InputError, match="t.json, row 1, id x: .*a.png: this is not an image that can be read"):
             prepare([part], encoder(), seed=0)
         assert len(prepare([part], encoder(), seed=0, skip_check=True)[0].dataset) == 1

@@ -12,7 +12,7 @@ A name maps to whether the caption has it in the plural. Only nouns of a table (
     its sentence    has nothing before it that takes it back (no, without, for, like, as, waiting, "to catch"), and
                     nowhere a "not", an "or" or a word for things that show other things (picture, statue, toy)
 
-There is no grammar beyond that; what is not recognized is not asserted.
+No other grammar is known; what is not recognized is not asserted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The teacher that is no model: rows of instruction data that follow from captions and boxes by rules.
+"""The teacher without a model: examples of instruction data that follow from captions and boxes by rules.
 
     write(context)   [{"id": "000000296284-conversation", "image", "type", "conversations": [...]}, ...]
 
@@ -50,7 +50,7 @@ def write(
         elif type_ == "naive":
             pairs = [(Prompts().question("naive", context), sentence(rng.choice(context.captions)))]
         else:
-            raise ValueError(f"{type_!r} is no response type")
+            raise ValueError(f"{type_!r} is not a response type")
         if pairs:
             rows.append(_row(context, type_, pairs))
     return rows

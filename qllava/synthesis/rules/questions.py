@@ -7,7 +7,7 @@ What is asked of which picture:
 
     presence      of every category; of what is not there only where the boxes are complete
     said          of what two captions say is there and no box shows
-    count         where there is no crowd and the boxes and every caption agree, or the boxes are complete
+    count         without a crowd, where the boxes and every caption agree, or the boxes are complete
     several       of what has two boxes or more or a crowd, where the number is not settled
     outermost     of a settled number of things: on which side of all others one of them clearly lies
     place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the picture
@@ -178,15 +178,15 @@ def _place(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _half(view: View, rng: random.Random) -> Iterator[Question]:
-    """For many things of a category too: that one of them lies there is certain."""
+    """For many things of a category too: that one of them is there is certain."""
     if view.complete:
         return
     for noun, things in view.by_noun.items():
         halves = {
             half
             for x1, y1, x2, y2 in (thing.bbox for thing in things)
-            for half, lies in (("left", x2 <= 0.5), ("right", x1 >= 0.5), ("upper", y2 <= 0.5), ("lower", y1 >= 0.5))
-            if lies and not is_plural(noun)
+            for half, inside in (("left", x2 <= 0.5), ("right", x1 >= 0.5), ("upper", y2 <= 0.5), ("lower", y1 >= 0.5))
+            if inside and not is_plural(noun)
         }
         for half in sorted(halves):
             what = f"{article(noun)} in the {half} half of the picture"

@@ -7,7 +7,7 @@
     view.apart(a, b)        where a clearly lies, seen from b: {"left of", "above"}
 
 COCO's boxes are not all that there is to see: a crowd is one box, small things are missed, and lists may be cut. So
-nothing is ever absent there, and a number is only known where there is no crowd and the captions do not speak against
+nothing is ever absent there, and a number is only known without a crowd and where the captions do not speak against
 it (`mentions`). What has no box is there only if two captions assert it (`asserted`). Where a context is `complete`
 (nano's scenes) both are known.
 """
@@ -171,7 +171,7 @@ class View:
         return out
 
     def apart(self, a: Thing, b: Thing, gap: float = GAP) -> dict[str, str]:
-        """On which axes two things clearly lie beside each other, and where `a` then is: {"x": "left of"}."""
+        """The axes on which two things are clearly apart, and where `a` is on each: {"x": "left of"}."""
         out = {}
         for axis, low, before, after in (("x", 0, "left of", "right of"), ("y", 1, "above", "below")):
             if a.bbox[low + 2] + gap <= b.bbox[low]:
@@ -206,7 +206,7 @@ def _shared(caption: str, others: Sequence[str]) -> float:
 
 
 def _third(low: float, high: float) -> int | None:
-    """0, 1 or 2 for the third that the middle of low..high clearly lies in."""
+    """0, 1 or 2 for the third that clearly holds the middle of low..high."""
     middle = (low + high) / 2
     if high - low > _WIDE or min(abs(middle - 1 / 3), abs(middle - 2 / 3)) < _SHY:
         return None

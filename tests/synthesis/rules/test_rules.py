@@ -349,7 +349,7 @@ class TestWhatIsNotAsked:
         assert write(make(complete=True), ["conversation", "detail"])[0]["type"] == "detail"
 
     def test_a_type_that_is_none(self) -> None:
-        with pytest.raises(ValueError, match="no response type"):
+        with pytest.raises(ValueError, match="not a response type"):
             write(make(), ["poem"])
 
 

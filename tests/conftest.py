@@ -30,6 +30,7 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerBase
 
 from qllava.models.checkpoint import save_llava
+from tests import commands, skips
 from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, make_tiny_runs
@@ -41,6 +42,10 @@ GPU_TIER = os.environ.get("QLLAVA_TEST_GPU") == "1"
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("search", database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
+
+
+# `.ci/run` fails where a test is skipped that it expects to run.
+pytest_sessionfinish, pytest_terminal_summary = skips.pytest_sessionfinish, skips.pytest_terminal_summary
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -103,6 +108,13 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # the global generator is the one that must not surprise
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands() -> Iterator[None]:
+    """At the end, the process that is forked for commands ends with what it still runs."""
+    yield
+    commands.end()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,6 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from qllava.models.adapter import load_run
 from qllava.models.delta import Delta
 from qllava.models.vision import load_tower
 from qllava.training.run import finetune
+from tests import commands
 from tests.tiny_models import make_tiny_model, make_tiny_parts, make_tiny_processor
 from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_rows
 
@@ -117,9 +116,9 @@ def run_merge(folder: Path, out: Path, **changes: Any) -> MergeResult:
 
 
 def read(folder: Path, picture: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", READER, str(folder), str(picture), QUESTION, str(out)]
     # Away from the clone, so that nothing of it can be imported.
-    subprocess.run(command, check=True, cwd=out.parent, capture_output=True, timeout=120)
+    done = commands.run("-c", READER, folder, picture, QUESTION, out, cwd=out.parent, env=commands.without_clone())
+    assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 
@@ -535,8 +534,8 @@ class TestRefusals:
         """Wherever it ends, no folder of that name is left, and the next one is whole."""
         module = point.replace("checkpoint", "qllava.models.checkpoint").replace("merge.", "qllava.merge.")
         script = KILLED.format(target=module, run=str(tiny.stage2), out=str(tmp_path / "out"))
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+        ended = commands.run("-c", script)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert not (tmp_path / "out").exists()
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
         assert run_merge(tiny.stage2, tmp_path / "out", verify=False)

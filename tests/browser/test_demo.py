@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from qllava.inference import load
 from qllava.pages.talk import TROUBLE
 from qllava.voting.votes import VoteFile
+from tests.commands import Command
 from tests.pages.server import ARTIFACTS, computes, endless_model, kept_by, served, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
@@ -35,7 +35,7 @@ def demo(model: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Command, Path]]:
     folder = tmp_path_factory.mktemp("endless")
     with served(endless_model(folder / "model"), watched=True) as (address, process):
         yield address, process, folder
@@ -170,9 +170,7 @@ def test_a_picture_is_pasted(browser: Any, demo: str) -> None:
     page.close()
 
 
-def test_text_grows_and_stop_ends_the_models_thread(
-    browser: Any, endless: tuple[str, subprocess.Popen[bytes], Path]
-) -> None:
+def test_text_grows_and_stop_ends_the_models_thread(browser: Any, endless: tuple[str, Command, Path]) -> None:
     address, process, folder = endless
     page = browser.new_page()
     page.goto(address)
@@ -194,7 +192,7 @@ def test_text_grows_and_stop_ends_the_models_thread(
     page.close()
 
 
-def test_a_closed_page_ends_the_models_thread(browser: Any, endless: tuple[str, subprocess.Popen[bytes], Path]) -> None:
+def test_a_closed_page_ends_the_models_thread(browser: Any, endless: tuple[str, Command, Path]) -> None:
     address, process, folder = endless
     page = browser.new_page()
     page.goto(address)

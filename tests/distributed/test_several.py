@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from qllava.config import InputError
 from qllava.training.durable.checkpoints import checkpoints, fault
 from qllava.training.run import finetune, pretrain
+from tests import commands
 from tests.tiny_models import make_tiny_rows
 from tests.tiny_runs import Tiny, flags, refusal, settings
 
@@ -109,12 +111,19 @@ class Runs:
         """All runs that are planned."""
         listed = self.folder / "runs.json"
         listed.write_text(json.dumps(self.planned), encoding="utf-8")
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        done = start(
-            ["torch.distributed.run", *rendezvous, "--nproc-per-node", "2", "tests/distributed/several.py", str(listed)]
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.said = done.stdout
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # What torchrun gives to each; real launchers are started in test_launched.
+        given = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        both = [
+            commands.start("tests/distributed/several.py", listed, env={**given, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ]
+        said = [process.communicate(timeout=300) for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        self.said = "".join(out for out, _ in said)
 
     def ended(self, name: str) -> list[dict[str, Any]]:
         """What became of a run in each of the two processes."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +22,9 @@ from qllava.training.durable.disk import Need
 from qllava.training.durable.order import total_steps
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import TrainConfig
-from tests.faults.test_survives import ROOT, cut, flip, last_step, same, wait_for
+from tests import commands
+from tests.commands import Command
+from tests.faults.test_survives import cut, flip, last_step, same, wait_for
 from tests.tiny_runs import Tiny, flags, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
 
 # Without a limit every save adds to what lies there.
@@ -154,19 +154,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def started(tiny: Tiny, folder: Path) -> subprocess.Popen[str]:
+def started(tiny: Tiny, folder: Path) -> Command:
     """Stage 1 as users start it."""
-    return subprocess.Popen(
-        [sys.executable, "recipes/pretrain_projector.py", *flags(tiny, output_dir=folder, **LONG)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return commands.start("recipes/pretrain_projector.py", *flags(tiny, output_dir=folder, **LONG))
 
 
-def ended(process: subprocess.Popen[str]) -> str:
+def ended(process: Command) -> str:
     """The one sentence on stderr, behind the bars, of a command that ends with status 1."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors

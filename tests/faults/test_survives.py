@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +33,10 @@ from qllava.training.durable.checkpoints import (
 from qllava.training.durable.signals import SaveAndStop, Stopped
 from qllava.training.run import pretrain
 from qllava.training.stage import Stage, fitted
+from tests import commands
+from tests.commands import Command
 from tests.tiny_runs import Tiny, flags, make_trainer, refusal, stage1_settings
 
-ROOT = Path(__file__).resolve().parents[2]
 SLOWLY: dict[str, Any] = {"max_steps": 60, "save_steps": 3, "save_total_limit": 2}
 
 
@@ -279,18 +278,10 @@ class TestTheLastStep:
         assert checkpoints(run)[-1].name == f"checkpoint-{steps}" and last_step(run) == steps
 
 
-def start(tiny: Tiny, folder: Path, **fields: Any) -> subprocess.Popen[str]:
-    """The recipe as users start it, in processes of its own."""
+def start(tiny: Tiny, folder: Path, **fields: Any) -> Command:
+    """The recipe as users start it, in a process of its own, and those that it starts."""
     line = flags(tiny, output_dir=folder, **SLOWLY, **fields)
-    return subprocess.Popen(
-        [sys.executable, "recipes/pretrain_projector.py", *line],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return commands.start("recipes/pretrain_projector.py", *line, together=True)
 
 
 def last_step(folder: Path) -> int:
@@ -299,7 +290,7 @@ def last_step(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def wait_for(process: Command, folder: Path, step: int) -> None:
     """Until a step was logged, or the run has ended."""
     while process.poll() is None and last_step(folder) < step:
         time.sleep(0.02)
@@ -336,8 +327,8 @@ class TestSignals:
         ("number", "status"),
         [
             (signal.SIGTERM, 143),
-            pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-            pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+            (signal.SIGINT, 130),
+            (signal.SIGUSR1, 75),
         ],
         ids=["SIGTERM", "SIGINT", "SIGUSR1"],
     )

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from transformers import (
 from qllava.config import InputError
 from qllava.models.checkpoint import build_processor, load_llava, save_llava, tokens_per_image, write_aside
 from qllava.models.vision import load_tower
+from tests import commands
 from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor, make_tiny_tokenizer
 
 # What llava-hf/llava-1.5-7b-hf has on the hub, for a tower of 3 blocks and a language model of 2.
@@ -197,10 +196,11 @@ assert not any(name.split(".")[0] == "qllava" for name in sys.modules)
 save_file({"logits": logits, "input_ids": inputs["input_ids"]}, out)
 """
     out = saved.parent / "logits.safetensors"
-    command = [sys.executable, "-c", script, str(saved), str(saved.parent / "picture.png"), TEXT, str(out)]
+    words = ["-c", script, saved, saved.parent / "picture.png", TEXT, out]
 
-    subprocess.run(command, check=True, cwd=saved.parent, capture_output=True, timeout=300)
+    done = commands.run(*words, cwd=saved.parent, env=commands.without_clone())
 
+    assert done.returncode == 0, done.stderr
     theirs = load_file(out)
     assert torch.equal(theirs["input_ids"], inputs["input_ids"])
     torch.testing.assert_close(theirs["logits"], expected, rtol=0, atol=1e-5)

@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import commands
+from tests.commands import Command
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,23 +40,27 @@ sys.exit(main())
 
 
 @contextmanager
-def served(model: Path, *flags: str, watched: bool = False) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def served(model: Path, *flags: str, watched: bool = False, fresh: bool = False) -> Iterator[tuple[str, Command]]:
     """`python demo/app.py --model MODEL FLAGS` on a free port: its address and its process.
 
     It runs in the folder of the model; its output is `demo.log` there, and `kept_by` lists its images. `computes` can
-    tell what a watched one is doing.
+    tell what a watched one is doing. A fresh one imports Gradio itself, which reads its environment as it is imported.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = model.parent / "demo.log"
     program = ["-c", WATCHED] if watched else [str(ROOT / "demo" / "app.py")]
-    command = [sys.executable, *program, "--model", str(model), "--port", str(port), *flags]
+    line = [*program, "--model", str(model), "--port", str(port), *flags]
     temporary = model.parent / "tmp"
     temporary.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=model.parent)
+    how: dict[str, Any] = {"cwd": model.parent, "env": environment}
+    if fresh:
+        with log.open("wb") as out:
+            process: Any = subprocess.Popen([sys.executable, *line], stdout=out, stderr=out, **how)
+    else:
+        process = commands.start(*line, out=log, together=True, **how)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or _answers(address), 120, lambda: log.read_text())
@@ -85,7 +91,7 @@ def wait_until(true: Callable[[], bool], seconds: float, explain: Callable[[], s
         time.sleep(0.1)
 
 
-def computes(process: subprocess.Popen[bytes], folder: Path) -> bool:
+def computes(process: Command, folder: Path) -> bool:
     """Whether a watched demo, which runs in `folder`, has a thread in which a model answers."""
     log = folder / "demo.log"
     before = log.read_text().count("computing:")
@@ -104,7 +110,7 @@ def endless_model(folder: Path) -> Path:
     return folder
 
 
-def memory_of(process: subprocess.Popen[bytes]) -> float:
+def memory_of(process: Command) -> float:
     """Resident MB of a process."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

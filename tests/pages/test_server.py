@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,10 +19,11 @@ from qllava.pages.page import MAX_WAITING
 from qllava.pages.talk import plain
 from qllava.pages.uploads import MAX_PICTURES, MAX_UPLOAD
 from qllava.voting.votes import VoteFile
+from tests.commands import Command
 from tests.pages.server import Visitor, computes, endless_model, kept_by, memory_of, served, texts, wait_until
 from tests.tiny_models import make_picture, make_tiny_llava
 
-Server = tuple[str, subprocess.Popen[bytes]]
+Server = tuple[str, Command]
 
 
 @pytest.fixture(scope="module")

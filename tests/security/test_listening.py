@@ -30,7 +30,7 @@ def listening(port: int) -> set[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="this system has no /proc/net/tcp to look into")
 def test_it_listens_on_the_loopback_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
-    with served(make_tiny_llava(tmp_path / "model")) as (address, _):
+    with served(make_tiny_llava(tmp_path / "model"), fresh=True) as (address, _):
         found = listening(int(address.rpartition(":")[2]))
     assert found and found <= set(LOOPBACK)
 
@@ -44,5 +44,7 @@ def test_one_place_serves_and_it_names_the_loopback() -> None:
                 found.append(name(path))
                 assert constant(keywords["server_name"]) == "127.0.0.1"
                 assert ast.unparse(keywords["share"]) == "options.share"
-    assert found == ["demo/app.py"]
-    assert 'add_argument("--share", action="store_true"' in (ROOT / "demo" / "app.py").read_text(encoding="utf-8")
+    assert found == ["qllava/pages/server.py"]
+    assert 'add_argument("--share", action="store_true"' in (ROOT / "qllava" / "pages" / "server.py").read_text(
+        encoding="utf-8"
+    )

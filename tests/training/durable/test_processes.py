@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ from qllava.data.collate import weightless_row
 from qllava.training import stage as stages
 from qllava.training.durable import processes
 from qllava.training.stage import Stage, fitted
+from tests import commands
 from tests.tiny_runs import Tiny, make_trainer, refusal
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,15 +175,15 @@ def test_a_run_that_waits_for_others_ends_by_a_signal(left_over: pytest.MonkeyPa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         left_over.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    left_over.setenv("PYTHONPATH", str(ROOT))
-    with subprocess.Popen([sys.executable, "-c", WAITING], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stderr is not None
-        assert "waiting for 2 processes" in next(line for line in process.stderr if line.startswith("qllava: "))
-        time.sleep(2)  # from the sentence into torch
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(timeout=2) == 143
-        finally:
-            process.kill()
-        assert process.stderr.read().endswith("qllava: ended by SIGTERM; the same command continues the run.\n")
+    process = commands.start("-c", WAITING, cwd=tmp_path)
+    while process.poll() is None and "qllava: " not in process.stderr():
+        time.sleep(0.02)
+    assert "waiting for 2 processes" in process.stderr()
+    time.sleep(2)  # from the sentence into torch
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=2) == 143
+    finally:
+        process.kill()
+    assert process.stderr().endswith("qllava: ended by SIGTERM; the same command continues the run.\n")

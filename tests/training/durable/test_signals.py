@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import TrainerControl
 
 from qllava.training.durable.signals import SaveAndStop, Stopped, handled
 from qllava.training.run import main
+from tests import commands
 from tests.tiny_runs import Tiny, make_trainer
 
 
@@ -85,7 +85,7 @@ print(len(seen + list(batches)))
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says here who sent a signal")
 def test_workers_leave_signals_to_the_main_process_and_end_with_it() -> None:
     """The loader is alive at the end, as after an error: the main process then ends its workers, and waits for them."""
-    done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=120, check=False)
+    done = commands.run("-c", WORKERS, timeout=120)
     assert (done.returncode, done.stdout) == (0, "40\n"), done.stderr
 
 

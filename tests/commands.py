@@ -1,0 +1,163 @@
+"""Commands in processes of their own, forked from one that has the libraries imported.
+
+Importing torch, transformers, TRL and peft takes longer than most commands whose end is tested: their files, their exit
+status, what a signal does to them. `start` runs `python WORDS` without that: `tests.fork_server` imports the libraries
+once for each test process, nothing of this repository, and is forked for each command. A command has its own arguments,
+environment, folder, output and session, imports qllava itself, and ends as any program does.
+
+What is imported when, and what a library reads from the environment as it is imported (OMP_NUM_THREADS is 1 here,
+PYTHONIOENCODING is not obeyed), is tested with processes that begin from nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+_RUNNING: list[Command] = []
+
+
+class Command:
+    """A command that runs, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, words: list[str], cwd: Path, env: Mapping[str, str], out: Path | None, together: bool) -> None:
+        self.returncode: int | None = None
+        self._out: IO[bytes] = out.open("w+b") if out else tempfile.TemporaryFile()  # noqa: SIM115  it is read later
+        self._err: IO[bytes] = self._out if together else tempfile.TemporaryFile()  # noqa: SIM115
+        self._texts: dict[IO[bytes], str] = {}  # when it has ended
+        self._status, status = os.pipe()
+        message = json.dumps({"words": words, "cwd": str(cwd), "env": dict(env)}).encode()
+        socket.send_fds(_server()[0], [message], [self._out.fileno(), self._err.fileno(), status])
+        os.close(status)
+        self._said = b""
+        self._hear(1, None)
+        self.pid = int(self._said.split(b"\n")[0])
+        _RUNNING.append(self)
+
+    def _hear(self, lines: int, seconds: float | None) -> bool:
+        """Read what the watcher says, the process id and the status; False when the time is over."""
+        until = None if seconds is None else time.monotonic() + seconds
+        while self._said.count(b"\n") < lines:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not select.select([self._status], [], [], left)[0]:
+                return False
+            found = os.read(self._status, 100)
+            assert found, "the process that is forked for commands has ended"
+            self._said += found
+        return True
+
+    def poll(self) -> int | None:
+        """The exit status, the negative number of a signal, or None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end."""
+        if self.returncode is None:
+            if not self._hear(2, timeout):
+                raise subprocess.TimeoutExpired("command", timeout or 0.0)
+            self.returncode = int(self._said.split(b"\n")[1])
+            os.close(self._status)
+            self._texts = {file: _read(file) for file in (self._out, self._err)}
+            for file in self._texts:
+                file.close()
+            _RUNNING.remove(self)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end, and what it printed; together, all is in the first."""
+        self.wait(timeout)
+        return self.stdout(), "" if self._err is self._out else self.stderr()
+
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._texts.get(self._out) or _read(self._out)
+
+    def stderr(self) -> str:
+        """What it has printed on stderr so far."""
+        return self._texts.get(self._err) or _read(self._err)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _read(file: IO[bytes]) -> str:
+    return "" if file.closed else os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode("utf-8", "replace")
+
+
+def start(
+    *words: str | Path,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    together: bool = False,
+) -> Command:
+    """Start `python WORDS` in a session of its own.
+
+    Its output goes to the file `out`, its errors too where they are `together`.
+    """
+    given = {**os.environ, "PYTHONPATH": str(ROOT)} if env is None else env
+    return Command([str(word) for word in words], cwd, given, out, together)
+
+
+def run(*words: str | Path, timeout: float = 300, **how: object) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    command = start(*words, **how)  # type: ignore[arg-type]
+    try:
+        out, err = command.communicate(timeout)
+    finally:
+        command.kill()
+    assert command.returncode is not None
+    return subprocess.CompletedProcess([str(word) for word in words], command.returncode, out, err)
+
+
+def without_clone() -> dict[str, str]:
+    """An environment in which nothing of this clone is on Python's path."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@cache
+def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start the process that is forked."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        program = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(its.fileno())]
+        environment = {**without_clone(), "OMP_NUM_THREADS": "1"}
+        return ours, subprocess.Popen(
+            program, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+
+
+def end() -> None:
+    """End what still runs; the last of the tests."""
+    for command in list(_RUNNING):
+        command.kill()
+        command.wait()
+    if _server.cache_info().currsize:
+        client, process = _server()
+        client.close()
+        process.wait()

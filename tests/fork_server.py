@@ -1,0 +1,131 @@
+"""The process that `tests.commands` forks: it has the libraries imported, nothing of ours, one thread, no state.
+
+    python tests/fork_server.py FILE_DESCRIPTOR
+
+Each message on that socket is a command as JSON, with the write ends of its output, of its errors and of a pipe for its
+status. The server forks a watcher, and the watcher the command: the watcher writes the command's process id, waits, and
+writes how it ended. The command itself leaves the loop and runs as the interpreter would have run it, so that it ends
+as every Python program does: with its tracebacks, threads that are waited for, and `atexit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+# What commands import themselves; a name that a release moves costs time and breaks nothing.
+LIBRARIES = (
+    "numpy", "PIL.Image", "open_clip", "gradio", "pyarrow.parquet", "yaml", "httpx", "safetensors.torch", "torch",
+    "torch.distributed", "torch.optim.lr_scheduler", "torch.utils.data", "bitsandbytes", "datasets", "accelerate",
+    "transformers", "transformers.trainer", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.processing_auto", "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama", "transformers.models.llava.modeling_llava",
+    "transformers.models.llava.processing_llava", "transformers.models.llava.image_processing_llava", "peft", "trl",
+    "trl.trainer.sft_trainer",
+)  # fmt: skip
+MOST_BYTES = 1 << 18
+
+
+def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """The next command and its file descriptors, or None when the tests have ended."""
+    message, given, *_ = socket.recv_fds(client, MOST_BYTES, 3)
+    return (json.loads(message), given) if message else None
+
+
+def serve(client: socket.socket) -> dict[str, Any] | None:
+    """Fork for each command; returns it in its own process, and None in this one when the tests have ended."""
+    while (received := receive(client)) is not None:
+        command, given = received
+        refuse_threads()
+        if os.fork() == 0:
+            client.close()
+            if begun(*given):
+                return command
+        for descriptor in given:
+            os.close(descriptor)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # so that the time of commands counts as that of the tests
+                pass
+    return None
+
+
+def refuse_threads() -> None:
+    """A lock that another thread holds would stay locked in a fork; pyarrow's jemalloc provides for that."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    found = [task.read_text(encoding="utf-8").strip() for task in tasks]
+    others = found.count("jemalloc_bg_thd") + 1
+    assert len(found) <= others, f"a library started threads when it was imported: {found}"
+
+
+def begun(out: int, err: int, status: int) -> bool:
+    """Fork the command, in which this is True, and watch it, in a process that ends with it."""
+    pid = os.fork()
+    if pid == 0:
+        os.close(status)
+        os.setsid()
+        for descriptor, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+        return True
+    os.close(out)
+    os.close(err)
+    os.write(status, f"{pid}\n".encode())
+    _, ended = os.waitpid(pid, 0)
+    os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
+    os._exit(0)
+
+
+def run(command: dict[str, Any]) -> None:
+    """`python WORDS` in this process, in the folder and the environment that were asked for."""
+    os.chdir(command["cwd"])
+    os.environ.clear()
+    os.environ.update(command["env"])
+    tempfile.tempdir = None  # chosen by the environment
+    first, *words = command["words"]
+    paths = [path for path in command["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[0:1] = ["" if first in ("-c", "-m") else str(Path(first).resolve().parent), *paths]
+    importlib.invalidate_caches()
+    if first == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *words[1:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    else:
+        sys.argv = [first, *words]
+        runpy.run_path(first, run_name="__main__")
+
+
+def main() -> None:
+    """Import, serve, and in each fork become the command."""
+    client = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or the first collection of each command copies every page
+    command = serve(client)
+    if command is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run(command)
+    else:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+
+
+if __name__ == "__main__":
+    main()

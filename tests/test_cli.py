@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
+import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,13 @@ import qllava
 from qllava import cli, doctor
 from qllava.config import InputError
 from qllava.doctor import Check
+from qllava.evaluation.intervals import Share
+from qllava.evaluation.vqa import VqaResult
+from qllava.merge import MergeResult
 from qllava.runs import ADAPTER_FILE, RESULTS_FILE, RUN_FILE
+from tests.tiny_runs import Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What `qllava.merge.merge` returns, as far as the command reads it."""
-
-    base: str
-    kl_per_token: float
-    top1_agreement: float
-    same_text: float
-    verified: bool
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +43,17 @@ def named(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(folder)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, function: Callable[..., Any]) -> list[Any]:
-    """Put a function in the place of the one that does the work; returns the list of its calls."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> list[Any]:
+    """Put a function in the place of the one that does the work, whose arguments it takes; returns the calls."""
     calls: list[Any] = []
+    signature = inspect.signature(pkgutil.resolve_name(name))
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        signature.bind(*args, **kwargs)
         calls.append((args, kwargs))
         return function(*args, **kwargs)
 
-    made = types.ModuleType(module)
-    setattr(made, name, recorded)
-    monkeypatch.setitem(sys.modules, module, made)
+    monkeypatch.setattr(name, recorded)
     return calls
 
 
@@ -80,11 +75,12 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         assert verb in done.stdout
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         python("-m", "qllava", "--help")
-        times.append(time.perf_counter() - start)
-    # 0.06 s where this was written; the bound leaves room for a machine under load.
-    assert min(times) < 1.0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Of the processor: what a user waits for where no other program runs.
+    assert min(times) < 0.3
 
 
 def test_import_of_the_package_is_instant_and_offers_load() -> None:
@@ -114,7 +110,7 @@ def test_a_wrong_command_line_ends_with_2(line: str, capsys: pytest.CaptureFixtu
 
 
 def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", 1.7e-5, 0.999, 0.97, True))
+    calls = stand_in(monkeypatch, "qllava.merge.merge", lambda *a, **k: MergeResult("nf4", 1.7e-5, 0.999, 0.97, True))
     assert cli.main(["merge", "run", "out"]) == 0
     assert calls[0] == (
         (Path("run"), Path("out")),
@@ -134,11 +130,11 @@ def test_merge_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def noisy(*args: Any, **kwargs: Any) -> Merged:
+    def noisy(*args: Any, **kwargs: Any) -> MergeResult:
         print("a library says something")
-        return Merged("nf4", 1.7e-5, 0.999, 0.97, True)
+        return MergeResult("nf4", 1.7e-5, 0.999, 0.97, True)
 
-    stand_in(monkeypatch, "qllava.merge", "merge", noisy)
+    stand_in(monkeypatch, "qllava.merge.merge", noisy)
     assert cli.main(["merge", "run", "out", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
@@ -151,6 +147,20 @@ def test_merge_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "a library says something" in captured.err
 
 
+def test_a_true_merge_prints_what_it_found(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands in: the command merges, reads the result again, and prints the result's own figures."""
+    kept: list[MergeResult] = []
+    merge = qllava.merge.merge
+    monkeypatch.setattr("qllava.merge.merge", lambda *a, **k: kept.append(merge(*a, **k)) or kept[-1])
+    out = tmp_path / "merged"
+    assert cli.main(["merge", str(tiny.stage2), str(out), "--dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == asdict(kept[0]) and found["verified"] and found["kl_per_token"] < 1e-3
+    assert (out / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_merge_that_does_not_verify_ends_with_1(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -158,7 +168,7 @@ def test_a_merge_that_does_not_verify_ends_with_1(
     def refuse(*a: object, **k: object) -> None:
         raise InputError("The merged model differs from what was trained.")
 
-    stand_in(monkeypatch, "qllava.merge", "merge", refuse)
+    stand_in(monkeypatch, "qllava.merge.merge", refuse)
     assert cli.main(["merge", "run", "out", *flags]) == 1
     captured = capsys.readouterr()
     assert "differs" in captured.err
@@ -168,7 +178,7 @@ def test_a_merge_that_does_not_verify_ends_with_1(
 def test_a_merge_that_was_not_to_be_verified_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("nf4", None, None, None, False))
+    stand_in(monkeypatch, "qllava.merge.merge", lambda *a, **k: MergeResult("nf4", None, None, None, False))
     assert cli.main(["merge", "run", "out", "--no-verify"]) == 0
     assert "not verified" in capsys.readouterr().out
 
@@ -176,7 +186,7 @@ def test_a_merge_that_was_not_to_be_verified_is_done(
 def test_a_merge_onto_the_original_weights_is_not_called_verified(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "qllava.merge", "merge", lambda *a, **k: Merged("original", 0.2, 0.9, 0.8, False))
+    stand_in(monkeypatch, "qllava.merge.merge", lambda *a, **k: MergeResult("original", 0.2, 0.9, 0.8, False))
     assert cli.main(["merge", "run", "out", "--base", "original"]) == 0
     said = capsys.readouterr().out
     assert "verified" not in said
@@ -186,9 +196,8 @@ def test_a_merge_onto_the_original_weights_is_not_called_verified(
 def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from qllava.inference import Settings
 
-    calls: list[tuple[Any, dict[str, Any]]] = []
-    for loop in ("chat_loop", "compare_loop"):
-        monkeypatch.setattr(f"qllava.inference.{loop}", lambda *a, **k: calls.append((a, k)) or 0)
+    calls = stand_in(monkeypatch, "qllava.cli.terminal.chat_loop", lambda *a, **k: 0)
+    compared = stand_in(monkeypatch, "qllava.cli.terminal.compare_loop", lambda *a, **k: 0)
     assert cli.main(["chat", "nano"]) == 0
     settings = Settings(None, None, 256, None)
     loading = {"load_in_4bit": False, "dtype": None, "base_model": [], "recommended_sampling": False}
@@ -208,15 +217,16 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "recommended_sampling": True,
     }
     assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
-    assert calls[2][0] == (("m", "n"),) and calls[2][1]["votes"] == Path("v.jsonl")
+    assert compared[0][0] == (("m", "n"),) and compared[0][1]["votes"] == Path("v.jsonl")
     assert cli.main(["chat", "m", "--compare", "n", "--prompt", "Why?"]) == 1
     assert "takes no --prompt" in capsys.readouterr().err
 
 
 def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = {"accuracy": 0.75, "n": 8, "correct": 6, "ci95": [0.41, 0.93], "by_type": {"form": 0.5, "colour": 1.0}}
-    result["by_type_ci95"] = {"form": [0.15, 0.85], "colour": [0.51, 1.0]}
-    calls = stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", lambda *a, **k: result)
+    types = {"form": Share(2, 4), "colour": Share(4, 4)}
+    scored = VqaResult(0.75, 8, 6, ci95=(0.41, 0.93), types=types, answers=("",) * 8)
+    result: dict[str, Any] = scored.to_json()
+    calls = stand_in(monkeypatch, "qllava.evaluation.vqa.evaluate_file", lambda *a, **k: result)
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--image-folder", "pics", "--out", "a.jsonl"]) == 0
     given = {"image_folder": Path("pics"), "out": Path("a.jsonl"), "html": None, "base_model": []}
     assert calls[0] == (
@@ -256,7 +266,7 @@ def test_bad_input_is_one_sentence_and_status_1(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise InputError("q.jsonl, line 3, id 7: expected an answer, found none; add one")
 
-    stand_in(monkeypatch, "qllava.evaluation.vqa", "evaluate_file", refuse)
+    stand_in(monkeypatch, "qllava.evaluation.vqa.evaluate_file", refuse)
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", *flags]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -267,7 +277,7 @@ def test_an_interruption_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch, caps
     def interrupt(*args: Any, **kwargs: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qllava.inference.chat_loop", interrupt)
+    monkeypatch.setattr("qllava.cli.terminal.chat_loop", interrupt)
     assert cli.main(["chat", "nano"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

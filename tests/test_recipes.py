@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -107,10 +108,13 @@ def test_qllava_does_not_import_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_explains_itself(path: Path, tmp_path: Path) -> None:
     """As a program of its own, from any folder, and nothing is written."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2, "of the processor, in seconds"
     assert done.stdout.startswith(f"usage: {path.name}")
     assert ("--out" if path.name in OWN_FLAGS else "--train_file") in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,6 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from qllava.conversation import CHATML, IMAGE_TOKEN, ask
 from qllava.data.packing import steps_of
-from qllava.models.checkpoint import tokens_per_image
 
 MEAN_TOKENS = 200
 SPREAD = 0.55
@@ -156,8 +155,3 @@ def within_steps(texts: Sequence[Text], samples_per_step: int, order: str, seed:
             rng.shuffle(step)  # type: ignore[arg-type]
         out += step
     return out
-
-
-def longest(config: LlavaConfig, texts: Sequence[Text]) -> int:
-    """Tokens of the longest sample, its picture's counted."""
-    return max(text.tokens for text in texts) + tokens_per_image(config)

@@ -29,10 +29,9 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerBase
 
-from qllava.models.checkpoint import save_llava
 from tests import commands, skips
 from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
-from tests.tiny_models import make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
 from tests.tiny_runs import Tiny, make_tiny_runs
 
 GPU_TIER = os.environ.get("QLLAVA_TEST_GPU") == "1"

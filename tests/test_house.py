@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -140,6 +141,63 @@ def circles(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
+# Modules whose names are found by name.
+FOUND_BY_NAME = {
+    "benchmarks.shapes": "`--shape` names its functions",
+    "qllava.cli.concepts": "`qllava.cli` imports the modules of its verbs by name, and calls their `add`",
+    "qllava.cli.evaluate": "as above",
+    "qllava.cli.models": "as above",
+    "qllava.cli.prepare": "as above",
+    "qllava.cli.synthesize": "as above",
+}
+
+
+def unused(sources: Mapping[str, str]) -> list[str]:
+    """Names of modules that nothing in these sources uses: not their own module, and no other.
+
+    Args:
+        sources: Source text by dotted name.
+    """
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    used: set[str] = set()
+    for tree in trees.values():
+        bound = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                bound |= {alias.asname or alias.name: alias.name for alias in node.names}
+        used |= set(bound.values())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+                used.add(f"{bound[node.value.id]}.{node.attr}")
+    found = []
+    for module, tree in trees.items():
+        said = [(node, mentions(node)) for node in tree.body]
+        everywhere: Counter[str] = Counter()
+        for _, mentioned in said:
+            everywhere.update(mentioned)
+        for node, mentioned in said:
+            own = [name for name in defined(node) if everywhere[name] == mentioned[name] and name[:2] != "__"]
+            found += [f"{module}.{name}" for name in own if f"{module}.{name}" not in used]
+    return found
+
+
+def defined(node: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def mentions(node: ast.stmt) -> Counter[str]:
+    """How often each name, or text that could be one, occurs in a statement."""
+    inner = list(ast.walk(node))
+    texts = (one.value for one in inner if isinstance(one, ast.Constant) and isinstance(one.value, str))
+    return Counter([*(one.id for one in inner if isinstance(one, ast.Name)), *texts])
+
+
 def undocumented(source: str) -> list[str]:
     """The module, and its public classes, functions and methods, that have no docstring."""
     tree = ast.parse(source)
@@ -197,6 +255,14 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     """Not even inside a room or a function: what two files share belongs into a third."""
     problems = circles({dotted(path): path.read_text(encoding="utf-8") for path in (*CODE, *TESTS)})
     assert not problems, "\n".join(problems)
+
+
+def test_nothing_is_there_that_only_tests_use() -> None:
+    sources = {dotted(path): path.read_text(encoding="utf-8") for path in CODE}
+    found = unused(sources)
+    problems = [name for name in found if name.rpartition(".")[0] not in FOUND_BY_NAME]
+    assert not problems, f"used by tests at most; remove them, or use them: {', '.join(problems)}"
+    assert set(FOUND_BY_NAME) <= {name.rpartition(".")[0] for name in found}  # no excuse without a need
 
 
 def test_every_room_has_a_row() -> None:
@@ -377,6 +443,14 @@ class TestTheRulesThemselves:
             "a -> a.one -> a",
             "a.one -> a -> a.one",
         ]
+
+    def test_unused(self) -> None:
+        sources = {
+            "a.one": "X = 1\ndef f(): return f()\ndef g(): return 1\n__all__ = ['h']\ndef h(): ...\nclass _C: ...",
+            "a.two": "from a.one import g\nfrom a import three as t\ny = t.used\nprint(y)",
+            "a.three": "used: int = 1\nother = 2\ndef one(): return other",
+        }
+        assert unused(sources) == ["a.one.X", "a.one.f", "a.one._C", "a.three.one"]
 
     def test_heavy(self) -> None:
         assert heavy_at_import("import torch.nn") == ["torch.nn"]

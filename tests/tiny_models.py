@@ -26,6 +26,8 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from qllava.conversation import CHATML
+from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
+from qllava.models.weights import EMBEDDING, HEAD
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
@@ -123,6 +125,24 @@ def make_tiny_llava(folder: Path, *, seed: int = 0, context: int = 512) -> Path:
     make_tiny_model(processor, seed=seed, context=context).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def save_llava(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model in llava-hf's layout into an empty folder, with the functions that write a merged one."""
+    tensors = names_on_disk(model)
+    head, embedding = (tensors.get(name) for name in (HEAD, EMBEDDING))
+    tied = head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr()
+    if tied:
+        del tensors[HEAD]
+    with write_aside(folder) as aside:
+        write_weights(aside, tensors, tensors.__getitem__, max_shard_size=max_shard_size)
+        write_settings(aside, model, processor, dtype=model.dtype, tied=tied)
 
 
 def make_picture(colour: str | tuple[int, int, int], size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:

@@ -10,7 +10,7 @@ taken out. For one picture of 4 tokens:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -132,13 +132,6 @@ def writing(path: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
     """A table that grows by `write_batch`."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         yield writer
-
-
-def write_table(path: Path, examples: Iterable[Example], samples: Iterable[Sample], layout: Layout) -> Path:
-    """A whole table at once, for few samples."""
-    with writing(path) as writer:
-        writer.write_batch(batch_of(list(examples), list(samples), layout))
-    return path
 
 
 def open_table(path: Path) -> Dataset:

@@ -12,8 +12,10 @@ whole or not there.
 Files: config.json, generation_config.json, model.safetensors (or shards and their index), processor_config.json,
 preprocessor_config.json, chat_template.jinja, tokenizer.json, tokenizer_config.json.
 
-    save_llava(model, processor, Path("out"))
-    model, processor = load_llava("out", dtype=torch.float32)
+    with write_aside(folder) as aside:
+        write_weights(aside, tensors, read, max_shard_size="5GB")
+        write_settings(aside, model, processor, dtype=torch.bfloat16, tied=False)
+    model, processor = load_llava(folder, dtype=torch.float32)
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from qllava.models.errors import check_loading, one_line, one_sentence, out_of_m
 from qllava.models.hub import model_folder, settings_folder
 from qllava.models.layouts import INDEX, find_weights, refuse_llava_own
 from qllava.models.vision import Tower
-from qllava.models.weights import EMBEDDING, HEAD, llava_name, open_weights
+from qllava.models.weights import llava_name, open_weights
 
 _TOKENIZERS_AND_PROCESSORS = (
     ("tokenizer.json", "tokenizer.model"),
@@ -77,32 +79,6 @@ def tokens_per_image(config: LlavaConfig) -> int:
     cls = int(vision.model_type == "clip_vision_model")
     dropped = int(config.vision_feature_select_strategy == "default")
     return int((vision.image_size // vision.patch_size) ** 2) + cls - dropped
-
-
-def save_llava(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    folder: Path,
-    *,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a model in full precision (no 4-bit layers, no adapter) and its processor into a new or empty folder.
-
-    `max_shard_size` is a number of bytes or a string such as "5GB".
-
-    Raises InputError when the folder has something in it, the size is not understood, or writing fails (disk full,
-    no permission); what was there before is then still there, and nothing else. Raises ValueError for a model that is
-    quantized or wrapped.
-    """
-    tensors = names_on_disk(model)
-    head, embedding = (tensors.get(name) for name in (HEAD, EMBEDDING))
-    # The weights decide about tying and not a config: a trained head is no longer tied.
-    tied = head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr()
-    if tied:
-        del tensors[HEAD]
-    with write_aside(folder) as aside:
-        write_weights(aside, tensors, tensors.__getitem__, max_shard_size=max_shard_size)
-        write_settings(aside, model, processor, dtype=model.dtype, tied=tied)
 
 
 def write_weights(

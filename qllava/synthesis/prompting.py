@@ -32,7 +32,6 @@ from qllava.llm.store import Message
 from qllava.synthesis.contexts import Context
 from qllava.synthesis.replies import BLOCKS, JSON_FORM, Turns, as_blocks, as_json, from_blocks
 
-TYPES = ("conversation", "detail", "reasoning", "naive")
 DEFAULT_TYPES = ("conversation", "detail", "reasoning")
 STYLES = ("task", "steps", "format", "length", "unbiased", "perspectives", "clear")
 

@@ -15,7 +15,7 @@ from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Turn
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
 from qllava.data.problems import Place
-from qllava.data.table import SCHEMA, Layout, batch_of, lists, open_table, write_table, writing
+from qllava.data.table import SCHEMA, Layout, batch_of, lists, open_table, writing
 from tests.tiny_models import make_tiny_tokenizer
 
 PICTURE = 9
@@ -80,7 +80,9 @@ def test_what_the_trainer_takes_is_what_was_encoded(
     made = encoder(tokens_per_image)
     examples = [example(*said), example(*said[:2], id="short", row=2)]
     samples = made.encode_all(examples)
-    table = open_table(write_table(tmp_path / "t.arrow", examples, samples, layout(made)))
+    with writing(tmp_path / "t.arrow") as writer:
+        writer.write_batch(batch_of(examples, samples, layout(made)))
+    table = open_table(tmp_path / "t.arrow")
     rows = table.with_transform(layout(made))[:]
     assert rows == {
         "id": [sample.id for sample in samples],

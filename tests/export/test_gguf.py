@@ -23,9 +23,8 @@ from qllava.config import InputError
 from qllava.export import tensors
 from qllava.export.gguf import export
 from qllava.merge import merge
-from qllava.models.checkpoint import save_llava
 from qllava.models.weights import Weights, open_weights
-from tests.tiny_models import make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
 from tests.tiny_runs import Tiny, refusal
 
 HEADS, KV_HEADS, HEAD = 4, 2, 16  # of the tiny language model

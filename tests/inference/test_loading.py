@@ -9,9 +9,8 @@ import pytest
 
 from qllava.config import InputError
 from qllava.inference import Chat, load
-from qllava.models.checkpoint import save_llava
 from qllava.runs import newest_nano_run
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor, save_llava
 
 
 def finished_run(folder: Path, *, model: str = "nano", when: int = 0) -> Path:

@@ -27,11 +27,10 @@ from qllava.export.gguf import export
 from qllava.export.gguf_tokenizer import read_vocabulary, write_vocabulary
 from qllava.inference import Chat, load, user_turn
 from qllava.merge import merge
-from qllava.models.checkpoint import save_llava
 from qllava.nano import dataset
 from qllava.runs import RUNS, newest_nano_run
 from qllava.training.scores import MAX_ANSWER_TOKENS, asked, spaced
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor, make_tiny_tokenizer
+from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor, make_tiny_tokenizer, save_llava
 
 pytestmark = pytest.mark.interop
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: run `make interop`")

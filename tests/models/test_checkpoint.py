@@ -25,10 +25,17 @@ from transformers import (
 )
 
 from qllava.config import InputError
-from qllava.models.checkpoint import build_processor, load_llava, save_llava, tokens_per_image, write_aside
+from qllava.models.checkpoint import build_processor, load_llava, tokens_per_image, write_aside
 from qllava.models.vision import load_tower
 from tests import commands
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor, make_tiny_tokenizer
+from tests.tiny_models import (
+    make_picture,
+    make_tiny_llava,
+    make_tiny_model,
+    make_tiny_processor,
+    make_tiny_tokenizer,
+    save_llava,
+)
 
 # What llava-hf/llava-1.5-7b-hf has on the hub, for a tower of 3 blocks and a language model of 2.
 LLAVA_HF_NAMES = {

@@ -15,9 +15,9 @@ from qllava.conversation import IMAGE_TOKEN, PLAIN, TEMPLATES, Conversation, Tem
 from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.data.formats import Example
 from qllava.data.problems import Place
-from qllava.models.checkpoint import build_processor, save_llava
+from qllava.models.checkpoint import build_processor
 from qllava.models.vision import load_tower
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_model, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_TOKENS, make_tiny_model, make_tiny_tokenizer, save_llava
 from tests.tiny_runs import Tiny
 
 WORDS = st.lists(

@@ -9,7 +9,8 @@ import pytest
 
 from qllava import cli
 from qllava.cli import synthesize
-from qllava.synthesis.prompting import STYLES, TYPES
+from qllava.synthesis import prompting
+from qllava.synthesis.prompting import DEFAULT_TYPES, STYLES
 from tests.llm.server import ChatServer, Request, Said
 from tests.synthesis.teaching import badly, read_lines, well, write_contexts
 
@@ -115,9 +116,11 @@ def test_rules_write_what_their_own_module_writes(tmp_path: Path) -> None:
     from qllava.synthesis.contexts import read_contexts
     from qllava.synthesis.rules import examples as rules
 
-    assert run(tmp_path, "--types", ",".join(TYPES), teacher="rules") == 0
+    assert run(tmp_path, "--types", ",".join(synthesize._TYPES), teacher="rules") == 0
     contexts = read_contexts(tmp_path / "contexts.jsonl")
-    assert json.loads((tmp_path / "out.json").read_text()) == [r for c in contexts for r in rules.write(c, TYPES)]
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        r for c in contexts for r in rules.write(c, synthesize._TYPES)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,8 @@ def test_a_folder_that_does_not_exist_is_told_before_anything_is_asked(
 
 def test_the_names_of_the_command_are_those_of_the_package() -> None:
     """They stand twice, so that the command's help needs no import."""
-    assert synthesize._TYPES == TYPES
+    assert synthesize._TYPES[:3] == DEFAULT_TYPES
+    assert set(synthesize._TYPES) == {*DEFAULT_TYPES, *prompting._QUESTIONS}
     assert synthesize._STYLES == STYLES
 
 

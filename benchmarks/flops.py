@@ -32,6 +32,7 @@ from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.surroundings import prepare_process
 from qllava.training.memory import recompute as recompute_layers
 from qllava.training.memory.fake import fake_llava, llava_of
@@ -66,7 +67,7 @@ def trl_step(
     learned: how many positions of a sample go through the head: those learned, as on CUDA; None: all, as on a CPU.
     """
     with FakeTensorMode():
-        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
+        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=Lora(lora_r, lora_r))
         llava = llava_of(model)
         # As SFTTrainer prepares a model: the inputs' gradients let the frozen tower run in the graph, recomputed too.
         model.train()
@@ -108,7 +109,7 @@ def qllava_step(
 def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shortcuts, lora_r: int) -> int:
     """FLOPs of a row, forward and backward."""
     with FakeTensorMode() as fake:
-        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
+        model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=Lora(lora_r, lora_r))
         llava = llava_of(model)
         teach_rows(llava)
         take_shortcuts(llava, shortcuts)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -31,9 +30,10 @@ from transformers import (
 from benchmarks.command import measured
 from benchmarks.machine import provenance
 from qllava.config import NANO_WEIGHTS
-from qllava.models.adapter import ADAPTER_FILE, LORA_TARGETS, PROBES_FILE, save_record
+from qllava.models.adapter import ADAPTER_FILE, PROBES_FILE, save_record
 from qllava.models.checkpoint import write_weights
 from qllava.models.language import load_tokenizer
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.surroundings import prepare_process
 
@@ -108,9 +108,7 @@ def make_run(folder: Path, language_model: Path, tower: Path) -> Path:
         tensors[f"{prefix}.multi_modal_projector.{name}.weight"] = torch.randn(shape) * 0.02
         tensors[f"{prefix}.multi_modal_projector.{name}.bias"] = torch.zeros(width)
     save_file(tensors, run / ADAPTER_FILE)
-    LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"]
-    ).save_pretrained(run)
+    Lora(RANK, 2 * RANK).peft_config().save_pretrained(run)
     save_record(
         Recipe(None, str(language_model), str(tower), "mlp2x_gelu", -2, "pad", "chatml", True, dtype="bfloat16"), run
     )

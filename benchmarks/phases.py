@@ -31,6 +31,7 @@ from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import out_of_memory
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.models.shapes import shapes_of
 from qllava.training import memory, samples, scores
@@ -106,13 +107,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
     """Measure a case in this process: planned and measured gigabytes (2^30) of each phase of the run."""
     settings = _settings(case)
     config = shapes.tiny() if case.device == "cpu" else shapes_of(settings.model).config
-    lora_r = 0 if Path(case.preset).stem.endswith("_pretrain") else settings.model.lora_r
-    planned = _planned(settings, config, lora_r, case.cap_gb * memory.GB)
+    lora = None if Path(case.preset).stem.endswith("_pretrain") else Lora.of_settings(settings.model)
+    planned = _planned(settings, config, lora, case.cap_gb * memory.GB)
     peaks = Peaks(case.device)
     peaks.cap(case.cap_gb * memory.GB)
     why = ""
     try:
-        _run(case, settings, config, lora_r, peaks)
+        _run(case, settings, config, lora, peaks)
     except (RuntimeError, InputError) as error:
         if not (out_of_memory(error) or isinstance(error, InputError)):
             raise
@@ -142,11 +143,11 @@ def _settings(case: Case) -> Settings:
     return settings
 
 
-def _planned(settings: Settings, config: Any, lora_r: int, limit: int) -> dict[str, int]:
+def _planned(settings: Settings, config: Any, lora: Lora | None, limit: int) -> dict[str, int]:
     """Bytes of each phase, as `qllava plan` says them of this run."""
     train = settings.train
-    setup = memory.setup_of(settings.model, train, config, lora_r=lora_r)
-    asking = scores.asking_of(train, lora_r=lora_r, held_out=scores.expects_held_out(settings))
+    setup = memory.setup_of(train, config, lora, load_in_4bit=settings.model.load_in_4bit)
+    asking = scores.asking_of(train, lora, held_out=scores.expects_held_out(settings))
     try:
         return memory.fit(
             setup, limit, asking=asking, least_tokens=setup.tokens_per_row, fixed=memory.settled(train)
@@ -155,7 +156,7 @@ def _planned(settings: Settings, config: Any, lora_r: int, limit: int) -> dict[s
         return refusal.plan.phases
 
 
-def _run(case: Case, settings: Settings, config: Any, lora_r: int, peaks: Peaks) -> None:
+def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: Peaks) -> None:
     """Go through the phases of the run."""
     folder, train = Path(case.folder), settings.train
     model = random_llava(config, device=case.device, dtype=torch.bfloat16 if peaks.cuda else torch.float32)
@@ -169,20 +170,19 @@ def _run(case: Case, settings: Settings, config: Any, lora_r: int, peaks: Peaks)
     pictures = folder / "pictures"
     texts = make_texts(pictures, side=side, samples_per_image=1.95, samples_per_step=batch, steps=2, seed=0)
     rows = prepare_rows(texts, encoder, folder)
-    examples = scores.spaced(read_examples(folder / "rows.json", pictures), scores.SHOWN) if lora_r else []
+    examples = scores.spaced(read_examples(folder / "rows.json", pictures), scores.SHOWN) if lora else []
     evaluates = str(getattr(train.eval_strategy, "value", train.eval_strategy)) != "no"
-    scale = settings.model.lora_alpha
-    adapted = add_lora(assembled, r=lora_r, alpha=scale, dropout=0.0) if lora_r else train_projector_only(assembled)
+    adapted = add_lora(assembled, lora) if lora else train_projector_only(assembled)
     run = Path(str(train.output_dir))
     run.mkdir(parents=True)
-    if evaluates and lora_r:
+    if evaluates and lora:
         with peaks.inside("before"):
             samples.before(run, adapted, assembled, examples, scores.room_for(train))
     held_out, asked = (rows, examples) if evaluates else (None, [])
-    stage = Stage("finetune" if lora_r else "pretrain", "", CHATML, rows, held_out, asked, run, train, {})
+    stage = Stage("finetune" if lora else "pretrain", "", CHATML, rows, held_out, asked, run, train, {})
     with _evaluations(peaks), peaks.inside("step"):
         train_stage(stage, adapted, assembled)
-    if lora_r:
+    if lora:
         with peaks.inside("chat"):
             chat = Chat(adapted.eval(), assembled.processor, "random")
             chat.answer(texts[0].picture, texts[0].question, max_new_tokens=CHAT_TOKENS)

@@ -36,6 +36,7 @@ from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import save_projector
+from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.surroundings import prepare_process
 from qllava.training import memory, run, scores
@@ -175,10 +176,9 @@ def ask(folder: Path) -> None:
 def planned(folder: Path, tokens: int) -> dict[str, int]:
     """What the plan says of the same run, all its questions answered at once."""
     settings = settings_of(folder, tokens)
-    setup = memory.setup_of(
-        settings.model, settings.train, shapes_of(settings.model).config, lora_r=settings.model.lora_r
-    )
-    asking = scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=True)
+    config, lora = shapes_of(settings.model).config, Lora.of_settings(settings.model)
+    setup = memory.setup_of(settings.train, config, lora, load_in_4bit=settings.model.load_in_4bit)
+    asking = scores.asking_of(settings.train, setup.lora, held_out=True)
     asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
     found = memory.phases_of(setup, memory.estimate(setup), asking)
     found["chat"] = replace(found["chat"], new_tokens=NEW_TOKENS)

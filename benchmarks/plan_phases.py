@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.machine import provenance
 from benchmarks.tables import format_table
+from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.training import memory, scores
 from qllava.training.run import NANO_FINETUNE
@@ -35,9 +36,9 @@ def stages(preset: Path) -> list[str]:
 def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
     """A line of the table: what a stage of a preset takes in each phase, in GB of 2**30 bytes."""
     settings = parse(["--config", str(preset)], output_dir="unused", nano=NANO_FINETUNE)
-    rank = settings.model.lora_r if stage == "finetune" else 0
-    setup = memory.setup_of(settings.model, settings.train, shapes_of(settings.model).config, lora_r=rank)
-    asking = scores.asking_of(settings.train, lora_r=rank, held_out=scores.expects_held_out(settings))
+    model, lora = settings.model, Lora.of_settings(settings.model) if stage == "finetune" else None
+    setup = memory.setup_of(settings.train, shapes_of(model).config, lora, load_in_4bit=model.load_in_4bit)
+    asking = scores.asking_of(settings.train, lora, held_out=scores.expects_held_out(settings))
     limit = memory.parse_bytes(str(settings.train.fit_memory))
     if fit:
         fixed = memory.settled(settings.train)

@@ -40,6 +40,7 @@ from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.durable.order import loader
@@ -135,7 +136,7 @@ def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
     if job.system == "qllava":
         prepare_for_training(model)
     set_seed(0)
-    adapted = add_lora(assembled, r=job.lora_r, alpha=2 * job.lora_r, dropout=0.0)
+    adapted = add_lora(assembled, Lora(job.lora_r, 2 * job.lora_r))
     digest = _digest(adapted)
     make = _qllava if job.system == "qllava" else _trl
     trainer = make(job, adapted, assembled, rows, texts)

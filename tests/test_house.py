@@ -38,7 +38,11 @@ ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip", "gradio", "datasets"}
 
 # What a recipe's command line goes through before anything heavy is imported.
-BEFORE_TORCH = {*(ROOT / "qllava/training/options").glob("*.py"), ROOT / "qllava/models/record.py"}
+BEFORE_TORCH = {
+    *(ROOT / "qllava/training/options").glob("*.py"),
+    ROOT / "qllava/models/record.py",
+    ROOT / "qllava/models/lora.py",
+}
 
 MAX_FUNCTION = 60
 MAX_FILE = 400

@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig, LlavaConfig
 
 from qllava import cli
+from qllava.models.lora import Lora
 from qllava.training import memory
 from tests.tiny_runs import Tiny
 
@@ -42,7 +43,7 @@ def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert phases["evaluation"] == 0 < phases["before"]  # eval_strategy is no
     assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == phases["step"]
     assert found["fits"] is None and found["suggestion"] == "A card of 4 GB is enough."
-    setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), 4, tokens_per_row=300)
+    setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), Lora(4, 4), tokens_per_row=300)
     assert phases["step"] == memory.estimate(setup).peak_bytes
     alone = planned(capsys, "--model", str(tmp_path), "--lora-r", "0")
     assert alone["parts"]["LoRA"] == alone["phases"]["chat"] == 0  # a projector cannot be asked

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from trl import SFTConfig
 
 from benchmarks import shapes
 from qllava.config import InputError
 from qllava.models import ledger
-from qllava.models.adapter import LORA_TARGETS
 from qllava.models.known import known_config
+from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.training import memory, scores
 from qllava.training.options.before import look
@@ -227,10 +227,7 @@ def test_the_ledger_on_the_page_is_the_models() -> None:
     settings = load(ROOT / "recipes" / "llava15_7b_8gb.yaml")
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(shape_of(settings)).requires_grad_(False)
-        lora = LoraConfig(
-            r=settings.model.lora_r, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"]
-        )
-        lines = ledger.ledger(get_peft_model(model, lora))
+        lines = ledger.ledger(get_peft_model(model, Lora.of_settings(settings.model).peft_config()))
     rates = {"LoRA": settings.train.learning_rate or 0.0, "projector": settings.train.projector_lr or 0.0}
     shown = PAGE.read_text(encoding="utf-8")
     for line in ledger.format_ledger(lines, rates).splitlines()[2:]:
@@ -245,8 +242,8 @@ def stages(path: Path) -> list[str]:
 
 
 def setup_of(settings: Settings, stage: str) -> memory.Setup:
-    r = settings.model.lora_r if stage == "finetune" else 0
-    return memory.setup_of(settings.model, settings.train, shape_of(settings), lora_r=r)
+    lora = Lora.of_settings(settings.model) if stage == "finetune" else None
+    return memory.setup_of(settings.train, shape_of(settings), lora, load_in_4bit=settings.model.load_in_4bit)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +261,7 @@ def test_every_phase_of_a_preset_fits_its_card(path: Path, stage: str) -> None:
         setup,
         memory.estimate(setup),
         limit,
-        scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=scores.expects_held_out(settings)),
+        scores.asking_of(settings.train, setup.lora, held_out=scores.expects_held_out(settings)),
     )
     tuned = stage == "finetune"
     assert found.fits and found.peak_bytes <= limit, found
@@ -293,7 +290,7 @@ def test_a_card_that_is_too_small_is_found() -> None:
 def test_what_fit_memory_chooses_stays_under_the_limit(path: Path) -> None:
     settings = load(path)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
-    asking = scores.asking_of(settings.train, lora_r=settings.model.lora_r, held_out=True)
+    asking = scores.asking_of(settings.train, Lora.of_settings(settings.model), held_out=True)
     fixed = memory.settled(settings.train)
     plan = memory.fit(setup_of(settings, "finetune"), limit, asking=asking, least_tokens=2048, fixed=fixed)
     assert plan.fits and plan.peak_bytes <= limit and plan.tokens_per_row >= 2048
@@ -308,5 +305,5 @@ def test_proposed_flags_fit_their_card(path: Path) -> None:
         limit = memory.parse_bytes(str(settings.train.fit_memory))
         for stage in stages(path):
             setup = setup_of(settings, stage)
-            asking = scores.asking_of(settings.train, lora_r=setup.lora_r, held_out=scores.expects_held_out(settings))
+            asking = scores.asking_of(settings.train, setup.lora, held_out=scores.expects_held_out(settings))
             assert memory.plan_of(setup, memory.estimate(setup), limit, asking).fits, flags

@@ -15,6 +15,7 @@ from qllava.data.encode import Encoder
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.run import finetune, pretrain
@@ -108,11 +109,7 @@ def make_trainer(
     chosen = settings(tiny, folder, **values)
     assembled = assemble(recipe or tiny.recipe())
     torch.manual_seed(0)
-    model = (
-        add_lora(assembled, r=4, alpha=8, dropout=chosen.model.lora_dropout)
-        if lora
-        else train_projector_only(assembled)
-    )
+    model = add_lora(assembled, Lora(4, 8, chosen.model.lora_dropout)) if lora else train_projector_only(assembled)
     rows = encode(assembled, tiny.rows)
     return LlavaTrainer(
         model,

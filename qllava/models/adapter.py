@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,6 +24,7 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.layouts import projector_advice
+from qllava.models.lora import Lora
 from qllava.models.record import BELONGS_TO_BASE as BELONGS_TO_BASE
 from qllava.models.record import PROJECTOR_FILE as PROJECTOR_FILE
 from qllava.models.record import RECORD_FILE as RECORD_FILE
@@ -35,27 +36,17 @@ from qllava.runs import ADAPTER_FILE as ADAPTER_FILE
 
 DATA_FILE = "data.json"
 PROBES_FILE = "probes.safetensors"
-# Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
-LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
-def add_lora(assembled: Assembled, *, r: int, alpha: int, dropout: float) -> PeftModel:
+def add_lora(assembled: Assembled, lora: Lora) -> PeftModel:
     """LoRA on every linear layer of the language model, and the projector trained whole, in fp32.
 
     The model is changed in place.
     """
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=["multi_modal_projector"],
-        bias="none",
-    )
     with warnings.catch_warnings():
         # peft asks for recomputation by the name that transformers is about to drop.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        model: Any = get_peft_model(assembled.model, config)
+        model: Any = get_peft_model(assembled.model, lora.peft_config())
     _freeze_identity(model, assembled.recipe)
     _unmark(assembled.model)
     return model  # type: ignore[no-any-return]
@@ -133,28 +124,22 @@ def refuse_not_finite(state: Mapping[str, torch.Tensor], path: Path, hint: str) 
             raise InputError(f"{path} cannot be trained on: values of {name} are not finite; {hint}.")
 
 
-def read_lora(folder: Path) -> LoraConfig:
-    """The shape of a run's LoRA. Raises InputError when the folder does not say."""
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"The adapter in {folder} cannot be loaded ({one_line(error)}).") from error
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        raise InputError(f"The adapter in {folder} is not a LoRA of qllava's ({config.peft_type}).")
-    return config
-
-
 def continue_adapter(model: PeftModel, folder: Path) -> None:
     """Put LoRA and projector of another run into a model that `add_lora` returned; they are trained on.
 
     Raises InputError when they are of another shape.
     """
-    given, own = read_lora(folder), model.peft_config["default"]
-    if (given.r, given.lora_alpha) != (own.r, own.lora_alpha):  # type: ignore[attr-defined]
+    given, own = Lora.of_folder(folder), Lora.of_model(model)
+    if own is None or (given.r, given.alpha) != (own.r, own.alpha):
         raise InputError(
-            f"The adapter in {folder} has lora_r {given.r} and lora_alpha {given.lora_alpha}, and it is trained on as "
-            "it is: a second one on top would fit only while the first is there. Leave both settings out, or merge "
+            f"The adapter in {folder} has lora_r {given.r} and lora_alpha {given.alpha}, and it is trained on as it "
+            "is: a second one on top would fit only while the first is there. Leave both settings out, or merge "
             "the run and start from the merged model."
+        )
+    if given.variant != own.variant:
+        raise InputError(
+            f"The adapter in {folder} is of the kind {given.variant}, and a run trains the kind {own.variant}; merge "
+            "it and start from the merged model."
         )
     try:
         state = load_file(folder / ADAPTER_FILE)

@@ -5,7 +5,6 @@ Names are those of llava-hf's layout (`weights.py`), as for everything that is r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qllava.config import InputError
-from qllava.models.adapter import ADAPTER_FILE, read_lora
+from qllava.models.lora import Lora
 from qllava.models.weights import Weights, llava_name
+from qllava.runs import ADAPTER_FILE
 
 _PEFT = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -28,16 +28,11 @@ class Delta:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_lora(folder)
+        self.lora = Lora.of_folder(folder)
         self._weights = Weights({folder / ADAPTER_FILE: None}, lambda name: llava_name(name.removeprefix(_PEFT)))
         self.layers = sorted(name.removesuffix(_A) for name in self._weights if name.endswith(_A))
         self.replaced = sorted(name for name in self._weights if not name.endswith((_A, _B)))
         """Tensors of the base that were trained whole: the projector's."""
-
-    @property
-    def scaling(self) -> float:
-        """What B A is multiplied by."""
-        return self.config.lora_alpha / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a layer."""
@@ -45,8 +40,7 @@ class Delta:
 
     def of(self, layer: str) -> Tensor:
         """What is added to the weight of a layer, (out, in) in fp32."""
-        a, b = self.factors(layer)
-        return self.scaling * (b.float() @ a.float())
+        return self.lora.delta(*self.factors(layer))
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor that was trained whole."""
@@ -57,7 +51,7 @@ class Delta:
 
         wanted: the model's tensors, of which the shapes are looked at. projector: it has to be among what was trained.
         """
-        rank, shapes = self.config.r, {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        rank, shapes = self.lora.r, {name: tuple(tensor.shape) for name, tensor in wanted.items()}
         halves = {name.removesuffix(end) for end in (_A, _B) for name in self._weights if name.endswith(end)}
         for layer in sorted(halves):
             if layer + _A not in self._weights or layer + _B not in self._weights:

@@ -1,11 +1,11 @@
-"""What a run's folder says about its model, read without torch: the recipe of its base, and the shape of its LoRA."""
+"""What a run's folder says about its model, read without torch: the recipe of its base."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qllava.config import NANO, InputError, ModelConfig, expanded
 from qllava.models.errors import one_line
@@ -86,13 +86,3 @@ def adapter_at(name: str | None) -> Path | None:
     folder = Path(expanded(name)) if name else None
     found = folder is not None and all((folder / file).is_file() for file in (RECORD_FILE, ADAPTER_CONFIG_FILE))
     return folder if found else None
-
-
-def lora_shape(folder: Path) -> dict[str, Any]:
-    """The settings `lora_r` and `lora_alpha` of a run's LoRA. Raises InputError when the folder does not say."""
-    path = folder / ADAPTER_CONFIG_FILE
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        return {"lora_r": int(read["r"]), "lora_alpha": int(read["lora_alpha"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"The adapter in {folder} cannot be loaded ({path.name}: {one_line(error)}).") from error

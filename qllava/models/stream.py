@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -102,12 +102,8 @@ class Adapted(Stored):
         trained = [path.removeprefix(f"{name}.") for path in self.delta.layers if path.startswith(f"{name}.")]
         if not trained:
             return layer.eval()
-        given = self.delta.config
         layer.is_loaded_in_4bit = self.four_bit
-        config = LoraConfig(
-            r=given.r, lora_alpha=given.lora_alpha, use_rslora=given.use_rslora, target_modules=trained, bias="none"
-        )
-        inject_adapter_in_model(config, layer)
+        inject_adapter_in_model(self.delta.lora.peft_config(trained, projector=False), layer)
         for path in trained:
             wrapped = layer.get_submodule(path)
             for own, tensor in zip(("lora_A", "lora_B"), self.delta.factors(f"{name}.{path}"), strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.training import memory
 from qllava.training.options.defaults import NANO_FINETUNE
@@ -50,8 +51,10 @@ def plan(
     line += ["--base_model", *base_model] if base_model else []
     settings = parse(line, output_dir="unused", nano=NANO_FINETUNE, elsewhere=True)
     train = settings.train
-    setup = memory.setup_of(settings.model, train, shapes_of(settings.model).config, lora_r=settings.model.lora_r)
-    asking = asking_of(train, lora_r=setup.lora_r, held_out=expects_held_out(settings))
+    model = settings.model
+    lora = Lora.of_settings(model) if model.lora_r else None
+    setup = memory.setup_of(train, shapes_of(model).config, lora, load_in_4bit=model.load_in_4bit)
+    asking = asking_of(train, lora, held_out=expects_held_out(settings))
     if not train.fit_memory:
         return memory.plan_of(setup, memory.estimate(setup), asking=asking)
     try:

@@ -36,6 +36,7 @@ from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
+from qllava.models.lora import Lora
 from qllava.models.positions import positions_of
 from qllava.models.record import Recipe
 from qllava.runs import RESULTS_FILE
@@ -144,9 +145,8 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
 
 def _with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
     """The model with LoRA: a new one that changes nothing yet, or that of an adapter."""
-    chosen = settings.model
     set_seed(settings.train.seed)  # LoRA begins alike whether stage 1 was trained in this process or in one before
-    model = add_lora(assembled, r=chosen.lora_r, alpha=chosen.lora_alpha, dropout=chosen.lora_dropout)
+    model = add_lora(assembled, Lora.of_settings(settings.model))
     if start:
         continue_adapter(model, start)
     return model
@@ -202,9 +202,10 @@ def _align(
         config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // config.world_size)
     stage = Stage("pretrain", "Stage 1", PLAIN, captions, None, [], stage1, config, begun, saved=started.keep)
     model, tokenizer = assembled.model, assembled.processor.tokenizer
+    lora = Lora.of_settings(settings.model).parameters(model)
     needs = {
         stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
-        folder: disk.needed(model, settings.train, tokenizer, count, lora=disk.lora_of(model, settings.model.lora_r)),
+        folder: disk.needed(model, settings.train, tokenizer, count, lora=lora),
     }
     processes.by_main(partial(disk.check, needs))
     number = len(captions.lengths)

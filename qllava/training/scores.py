@@ -30,6 +30,7 @@ from qllava.evaluation.intervals import wilson
 from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.nano import dataset as nano
 from qllava.training.durable import processes
 from qllava.training.durable.checkpoints import read_json, resumable, write_whole
@@ -81,19 +82,19 @@ def evaluates(train: TrainConfig) -> bool:
     return name_of(train.eval_strategy) != "no"
 
 
-def asking_of(train: TrainConfig, *, lora_r: int, held_out: bool) -> Asking:
+def asking_of(train: TrainConfig, lora: Lora | None, *, held_out: bool) -> Asking:
     """Return what a run asks its model, as far as memory is concerned.
 
     Args:
         train: The loop's settings. `eval_strategy no` leaves out the evaluations during the run alone: at its end the
             held-out loss is computed and questions are answered all the same.
-        lora_r: 0 for stage 1, which answers nothing.
+        lora: None for stage 1, which answers nothing.
         held_out: Whether rows are held out.
     """
     if not held_out:
         return Asking()
     tokens = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
-    if not lora_r:
+    if lora is None:
         return Asking(held_out_tokens=tokens)
     # The questions that are shown are answered once more when training has ended.
     during = max(train.eval_questions if evaluates(train) else 0, train.eval_questions_final, shown(train))

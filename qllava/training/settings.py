@@ -12,7 +12,8 @@ from trl import SFTConfig, TrlParser
 
 from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
 from qllava.models.errors import one_line
-from qllava.models.record import BELONGS_TO_BASE, adapter_at, lora_shape, read_record
+from qllava.models.lora import Lora
+from qllava.models.record import BELONGS_TO_BASE, adapter_at, read_record
 from qllava.training.options.command import Given, read
 
 
@@ -152,4 +153,5 @@ def _of_adapter(name: str | None) -> dict[str, Any]:
     if start is None:
         return {}
     record = read_record(start)
-    return {**lora_shape(start), **{name: getattr(record, name) for name in BELONGS_TO_BASE}}
+    lora = Lora.of_folder(start)
+    return {"lora_r": lora.r, "lora_alpha": lora.alpha, **{name: getattr(record, name) for name in BELONGS_TO_BASE}}

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from qllava.config import InputError, ModelConfig
+from qllava.config import InputError
 from qllava.conversation import Template
 from qllava.data.collate import Collator
 from qllava.data.formats import Example
@@ -31,6 +30,7 @@ from qllava.models import ledger
 from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
+from qllava.models.lora import Lora
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.durable import disk, processes
@@ -268,17 +268,12 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         limits.append(torch.cuda.mem_get_info()[1])
     # Unequal cards must not choose unequal packs or optimizers.
     limit = processes.lowest(min(limits))
-    lora: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    parts = ModelConfig(
-        load_in_4bit=assembled.recipe.load_in_4bit,
-        lora_dropout=float(lora.lora_dropout) if lora else 0.0,
-    )
     llava: Any = assembled.model
-    setup = setup_of(parts, config, llava.config, lora_r=lora.r if lora else 0)
+    setup = setup_of(config, llava.config, Lora.of_model(model), load_in_4bit=assembled.recipe.load_in_4bit)
     setup = replace(
         setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype), held=llava.dtype
     )
-    asking = scores.asking_of(config, lora_r=setup.lora_r, held_out=stage.evaluation is not None)
+    asking = scores.asking_of(config, setup.lora, held_out=stage.evaluation is not None)
     lengths = np.sort(stage.train.lengths)
     plan = fit(
         setup,

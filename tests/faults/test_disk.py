@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
+from qllava.models.lora import Lora
 from qllava.training import folders, scores
 from qllava.training.durable import disk
 from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving, write_whole
@@ -57,7 +58,7 @@ class TestWhatWillBeWritten:
         trainer = make_trainer(tiny, tmp_path / "a")
         base = make_trainer(tiny, tmp_path / "b", lora=False)
         tokenizer = base.assembled.processor.tokenizer
-        to_come = disk.lora_of(base.assembled.model, 4)
+        to_come = Lora(4, 8).parameters(base.assembled.model)
         expected = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
         assert to_come == expected
         ahead = disk.needed(base.assembled.model, base.args, tokenizer, 8, lora=to_come)

@@ -29,6 +29,7 @@ from qllava.models.adapter import (
 )
 from qllava.models.assemble import assemble, load_language_model
 from qllava.models.language import load_tokenizer
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe, fingerprint, outline, template_of
 from qllava.models.weights import EMBEDDING, HEAD, Base, language_model_name, open_weights
 from tests.tiny_models import (
@@ -111,7 +112,7 @@ class TestProjector:
         assert all(torch.equal(t, projector_state(second)[name]) for name, t in projector_state(first).items())
 
     def test_under_an_adapter_the_trained_copy_is_the_projector(self, tiny: Tiny) -> None:
-        model: Any = add_lora(assemble(tiny.recipe()), r=2, alpha=4, dropout=0.0)
+        model: Any = add_lora(assemble(tiny.recipe()), Lora(2, 4))
         wrapper = model.base_model.model.model.multi_modal_projector
         with torch.no_grad():
             wrapper.modules_to_save["default"].linear_1.bias.fill_(7)

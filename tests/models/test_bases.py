@@ -20,6 +20,7 @@ from qllava.merge import _record
 from qllava.models.adapter import add_lora, load_run, save_record
 from qllava.models.assemble import assemble
 from qllava.models.bases import located
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training import run as training
 from qllava.training.plan import plan
@@ -44,7 +45,7 @@ class Moved:
 def make_run(folder: Path, recipe: Recipe) -> Path:
     """The folder of a run, with an adapter that does something, as a training leaves it."""
     assembled = assemble(recipe)
-    model = add_lora(assembled, r=4, alpha=8, dropout=0.0)
+    model = add_lora(assembled, Lora(4, 8))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.ledger import Line, check, format_ledger, ledger
+from qllava.models.lora import Lora
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny
 
@@ -27,7 +28,7 @@ def by_part(model: Any) -> dict[str, Line]:
 
 def test_counts_what_packed_weights_stand_for(assembled: Assembled) -> None:
     plain = by_part(make_tiny_model(make_tiny_processor()))
-    lines = by_part(add_lora(assembled, r=4, alpha=8, dropout=0.0))
+    lines = by_part(add_lora(assembled, Lora(4, 8)))
     assert list(lines) == ["vision tower", "projector", "language model", "lm_head", "LoRA"]
     for part in ("vision tower", "projector", "language model", "lm_head"):
         assert lines[part].parameters == plain[part].parameters, part
@@ -47,7 +48,7 @@ def test_a_tied_head_counts_once() -> None:
 
 def test_both_stages_pass(tiny: Tiny, assembled: Assembled) -> None:
     check(train_projector_only(assembled))
-    check(add_lora(assemble(tiny.recipe()), r=4, alpha=8, dropout=0.0))
+    check(add_lora(assemble(tiny.recipe()), Lora(4, 8)))
 
 
 def test_lora_by_leaf_name_is_found(assembled: Assembled) -> None:

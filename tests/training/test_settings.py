@@ -13,6 +13,7 @@ from transformers import LlavaConfig
 from trl import SFTConfig
 
 from qllava.config import InputError, ModelConfig
+from qllava.models.lora import Lora
 from qllava.models.record import BELONGS_TO_BASE, Recipe, save_record
 from qllava.training import run
 from qllava.training.memory import setup_of
@@ -73,7 +74,7 @@ class TestOtherMachines:
         words = config(line + "\n")
         settings = parse(words, output_dir="x", nano={}, elsewhere=True)
         assert not settings.train.asks_cpu
-        found = setup_of(settings.model, settings.train, LlavaConfig(), lora_r=8)
+        found = setup_of(settings.train, LlavaConfig(), Lora(8, 8), load_in_4bit=True)
         assert found.device == "cuda" and found.held is None
         assert found.dtype == (torch.float16 if line == "fp16: true" else torch.bfloat16)
         if line != "bf16: true":
@@ -82,7 +83,7 @@ class TestOtherMachines:
 
     def test_a_recipe_for_a_cpu_is_planned_as_one(self, config: Any) -> None:
         settings = parse(config("use_cpu: true\nbf16: true\n"), output_dir="x", nano={}, elsewhere=True)
-        found = setup_of(settings.model, settings.train, LlavaConfig(), lora_r=8)
+        found = setup_of(settings.train, LlavaConfig(), Lora(8, 8), load_in_4bit=True)
         assert (found.device, found.dtype, found.held) == ("cpu", torch.bfloat16, torch.float32)
 
     def test_a_cpu_that_is_asked_for_is_not_set_by_the_card(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ at one time as `save_total_limit` keeps, and the one that is being written.
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from qllava.config import InputError
-from qllava.models.adapter import LORA_TARGETS, projector_state
+from qllava.models.adapter import projector_state
 from qllava.training.durable.checkpoints import PARTIAL
 from qllava.training.durable.order import total_steps
 from qllava.training.memory import format_bytes
@@ -40,12 +39,6 @@ class Need:
     def total(self) -> int:
         """Bytes of all."""
         return self.checkpoints * self.each + self.result
-
-
-def lora_of(model: Any, r: int) -> int:
-    """How many parameters LoRA of this rank will have on a model that has none yet."""
-    layers = [m for name, m in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    return sum(r * (int(layer.in_features) + int(layer.out_features)) for layer in layers)
 
 
 def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, *, lora: int | None = None) -> Need:

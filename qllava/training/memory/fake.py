@@ -34,6 +34,7 @@ from qllava.data.packing import Row, lay_out
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.step.attention import looking_at
 
@@ -43,13 +44,11 @@ _MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}
 name. SGD is transformers', without momentum."""
 
 
-def fake_llava(
-    config: LlavaConfig, *, load_in_4bit: bool, dtype: torch.dtype, lora_r: int, lora_dropout: float = 0.0
-) -> Any:
+def fake_llava(config: LlavaConfig, *, load_in_4bit: bool, dtype: torch.dtype, lora: Lora | None) -> Any:
     """A LLaVA as it is trained, of fake CPU tensors; to be called inside a `FakeTensorMode`.
 
     Linear layers of the language model are bitsandbytes' Linear4bit with packed weights, doubly quantized; projector
-    and LoRA are fp32, everything else is in `dtype`. Returns a PeftModel, or with lora_r 0 (stage 1, the projector
+    and LoRA are fp32, everything else is in `dtype`. Returns a PeftModel, or without `lora` (stage 1, the projector
     alone) a LlavaForConditionalGeneration.
     """
     with unset_fake_temporarily(), torch.device("meta"):
@@ -64,11 +63,7 @@ def fake_llava(
         assembled = Assembled(model, None, recipe)  # type: ignore[arg-type]  # there is nothing to read
         with warnings.catch_warnings():  # peft asks the model by a name that transformers is giving up
             warnings.simplefilter("ignore", FutureWarning)
-            adapted: Any = (
-                add_lora(assembled, r=lora_r, alpha=lora_r, dropout=lora_dropout)
-                if lora_r
-                else train_projector_only(assembled)
-            )
+            adapted: Any = add_lora(assembled, lora) if lora else train_projector_only(assembled)
     _make_fake(adapted, dtype)
     return adapted
 

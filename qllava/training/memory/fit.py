@@ -185,15 +185,18 @@ def _fewest(setup: Setup, limit: int, known: Known, *, fixed: bool) -> Setup | N
 
 def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> str:
     """By how much the smallest step misses the limit, and what would fit."""
-    ways = [{"lora_r": r} for r in (16, 8) if r < setup.lora_r]
+    rank = setup.lora.r if setup.lora else 0
+    ways = [{"lora_r": r} for r in (16, 8) if r < rank]
     least = tokens_per_image(setup.config) + 100
     if "tokens_per_row" not in fixed:
         shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
         ways += [{"tokens_per_row": n} for n in shorter]
-        ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if setup.lora_r > 8]
+        ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if rank > 8]
     would = "a smaller model"
     for way in ways:
-        if estimate(replace(setup, **way)).peak_bytes <= limit:  # type: ignore[arg-type]
+        lora = replace(setup.lora, r=way.get("lora_r", rank)) if setup.lora else None
+        trial = replace(setup, lora=lora, tokens_per_row=way.get("tokens_per_row", setup.tokens_per_row))
+        if estimate(trial).peak_bytes <= limit:
             names = {"lora_r": "lora_r", "tokens_per_row": "max_length"}
             would = " with ".join(f"{names[name]} {value}" for name, value in way.items())
             break

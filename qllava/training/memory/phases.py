@@ -95,14 +95,14 @@ def phases_of(setup: Setup, step: Estimate, asking: Asking) -> dict[str, Phase]:
         passing = _held_out_loss(setup, asking.held_out_tokens)
         evaluation = Phase(held, passing, min(asking.during, MOST), asking.new_tokens)
     # A stage 1 is only a projector, which cannot be asked.
-    chat = Phase(model, 0, 1, CHAT_TOKENS) if setup.lora_r else Phase(0)
+    chat = Phase(model, 0, 1, CHAT_TOKENS) if setup.lora else Phase(0)
     return dict(zip(PHASES, (before, Phase(step.peak_bytes), evaluation, chat), strict=True))
 
 
 def _answers(setup: Setup, asked: int, new_tokens: int, free: int) -> int:
     """Bytes of as many of the answers at once as fit into `free`, of one at least."""
     length = tokens_per_image(setup.config) + TEXT_OF_A_QUESTION
-    held: dict[str, Any] = {"training": bool(setup.lora_r), "load_in_4bit": setup.load_in_4bit}
+    held: dict[str, Any] = {"training": bool(setup.lora), "load_in_4bit": setup.load_in_4bit}
     lengths, images = [length] * asked, [1] * asked
     fit = prompts_that_fit(setup.config, lengths, new_tokens, images, setup.weights_in, free, **held) if free > 0 else 0
     count = max(1, fit)

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaConfig
 
-from qllava.config import ModelConfig
+from qllava.models.lora import Lora
 from qllava.training.memory.fake import (
     Parts,
     Tracker,
@@ -71,7 +71,7 @@ class Setup:
     """What decides the memory of a step.
 
     config: the model's shapes.
-    lora_r: 0 for stage 1, in which the projector learns alone.
+    lora: None for stage 1, in which the projector learns alone.
     dtype: of the computation; what learns is fp32.
     held: of weights that are not quantized, and what 4-bit ones are unpacked to; None for `dtype`. On a CPU it is fp32,
         whatever is computed in.
@@ -86,12 +86,11 @@ class Setup:
     """
 
     config: LlavaConfig
-    lora_r: int
+    lora: Lora | None
     dtype: torch.dtype = torch.bfloat16
     held: torch.dtype | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     load_in_4bit: bool = True
-    lora_dropout: float = 0.0
     optim: str = OPTIMS[0]
     tokens_per_row: int = 2048
     recompute_layers: int | None = None
@@ -141,19 +140,18 @@ def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bo
         layer._gradient_checkpointing_func = again
 
 
-def setup_of(model: ModelConfig, train: TrainConfig, config: LlavaConfig, *, lora_r: int) -> Setup:
-    """What the settings of a run come to on a card, or where the user set `use_cpu` on a CPU; lora_r 0 for stage 1."""
+def setup_of(train: TrainConfig, config: LlavaConfig, lora: Lora | None, *, load_in_4bit: bool) -> Setup:
+    """What the settings of a run come to on a card, or where the user set `use_cpu` on a CPU; no LoRA in stage 1."""
     on_cpu = train.asks_cpu
     cpu_dtype = torch.bfloat16 if train.bf16 else torch.float32
     every = None if train.gradient_checkpointing else 0
     return Setup(
         config,
-        lora_r,
+        lora,
         dtype=cpu_dtype if on_cpu else torch.float16 if train.fp16 else torch.bfloat16,
         held=torch.float32 if on_cpu else None,
         device="cpu" if on_cpu else "cuda",
-        load_in_4bit=model.load_in_4bit,
-        lora_dropout=model.lora_dropout,
+        load_in_4bit=load_in_4bit,
         optim=train.optimizer,
         tokens_per_row=train.tokens_per_row or train.max_length or ROWS[0],
         recompute_layers=every if train.recompute_layers is None else train.recompute_layers,
@@ -238,8 +236,7 @@ def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tupl
             config,
             load_in_4bit=setup.load_in_4bit,
             dtype=setup.weights_in,
-            lora_r=setup.lora_r,
-            lora_dropout=setup.lora_dropout,
+            lora=setup.lora,
         ).train()
         prepare(model, setup, again)
         tracker = Tracker(config.text_config.vocab_size)

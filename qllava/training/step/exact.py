@@ -35,6 +35,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.utils import ModelOutput
 
 from qllava.data.packing import Group
+from qllava.models.lora import Lora
 from qllava.models.nf4 import unpacked
 from qllava.models.stream import features_at
 from qllava.training.step.attention import Kernel, Sight, row_attention
@@ -242,7 +243,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def lora_first(model: nn.Module) -> None:
-    """Let every LoRA of a model be computed before its base layer, while it trains; or in it, where that is less."""
+    """Let every LoRA of a model be computed before its base layer, while it trains; or in it, where that is less.
+
+    A kind of LoRA that needs more than the layer's input stays as peft computes it. Raises InputError for a kind that
+    is not known.
+    """
+    lora = Lora.of_model(model)
+    if lora is None or not lora.goes_first:
+        return
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             module.forward = partial(_lora_first, module, module.forward)

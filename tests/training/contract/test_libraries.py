@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, Trai
 from trl import SFTConfig, SFTTrainer
 
 from qllava.data.collate import Collator
-from qllava.models.adapter import LORA_TARGETS
+from qllava.models.lora import LORA_TARGETS
 from tests.tiny_models import make_tiny_llava, make_tiny_model, make_tiny_processor
 
 COLUMNS = {

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from benchmarks import shapes
-from qllava.config import InputError, ModelConfig
+from qllava.config import InputError
 from qllava.models import ledger
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training import memory
 from qllava.training.memory import GB, DoesNotFit, Setup, estimate, fit, parse_bytes
@@ -43,11 +44,16 @@ def small(*, vocabulary: int = 4000, layers: int = 4, side: int = 112) -> LlavaC
     return config  # type: ignore[no-any-return]
 
 
+def of_rank(r: int) -> Lora | None:
+    """Plain LoRA, or none."""
+    return Lora(r, r) if r else None
+
+
 def on_cpu(config: LlavaConfig, lora_r: int = 8, **changes: Any) -> Setup:
-    return replace(Setup(config, lora_r, torch.float32, device="cpu"), **changes)
+    return replace(Setup(config, of_rank(lora_r), torch.float32, device="cpu"), **changes)
 
 
-def real_llava(config: LlavaConfig, lora_r: int) -> Any:
+def real_llava(config: LlavaConfig, lora: Lora | None) -> Any:
     """The same model as `fake_llava`'s, of real tensors, quantized by bitsandbytes itself."""
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(copy.deepcopy(config))
@@ -61,9 +67,7 @@ def real_llava(config: LlavaConfig, lora_r: int) -> Any:
     model.is_loaded_in_4bit = True
     model.requires_grad_(False)
     assembled = Assembled(model, None, Recipe("", None, None, "mlp2x_gelu", -2, "pad", "", True))  # type: ignore[arg-type]
-    adapted: Any = (
-        add_lora(assembled, r=lora_r, alpha=lora_r, dropout=0.0) if lora_r else train_projector_only(assembled)
-    )
+    adapted: Any = add_lora(assembled, lora) if lora else train_projector_only(assembled)
     return adapted.train()
 
 
@@ -89,7 +93,7 @@ def peak_of_a_real_step(setup: Setup) -> int:
     """Bytes that torch's CPU allocator had given out at most in an optimizer's second step, of two rows."""
     given = row_of(setup)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = real_llava(setup.config, setup.lora_r)
+        model = real_llava(setup.config, setup.lora)
         memory.prepare(model, setup, setup.layers[1])
         if setup.processes > 1:
             model = DistributedDataParallel(model)
@@ -165,7 +169,7 @@ class TestAgainstTheTruth:
         found = estimate(on_cpu(config))
         assert tuple(found.parts) == memory.PARTS
         assert sum(found.parts.values()) == found.peak_bytes
-        lora = sum(p.numel() for name, p in real_llava(config, 8).named_parameters() if "lora_" in name)
+        lora = sum(p.numel() for name, p in real_llava(config, of_rank(8)).named_parameters() if "lora_" in name)
         assert found.parts["LoRA"] == 2 * 4 * lora  # fp32, and gradients
         projector = 256 * 256 * 2 + 2 * 256
         assert found.parts["projector"] == 3 * 4 * projector  # peft keeps the one that training began with
@@ -175,7 +179,7 @@ class TestAgainstTheTruth:
 class TestExtrapolation:
     """A few layers tell what all of them take."""
 
-    @pytest.mark.parametrize("changes", [{}, {"prune_last_layer": False, "lora_first": False}, {"lora_r": 0}])
+    @pytest.mark.parametrize("changes", [{}, {"prune_last_layer": False, "lora_first": False}, {"lora": None}])
     @pytest.mark.parametrize("recomputed", [0, 1, 5, None])
     def test_equals_the_whole_step(self, recomputed: int | None, changes: dict[str, Any]) -> None:
         # On the CPU, where no allowance for a card hides a difference; a vocabulary that makes the layers the peak.
@@ -187,7 +191,7 @@ class TestExtrapolation:
 
     @pytest.mark.slow
     def test_at_7b(self) -> None:
-        setup = Setup(shapes.llava_7b(), 16)
+        setup = Setup(shapes.llava_7b(), of_rank(16))
         assert estimate(setup).peak_bytes == pytest.approx(estimate(setup, whole=True).peak_bytes, rel=0.01)
 
 
@@ -196,7 +200,7 @@ class TestRealSizes:
 
     @pytest.mark.parametrize(("config", "card"), [(shapes.llava_7b, 8), (shapes.llava_13b, 12)], ids=["7B", "13B"])
     def test_r16_fits(self, config: Any, card: int) -> None:
-        found = estimate(Setup(config(), 16))
+        found = estimate(Setup(config(), of_rank(16)))
         # Half a byte a weight, and what is not quantized in 16 bit: a formula that is right within a few percent.
         text = config().text_config
         packed = text.num_hidden_layers * (4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size)
@@ -209,7 +213,7 @@ class TestRealSizes:
 class TestFit:
     """The limit holds, what is free is used, and what is set stays."""
 
-    setup = Setup(small(layers=8, side=336), 8)  # 576 image tokens
+    setup = Setup(small(layers=8, side=336), of_rank(8))  # 576 image tokens
 
     def test_a_tighter_limit_recomputes_more_or_reads_less_at_once(self) -> None:
         seen = []
@@ -235,14 +239,14 @@ class TestFit:
         assert (plan.tokens_per_row, plan.recompute_layers, plan.optim) == (800, 3, "adamw_bnb_8bit")
 
     def test_the_optimizer_gives_way_last(self) -> None:
-        big = replace(self.setup, lora_r=512)
+        big = replace(self.setup, lora=of_rank(512))
         least = estimate(replace(big, tokens_per_row=700)).peak_bytes
         assert fit(big, least, least_tokens=700, most_tokens=700).optim == "adamw_torch_fused"
         assert fit(big, least - (20 << 20), least_tokens=700, most_tokens=700).optim == "paged_adamw_8bit"
 
     def test_a_refusal_says_by_how_much_and_what_would_do(self) -> None:
-        big = replace(self.setup, lora_r=256, recompute_layers=0)
-        enough_for_16 = estimate(replace(big, lora_r=16, tokens_per_row=2000, recompute_layers=None)).peak_bytes
+        big = replace(self.setup, lora=of_rank(256), recompute_layers=0)
+        enough_for_16 = estimate(replace(big, lora=of_rank(16), tokens_per_row=2000, recompute_layers=None)).peak_bytes
         with pytest.raises(DoesNotFit) as refused:
             fit(big, enough_for_16, least_tokens=2000, most_tokens=2000)
         plan = refused.value.plan
@@ -265,15 +269,15 @@ class TestFit:
 def test_settings_become_a_setup() -> None:
     config = small()
     train = TrainConfig(output_dir="x", tokens_per_row=900, recompute_layers=2, share_image_prefix=False, use_cpu=True)
-    setup = memory.setup_of(ModelConfig(load_in_4bit=False, lora_dropout=0.1), train, config, lora_r=4)
+    lora = Lora(4, 8, 0.1)
+    setup = memory.setup_of(train, config, lora, load_in_4bit=False)
     assert setup == Setup(
         config,
-        4,
+        lora,
         torch.float32,
         torch.float32,
         "cpu",
         False,
-        0.1,
         tokens_per_row=900,
         recompute_layers=2,
         samples_per_picture=1,
@@ -344,9 +348,9 @@ def test_optimizers_are_counted_as_torch_makes_them(optim: str, tmp_path: Path) 
 @pytest.mark.parametrize("lora_r", [8, 0])
 def test_a_fake_model_is_the_real_one_without_bytes(lora_r: int) -> None:
     config = shapes.tiny()
-    real = real_llava(config, lora_r)
+    real = real_llava(config, of_rank(lora_r))
     with FakeTensorMode():
-        fake = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora_r=lora_r)
+        fake = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=of_rank(lora_r))
     own = dict(fake.named_parameters())
     for name, parameter in real.named_parameters():
         assert isinstance(own[name], FakeTensor)
@@ -382,7 +386,7 @@ def test_an_example_row_is_as_long_as_asked(tokens: int, learned: float, samples
 def test_recomputation_changes_no_gradient(layers: int | None, pruned: bool) -> None:
     config = shapes.tiny()
     setup = on_cpu(config, tokens_per_row=60, prune_last_layer=pruned)
-    model = real_llava(config, 8)
+    model = real_llava(config, of_rank(8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)

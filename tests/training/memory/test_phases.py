@@ -17,6 +17,7 @@ from qllava.config import NANO_WEIGHTS
 from qllava.inference.generate import continue_prompts
 from qllava.models.assemble import load_language_model
 from qllava.models.checkpoint import tokens_per_image
+from qllava.models.lora import Lora
 from qllava.training import memory
 from qllava.training.memory import GB, Asking, Setup, estimate, phases, phases_of
 from qllava.training.memory.fake import llava_of
@@ -50,7 +51,7 @@ def trained(setup: Setup, *, steps: int = 0) -> Callable[[], Any]:
     """A model as a run holds it after so many steps, without gradients."""
 
     def begin() -> Any:
-        model = real_llava(setup.config, setup.lora_r)
+        model = real_llava(setup.config, setup.lora)
         memory.prepare(model, setup, setup.layers[1])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for _ in range(steps):
@@ -135,7 +136,7 @@ class TestAgainstTheTruth:
 class TestChoice:
     """What answers may take, and what does not fit."""
 
-    setup = Setup(small(side=336), 8)
+    setup = Setup(small(side=336), Lora(8, 8))
 
     def test_answers_shrink_to_what_fits(self) -> None:
         phase = phases.Phase(GB, 0, 32, 48)
@@ -178,16 +179,16 @@ class TestChoice:
 
     def test_what_a_run_asks(self) -> None:
         train = TrainConfig(output_dir="x", per_device_eval_batch_size=2, max_length=700, use_cpu=True)
-        assert asking_of(train, lora_r=8, held_out=False) == Asking()
+        assert asking_of(train, Lora(8, 8), held_out=False) == Asking()
         # Without evaluations during the run, the end has them all the same.
-        assert asking_of(train, lora_r=8, held_out=True) == Asking(12, train.eval_questions_final, 48, 1400)
-        assert asking_of(train, lora_r=0, held_out=True) == Asking(held_out_tokens=1400)
+        assert asking_of(train, Lora(8, 8), held_out=True) == Asking(12, train.eval_questions_final, 48, 1400)
+        assert asking_of(train, None, held_out=True) == Asking(held_out_tokens=1400)
         train.eval_questions_final = 0
-        assert asking_of(train, lora_r=8, held_out=True).during == 12, "those that the report shows"
+        assert asking_of(train, Lora(8, 8), held_out=True).during == 12, "those that the report shows"
         train.eval_strategy = "steps"  # type: ignore[assignment]
-        assert asking_of(train, lora_r=8, held_out=True) == Asking(12, train.eval_questions, 48, 1400)
+        assert asking_of(train, Lora(8, 8), held_out=True) == Asking(12, train.eval_questions, 48, 1400)
         train.eval_questions = 0
-        assert asking_of(train, lora_r=8, held_out=True) == Asking(held_out_tokens=1400)
+        assert asking_of(train, Lora(8, 8), held_out=True) == Asking(held_out_tokens=1400)
 
     def test_which_plans_count_held_out_rows(self) -> None:
         def expected(*line: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -17,8 +18,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from qllava.config import InputError
 from qllava.models.adapter import add_lora
 from qllava.models.assemble import assemble
+from qllava.models.lora import Lora
 from qllava.training.step import exact
 from qllava.training.step.exact import lora_first, prune_last_layer, stop_tower, teach_rows
 from tests.tiny_runs import Tiny
@@ -75,7 +78,7 @@ class TestLoraFirst:
         """Output and gradients of a layer that is recomputed, and how often its last base product was computed."""
         assembled = assemble(tiny.recipe(load_in_4bit=four_bit))
         torch.manual_seed(0)
-        model = add_lora(assembled, r=rank, alpha=2 * rank, dropout=dropout).train()
+        model = add_lora(assembled, Lora(rank, 2 * rank, dropout)).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -111,9 +114,20 @@ class TestLoraFirst:
         assert self.passes(tiny, False, True)[2] == 2
         assert self.passes(tiny, True, True)[2] == 1
 
+    @pytest.mark.parametrize(
+        ("changes", "said"), [({"use_dora": True}, "use_dora True"), ({"bias": "all"}, "bias 'all'")]
+    )
+    def test_another_function_than_loras_is_not_computed_as_lora(self, changes: dict[str, Any], said: str) -> None:
+        """DoRA scales the sum of base and delta: computed before its base, it would silently train as plain LoRA."""
+        config = LoraConfig(r=2, target_modules=["0"], **changes)
+        adapted: Any = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config).train()
+        with pytest.raises(InputError, match=f"has {next(iter(changes))} .* in its adapter_config.json"):
+            lora_first(adapted)
+        assert "forward" not in vars(adapted.base_model.model[0]), "peft's own forward pass"
+
     def test_an_adapter_that_is_switched_off_stays_so(self, tiny: Tiny) -> None:
         assembled = assemble(tiny.recipe())
-        model = add_lora(assembled, r=4, alpha=8, dropout=0.0).train()
+        model = add_lora(assembled, Lora(4, 8)).train()
         layer: Any = assembled.model.model.language_model.layers[0].mlp.up_proj
         torch.nn.init.normal_(layer.lora_B["default"].weight)
         lora_first(model)

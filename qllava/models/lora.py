@@ -1,0 +1,160 @@
+"""LoRA as a value: what is trained of the language model, and everything that others must know of it.
+
+It comes from a run's settings or from an adapter's `adapter_config.json`. Whatever depends on the kind of LoRA is
+answered here: peft's config of it, what it adds to a weight, how many parameters it has, and whether the training step
+may compute it before its base layer. An adapter of a kind that is not known here is refused, because everything else
+would take it for plain LoRA. Torch and peft are imported where they are needed: settings are read without them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qllava.config import InputError, ModelConfig
+from qllava.models.errors import one_line
+from qllava.models.record import ADAPTER_CONFIG_FILE
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+
+Variant = Literal["lora", "rslora"]
+"""`rslora` divides by the root of the rank. Runs of qllava train `lora`; of the other, finished adapters are merged."""
+
+# Full paths: a tower has a q_proj too, and a bare name would put LoRA there.
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+PROJECTOR = "multi_modal_projector"
+
+# Keys of adapter_config.json that say where an adapter belongs, how it was begun or how it is loaded, and do not change
+# what it computes; `megatron_core` and `qalora_group_size` have a value even where they are not used.
+_ASIDE = frozenset(
+    ("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern")
+    + ("layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config")
+    + ("target_modules", "task_type")
+)
+# Keys that are understood, and the values that may be there; None: any.
+_READ: dict[str, Collection[Any] | None] = {
+    "peft_type": ("LORA",),
+    "r": None,
+    "lora_alpha": None,
+    "lora_dropout": None,
+    "use_rslora": (True, False),
+    "bias": ("none",),
+    # Others change the base's weights when the adapter is begun.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+    "modules_to_save": (None, [], [PROJECTOR]),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What LoRA adds to the linear layers of a language model."""
+
+    r: int
+    """Rank."""
+    alpha: float
+    """What is added is multiplied by alpha / r, or by alpha / sqrt(r) in `rslora`."""
+    dropout: float = 0.0
+    """Share of the inputs of A that is dropped in training."""
+    variant: Variant = "lora"
+    """Which function of its two matrices is added."""
+    targets: str = LORA_TARGETS
+    """A regular expression for the full paths of the layers that have it."""
+
+    @classmethod
+    def of_settings(cls, model: ModelConfig) -> Lora:
+        """Return the LoRA that a run's settings describe."""
+        return cls(model.lora_r, model.lora_alpha, model.lora_dropout)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Lora:
+        """Read the adapter of a run or checkpoint.
+
+        Raises:
+            InputError: The folder does not say, or its adapter is of a kind that is not known here.
+        """
+        where = f"The adapter in {folder}"
+        try:
+            values = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+            return cls.of_values(values, where)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{where} cannot be loaded ({ADAPTER_CONFIG_FILE}: {one_line(error)}).") from error
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], where: str = "The adapter") -> Lora:
+        """Read the values of a `peft.LoraConfig`; `where` begins the sentence of an error.
+
+        Raises:
+            InputError: A value makes it another function than those of `Variant`.
+        """
+        for name, value in values.items():
+            allowed = _READ.get(name, (None,))
+            off = name not in _READ and (name in _ASIDE or not value)
+            if not off and allowed is not None and value not in allowed:
+                raise InputError(
+                    f"{where} has {name} {value!r} in its {ADAPTER_CONFIG_FILE}, which qllava would compute as plain "
+                    "LoRA beside the projector; merge it with peft and give the merged model."
+                )
+        variant: Variant = "rslora" if values.get("use_rslora") else "lora"
+        r, alpha = int(values["r"]), values["lora_alpha"]
+        if r < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"r {values['r']!r} and lora_alpha {alpha!r} must be numbers, r at least 1")
+        return cls(r, alpha, float(values.get("lora_dropout", 0.0)), variant)
+
+    @classmethod
+    def of_model(cls, model: Any) -> Lora | None:
+        """Read the adapter that was put onto a model, or onto the model inside a PeftModel; None where there is none.
+
+        Raises InputError as `of_values` does.
+        """
+        config = getattr(model, "peft_config", {}).get("default")
+        if config is None:
+            return None
+        return cls.of_values(config.to_dict(), "The adapter of this model")
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.variant == "rslora" else self.r)
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether what it adds to a layer's output depends on the layer's input alone.
+
+        Only then may it be computed before the layer, or be added to the layer's weight beforehand.
+        """
+        return self.variant in ("lora", "rslora")
+
+    def peft_config(self, targets: str | list[str] | None = None, *, projector: bool = True) -> LoraConfig:
+        """Return peft's config of it.
+
+        Args:
+            targets: Layers in place of its own.
+            projector: Whether the projector is trained whole beside it.
+        """
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            use_rslora=self.variant == "rslora",
+            target_modules=self.targets if targets is None else targets,
+            modules_to_save=[PROJECTOR] if projector else None,
+            bias="none",
+        )
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return what is added to a weight, (out, in) in fp32, of A (r, in) and B (out, r)."""
+        return self.scaling * (b.float() @ a.float())
+
+    def parameters(self, model: Any) -> int:
+        """Return how many parameters it has on a model that does not have it yet."""
+        layers = [module for name, module in model.named_modules() if re.fullmatch(self.targets, name)]
+        return sum(self.r * (int(layer.in_features) + int(layer.out_features)) for layer in layers)

@@ -46,7 +46,8 @@ finetune: env
 	else $(BIN)/python recipes/finetune_lora.py $(ARGS); fi
 
 # One test process for each core, of one thread: torch's threads would wait for each other in turn.
-SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile
+# Files in the order of their names: by number of tests, those of few long tests would come last, to one process.
+SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(SIDE_BY_SIDE) -m "not slow and not gpu and not interop" $(ARGS)

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.covered_by import COVERED_BY, modules
+from tests.covered_by import problems as covering_problems
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
@@ -303,6 +306,13 @@ def test_every_test_file_says_what_it_tests() -> None:
         name(p) for p in TESTS if p.read_text(encoding="utf-8").strip() and "module" in undocumented(p.read_text())
     ]
     assert not silent
+
+
+def test_every_module_is_tested_somewhere() -> None:
+    """By a test file of its own name, or by the one that tests/covered_by.py names."""
+    assert len(modules()) > 150
+    problems = covering_problems(COVERED_BY)
+    assert not problems, "\n".join(problems)
 
 
 def test_nothing_is_too_long() -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ SHORT: dict[str, Any] = {"tokens_per_row": 90}
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A launcher, on a port that it finds itself."""
+    """A launcher, on a port that it finds itself; what it launches are new processes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return commands.run("-m", *command, env=environment)
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -1,11 +1,16 @@
-"""What `qllava plan` says of each phase, beside what a real process takes on the CPU.
+"""What `qllava plan` says of each phase, compared with what a real process takes on the CPU.
 
     python benchmarks/plan_memory.py --out benchmarks/results/plan_memory.json
 
-A whole `finetune` over random weights, with held-out questions, and a chat with its result run in a process of their
-own, which samples its anonymous memory and keeps the peak of each phase. The same with a model of no size tells what
-Python, its libraries and the data take: the difference of the two runs is what the plan has to say. Freed heap is
-given back where a phase begins, so that no phase counts what another one has left behind.
+A whole `finetune` over random weights, with held-out questions, and a chat with its result run in a process each. Two
+figures are sampled in them, and the peak of each phase is kept:
+
+- in use: what the C library has given out (`mallinfo2`): torch's tensors, and whatever other libraries allocate.
+- taken: anonymous memory as the system counts it, which includes freed blocks that the C library keeps.
+
+The same with a model of no size shows what Python, its libraries and the data take: the difference of the two runs is
+what the plan has to say. Freed memory is given back where a phase begins, so that no phase counts what another one has
+left behind; inside a phase it is kept, as in a run.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,7 @@ from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.config import NANO_WEIGHTS
 from qllava.models.adapter import save_projector
+from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.surroundings import prepare_process
@@ -45,18 +52,55 @@ from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
 
 IMAGES = 4
+ROWS = 2
+"""Samples of a step, a pack each."""
+FRAME = 40
+"""Tokens at most of what the template writes around a question and its answer."""
 WORDS = "The small red circle is left of the large blue square. "
 BOUND = 0.1
+RETURNED = 1 << 16
+"""Bytes of a block that is given back as soon as it is freed, where that is asked for."""
 STATUS = Path("/proc/self/status")
+QUESTION = 4
+"""Sentences of a question."""
 NEW_TOKENS = 16
 """Of every answer, in place of the run's and the chat's own: random weights never end one."""
 
 
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`, in bytes."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")
+        + ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def _in_use() -> int:
+    """Bytes that the C library has given out: from its heaps, and as mappings of their own."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Heap
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
+
+
+def _taken() -> int:
+    """Bytes of anonymous memory of this process that are in RAM."""
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+FIGURES = {"in_use": _in_use, "taken": _taken}
+Peaks = dict[str, dict[str, int]]
+"""Bytes by figure and by phase."""
+
+
 class Watch:
-    """Samples the anonymous memory of this process, and keeps the peak of each phase."""
+    """Samples the memory of this process, and keeps the peak of each phase."""
 
     def __init__(self) -> None:
-        self.phase, self.peaks = "", dict.fromkeys(("", *PHASES), 0)
+        self.phase, self.peaks = "", {figure: dict.fromkeys(("", *PHASES), 0) for figure in FIGURES}
         self._ended = threading.Event()
         threading.Thread(target=self._sample, daemon=True).start()
 
@@ -76,39 +120,57 @@ class Watch:
         finally:
             self.enter(before if after is None else after)
 
-    def end(self) -> dict[str, int]:
-        """Bytes by phase."""
+    def end(self) -> Peaks:
+        """Stop, and return the peaks."""
         self._ended.set()
-        return {name: self.peaks[name] for name in PHASES}
+        return self.peaks
 
     def _sample(self) -> None:
         while not self._ended.is_set():
-            lines = STATUS.read_text(encoding="ascii").splitlines()
-            taken = next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-            self.peaks[self.phase] = max(self.peaks[self.phase], taken)
+            for figure, count in FIGURES.items():
+                self.peaks[figure][self.phase] = max(self.peaks[figure][self.phase], count())
             time.sleep(0.002)
 
 
-def make_parts(folder: Path, shape: str) -> None:
-    """Write a language model in bf16, a tower, and rows about images."""
-    config: Any = getattr(shapes, shape)()
+def shape_of(name: str) -> Any:
+    """A config of `shapes`, with a vocabulary that nano's tokenizer fits into."""
+    config: Any = getattr(shapes, name)()
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(_tokenizer()) + 1)
+    return config
+
+
+@cache
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(NANO_WEIGHTS / "llama")
+
+
+def answer_that_fills(config: Any, tokens: int) -> str:
+    """The answer with which a question about an image takes a pack of so many tokens, to within a sentence."""
+    text = tokens - tokens_per_image(config) - FRAME
+    return WORDS * (text // len(_tokenizer()(WORDS)["input_ids"]) - QUESTION)
+
+
+def make_parts(folder: Path, shape: str, tokens: int) -> None:
+    """Write a language model in bf16, a tower, and samples about images that fill a pack of so many tokens each."""
+    config = shape_of(shape)
     torch.manual_seed(0)
     LlamaForCausalLM(config.text_config).to(torch.bfloat16).save_pretrained(folder / "llama")  # type: ignore[arg-type]
-    AutoTokenizer.from_pretrained(NANO_WEIGHTS / "llama").save_pretrained(folder / "llama")
+    _tokenizer().save_pretrained(folder / "llama")
     CLIPVisionModel(config.vision_config).save_pretrained(folder / "tower")
     side = config.vision_config.image_size
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
         folder / "tower"
     )
     rng, rows = np.random.default_rng(0), []
+    answer = answer_that_fills(config, tokens)
     for number in range(IMAGES):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        question = {"from": "human", "value": f"<image>\n{WORDS * 4}"}
+        question = {"from": "human", "value": f"<image>\n{WORDS * QUESTION}"}
         rows.append(
             {
                 "id": str(number),
                 "image": f"{number}.png",
-                "conversations": [question, {"from": "gpt", "value": WORDS * 12}],
+                "conversations": [question, {"from": "gpt", "value": answer}],
             }
         )
     for name in ("train.json", "held_out.json"):
@@ -126,7 +188,7 @@ def settings_of(folder: Path, tokens: int) -> Settings:
         "template": "chatml",
         "lora_r": 8,
         "lora_alpha": 16,
-        "per_device_train_batch_size": IMAGES,
+        "per_device_train_batch_size": ROWS,
         "per_device_eval_batch_size": 1,
         "tokens_per_row": tokens,
         "max_length": tokens,
@@ -142,15 +204,12 @@ def settings_of(folder: Path, tokens: int) -> Settings:
     return parse(line, output_dir=str(folder / "run"), nano={})
 
 
-def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> dict[str, int]:
-    """Peak anonymous memory of each phase of a run and of a chat with it, in this process.
-
-    Without `keep` the system's allocator is left as it is, and gives freed memory back earlier.
-    """
+def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> Peaks:
+    """Peaks of a run, in this process. Without `keep` freed memory is not kept, as a run does on a CPU."""
     if not keep:
         run.keep_freed_memory = lambda: False
     scores.MAX_ANSWER_TOKENS = NEW_TOKENS
-    make_parts(folder, shape)
+    make_parts(folder, shape, tokens)
     settings = settings_of(folder, tokens)
     settings.model.projector = None
     assembled = run._assemble(settings)
@@ -164,20 +223,23 @@ def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> dict
     run.train_stage = partial(watch.inside, "step", train, after="")  # type: ignore[assignment]
     LlavaTrainer.evaluate = lambda own, *a, **k: watch.inside("evaluation", evaluate, own, *a, **k)  # type: ignore[method-assign]
     watch.inside("before", run.finetune, settings)
-    watch.inside("chat", ask, folder)
     return watch.end()
 
 
-def ask(folder: Path) -> None:
-    """One question to the finished run."""
-    qllava.load(str(folder / "run")).answer(folder / "0.png", WORDS * 4, max_new_tokens=NEW_TOKENS)
+def measure_chat(folder: Path) -> Peaks:
+    """Peaks of loading a finished run and asking it one question, in this process."""
+    watch = Watch()
+    watch.enter("chat")
+    qllava.load(str(folder / "run")).answer(folder / "0.png", WORDS * QUESTION, max_new_tokens=NEW_TOKENS)
+    return watch.end()
 
 
 def planned(folder: Path, tokens: int) -> dict[str, int]:
-    """What the plan says of the same run, all its questions answered at once."""
+    """What the plan says of the same run: all its questions answered at once, every sample with an image of its own."""
     settings = settings_of(folder, tokens)
     config, lora = shapes_of(settings.model).config, Lora.of_settings(settings.model)
     setup = memory.setup_of(settings.train, config, lora, load_in_4bit=settings.model.load_in_4bit)
+    setup = replace(setup, samples_per_picture=1)
     asking = scores.asking_of(settings.train, setup.lora, held_out=True)
     asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
     found = memory.phases_of(setup, memory.estimate(setup), asking)
@@ -185,51 +247,70 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
     return {name: phase.peak(setup, 64 << 30) for name, phase in found.items()}
 
 
-def compared(shape: str, tokens: int, flags: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A line for each phase: planned, measured beyond a model of no size, and their ratio."""
-    found: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+def compared(shape: str, tokens: int, *, give_back: bool = False) -> list[dict[str, Any]]:
+    """A line for each phase: planned, in use and taken beyond a model of no size, and what the plan is of both."""
+    found: dict[str, tuple[dict[str, int], Peaks]] = {}
     for name in ("tiny", shape):
         with tempfile.TemporaryDirectory() as text:
-            line = [sys.executable, "-m", "benchmarks.plan_memory", "--measure", text, "--shape", name]
-            done = subprocess.run([*line, "--tokens", str(tokens), *flags], capture_output=True, text=True, check=True)
-            found[name] = (planned(Path(text), tokens), json.loads(done.stdout.splitlines()[-1]))
-    (none, base), (said, taken) = found["tiny"], found[shape]
-    return [
-        {
-            "phase": phase,
-            "planned_mb": (said[phase] - none[phase]) / 2**20,
-            "measured_mb": (taken[phase] - base[phase]) / 2**20,
-            "ratio": (said[phase] - none[phase]) / (taken[phase] - base[phase]),
-            "of_no_size_mb": base[phase] / 2**20,
-        }
-        for phase in PHASES
-    ]
+            line = [sys.executable, "-m", "benchmarks.plan_memory", "--shape", name, "--tokens", str(tokens)]
+            peaks = _measured([*line, "--measure", text], give_back)
+            chat = _measured([*line, "--measure-chat", text], give_back)
+            found[name] = (planned(Path(text), tokens), {f: {**peaks[f], "chat": chat[f]["chat"]} for f in FIGURES})
+    (none, base), (said, peaks) = found["tiny"], found[shape]
+    lines = []
+    for phase in PHASES:
+        beyond = {figure: peaks[figure][phase] - base[figure][phase] for figure in FIGURES}
+        plan = said[phase] - none[phase]
+        lines.append(
+            {
+                "phase": phase,
+                "planned_mb": plan / 2**20,
+                **{f"{figure}_mb": size / 2**20 for figure, size in beyond.items()},
+                **{f"ratio_{figure}": plan / size for figure, size in beyond.items()},
+                **{f"of_no_size_{figure}_mb": base[figure][phase] / 2**20 for figure in FIGURES},
+            }
+        )
+    return lines
+
+
+def _measured(line: Sequence[str], give_back: bool) -> Peaks:
+    """What a process prints that measures; with `give_back` it returns every larger block as soon as it is freed."""
+    given = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED)} if give_back else {}
+    more = ["--give-back"] if give_back else []
+    done = subprocess.run([*line, *more], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **given})
+    found: Peaks = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 when a phase is further than a tenth from its plan."""
-    parser = argparse.ArgumentParser(description="Planned memory of each phase beside what a process takes.")
+    parser = argparse.ArgumentParser(description="Planned memory of each phase, compared with what a process takes.")
     parser.add_argument("--shape", default="cpu_bench", help="a function of shapes.py")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.json"))
-    parser.add_argument("--give-back", action="store_true", help="do not keep freed memory, as a run does")
-    parser.add_argument("--measure", type=Path, help="a folder: measure here, and print bytes by phase")
+    parser.add_argument("--give-back", action="store_true", help="return freed memory at once; slower")
+    parser.add_argument("--measure", type=Path, help="a folder: train there in this process, and print bytes by phase")
+    parser.add_argument("--measure-chat", type=Path, help="a folder that was measured: chat with its run")
     given = parser.parse_args(arguments)
     if given.measure:
         print(json.dumps(measure(given.measure, given.shape, given.tokens, keep=not given.give_back)))
         return 0
-    lines = compared(given.shape, given.tokens, ["--give-back"] if given.give_back else [])
+    if given.measure_chat:
+        print(json.dumps(measure_chat(given.measure_chat)))
+        return 0
+    lines = compared(given.shape, given.tokens, give_back=given.give_back)
     print(format_table(lines))
     result = {
         **provenance("cpu"),
         "shape": given.shape,
         "tokens": given.tokens,
-        "kept": not given.give_back,
+        "given_back": given.give_back,
         "phases": lines,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 1 if any(abs(line["ratio"] - 1) > BOUND for line in lines) else 0
+    ratios = [line[f"ratio_{figure}"] for line in lines for figure in FIGURES]
+    return 1 if any(abs(ratio - 1) > BOUND for ratio in ratios) else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks import (
     gpu,
     machine,
     merge_memory,
+    plan_memory,
     rules_vs_naive,
     serving_loss,
     shapes,
@@ -31,6 +32,7 @@ from benchmarks.turns import Failed, Worker
 from qllava.data.formats import read_examples
 from qllava.data.packing import lay_out
 from qllava.inference import load
+from qllava.models.checkpoint import tokens_per_image
 from tests.tiny_models import make_picture, make_tiny_llava
 from tests.tiny_runs import Tiny
 
@@ -338,3 +340,46 @@ def test_points_are_differences_of_means() -> None:
     out = rules_vs_naive.summary(0.95, runs)
     assert out["points_below_main"] == pytest.approx(10) and out["points_above_naive"] == pytest.approx(65)
     assert "points_above_naive" not in rules_vs_naive.summary(0.95, runs | {"naive": []})
+
+
+# Planned memory
+
+
+@pytest.mark.parametrize("shape", ["tiny", "cpu_bench"])
+def test_a_sample_fills_a_pack_of_the_size_that_is_planned(shape: str) -> None:
+    """With shorter samples the plan counts a larger step than is measured, and what is missing in it stays unseen."""
+    config, tokens = plan_memory.shape_of(shape), 1024
+    tokenizer = plan_memory._tokenizer()
+    assert len(tokenizer) < config.text_config.vocab_size, "a run refuses a tokenizer that the model does not hold"
+    text = plan_memory.WORDS * plan_memory.QUESTION + plan_memory.answer_that_fills(config, tokens)
+    length = tokens_per_image(config) + len(tokenizer(text)["input_ids"]) + plan_memory.FRAME
+    sentence = len(tokenizer(plan_memory.WORDS)["input_ids"])
+    assert tokens - 2 * sentence < length <= tokens
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's figures")
+def test_what_is_in_use_is_what_was_given_out() -> None:
+    """A small block of the heap, and a large one that is a mapping of its own; gone when they are freed."""
+    before = plan_memory._in_use()
+    held = [torch.empty(1 << 16, dtype=torch.uint8), torch.empty(64 << 20, dtype=torch.uint8)]
+    size = sum(block.nbytes for block in held)
+    assert plan_memory._in_use() - before == pytest.approx(size, rel=0.01)
+    del held
+    assert abs(plan_memory._in_use() - before) < 1 << 16
+
+
+def test_a_phase_is_compared_beyond_a_model_of_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = iter([dict.fromkeys(plan_memory.PHASES, 10 << 20), dict.fromkeys(plan_memory.PHASES, 110 << 20)])
+    peaks = iter([40, 40, 140, 165])  # a run and a chat without size, a run and a chat with it
+
+    def measured(line: list[str], give_back: bool) -> plan_memory.Peaks:
+        size = next(peaks) << 20
+        phases = dict.fromkeys(plan_memory.PHASES, size)
+        return {"in_use": phases, "taken": dict.fromkeys(phases, 2 * size)}
+
+    monkeypatch.setattr(plan_memory, "planned", lambda *_: next(plans))
+    monkeypatch.setattr(plan_memory, "_measured", measured)
+    lines = {line["phase"]: line for line in plan_memory.compared("cpu_bench", 1024)}
+    assert all(line["planned_mb"] == 100 for line in lines.values())
+    assert lines["step"]["ratio_in_use"] == 1 and lines["step"]["ratio_taken"] == 0.5
+    assert lines["chat"]["in_use_mb"] == 125 and lines["chat"]["ratio_in_use"] == 0.8

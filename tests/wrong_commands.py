@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "gradio", "PIL")
+HEAVY = (
+    *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "gradio", "PIL"),
+    *("scipy", "httpx", "tenacity", "markupsafe"),
+)
 
 FINETUNE, PRETRAIN, QLLAVA, DEMO = "finetune", "pretrain", "qllava", "demo"
 ABLATE, SCIENCEQA, BUILD_NANO = "ablate", "scienceqa", "build_nano"

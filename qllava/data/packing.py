@@ -22,6 +22,9 @@ token before it is repeated in each branch, and if it is an image token, its fea
     shift_labels  -           |  a  cat \\n  -   |  two cats \\n -
 
 S tokens of a row, N samples.
+
+Packing is ours: TRL refuses to pack samples with images, cuts samples that are longer than a pack, and repeats what
+samples share. Shared prefixes are ours too: in training neither TRL nor transformers computes them once.
 """
 
 from __future__ import annotations

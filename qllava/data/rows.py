@@ -9,6 +9,9 @@ What a file is is recognized by what it holds, not by its name:
     a folder                     of such files: a saved Hugging Face dataset, or the shards of a WebDataset
 
 Nothing is said here about what a row must hold: that is `formats`.
+
+The reader of JSON lists is ours: `ijson` streams a list too, but neither it nor the reader of `datasets` says in which
+line a row begins, and every message about a row names its line.
 """
 
 from __future__ import annotations

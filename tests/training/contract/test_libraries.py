@@ -176,6 +176,10 @@ class TestTrl:
         batch = next(iter(make(model, tmp_path, pad_to_multiple_of=64).get_train_dataloader()))
         assert batch["input_ids"].shape == (2, 3)
 
+    def test_packs_hold_no_images(self) -> None:
+        """So packing is ours (`data/packing.py`)."""
+        assert "Packing is not supported for vision datasets" in inspect.getsource(SFTTrainer.__init__)
+
     def test_liger_replaces_layers_and_not_the_loss(self, model: Any, tmp_path: Path) -> None:
         """So the field `use_liger_kernel` is refused for what it does to norms and gates, which qllava compiles."""
         with pytest.warns(FutureWarning, match="removed in v2.0.0"):

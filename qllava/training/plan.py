@@ -51,9 +51,9 @@ def plan(
     line += ["--base_model", *base_model] if base_model else []
     settings = parse(line, output_dir="unused", nano=NANO_FINETUNE, elsewhere=True)
     train = settings.train
-    model = settings.model
-    lora = Lora.of_settings(model) if model.lora_r else None
-    setup = memory.setup_of(train, shapes_of(model).config, lora, load_in_4bit=model.load_in_4bit)
+    chosen = settings.model
+    lora = Lora.of_settings(chosen) if chosen.lora_r else None
+    setup = memory.setup_of(train, shapes_of(chosen).config, lora, load_in_4bit=chosen.load_in_4bit)
     asking = asking_of(train, lora, held_out=expects_held_out(settings))
     if not train.fit_memory:
         return memory.plan_of(setup, memory.estimate(setup), asking=asking)

@@ -101,11 +101,10 @@ def siglip_tower(folder: Path) -> str:
 
 TOWERS = {"open_clip": open_clip_tower, "siglip": siglip_tower}
 KILLED = """
-import os, signal
 from pathlib import Path
-from unittest import mock
 from qllava.merge import merge
-with mock.patch("{target}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)):
+from tests.planted import killed, planted
+with planted("{operation}", "{pattern}", killed):
     merge(Path("{run}"), Path("{out}"), base="nf4", dtype="float32", max_shard_size="5GB", verify=True)
 """
 
@@ -521,19 +520,21 @@ class TestRefusals:
         assert "make room" in self.refused(tiny.stage2, tmp_path / "out")
 
     @pytest.mark.parametrize(
-        "point",
+        ("operation", "name"),
         [
-            "checkpoint.save_file",
-            "checkpoint._save_config",
-            "checkpoint._save_processor",
-            "merge.compare",
-            "merge.write_card",
+            ("mkdir", ""),
+            ("chmod", "/model.safetensors"),
+            ("write", "/config.json"),
+            ("write", "/preprocessor_config.json"),
+            ("read", "/config.json"),
+            ("write", "/README.md"),
         ],
+        ids=["before all", "weights", "settings", "processor", "comparison", "card"],
     )
-    def test_a_merge_that_is_killed(self, tiny: Tiny, tmp_path: Path, point: str) -> None:
+    def test_a_merge_that_is_killed(self, tiny: Tiny, tmp_path: Path, operation: str, name: str) -> None:
         """Wherever it ends, no folder of that name is left, and the next one is whole."""
-        module = point.replace("checkpoint", "qllava.models.checkpoint").replace("merge.", "qllava.merge.")
-        script = KILLED.format(target=module, run=str(tiny.stage2), out=str(tmp_path / "out"))
+        pattern = f"{tmp_path}/.*{name}"
+        script = KILLED.format(operation=operation, pattern=pattern, run=tiny.stage2, out=tmp_path / "out")
         ended = commands.run("-c", script)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert not (tmp_path / "out").exists()

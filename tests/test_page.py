@@ -19,6 +19,7 @@ from PIL import Image
 
 from qllava import page
 from qllava.page import Bar, Html, Series, charts
+from tests.planted import full, planted
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
@@ -244,20 +245,15 @@ def test_an_exhibit_without_pictures_leaves_no_room_for_them() -> None:
     assert "side" not in page.exhibit("t", [], page.paragraph("words"))
 
 
-def test_writing_replaces_the_page_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operation", ["write", "rename"])
+def test_writing_replaces_the_page_as_a_whole(tmp_path: Path, operation: Any) -> None:
     path = tmp_path / "report.html"
     page.write_page(path, "first")
     page.write_page(path, "second \u2713")
     assert path.read_text(encoding="utf-8") == "second \u2713"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
-    def full_disk(self: Path, *args: object, **kwargs: object) -> int:
-        with self.open("w") as file:
-            file.write("ha")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with planted(operation, f"{tmp_path}/*", full), pytest.raises(OSError, match="No space"):
         page.write_page(path, "third")
     assert path.read_text(encoding="utf-8") == "second \u2713"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

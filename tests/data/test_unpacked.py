@@ -6,6 +6,7 @@ import hashlib
 import io
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image as Pillow
@@ -13,6 +14,7 @@ from PIL import Image as Pillow
 from qllava.config import InputError
 from qllava.data.unpacked import unpack
 from tests.data.container_files import RED
+from tests.planted import full, planted
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -55,12 +57,10 @@ class TestUnpack:
         assert seen == [1 << 16] * 8
         assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 1
 
-    def test_what_cannot_be_finished_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(self: Path, target: Path) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(Path, "replace", full)
-        with pytest.raises(InputError, match="No space left on device"):
+    @pytest.mark.parametrize("operation", ["write", "rename"])
+    def test_what_cannot_be_finished_leaves_nothing(self, tmp_path: Path, operation: Any) -> None:
+        said = "No space left on device"
+        with planted(operation, f"{tmp_path}/cache/*", full), pytest.raises(InputError, match=said):
             unpack(RED)
         assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 

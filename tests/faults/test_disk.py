@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qllava.config import InputError
 from qllava.models.lora import Lora
-from qllava.training import folders, scores
+from qllava.training import scores
 from qllava.training.durable import disk
 from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving, write_whole
 from qllava.training.durable.disk import Need
@@ -26,6 +26,7 @@ from qllava.training.settings import TrainConfig
 from tests import commands
 from tests.commands import Command
 from tests.faults.test_survives import cut, flip, last_step, same, wait_for
+from tests.planted import interrupted, planted
 from tests.tiny_runs import Tiny, flags, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
 
 # Without a limit every save adds to what lies there.
@@ -238,18 +239,11 @@ class TestARealDisk:
 
 
 class TestTheEndOfARun:
-    @pytest.mark.parametrize("last", ["write_report", "write_card"])
-    def test_is_not_finished_before_its_report(
-        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
-    ) -> None:
-        def killed(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
+    @pytest.mark.parametrize(("operation", "last"), [("rename", "report.html"), ("write", "README.md")])
+    def test_is_not_finished_before_its_report(self, tiny: Tiny, tmp_path: Path, operation: Any, last: str) -> None:
         folder = tmp_path / "run"
-        with monkeypatch.context() as patch:
-            patch.setattr(folders, last, killed)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(stage2_settings(tiny, folder))
+        with planted(operation, str(folder / last), interrupted), pytest.raises(KeyboardInterrupt):
+            finetune(stage2_settings(tiny, folder))
         assert not (folder / "results.json").exists()
         finetune(stage2_settings(tiny, folder))
         assert all((folder / name).is_file() for name in ("results.json", "report.html", "README.md"))

@@ -28,6 +28,7 @@ from qllava.config import InputError
 from qllava.models.checkpoint import build_processor, load_llava, tokens_per_image, write_aside
 from qllava.models.vision import load_tower
 from tests import commands
+from tests.planted import full, planted
 from tests.tiny_models import (
     make_picture,
     make_tiny_llava,
@@ -382,14 +383,12 @@ def test_an_empty_folder_is_filled(tmp_path: Path, model: LlavaForConditionalGen
     assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, model: LlavaForConditionalGeneration, processor: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: LlavaForConditionalGeneration, processor: Any, name: str
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlavaProcessor, "save_pretrained", full)  # late: the weights are written by then
-    with pytest.raises(InputError, match="No space left on device.*nothing was left"):
+    """It fills late: the weights are written by then."""
+    with planted("write", f"*/{name}", full), pytest.raises(InputError, match="No space left on device.*nothing was"):
         save_llava(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

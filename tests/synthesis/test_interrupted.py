@@ -16,9 +16,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qllava.config import InputError
 from qllava.llm.store import Reply, Store
 from qllava.synthesis import pipeline
 from qllava.synthesis.contexts import read_contexts
@@ -26,6 +28,7 @@ from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.tasks import Asking, make_tasks
 from tests.llm.server import ChatServer, Request, Said, key_of
+from tests.planted import full, planted
 from tests.synthesis.teaching import badly, read_lines, well, write_contexts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,20 +137,13 @@ def test_ctrl_c_keeps_what_is_on_its_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["rows", "rename"])
-def test_an_output_that_stood_there_is_whole_until_the_new_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    from qllava.config import InputError
-    from qllava.synthesis import output
-
+def test_an_output_that_stood_there_is_whole_until_the_new_one_is(tmp_path: Path, moment: str) -> None:
     contexts = read_contexts(write_contexts(tmp_path / "contexts.jsonl", 3))
     job = Job(make_tasks(contexts, ("naive",)), Asking("m", Prompts()), tmp_path / "o.json", tmp_path / "o.calls.jsonl")
     job.out.write_text("old", encoding="utf-8")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(*((output, "llava_row", full) if moment == "rows" else (Path, "replace", full)))
-    with pytest.raises(InputError, match="No space left"):
+    operation: Any
+    operation, pattern = ("write", "*.part") if moment == "rows" else ("rename", "o.json")
+    with planted(operation, f"{tmp_path}/{pattern}", full), pytest.raises(InputError, match="No space left"):
         pipeline.run(job)
     assert job.out.read_text(encoding="utf-8") == "old"

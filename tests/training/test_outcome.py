@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from qllava.config import DataConfig, ModelConfig
 from qllava.training import folders, outcome, samples
 from qllava.training.settings import Settings, TrainConfig
+from tests.planted import interrupted, planted
 from tests.tiny_runs import Tiny
 
 
@@ -74,17 +74,12 @@ def test_the_seconds_of_all_starts_are_added_up(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / outcome.COMMAND_FILE).read_text(encoding="utf-8") == before
 
 
-def test_small_files_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
     """A start that is killed while it writes leaves what the start before it had written."""
     names = ("run.yaml", "data.json", "command.json", "samples.json")
     for name in names:
         (tmp_path / name).write_text("before")
 
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(os, "replace", killed)
     train: Any = TrainConfig(output_dir=str(tmp_path), use_cpu=True)
     chosen = Settings(ModelConfig(), DataConfig(), train)
     with ExitStack() as held:
@@ -95,6 +90,6 @@ def test_small_files_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
             started._write,
             lambda: samples.write(tmp_path, [], [], []),
         ):
-            with pytest.raises(KeyboardInterrupt):
+            with planted("rename", f"{tmp_path}/*", interrupted), pytest.raises(KeyboardInterrupt):
                 write()
     assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in names} == dict.fromkeys(names, "before")

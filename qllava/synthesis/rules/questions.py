@@ -1,6 +1,6 @@
 """Questions whose answers follow from a picture's annotation, each about a fact of its own.
 
-    questions(view, rng)   {"presence": [Question(("presence", "dog"), "Is there a dog?", "yes", "Yes, ...")],
+    questions(view, rng)   {"presence": [Question("Is there a dog?", "yes", "Yes, ...")],
                             "count": [...], "place": [...], ...}
 
 What is asked of which picture:
@@ -44,7 +44,6 @@ from qllava.synthesis.words import (
 class Question:
     """A question with one right answer."""
 
-    fact: tuple[str, ...]  # what it is about; two questions of one fact ask the same in other words
     text: str
     brief: str  # the answer in a word or two
     answer: str  # the answer as a sentence
@@ -101,7 +100,7 @@ def _is_there(rng: random.Random, phrase: str, there: bool) -> Question:
         )
     )
     answer = f"Yes, there {is_} {what}." if there else f"No, there {is_} no {phrase}."
-    return Question(("presence", phrase), text, "yes" if there else "no", answer)
+    return Question(text, "yes" if there else "no", answer)
 
 
 def _said(view: View, rng: random.Random) -> Iterator[Question]:
@@ -129,13 +128,13 @@ def _how_many(rng: random.Random, noun: str, value: int) -> Question:
     text = rng.choice(
         (f"How many {many} are there?", f"How many {many} are in the picture?", f"How many {many} do you see?")
     )
-    return Question(("count", noun), text, str(value), f"There {'is' if value == 1 else 'are'} {counted(value, noun)}.")
+    return Question(text, str(value), f"There {'is' if value == 1 else 'are'} {counted(value, noun)}.")
 
 
 def _several(view: View, rng: random.Random) -> Iterator[Question]:
     for noun in view.more_than_one():
         text = rng.choice((f"Is there more than one {noun}?", f"Can you see more than one {noun}?"))
-        yield Question(("several", noun), text, "yes", f"Yes, there is more than one {noun}.")
+        yield Question(text, "yes", f"Yes, there is more than one {noun}.")
 
 
 def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
@@ -148,7 +147,7 @@ def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
             (side,) = clear
             others = f"all the other {plural(noun)}"
             text = f"One {noun} is clearly apart from {others}: on which side of them, left or right?"
-            yield Question(("outermost", noun), text, side, f"One {noun} is on the {side} of {others}.")
+            yield Question(text, side, f"One {noun} is on the {side} of {others}.")
 
 
 def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
@@ -161,20 +160,20 @@ def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
     }
 
 
-def _named(view: View, rng: random.Random, *without: str) -> Iterator[tuple[int, Thing, str]]:
-    """Every thing that has a name of its own, with its number and one of its names."""
-    for number, thing in enumerate(view.things):
+def _named(view: View, rng: random.Random, *without: str) -> Iterator[tuple[Thing, str]]:
+    """Yield every thing that has a name of its own, with one of its names."""
+    for thing in view.things:
         if names := view.names(thing, frozenset(without)):
-            yield number, thing, rng.choice(names)
+            yield thing, rng.choice(names)
 
 
 def _place(view: View, rng: random.Random) -> Iterator[Question]:
-    for number, thing, name in _named(view, rng, "place"):
+    for thing, name in _named(view, rng, "place"):
         if place := view.place(thing):
             text = rng.choice(
                 (f"Where is {name}?", f"Where in the picture is {name}?", f"In which part of the picture is {name}?")
             )
-            yield Question(("place", str(number)), text, place, f"{capital(name)} is {AT[place]}.")
+            yield Question(text, place, f"{capital(name)} is {AT[place]}.")
 
 
 def _half(view: View, rng: random.Random) -> Iterator[Question]:
@@ -191,31 +190,31 @@ def _half(view: View, rng: random.Random) -> Iterator[Question]:
         for half in sorted(halves):
             what = f"{article(noun)} in the {half} half of the picture"
             text = rng.choice((f"Is there {what}?", f"Do you see {what}?"))
-            yield Question(("half", half, noun), text, "yes", f"Yes, there is {what}.")
+            yield Question(text, "yes", f"Yes, there is {what}.")
 
 
 def _colour(view: View, rng: random.Random) -> Iterator[Question]:
-    for number, thing, name in _named(view, rng, "colour"):
+    for thing, name in _named(view, rng, "colour"):
         if thing.colour:
             text = rng.choice((f"What colour is {name}?", f"Which colour does {name} have?"))
-            yield Question(("colour", str(number)), text, thing.colour, f"{capital(name)} is {thing.colour}.")
+            yield Question(text, thing.colour, f"{capital(name)} is {thing.colour}.")
 
 
 def _form(view: View, rng: random.Random) -> Iterator[Question]:
-    for number, thing, name in _named(view, rng, "noun"):
+    for thing, name in _named(view, rng, "noun"):
         kinds = (
             (f"What form is {name}?", f"What form does {name} have?")
             if thing.kind == "shape"
             else (f"What is {name}?",)
         )
-        yield Question(("form", str(number)), rng.choice(kinds), thing.noun, f"It is {article(thing.noun)}.")
+        yield Question(rng.choice(kinds), thing.noun, f"It is {article(thing.noun)}.")
 
 
 def _size(view: View, rng: random.Random) -> Iterator[Question]:
-    for number, thing, name in _named(view, rng):
+    for thing, name in _named(view, rng):
         if thing.size:
             text = rng.choice((f"What size is {name}?", f"How large is {name}?"))
-            yield Question(("size", str(number)), text, thing.size, f"{capital(name)} is {thing.size}.")
+            yield Question(text, thing.size, f"{capital(name)} is {thing.size}.")
 
 
 _OTHER_WAY = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -224,17 +223,17 @@ _OTHER_WAY = {"left of": "right of", "right of": "left of", "above": "below", "b
 def _relation(view: View, rng: random.Random) -> Iterator[Question]:
     # A context that is not known to be complete is of a photograph, where "above" alone could mean "on top of".
     where = "" if view.complete else " in the picture"
-    for (i, a, first), (j, b, second) in combinations(_named(view, rng, "place"), 2):
-        for axis, is_ in view.apart(a, b).items():
+    for (a, first), (b, second) in combinations(_named(view, rng, "place"), 2):
+        for is_ in view.apart(a, b).values():
             one, other, really = (first, second, is_) if rng.random() < 0.5 else (second, first, _OTHER_WAY[is_])
             asked = rng.choice((really, _OTHER_WAY[really]))
             brief = "yes" if asked == really else "no"
             answer = f"{capital(brief)}, {one} is {really} {other}{where}."
-            yield Question(("relation", axis, str(i), str(j)), f"Is {one} {asked} {other}{where}?", brief, answer)
+            yield Question(f"Is {one} {asked} {other}{where}?", brief, answer)
 
 
 def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
-    for (i, a, first), (j, b, second) in combinations(_named(view, rng, "place"), 2):
+    for (a, first), (b, second) in combinations(_named(view, rng, "place"), 2):
         if max(a.area, b.area) < LARGER * min(a.area, b.area):
             continue
         one, other = (first, second) if rng.random() < 0.5 else (second, first)
@@ -249,19 +248,19 @@ def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
             text = f"Does {one} take up {word} of the picture than {other}?"
             said = f"{one} takes up {really} of the picture than {other}"
         brief = "yes" if says else "no"
-        yield Question(("comparison", str(i), str(j)), text, brief, f"{capital(brief)}, {said}.")
+        yield Question(text, brief, f"{capital(brief)}, {said}.")
 
 
 def _share(view: View, rng: random.Random) -> Iterator[Question]:
     """A box holds its thing, so what is less than half for the box is so for the thing; more than half is not known."""
     if view.complete:
         return
-    for number, thing, name in _named(view, rng):
+    for thing, name in _named(view, rng):
         if thing.area < 0.45:
             word, brief = rng.choice((("less", "yes"), ("more", "no")))
             text = f"Does {name} take up {word} than half of the picture?"
             answer = f"{capital(brief)}, {name} takes up less than half of the picture."
-            yield Question(("share", str(number)), text, brief, answer)
+            yield Question(text, brief, answer)
 
 
 def _summary(view: View, rng: random.Random) -> Iterator[Question]:
@@ -270,7 +269,7 @@ def _summary(view: View, rng: random.Random) -> Iterator[Question]:
         ("What is going on in the picture?", "What does the picture show?", "How would you sum up the scene?")
     )
     if not view.complete and view.sound_captions:
-        yield Question(("summary",), text, said, said)
+        yield Question(text, said, said)
 
 
 _ASK: dict[str, Callable[[View, random.Random], Iterator[Question]]] = {

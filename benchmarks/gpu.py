@@ -34,6 +34,7 @@ from benchmarks.tables import format_table
 from benchmarks.throughput import MIXTURES, Plan, compare, disagreement
 from benchmarks.turns import Worker
 from qllava.data.packing import Group
+from qllava.files import write_whole
 from qllava.surroundings import prepare_process
 from qllava.training.step.attention import Sight, row_attention
 
@@ -128,9 +129,7 @@ class Record:
             (self.out, json.dumps(self.result, indent=2) + "\n"),
             (self.out.with_suffix(".md"), as_text(self.result)),
         ):
-            aside = path.with_name(f".{path.name}")
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
+            write_whole(path, text)
 
     def has(self, name: str, **values: Any) -> bool:
         """Whether a table has such a line."""

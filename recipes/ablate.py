@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from qllava.arguments import Parser, carry_out, check_file, check_written_folder, file_path, looks
 from qllava.config import InputError, cache_folder
-from qllava.files import made_once
+from qllava.files import whole_folder
 from qllava.surroundings import prepare_process
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def small_llama() -> Path:
 
     folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
     if not folder.is_dir():
-        with made_once(folder) as aside:
+        with whole_folder(folder, Path.is_dir) as aside:
             print("Making nano's smaller LLaMA, once: this takes minutes.", file=sys.stderr)
             build = [sys.executable, str(HERE / "build_nano.py"), "--small", "--out", str(aside)]
             if subprocess.run(build, stdout=sys.stderr, check=False).returncode != 0:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qllava.arguments import Parser, carry_out, check_file, check_folder, check_written_folder, file_path, looks
 from qllava.config import InputError
+from qllava.files import write_whole
 from qllava.surroundings import prepare_process
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def write_rows(problems: Path, images: Path, split: str, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for order in ORDERS:
-            aside = out / f"{order}.part"
-            aside.write_text(json.dumps(rows[order]), encoding="utf-8")
-            aside.replace(out / f"{order}.json")
+            write_whole(out / f"{order}.json", json.dumps(rows[order]))
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
 

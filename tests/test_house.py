@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
 ROWS = (
-    {"conversation", "config", "page", "surroundings"},
+    {"conversation", "config", "surroundings"},
+    {"locks"},
     {"files", "runs"},
-    {"arguments"},
+    {"page", "arguments"},
     {"data", "models", "nano"},
     {"inference", "llm"},
     {"voting", "synthesis"},
@@ -36,7 +37,7 @@ ROWS = (
     {"recipes", "demo"},
     {"__main__"},  # the command by another name
 )
-LIGHT = {room for rooms in ROWS[:3] for room in rooms}
+LIGHT = {room for rooms in ROWS[:4] for room in rooms}
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip", "gradio", "datasets"}
 

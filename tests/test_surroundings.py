@@ -19,7 +19,7 @@ import pytest
 
 from qllava import cli, surroundings
 from qllava.config import InputError, cache_folder
-from qllava.files import locked_folder
+from qllava.locks import locked_folder
 from qllava.training.run import finetune, main
 from qllava.voting.votes import Vote, VoteFile, read_votes
 from tests.tiny_models import make_tiny_rows

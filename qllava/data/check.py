@@ -40,7 +40,7 @@ from qllava.data.formats import Example, Pictures, folder_of, no_rows, to_exampl
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_files
 from qllava.data.table import Layout, batch_of, open_table, quantiles, writing
-from qllava.files import made_once
+from qllava.files import whole_folder
 
 _VERSION = 3
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
@@ -135,7 +135,7 @@ def check(
     folder = root / _key(path, image_folder, encoder)
     try:
         if not _is_settled(folder):
-            with made_once(folder, _is_settled) as aside:
+            with whole_folder(folder, _is_settled) as aside:
                 reader = _Reader(encoder, Pictures(image_folder or folder_of(path)))
                 _read(path, aside, reader, progress, workers or os.cpu_count() or 1)
         table = open_table(folder / _SAMPLES)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from qllava.data.images import open_image
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.table import lists
+from qllava.files import write_whole
 
 _AT_ONCE = 64
 _SKETCH = (32, 32)
@@ -85,9 +86,7 @@ def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
             state = states[name]
             if state is not None and one.problem is None:
                 kept[name] = [*state, one.sketch, one.colour, one.pixels]
-        aside = known.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text(json.dumps(kept), encoding="utf-8")
-        aside.replace(known)
+        write_whole(known, json.dumps(kept))
     return [seen[name] for name in names]
 
 

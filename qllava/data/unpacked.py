@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError, cache_folder
+from qllava.files import whole_file
 
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*": ".tif", b"MM\0": ".tif"}
 
@@ -38,17 +38,13 @@ def unpack(data: bytes) -> Path:
     name = hashlib.sha256(data).hexdigest()[:32]
     folder = cache_folder().absolute() / "pictures" / name[:2]
     path = folder / f"{name}{_suffix(data) or '.bin'}"
-    aside = folder / f".{name}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         # The size is looked at because a machine that loses its power can leave a file of this name empty.
         if path.is_file() and path.stat().st_size == len(data):
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(path, durable=False) as aside:  # a flush for each of a million images takes an hour
             aside.write_bytes(data)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"{folder.parent}: the pictures of the data file cannot be unpacked here ({error.strerror}); "

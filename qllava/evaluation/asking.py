@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
+from qllava.files import write_whole
 from qllava.llm.address import OPENAI, chosen, without_secrets
 from qllava.llm.client import Client
 from qllava.llm.store import Call, Message, Reply, Store
@@ -143,10 +144,7 @@ def json_object(text: str, keys: set[str]) -> dict[str, Any] | None:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines whole or not at all. Raises InputError when that is not possible."""
-    aside = path.with_name(path.name + ".part")
     try:
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error

@@ -28,6 +28,7 @@ from qllava.data.images import open_image
 from qllava.evaluation.intervals import Share, wilson
 from qllava.evaluation.pages import write
 from qllava.evaluation.shots import Choose, Shots, last_question, with_shots
+from qllava.files import write_whole
 from qllava.inference import MOST, Chat, Room, fingerprint_of, load
 from qllava.models.positions import positions_of
 
@@ -227,7 +228,7 @@ def evaluate_file(
         }  # fmt: skip
         lines = [_line(*line, by) for line in zip(examples, result.answers, said, strict=True)]
         try:
-            out.write_text("".join(lines), encoding="utf-8")
+            write_whole(out, "".join(lines))
         except OSError as error:
             raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
     if html is not None:

@@ -39,8 +39,9 @@ import yaml
 from tqdm import tqdm
 
 from qllava.config import InputError
+from qllava.files import write_whole
 from qllava.runs import RESULTS_FILE
-from qllava.training.durable.checkpoints import checkpoints, write_whole
+from qllava.training.durable.checkpoints import checkpoints
 
 IN_BOTH_STAGES = (
     "model_name_or_path",
@@ -251,7 +252,7 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
         if folder.is_dir() and path.read_text(encoding="utf-8") != text:
             raise InputError(f"{folder} was begun with other settings than the grid's now; name another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
 

@@ -18,6 +18,7 @@ from scipy import stats
 
 from qllava import page
 from qllava.experiments.ablation import Grid, Measured
+from qllava.files import write_whole
 from qllava.page import Series
 
 HEAD = ("variant", "seeds", "right", "95 % interval", "compared with", "difference", "95 % interval of that")
@@ -98,8 +99,8 @@ def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
     """Write `OUT/cells.json` (each cell as it was measured), `table.md` and `report.html`; returns the page's path."""
     found = rows(grid, measured)
     cells = [asdict(one) for one in measured]
-    (out / "cells.json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(found), encoding="utf-8")
+    write_whole(out / "cells.json", json.dumps(cells, indent=1) + "\n")
+    write_whole(out / "table.md", markdown(found))
     missing = len(grid.variants) * len(grid.seeds) - len(measured)
     parts = [page.callout(f"{missing} cells are not finished.", "warning")] if missing else []
     shares = [(row.variant, row.right, *row.ci95) for row in found]

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from qllava.config import InputError
 from qllava.data.images import open_image
 from qllava.data.problems import RowError
+from qllava.files import whole_file
 
 LONGEST = 2048
 """Pixels on the longer side of a kept picture: six times what the largest CLIP tower looks at."""
@@ -40,7 +41,8 @@ def keep_picture(picture: Path, folder: Path, name: str) -> Path:
     """
     content = _written_anew(picture, name)
     path = folder / f"{hashlib.sha256(content).hexdigest()}.png"
-    path.write_bytes(content)
+    with whole_file(path, durable=False) as aside:
+        aside.write_bytes(content)
     return path
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 from qllava.config import InputError
 from qllava.data.problems import Place
 from qllava.data.rows import read_rows
-from qllava.files import unwritable
+from qllava.files import aside, move, unwritable
 from qllava.llm.completions import error_of, read_json, read_reply
 from qllava.llm.store import Call, Reply, Store
 
@@ -91,6 +92,7 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: BinaryIO | None = None
+        self._aside = ExitStack()
         self._parts: list[Path] = []
         self._lines = self._size = 0
         self._begin()
@@ -111,8 +113,7 @@ class _Files:
         pattern = re.compile(rf"{re.escape(self.path.stem)}-\d{{5}}{re.escape(self.path.suffix)}")
         there = {one for one in self.path.parent.iterdir() if pattern.fullmatch(one.name)}
         for part, file in zip(self._parts, files, strict=True):
-            part.replace(file)
-        self._parts = []
+            move(part, file)
         for old in (there | {self.path}) - set(files):
             old.unlink(missing_ok=True)
         return tuple(files)
@@ -120,14 +121,12 @@ class _Files:
     def discard(self) -> None:
         """Remove what has no name yet."""
         self._close()
-        for part in self._parts:
-            part.unlink(missing_ok=True)
+        self._aside.close()
 
     def _begin(self) -> None:
         self._close()
         self._lines = self._size = 0
-        part = self._numbered(len(self._parts) + 1)
-        part = part.with_name(f"{part.name}.part")
+        part = self._aside.enter_context(aside(self.path))
         self._open = part.open("wb")
         self._parts.append(part)
 

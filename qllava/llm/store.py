@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from qllava.config import InputError
-from qllava.files import Lock
+from qllava.locks import Lock
 
 Message: TypeAlias = dict[str, Any]
 

@@ -21,11 +21,7 @@ preprocessor_config.json, chat_template.jinja, tokenizer.json, tokenizer_config.
 from __future__ import annotations
 
 import copy
-import glob
 import json
-import os
-import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +35,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from qllava.config import InputError, expanded
 from qllava.conversation import IMAGE_TOKEN
+from qllava.files import whole_folder
 from qllava.models import agreement
 from qllava.models.errors import check_loading, one_line, one_sentence, out_of_memory
 from qllava.models.hub import model_folder, settings_folder
@@ -221,43 +218,14 @@ def write_aside(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another folder or remove it first.")
-    aside = folder.parent / f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
     try:
-        _sweep(aside)
-        aside.mkdir(parents=True)
-        yield aside
-        if folder.exists():
-            folder.rmdir()  # it is empty; renaming onto an existing folder does not work everywhere
-        aside.rename(folder)
+        with whole_folder(folder) as aside:
+            yield aside
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder} could not be written ({one_line(error)}) and nothing was left there; "
             "make room or choose another place."
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sweep(aside: Path) -> None:
-    """Remove what processes of this machine that were killed have left of the same folder."""
-    before, _, _ = aside.stem.rpartition(".")
-    for left in aside.parent.glob(f"{glob.escape(before)}.*.partial"):
-        number = left.stem.rpartition(".")[2]
-        if number == str(os.getpid()) or (number.isdigit() and not _runs(int(number))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether there is a process of this number; where that cannot be asked without harm, yes."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qllava.config import InputError
-from qllava.files import made_once
+from qllava.files import whole_folder
 from qllava.models.errors import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -154,7 +154,7 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     where = {name: names[file] for file in files for name in tensor_names(weights / file)}
     try:
         # One that another process has made meanwhile stays: it may be reading it. One of other weights is replaced.
-        with made_once(out, lambda folder: _holds(folder, key)) as aside:
+        with whole_folder(out, lambda folder: _holds(folder, key)) as aside:
             for path in settings.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
                     _link(path, aside / path.name)

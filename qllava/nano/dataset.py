@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qllava.config import cache_folder
-from qllava.files import made_once
+from qllava.files import whole_folder
 from qllava.nano import language
 from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_colour, render, sample_scene
 
@@ -83,7 +83,7 @@ def prepare(folder: Path | None = None) -> NanoData:
     folder = folder or cache_folder() / f"nano-{VERSION}"
     if folder.is_dir():
         return NanoData(folder)
-    with made_once(folder) as aside:
+    with whole_folder(folder, Path.is_dir) as aside:
         (aside / "images").mkdir()
         with ProcessPoolExecutor() as pool:
             train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import cache_folder
-from qllava.files import made_once
+from qllava.files import whole_folder
 from qllava.nano import dataset, language
 
 VERSION = 1
@@ -38,7 +38,7 @@ def prepare() -> Path:
     folder = cache_folder() / f"nano-{dataset.VERSION}-orders-{VERSION}"
     if folder.is_dir():
         return folder
-    with made_once(folder) as aside:
+    with whole_folder(folder, Path.is_dir) as aside:
         rows = json.loads(nano.train.read_text(encoding="utf-8"))
         files = {"short": rows[::EVERY]}
         for name, reason_first in (("answer-first", False), ("reason-first", True)):

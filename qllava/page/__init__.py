@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qllava.files import write_whole
 from qllava.page.charts import Series, interval_chart, line_chart
 from qllava.page.markup import Html, number
 
@@ -225,14 +226,8 @@ def page(title: str, lead: str, sections: Sequence[Html], *, footer: str = "") -
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write a page beside its place and rename it, so that a browser or a full disk never leaves half of one."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_text(html, encoding="utf-8")
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    """Write a page whole or not at all, so that a browser never reads half of one. Raises OSError."""
+    write_whole(path, html)
 
 
 def _style() -> Html:

@@ -24,6 +24,7 @@ from qllava.config import InputError
 from qllava.data.formats import no_rows
 from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode
 from qllava.data.rows import read_rows, row_files
+from qllava.files import whole_file
 from qllava.page import write_page
 from qllava.synthesis.balance import Balance, Settings, balance_of, html
 from qllava.synthesis.concepts import index_phrases, select
@@ -107,27 +108,24 @@ def _read_captions(path: Path) -> Iterator[str]:
 
 
 def _write_rows(captions: Path, out: Path, kept: NDArray[np.bool_], before: list[tuple[int, int]]) -> None:
-    """Write the rows that are kept, aside and renamed when all of them are there."""
-    aside = out.with_name(out.name + ".part")
+    """Write the rows that are kept, all or none."""
     rows = tqdm(read_rows(captions), desc="rows", total=len(kept), unit=" rows", unit_scale=True, disable=None)
     separator = "\n"
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write("[")
-            # Not strict: where the file changed meanwhile, the stamps tell so in words.
-            for (_, row), keep in zip(rows, kept.tolist(), strict=False):
-                if keep:
-                    # As ASCII: other fields of a row may hold halves of characters, which UTF-8 cannot.
-                    file.write(separator + json.dumps(row))
-                    separator = ",\n"
-            file.write("\n]\n")
-        if _stamps(captions) != before:
-            raise InputError(f"{captions} was changed while it was read; run the command again.")
-        aside.replace(out)
+        with whole_file(out) as aside:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write("[")
+                # Not strict: where the file changed meanwhile, the stamps tell so in words.
+                for (_, row), keep in zip(rows, kept.tolist(), strict=False):
+                    if keep:
+                        # As ASCII: other fields of a row may hold halves of characters, which UTF-8 cannot.
+                        file.write(separator + json.dumps(row))
+                        separator = ",\n"
+                file.write("\n]\n")
+            if _stamps(captions) != before:
+                raise InputError(f"{captions} was changed while it was read; run the command again.")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _stamps(path: Path) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from qllava.conversation import ask
-from qllava.files import unwritable
+from qllava.files import unwritable, whole_file
 from qllava.synthesis.replies import Turns
 from qllava.synthesis.tasks import Needed, Settled, Task
 
@@ -111,10 +111,15 @@ def write_output(
     """
     counts = Counts()
     left_out = beside(out, "left_out")
-    parts = (out.with_name(f"{out.name}.part"), left_out.with_name(f"{left_out.name}.part"))
     start, between, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[", ",\n", "]\n")
     try:
-        with parts[0].open("w", encoding="utf-8") as rows, parts[1].open("w", encoding="utf-8") as rest:
+        # The rows get their name first: the contexts end in the reverse order.
+        with (
+            whole_file(left_out) as others,
+            whole_file(out) as kept,
+            kept.open("w", encoding="utf-8") as rows,
+            others.open("w", encoding="utf-8") as rest,
+        ):
             rows.write(start)
             written = 0
             for task in tasks:
@@ -127,12 +132,8 @@ def write_output(
                 else:
                     rest.write(_line(_left_out(task, outcome, step, failed.get(task.id))) + "\n")
             rows.write(end if written or start else "")
-        parts[0].replace(out)
-        if counts.total("accepted") + counts.total("repaired") < sum(n.total() for n in counts.by_type.values()):
-            parts[1].replace(left_out)
-        else:
-            parts[1].unlink()
-            left_out.unlink(missing_ok=True)
+        if counts.total("accepted") + counts.total("repaired") == sum(n.total() for n in counts.by_type.values()):
+            left_out.unlink()
     except OSError as error:
         raise unwritable(out, error) from error
     return counts

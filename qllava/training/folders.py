@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from qllava.config import NANO, InputError
-from qllava.files import HIDDEN, locked_folder
+from qllava.files import flush, write_whole
+from qllava.locks import HIDDEN, locked_folder
 from qllava.models.adapter import DATA_FILE, adapter_at, read_record
 from qllava.models.card import write_card
 from qllava.models.decided import decided_by
@@ -26,7 +27,7 @@ from qllava.nano import dataset as nano
 from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import begun_with, flush, refuse_changes, write_whole
+from qllava.training.durable.checkpoints import begun_with, refuse_changes
 from qllava.training.options.before import check_output
 from qllava.training.report import write_report
 from qllava.training.settings import Settings

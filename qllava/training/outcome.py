@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qllava.files import read_json, write_whole
 from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.runs import RESULTS_FILE
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import read_json, resumable, write_whole
+from qllava.training.durable.checkpoints import resumable
 
 COMMAND_FILE = "command.json"
 SAMPLES_FILE = "samples.json"

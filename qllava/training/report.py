@@ -29,9 +29,9 @@ from qllava import page
 from qllava.data.images import open_image
 from qllava.data.problems import RowError
 from qllava.evaluation.vqa import is_correct
+from qllava.files import read_json
 from qllava.page import Bar, Html, Series
 from qllava.training import outcome
-from qllava.training.durable.checkpoints import read_json
 from qllava.training.durable.numbers import SPIKES_FILE, shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.

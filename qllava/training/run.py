@@ -24,6 +24,7 @@ from qllava.arguments import explain
 from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
+from qllava.files import write_whole
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     adapter_at,
@@ -45,7 +46,7 @@ from qllava.training import evaluations, folders, outcome, samples, scores
 from qllava.training.asked import HeldOut
 from qllava.training.data import Part, Prepared, hashes_of, prepare
 from qllava.training.durable import disk, processes
-from qllava.training.durable.checkpoints import BEGUN_FILE, begun_with, refuse_changes, write_whole
+from qllava.training.durable.checkpoints import BEGUN_FILE, begun_with, refuse_changes
 from qllava.training.durable.numbers import SPIKES_FILE
 from qllava.training.durable.order import total_steps
 from qllava.training.durable.signals import Stopped, handled

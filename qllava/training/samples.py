@@ -26,11 +26,12 @@ from torch import nn
 
 from qllava.data.formats import Example
 from qllava.evaluation import vqa
+from qllava.files import read_json, write_whole
 from qllava.inference import Room
 from qllava.models.assemble import Assembled
 from qllava.training import scores
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import checkpoints, read_json, write_whole
+from qllava.training.durable.checkpoints import checkpoints
 from qllava.training.outcome import SAMPLES_FILE
 
 BEFORE_FILE = "before.json"

@@ -27,13 +27,14 @@ from qllava.data.formats import Example, read_examples
 from qllava.data.images import open_image
 from qllava.evaluation import vqa
 from qllava.evaluation.intervals import wilson
+from qllava.files import read_json, write_whole
 from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.nano import dataset as nano
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import read_json, resumable, write_whole
+from qllava.training.durable.checkpoints import resumable
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
 from qllava.training.settings import Settings, TrainConfig, name_of
 

@@ -26,6 +26,7 @@ from qllava.conversation import Template
 from qllava.data.collate import Collator
 from qllava.data.formats import Example
 from qllava.evaluation.vqa import VqaResult
+from qllava.files import whole_file, write_whole
 from qllava.models import ledger
 from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
 from qllava.models.assemble import Assembled
@@ -34,7 +35,7 @@ from qllava.models.lora import Lora
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.durable import disk, processes
-from qllava.training.durable.checkpoints import checkpoints, computed_in, newest, optim_of, saving, write_whole
+from qllava.training.durable.checkpoints import checkpoints, computed_in, newest, optim_of, saving
 from qllava.training.durable.numbers import check_weights
 from qllava.training.durable.signals import SaveAndStop, Stopped, handled
 from qllava.training.durable.zero import read_tensors_only
@@ -327,9 +328,8 @@ def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
             tensors[f"{number}.{key}"] = batch[key][0]
         if "pixel_values" in batch:
             tensors[f"{number}.pixel_values"] = batch["pixel_values"]
-    aside = path.with_name(f".{path.name}")  # a checkpoint's merge needs it, whenever this start is killed
-    save_file(tensors, aside)
-    aside.replace(path)
+    with whole_file(path) as aside:  # a checkpoint's merge needs it, whenever this start is killed
+        save_file(tensors, aside)
 
 
 def _ledger_lines(model: nn.Module, stage: Stage, kernel: Chosen[Kernel], layers: Chosen[Layers]) -> list[str]:

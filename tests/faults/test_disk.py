@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from qllava.config import InputError
+from qllava.files import write_whole
 from qllava.models.lora import Lora
 from qllava.training import scores
 from qllava.training.durable import disk
-from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving, write_whole
+from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving
 from qllava.training.durable.disk import Need
 from qllava.training.durable.order import total_steps
 from qllava.training.run import finetune, pretrain

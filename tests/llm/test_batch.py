@@ -151,7 +151,7 @@ def test_more_than_a_file_holds_becomes_several(tmp_path: Path, job: Job, monkey
     monkeypatch.undo()
     assert pipeline.export_batch(job, requests).files == (requests,)
     assert not list(tmp_path.glob("requests-*"))
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_line_that_says_200_over_an_error_is_no_reply(tmp_path: Path, job: Job) -> None:

@@ -34,7 +34,7 @@ def write(path: Path, rows: list[Any], *, lines: bool = False) -> Path:
 
 def run(captions: Path, out: Path, **more: Any) -> list[Any]:
     filter_captions(captions, out, concepts="simple", **more)
-    assert [p.name for p in out.parent.glob("*.part")] == []
+    assert [p.name for p in out.parent.glob(".*.partial")] == []
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert isinstance(rows, list)
     return rows

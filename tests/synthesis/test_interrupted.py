@@ -100,7 +100,7 @@ def test_killed_at_twenty_moments_gives_the_same_calls_and_the_same_output(tmp_p
     assert (tmp_path / "out.left_out.jsonl").read_bytes() == (tmp_path / "whole.left_out.jsonl").read_bytes()
     assert max(asked_again.values(), default=0) <= KILLS
     assert asked_again.total() <= KILLS * AT_A_TIME
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def whole_lines(store: Path) -> list[dict[str, str]]:
@@ -143,7 +143,7 @@ def test_an_output_that_stood_there_is_whole_until_the_new_one_is(tmp_path: Path
     job.out.write_text("old", encoding="utf-8")
 
     operation: Any
-    operation, pattern = ("write", "*.part") if moment == "rows" else ("rename", "o.json")
+    operation, pattern = ("write", ".o.json.*.partial") if moment == "rows" else ("rename", "o.json")
     with planted(operation, f"{tmp_path}/{pattern}", full), pytest.raises(InputError, match="No space left"):
         pipeline.run(job)
     assert job.out.read_text(encoding="utf-8") == "old"

@@ -67,7 +67,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "http" not in text and "<b>question" not in text
     assert "30 of 60, in 30 rows" in text
     assert quality.repeated_rows == 58
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_an_empty_page_without_pictures(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from qllava.config import InputError
+from qllava.files import flush, move
 from qllava.models.errors import one_line
 from qllava.runs import RESULTS_FILE
 from qllava.training.durable.order import samples_per_step
@@ -51,27 +51,6 @@ def saving(what: str) -> Iterator[None]:
             f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room, or make it "
             "writable, and give the command again."
         ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, whenever the process is killed or the disk full."""
-    aside = path.with_name(f".{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        flush(aside)
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
-
-
-def read_json(path: Path) -> Any | None:
-    """Return the content of a JSON file; None where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -197,12 +176,11 @@ def publish(aside: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     try:
-        aside.rename(folder)
+        move(aside, folder)
     except OSError:
-        if old.exists():
+        if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    flush(folder.parent)
 
 
 def recover(folder: Path) -> None:
@@ -210,8 +188,7 @@ def recover(folder: Path) -> None:
     for old in sorted((folder / PARTIAL).glob(f"{_OLD}checkpoint-*")):
         place = folder / old.name.removeprefix(_OLD)
         if not place.exists() and fault(old) is None:
-            old.rename(place)
-            flush(folder)
+            move(old, place)
 
 
 def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
@@ -265,12 +242,3 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,155 @@
+"""Locks: one process at a time writes to a folder or a file. Without torch.
+
+A lock is a hidden file that the kernel locks for one process and frees when that process ends, however it ends. The
+file next to it, `.holder`, names the host and the process id, for the sentence that another process is refused with.
+
+On network file systems the kernel's lock holds between machines where the server has locks (NFS from version 4, Lustre
+with `flock`). Where there are none the program continues without a lock, and says so on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qllava.config import InputError
+
+LOCK_FILE = ".lock"
+HOLDER_FILE = ".holder"
+HIDDEN = (LOCK_FILE, HOLDER_FILE)
+"""What a lock leaves in a locked folder while it is held."""
+_WAIT = 1.0
+"""Seconds to wait for a process that is just ending."""
+
+
+@contextmanager
+def locked_folder(folder: Path, advice: str) -> Iterator[None]:
+    """Hold a folder for this process; the folder must exist.
+
+    Args:
+        folder: What is locked.
+        advice: What the user can do if another process holds it; the end of the sentence.
+
+    Raises:
+        InputError: Another process holds it. The sentence names its host and process id.
+    """
+    lock = Lock(folder / LOCK_FILE, folder / HOLDER_FILE)
+    lock.take(str(folder), advice)
+    try:
+        yield
+    finally:
+        lock.free()
+
+
+def hold_file(path: Path, seconds: float) -> FileLock | None:
+    """Hold a file itself, so that other processes are kept out by whichever name (a hard link) they know it.
+
+    Args:
+        path: The file; it must exist.
+        seconds: How long to wait for another process; below 0 for ever.
+
+    Returns:
+        The lock, to be released; None on a file system without locks.
+
+    Raises:
+        filelock.Timeout: Another process holds it.
+    """
+    real = path.resolve()
+    # A lock of Windows keeps its holder from reading the file too, so that a hidden file is locked there.
+    lock = _kernels(real if os.name == "posix" else real.with_name(f".{real.name}.writing"))
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError):
+        return None
+    return lock
+
+
+def _kernels(path: Path) -> FileLock:
+    # Soft locks are files that a killed process leaves behind; then rather none.
+    return FileLock(path, fallback_to_soft=False, thread_local=False)
+
+
+class Lock:
+    """A lock that one process holds at a time. Forked children do not hold it."""
+
+    def __init__(self, path: Path, holder: Path) -> None:
+        """Args:
+        path: The file that is locked.
+        holder: The file that says who holds it.
+        """
+        self.path, self._holder = path, holder
+        self._lock = _kernels(path)
+        self._file: os.stat_result | None = None
+
+    @classmethod
+    def beside(cls, path: Path) -> Lock:
+        """Return the lock of a file: hidden files next to it, so that deleting it does not let a second process in."""
+        real = path.resolve()  # the same for every name that links lead from
+        return cls(real.with_name(f".{real.name}{LOCK_FILE}"), real.with_name(f".{real.name}{HOLDER_FILE}"))
+
+    def take(self, what: str, advice: str) -> None:
+        """Take the lock, or say on stderr that this file system has none.
+
+        Args:
+            what: What is in use, for the sentence.
+            advice: What the user can do about it.
+
+        Raises:
+            InputError: Another process holds the lock.
+            OSError: The file cannot be made.
+        """
+        self.path.parent.stat()  # or filelock would make it
+        try:
+            self._lock.acquire(timeout=_WAIT)
+        except Timeout as error:
+            raise InputError(f"{what} is in use by {self._who()}; {advice}.") from error
+        except OSError as error:
+            if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError) or not self.path.exists():
+                raise
+            print(
+                f"qllava: {what} cannot be locked ({error.strerror or error}): do not start a second process on it.",
+                file=sys.stderr,
+            )
+            return
+        except NotImplementedError:
+            print(f"qllava: {what} cannot be locked: do not start a second process on it.", file=sys.stderr)
+            return
+        with contextlib.suppress(OSError):
+            self._file = self.path.stat()
+            self._holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
+
+    def free(self) -> None:
+        """Free the lock and remove its files, unless somebody has put others in their place."""
+        if not self._lock.is_locked:
+            return
+        # Before the lock is freed: afterwards they may be the next holder's.
+        with contextlib.suppress(OSError):
+            if self._is_own():
+                self._holder.unlink(missing_ok=True)
+                self.path.unlink()
+        self._lock.release()
+
+    def _is_own(self) -> bool:
+        """Whether the file at the path is still the one that is locked; somebody may have deleted and remade it."""
+        return self._file is not None and os.path.samestat(self._file, self.path.stat())
+
+    def _who(self) -> str:
+        found = self._read()
+        return f"process {found[1]} on {found[0]}" if found else "another process"
+
+    def _read(self) -> tuple[str, int] | None:
+        try:
+            read = json.loads(self._holder.read_text(encoding="utf-8"))
+            return str(read["host"]), int(read["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

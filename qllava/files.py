@@ -184,7 +184,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-class ForeignEndError(Exception):
+class ForeignEndError(InputError):
     """A file ends in something that its journal never wrote."""
 
 
@@ -324,7 +324,7 @@ class Journal:
         """Whether the end of a file lacks nothing but a line break. Raises ForeignEndError where it is not ours."""
         # After a power failure a file may end in zeros.
         if end[: len(self._begins)] != self._begins[: len(end)] and end.strip(b"\0"):
-            raise ForeignEndError
+            raise ForeignEndError(f"The end of {self.path} was not written by qllava; name another file, or repair it.")
         try:
             json.loads(end)
         except (ValueError, RecursionError):

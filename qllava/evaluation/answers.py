@@ -12,13 +12,14 @@ only where all of them agree; a file without a fingerprint is of an older qllava
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_id, row_text
+from qllava.files import ForeignEndError, Journal
 
 _HEAD = b'{"question_id": '  # every line that is written here begins so
 
@@ -53,14 +54,22 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
         InputError: A line is of another model, other settings or another question; the file is left as it is.
     """
     try:
-        raw = path.read_bytes()
+        with Journal(path, begins=_HEAD, new=False) as journal:
+            answers = dict(_checked(path, journal, settings, asked))
+            journal.mend()
+            return answers
     except FileNotFoundError:
         return {}
+    except ForeignEndError as error:
+        raise InputError(f"{path} holds something else than answers; name another file for --out.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); choose another place.") from error
-    end = raw.rfind(b"\n") + 1
-    answers = {}
-    for number, line in enumerate(raw[:end].splitlines(), start=1):
+
+
+def _checked(
+    path: Path, journal: Journal, settings: Mapping[str, Any], asked: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(journal.lines(), start=1):
         place = Place(str(path), line=number)
         try:
             row = json.loads(line)
@@ -70,15 +79,7 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
             raise InputError(f"{place}: this is not an answer; name another file for --out.")
         if other := _other(row, settings, asked):
             raise InputError(f"{place}: {other}; name another file for --out.")
-        id, text = _answer(row, place)
-        answers[id] = text
-    half = raw[end:]
-    if half[: len(_HEAD)] != _HEAD[: len(half)]:
-        raise InputError(f"{path} holds something else than answers; name another file for --out.")
-    if half:
-        with path.open("r+b") as file:
-            file.truncate(end)
-    return answers
+        yield _answer(row, place)
 
 
 def _other(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, str]) -> str:
@@ -108,7 +109,7 @@ def append_answers(
         for id, text in answers.items()
     ]
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        with Journal(path, begins=_HEAD) as journal:
+            journal.append("".join(lines).encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error

@@ -18,27 +18,28 @@ ends. A store that is deleted while it is in use is written again, as a whole, w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from filelock import Timeout
+
 from qllava.config import InputError
+from qllava.files import Journal
 from qllava.locks import Lock
 
 Message: TypeAlias = dict[str, Any]
 
 _ADVICE = "wait until it ends, or give this run a store of its own"
 _LONGEST_LINE = 1 << 32  # bytes
-_PIECE = 1 << 20  # bytes that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,14 @@ class Store:
         self._failures: Counter[str] = Counter()
         self._end = 0
         self._writing = threading.Lock()
-        self._lock, self._file = _take_lock(path), -1
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            _lock_file(self._file, path)
-            self._read()
-        except OSError as error:
-            self.close()
-            raise _no_place(path, error) from error
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as held:
+            held.callback(_take_lock(path).free)
+            self._journal = held.enter_context(_open(path))
+            try:
+                self._read(self._journal)
+            except OSError as error:
+                raise _no_place(path, error) from error
+            self._held = held.pop_all()
 
     def __enter__(self) -> Store:
         return self
@@ -123,16 +121,14 @@ class Store:
 
     def close(self) -> None:
         """Release the file."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._lock.free()
+        self._held.close()
 
     def get(self, key: str) -> Reply | None:
         """The reply to a call, if it was ever given."""
         place = self._places.get(key)
         if place is None:
             return None
-        return _record(os.pread(self._file, place % _LONGEST_LINE, place // _LONGEST_LINE)).reply
+        return _record(self._journal.read(place // _LONGEST_LINE, place % _LONGEST_LINE)).reply
 
     @property
     def failed(self) -> int:
@@ -170,54 +166,31 @@ class Store:
 
     def _append(self, *records: tuple[bytes, _Record]) -> None:
         try:
-            self._restore()
-            _write(self._file, b"".join(line for line, _ in records))
-            os.fsync(self._file)
+            if not self._journal.restore():  # deleted; the lock ensures that no other run has made a new one
+                raise InputError(
+                    f"{self.path} was replaced by another file during the run; start again, which asks for what is "
+                    "missing."
+                )
+            self._journal.append(b"".join(line for line, _ in records))
         except OSError as error:
-            os.ftruncate(self._file, self._end)
             raise InputError(
                 f"{self.path}: a reply cannot be written ({error.strerror}); make room and start again."
             ) from error
         for line, record in records:
             self._note(record, len(line))
 
-    def _restore(self) -> None:
-        """Write the file again if somebody has deleted it; the lock ensures that no other run has made a new one."""
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-            _lock_file(new, self.path)
-            for start in range(0, self._end, _PIECE):
-                _write(new, os.pread(self._file, min(_PIECE, self._end - start), start))
-            os.dup2(new, self._file)  # under the same number, as others may be reading
-            os.close(new)
-            return
-        mine = os.fstat(self._file)
-        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            raise InputError(
-                f"{self.path} was replaced by another file during the run; start again, which asks for what is missing."
-            )
-
-    def _read(self) -> None:
+    def _read(self, journal: Journal) -> None:
         """Note where every reply lies, and cut what a process that was stopped while writing has left at the end."""
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                try:
-                    record = _record(line)
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    if not line.endswith(b"\n"):
-                        break
-                    raise InputError(
-                        f"{self.path}, line {number}: this is not a reply that was kept ({error}); "
-                        "remove the line, and its call will be asked again."
-                    ) from error
-                if not line.endswith(b"\n"):  # whole, but for the last byte
-                    os.write(self._file, b"\n")
-                    line += b"\n"
-                self._note(record, len(line))
-        os.ftruncate(self._file, self._end)
+        for number, line in enumerate(journal.lines(), start=1):
+            try:
+                record = _record(line)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"{self.path}, line {number}: this is not a reply that was kept ({error}); "
+                    "remove the line, and its call will be asked again."
+                ) from error
+            self._note(record, len(line))
+        journal.mend()
 
     def _note(self, record: _Record, length: int) -> None:
         """Note a line at the end; of two replies to one call (files put together) the first counts."""
@@ -285,8 +258,7 @@ def _take_lock(path: Path) -> Lock:
     Raises:
         InputError: Another process has it, or it cannot be made.
     """
-    real = path.resolve()
-    lock = Lock(real.with_name(f".{real.name}.lock"), real.with_name(f".{real.name}.holder"))
+    lock = Lock.beside(path)
     try:
         lock.take(str(path), _ADVICE)
     except OSError as error:
@@ -294,17 +266,14 @@ def _take_lock(path: Path) -> Lock:
     return lock
 
 
-def _write(file: int, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def _lock_file(file: int, path: Path) -> None:
+def _open(path: Path) -> Journal:
+    """Open a store and hold it, as it may have several names. Raises InputError when another process holds it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        return Journal(path, begins=b'{"key": ', hold=0)
+    except Timeout as error:
         raise InputError(f"{path} is in use by another process; {_ADVICE}.") from error
+    except OSError as error:
+        raise _no_place(path, error) from error
 
 
 def _no_place(path: Path, error: OSError) -> InputError:

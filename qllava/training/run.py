@@ -24,7 +24,7 @@ from qllava.arguments import explain
 from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
-from qllava.files import write_whole
+from qllava.files import Journal, write_whole
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     adapter_at,
@@ -226,8 +226,8 @@ def _keep(stage1: Path, folder: Path, seconds: float, begun: dict[str, Any]) -> 
     # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
     for name in (METRICS_FILE, SPIKES_FILE):
         if (stage1 / name).is_file():
-            with (folder / name).open("a", encoding="utf-8") as file:
-                file.write((stage1 / name).read_text(encoding="utf-8"))
+            with Journal(stage1 / name) as said, Journal(folder / name) as journal:
+                journal.append(b"".join(said.lines()))
     folders.finish(stage1, {"seconds": seconds})
 
 

@@ -11,11 +11,7 @@ line leaves is cut off when the file is next opened for writing; the lines befor
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 from qllava.config import InputError
 from qllava.data.problems import Place, Problem, RowError
 from qllava.data.rows import read_rows, row_id, row_text
+from qllava.files import ForeignEndError, Journal
 
 Verdict: TypeAlias = Literal["left", "right", "tie", "both_bad"]
 Side: TypeAlias = Literal["left", "right"]
@@ -70,25 +67,25 @@ class VoteFile:
             raise InputError(f"{path} is a folder; name a file for the votes.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _end_last_line(path)
+            if path.is_file():
+                with self._open() as journal:
+                    journal.mend()
             self.votes = read_votes(path) if path.is_file() and path.stat().st_size else []
+        except ForeignEndError as error:
+            raise InputError(f"{path} is not a file of votes; name another one.") from error
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+    def _open(self) -> Journal:
+        # Several demos may write to one file; what one of them is just writing must not look torn to another.
+        return Journal(self.path, begins=b'{"id": ', hold=-1)
 
     def append(self, vote: Vote) -> None:
         """Add a vote; it is on the disk when this returns. Raises InputError when it is not."""
         content = json.dumps(asdict(vote), ensure_ascii=False).encode() + b"\n"
         try:
-            with self._appending, self.path.open("ab", buffering=0) as file:
-                _lock(file.fileno())
-                end = file.seek(0, os.SEEK_END)
-                try:
-                    if file.write(content) < len(content):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
+            with self._appending, self._open() as journal:
+                journal.append(content)
         except OSError as error:
             raise InputError(f"The vote could not be saved ({error.strerror}); it was not counted.") from error
         self.votes.append(vote)
@@ -152,29 +149,3 @@ def _vote(row: Any, place: Place) -> Vote:
         rater=None if rater in (None, "") else str(rater),
         seed=seed if isinstance(seed, int) else None,
     )
-
-
-def _lock(file: int) -> None:
-    """Keep other processes out until the file is closed. A file system without locks loses no vote."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _end_last_line(path: Path) -> None:
-    """Cut off a last line that was not written to its end; end one that lacks its line break only."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        _lock(file.fileno())  # or the line that another process is just writing would be cut
-        content = file.read()
-        if not content or content.endswith(b"\n"):
-            return
-        begun = content[content.rfind(b"\n") + 1 :]
-        try:
-            json.loads(begun)
-        except ValueError:
-            if not content.startswith(b'{"id": '):  # as every vote that is written here begins
-                raise InputError(f"{path} is not a file of votes; name another one.") from None
-            file.truncate(len(content) - len(begun))
-            return
-        file.write(b"\n")

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from qllava.config import InputError
-from qllava.files import flush, move
+from qllava.files import Journal, flush, move
 from qllava.models.errors import one_line
 from qllava.runs import RESULTS_FILE
 from qllava.training.durable.order import samples_per_step
@@ -55,8 +55,8 @@ def saving(what: str) -> Iterator[None]:
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line of JSON to a file of the run. Raises InputError when it cannot be written."""
-    with saving(f"{path}"), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with saving(f"{path}"), Journal(path, durable=False) as journal:
+        journal.append((json.dumps(row) + "\n").encode())
 
 
 def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from qllava.config import InputError
 from qllava.data.collate import weightless_row
 from qllava.data.encode import IGNORE_INDEX
+from qllava.files import Journal
 from qllava.models.assemble import Assembled
 from qllava.models.errors import out_of_memory
 from qllava.training.durable import processes
@@ -113,8 +114,8 @@ class RowTrainer(SFTTrainer):
             torch.cuda.empty_cache()
         line = f"Out of memory at step {self.state.global_step + 1}: rows have at most {limit:,} tokens from here on."
         tqdm.write(line)
-        with (Path(str(self.args.output_dir)) / LEDGER_FILE).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with Journal(Path(str(self.args.output_dir)) / LEDGER_FILE, begins=b"", durable=False) as journal:
+            journal.append((line + "\n").encode())
 
     def rehearse(self, lengths: np.ndarray, pictures: np.ndarray) -> None:
         """Try the largest batches of the data before the first step, so that memory ends now and not at step 4,000.

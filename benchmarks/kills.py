@@ -29,17 +29,18 @@ from tqdm import tqdm
 
 from benchmarks.machine import provenance
 from qllava.nano.dataset import prepare
+from qllava.runs import ADAPTER_FILE, PARTIAL, PROJECTOR_FILE, RESULTS_FILE, STAGE1, Run, step_of
 from qllava.surroundings import prepare_process
-from qllava.training.durable.checkpoints import PARTIAL, checkpoints, fault
+from qllava.training.durable.checkpoints import fault
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, JITTER = 320, 0.02
-WEIGHTS = ("adapter_model.safetensors", "projector.safetensors", "stage1/projector.safetensors")
-STAGE1_DONE = Path("stage1") / "results.json"
+WEIGHTS = (ADAPTER_FILE, PROJECTOR_FILE, f"{STAGE1}/{PROJECTOR_FILE}")
+STAGE1_DONE = Path(STAGE1) / RESULTS_FILE
 
 
 @dataclass(frozen=True)
-class Run:
+class Trained:
     """One command: its recipe, steps of a stage, kills, whether it does both stages, and what it is given besides."""
 
     recipe: str
@@ -110,10 +111,10 @@ def wait_for_stage2(process: subprocess.Popen[str], folder: Path, seconds: float
 
 def newest_step(folder: Path) -> int:
     """Of the checkpoint with the highest number, 0 without one."""
-    return max((int(place.name.removeprefix("checkpoint-")) for place in checkpoints(folder)), default=0)
+    return max(map(step_of, Run(folder).checkpoints()), default=0)
 
 
-def kill_once(run: Run, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
+def kill_once(run: Trained, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
     """Start the command and kill it. Raises RuntimeError when it ends before, well or not."""
     began, clock = time.monotonic(), time.time()
     process = run.start(folder, log)
@@ -127,7 +128,7 @@ def kill_once(run: Run, folder: Path, log: Path, number: int, longest: float, di
     process.kill()
     if process.wait() != -9:
         raise RuntimeError(f"{run.recipe} ended on its own with {process.returncode} at kill {number}; see {log}.")
-    whole = [place.name for place in checkpoints(folder) if fault(place) is None]
+    whole = [place.name for place in Run(folder).checkpoints() if fault(place) is None]
     aside = folder / PARTIAL  # one that an earlier kill left is older than this command
     in_save = aside.exists() and aside.stat().st_mtime > clock
     between = (folder / STAGE1_DONE).exists() and not whole
@@ -159,8 +160,8 @@ def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
     rows = ("--image_folder", str(pictures), "--train_file")
     both = (*rows, str(conversations), "--pretrain_file", str(captions))
     runs = (
-        Run("pretrain_projector.py", 2 * first + 4, first, False, (*rows, str(captions))),
-        Run("finetune_lora.py", 2 * (kills - first) + 4, kills - first, True, both),
+        Trained("pretrain_projector.py", 2 * first + 4, first, False, (*rows, str(captions))),
+        Trained("finetune_lora.py", 2 * (kills - first) + 4, kills - first, True, both),
     )
     bar = tqdm(total=kills, desc="Kills", unit=" kills", disable=None)
     for number, run in enumerate(runs):

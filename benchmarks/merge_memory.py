@@ -30,11 +30,12 @@ from transformers import (
 from benchmarks.command import measured
 from benchmarks.machine import provenance
 from qllava.config import NANO_WEIGHTS
-from qllava.models.adapter import ADAPTER_FILE, PROBES_FILE, save_record
+from qllava.models.adapter import save_record
 from qllava.models.checkpoint import write_weights
 from qllava.models.language import load_tokenizer
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
+from qllava.runs import ADAPTER_FILE, PROBES_FILE
 from qllava.surroundings import prepare_process
 
 RANK, PROBES, WORDS, PIXELS = 16, 32, 60, 224

@@ -45,6 +45,7 @@ from qllava.models.adapter import save_projector
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
+from qllava.runs import PROJECTOR_FILE
 from qllava.surroundings import prepare_process
 from qllava.training import memory, run, scores
 from qllava.training.memory.phases import PHASES
@@ -216,7 +217,7 @@ def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> Peak
     save_projector(assembled.model, folder)
     del assembled
     (folder / "aligned").mkdir()
-    (folder / "projector.safetensors").rename(folder / "aligned" / "projector.safetensors")
+    (folder / PROJECTOR_FILE).rename(folder / "aligned" / PROJECTOR_FILE)
     settings = settings_of(folder, tokens)
     watch = Watch()
     train, evaluate = run.train_stage, LlavaTrainer.evaluate

@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.machine import provenance
 from qllava.nano.dataset import NanoData, prepare
+from qllava.runs import RESULTS_FILE, STAGE1
 from qllava.surroundings import prepare_process
 from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.rules.examples import write
@@ -44,7 +45,7 @@ def make(kind: str, seed: int, pictures: int, folder: Path) -> Path:
 
 def tune(rows: Path, run: Path, projector: Path, pictures: Path, seed: int) -> float:
     """Stage 2 on these rows, unless it has been finished before; returns its seconds."""
-    results = run / "results.json"
+    results = run / RESULTS_FILE
     if not results.is_file():
         data = ["--train_file", rows, "--image_folder", pictures, "--projector", projector]
         line = [sys.executable, ROOT / "recipes/finetune_lora.py", *data, "--output_dir", run, "--seed", seed]
@@ -66,7 +67,7 @@ def measure(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = make(kind, seed, options.pictures, options.folder)
     run = options.folder / f"run-{kind}-{seed}"
-    seconds = tune(rows, run, options.run / "stage1", data.folder, seed)
+    seconds = tune(rows, run, options.run / STAGE1, data.folder, seed)
     test, unseen = (score(run, data, questions) for questions in (data.test, data.unseen))
     shown = {key: test[key] for key in ("accuracy", "ci95", "by_type", "n")}
     return {"seed": seed, **shown, "unseen_pairs": unseen["accuracy"], "seconds": seconds}
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.run, options.folder = options.run.resolve(), options.folder.resolve()
-    own = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
+    own = json.loads((options.run / RESULTS_FILE).read_text(encoding="utf-8"))
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TYPES}
     started = time.monotonic()
     for seed in range(options.seeds):

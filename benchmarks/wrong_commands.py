@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qllava.runs import RESULTS_FILE, RUN_FILE
 from qllava.surroundings import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def _prepare(folder: Path) -> None:
     (folder / "rows.json").write_text("[]")
     (folder / "key.yaml").write_text("model: x\n")
     (folder / "finished").mkdir()
-    for name in ("results.json", "run.yaml"):
+    for name in (RESULTS_FILE, RUN_FILE):
         (folder / "finished" / name).write_text("{}")
 
 

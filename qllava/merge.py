@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from qllava.config import InputError
-from qllava.models.adapter import PROBES_FILE, RECORD_FILE, read_record
+from qllava.models.adapter import read_record
 from qllava.models.bases import at_its_base, located
 from qllava.models.card import base_of, results_of, write_card
 from qllava.models.checkpoint import load_config, names_on_disk, write_aside, write_settings, write_weights
@@ -38,11 +38,10 @@ from qllava.models.delta import Delta
 from qllava.models.errors import one_line
 from qllava.models.nf4 import as_quantized
 from qllava.models.outline import Outline, Recipe, outline
-from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.weights import EMBEDDING, HEAD, open_weights
+from qllava.runs import ADAPTER_CONFIG_FILE, LEDGER_FILE, MERGE_FILE, PROBES_FILE, RECORD_FILE, Run
 
-MERGE_FILE = "merge.json"
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
 # weights the result is another model by design: there the figures are reported, not judged.
 MAX_KL = 1e-3
@@ -144,14 +143,13 @@ def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     if not run.is_dir():
         raise InputError(f"The folder {run} does not exist; give a run of finetune_lora or its checkpoint.")
     adapter, record = run / ADAPTER_CONFIG_FILE, run / RECORD_FILE
-    if (run / MERGE_FILE).is_file() or ((run / "config.json").is_file() and not record.is_file()):
+    if Run(run).kind == "merged" or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
-    begun = [path.parent for path in run.glob(f"checkpoint-*[0-9]/{adapter.name}")]
+    begun = [place for place in Run(run).checkpoints() if Run(place).has_adapter]
     if not adapter.is_file() and begun:
-        newest = max(begun, key=lambda path: int(path.name.rpartition("-")[2]))
         raise InputError(
             f"{run} is a run that has not finished: give the training command again to go on, or merge its newest "
-            f"checkpoint, {newest}."
+            f"checkpoint, {begun[-1]}."
         )
     read_record(run)
     if not adapter.is_file():
@@ -348,7 +346,7 @@ def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
 
 def _what_helps(dtype: str) -> str:
     """Return how the refusal of a merge ends: rounding may be as large as what a short run has learned."""
-    report = "please report this with the ledger.txt."
+    report = f"please report this with the {LEDGER_FILE}."
     return report if dtype == "float32" else f"give --dtype float32, which rounds nothing of it away, or {report}"
 
 

@@ -1,22 +1,170 @@
-"""The folder of a run: the names of files that mark one, and the nano run that finished last. Without torch."""
+"""The folder of a run: every file name in it, what kind of run it is, its state and its checkpoints. Without torch.
+
+    run.yaml                    the settings that the run began with
+    data.json                   of an instruction tuning: the training and held-out files by their hashes
+    command.json                the command, the versions of the packages that compute, the seconds so far
+    ledger.txt                  what is trained, and how it is computed
+    metrics.jsonl               what the trainer reports, a line each; spikes.jsonl: steps whose loss jumped
+    before.json, scores.json    answers and scores from before the training, kept for a run that is resumed
+    probes.safetensors          held-out examples on which `qllava merge` compares
+    checkpoint-N/               the weights after N optimizer steps; manifest.json in it is written last
+    .partial/                   a checkpoint that is being written, or removed
+    stage1/                     the pretraining that an instruction tuning did first: a run of its own; begun.json in it
+    projector.safetensors       the projector alone, of a pretraining
+    adapter_model.safetensors   LoRA and projector, of an instruction tuning; with adapter_config.json
+    qllava.json                 what the base was built from
+    samples.json, report.html   answers before and after; the page
+    results.json                written last: a folder that has it holds a finished run
+
+A checkpoint has the adapter or the projector, and qllava.json, under the same names. No other module spells one of
+these names.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from qllava.config import NANO, InputError, expanded
 
 RUNS = Path("runs")
 """Where nano's runs are looked for: in the folder that a command is given in."""
+
 RUN_FILE = "run.yaml"
-"""The settings that a run began with."""
+DATA_FILE = "data.json"
+COMMAND_FILE = "command.json"
+LEDGER_FILE = "ledger.txt"
+METRICS_FILE = "metrics.jsonl"
+SPIKES_FILE = "spikes.jsonl"
+BEFORE_FILE = "before.json"
+SCORES_FILE = "scores.json"
+PROBES_FILE = "probes.safetensors"
+MANIFEST_FILE = "manifest.json"
+BEGUN_FILE = "begun.json"
+PROJECTOR_FILE = "projector.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+RECORD_FILE = "qllava.json"
+SAMPLES_FILE = "samples.json"
+REPORT_FILE = "report.html"
+"""Every page that a command writes by default has this name."""
 RESULTS_FILE = "results.json"
-"""Written last: a folder that has it holds a finished run."""
+MERGE_FILE = "merge.json"
+"""In a merged model: what it was merged from, and how far it agrees with that."""
+PARTIAL = ".partial"
+STAGE1 = "stage1"
+_CHECKPOINT = "checkpoint-"
+
+Kind: TypeAlias = Literal["stage 1", "stage 2", "merged"]
+State: TypeAlias = Literal["empty", "begun", "interrupted", "finished"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that holds a run, or will; or a checkpoint of one, which has some of the same files."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """The file of the settings that the run began with."""
+        return self.folder / RUN_FILE
+
+    @property
+    def results(self) -> Path:
+        """The file that marks the run as finished."""
+        return self.folder / RESULTS_FILE
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.folder / REPORT_FILE
+
+    @property
+    def stage1(self) -> Run:
+        """The pretraining that this run did first, in a folder of its own."""
+        return Run(self.folder / STAGE1)
+
+    @property
+    def kind(self) -> Kind | None:
+        """What the folder holds: a pretraining, an instruction tuning, or a merged model; None for anything else."""
+        if (self.folder / MERGE_FILE).is_file():
+            return "merged"
+        if self.has_adapter or (self.settings.is_file() and (self.folder / DATA_FILE).is_file()):
+            return "stage 2"
+        return "stage 1" if self.settings.is_file() or (self.folder / PROJECTOR_FILE).is_file() else None
+
+    @property
+    def state(self) -> State:
+        """How far the run is.
+
+        - "finished": it has results.
+        - "interrupted": there is work to resume: a checkpoint, or a finished pretraining of its own. A command must
+          then be the one that the run was begun with.
+        - "begun": it has settings. Other files are what an earlier start left, perhaps with other settings.
+        - "empty": no run has begun here.
+        """
+        if self.finished:
+            return "finished"
+        if self.checkpoints() or self.stage1.checkpoints() or self.stage1.finished:
+            return "interrupted"
+        return "begun" if self.settings.is_file() else "empty"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here."""
+        return self.results.is_file()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA was trained and saved here; a pretraining leaves a projector only."""
+        return (self.folder / ADAPTER_CONFIG_FILE).is_file()
+
+    @property
+    def is_nano(self) -> bool:
+        """Whether the run was one of nano's parts. Raises InputError when its settings cannot be read."""
+        return self.read_settings().get("model_name_or_path") == NANO
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings that the run began with. Raises InputError when they cannot be read."""
+        import yaml  # here, so that a command line that names no nano stays instant
+
+        try:
+            read = yaml.safe_load(self.settings.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"{self.settings} cannot be read ({said}); repair or remove the run.") from error
+        if not isinstance(read, dict):
+            raise InputError(f"{self.settings} cannot be read (it holds no settings); repair or remove the run.")
+        return read
+
+    def checkpoints(self, after: Path | None = None) -> list[Path]:
+        """Return the folders that bear a checkpoint's name, oldest first; they may be corrupt.
+
+        Args:
+            after: One of them, for those of later steps alone.
+        """
+        found = sorted((path for path in self.folder.glob(f"{_CHECKPOINT}*") if is_checkpoint(path)), key=step_of)
+        return found[found.index(after) + 1 :] if after else found
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after so many optimizer steps."""
+        return self.folder / f"{_CHECKPOINT}{step}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is named as a checkpoint is."""
+    return path.name.startswith(_CHECKPOINT) and path.name.removeprefix(_CHECKPOINT).isdigit()
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return after how many optimizer steps a checkpoint was written; 0 for any other folder."""
+    return int(checkpoint.name.removeprefix(_CHECKPOINT)) if is_checkpoint(checkpoint) else 0
 
 
 def folder_of(model: str) -> Path:
-    """The folder that a model's name means, if it means one: of `nano` its newest finished run.
+    """Return the folder that a model's name means, if it means one: of `nano` its newest finished run.
 
     Raises:
         InputError: It is `nano`, and no such run has finished.
@@ -25,7 +173,7 @@ def folder_of(model: str) -> Path:
 
 
 def newest_nano_run(runs: Path = RUNS) -> Path:
-    """The folder of the nano run that finished last. Raises InputError when there is none."""
+    """Return the folder of the nano run that finished last. Raises InputError when there is none."""
     finished = finished_nano_runs(runs)
     if not finished:
         raise InputError(f"No nano run in {runs}/ has finished yet; run `make finetune` first.")
@@ -38,22 +186,10 @@ def finished_nano_runs(runs: Path = RUNS) -> list[Path]:
     Raises:
         InputError: The settings of a finished run cannot be read.
     """
+    every = [Run(folder) for folder in runs.glob("*/")]
     finished = [
-        folder
-        for folder in runs.glob("*/")
-        if all((folder / name).is_file() for name in (RESULTS_FILE, ADAPTER_FILE, RUN_FILE))
-        and _is_nano(folder / RUN_FILE)
+        run
+        for run in every
+        if run.finished and (run.folder / ADAPTER_FILE).is_file() and run.settings.is_file() and run.is_nano
     ]
-    return sorted(finished, key=lambda folder: (folder / RESULTS_FILE).stat().st_mtime)
-
-
-def _is_nano(path: Path) -> bool:
-    import yaml  # here, so that a command line that names no nano stays instant
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); repair or remove the run."
-        ) from error
-    return isinstance(settings, dict) and settings.get("model_name_or_path") == NANO
+    return [run.folder for run in sorted(finished, key=lambda run: run.results.stat().st_mtime)]

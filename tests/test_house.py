@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from qllava import runs
 from tests.covered_by import COVERED_BY, modules
 from tests.covered_by import problems as covering_problems
 
@@ -236,6 +237,29 @@ def too_long(source: str) -> list[str]:
     return found
 
 
+OF_A_RUN = {value for key, value in vars(runs).items() if key.endswith("_FILE") or key == "PARTIAL"}
+
+
+def names_of_a_run(source: str) -> list[str]:
+    """Names of files in a run's folder that are spelled in code: in any text but docstrings.
+
+    The folder of a stage 1 has the name of a key of results, so it counts in a path only: after a `/`.
+    """
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    paths = {id(node.right) for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            text = node.value
+            said = {name for name in OF_A_RUN if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text)}
+            said |= {"checkpoint-"} if text.startswith("checkpoint-") else set()
+            joined = text == runs.STAGE1 and id(node) in paths
+            said |= {runs.STAGE1} if joined or text.startswith(f"{runs.STAGE1}/") else set()
+            found += [f"line {node.lineno}: {name}" for name in sorted(said)]
+    return found
+
+
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 REGISTRY = re.compile(r"\b(pypi|pythonhosted|download\.pytorch|conda\.anaconda)\.(org|com)\b|--(extra-)?index-url")
 MACHINE = re.compile(r"(?<![\w.~$}/])/(home|root|Users|mnt|work)/\w")
@@ -333,6 +357,27 @@ def test_the_home_folder_is_read_in_one_place() -> None:
     ours = [p for p in CODE if not p.is_relative_to(ROOT / "benchmarks")]
     reading = [name(p) for p in ours if re.search(r"expanduser\(|Path\.home\(", p.read_text(encoding="utf-8"))]
     assert reading == ["qllava/config.py", "qllava/surroundings.py"]
+
+
+def test_the_names_of_a_runs_files_are_spelled_in_one_place() -> None:
+    others = [p for p in CODE if p not in (ROOT / "qllava" / "runs.py", ROOT / "qllava" / "files.py")]
+    problems = collect(others, names_of_a_run)
+    assert not problems, "\n".join(problems)
+
+
+def test_whether_a_run_is_finished_is_asked_in_one_place() -> None:
+    others = [p for p in CODE if p != ROOT / "qllava" / "runs.py"]
+    problems = collect(others, lambda text: findings(re.compile(r"RESULTS_FILE\)\.(is_file|exists)"), text))
+    assert not problems, "\n".join(problems)
+
+
+def test_files_are_replaced_locked_and_flushed_in_one_place() -> None:
+    """Not in benchmarks, which are scripts; a checkpoint's folder makes way and is removed under another name."""
+    ours = [p for p in CODE if not p.is_relative_to(ROOT / "benchmarks")]
+    renamed = r"\bfcntl\b|os\.(fsync|replace|rename)\(|\.rename\(|NamedTemporaryFile"
+    pattern = re.compile(renamed + r"|open\([^)]*\"(a|ab|r\+b?)\"")
+    found = {name(p) for p in ours if pattern.search(p.read_text(encoding="utf-8"))}
+    assert found == {"qllava/files.py", "qllava/training/durable/checkpoints.py", "recipes/ablate.py"}
 
 
 def test_no_file_for_odds_and_ends() -> None:
@@ -482,6 +527,15 @@ class TestTheRulesThemselves:
         assert too_long("def f():\n" + "    pass\n" * MAX_FUNCTION) == [f"f has {MAX_FUNCTION + 1} lines"]
         assert too_long("def f():\n" + "    pass\n" * (MAX_FUNCTION - 1)) == []
         assert too_long("#\n" * (MAX_FILE + 1)) == [f"the file has {MAX_FILE + 1} lines"]
+
+    def test_names_of_a_run(self) -> None:
+        for source in (
+            "folder / 'results.json'", "f'no {x}, no metrics.jsonl.'", "('a', 'adapter_config.json')",
+            "folder / 'stage1' / x", "x = 'stage1/x'", "x = f'checkpoint-{step}'", "place / '.partial'",
+        ):  # fmt: skip
+            assert len(names_of_a_run(source)) == 1, source
+        for source in ("'results.json is last.'", "found['stage1']", "x = 'my_results.json'", "x = 'a checkpoint-x'"):
+            assert names_of_a_run(source) == []
 
     def test_patterns(self) -> None:
         assert findings(UNFINISHED, "x = 1  # TODO: more") and not findings(UNFINISHED, "the method Todos")

@@ -19,6 +19,7 @@ from qllava.arguments import (
 )
 from qllava.cli.flags import Verbs, add_verb, json_flag, parameters_flag, positive, rank
 from qllava.config import NANO, InputError
+from qllava.runs import REPORT_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--types", metavar="T,...", type=_types, help=f"of {', '.join(_TYPES)} (default: all but naive)")
     verb.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="part I of N, from 1/N to N/N")
     verb.add_argument(
-        "--report", metavar="FILE", type=file_path, help="page about the rows (default: report.html by OUT)"
+        "--report", metavar="FILE", type=file_path, help=f"page about the rows (default: {REPORT_FILE} by OUT)"
     )
     verb.add_argument("--image-folder", metavar="DIR", type=file_path, help="the pictures, for the report's samples")
     rules = verb.add_argument_group("with --teacher rules")
@@ -176,7 +177,7 @@ def _write_report(arguments: argparse.Namespace, contexts: Sequence[Context]) ->
     from qllava.synthesis.contexts import picture_folder
     from qllava.synthesis.report import write_report
 
-    path: Path = arguments.report or arguments.out.with_name("report.html")
+    path: Path = arguments.report or arguments.out.with_name(REPORT_FILE)
     rows = [row for _, row in read_rows(arguments.out)]
     try:
         write_report(rows, contexts, path, arguments.image_folder or picture_folder(arguments.contexts))

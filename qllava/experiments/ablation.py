@@ -40,8 +40,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.files import write_whole
-from qllava.runs import RESULTS_FILE
-from qllava.training.durable.checkpoints import checkpoints
+from qllava.runs import Run, step_of
 
 IN_BOTH_STAGES = (
     "model_name_or_path",
@@ -55,7 +54,7 @@ IN_BOTH_STAGES = (
 """What of `finetune` holds for stage 1 too: what the base is made of."""
 KEYS = {"seeds", "measure", "pretrain", "finetune", "variants", "grid"}
 
-Run = Callable[[Sequence[str], Path], str]
+Command = Callable[[Sequence[str], Path], str]
 """Run a command: `pretrain_projector`, `finetune_lora` or `eval` with its words, and where its messages are kept;
 returns what it printed. Raises InputError when it fails."""
 
@@ -173,7 +172,7 @@ def _variant(name: str, changed: dict[str, Any], given: dict[str, Any], path: Pa
     return Variant(name, pretrain if given["pretrain"] else None, finetune, measure, against)
 
 
-def run_grid(grid: Grid, out: Path, run: Run) -> list[Measured]:
+def run_grid(grid: Grid, out: Path, run: Command) -> list[Measured]:
     """Run and measure every cell that is not finished, seed by seed, with a bar. Returns all that is there in the end.
 
     Raises InputError when a command fails, or when `out` holds a cell with other settings.
@@ -200,7 +199,7 @@ def read_measured(grid: Grid, out: Path) -> list[Measured]:
         if _is_measured(out, variant, seed):
             names = [model.name for model in _models(_folder(out, variant, seed))]
             said = [json.loads((_told(out, variant, seed) / f"{name}.json").read_text("utf-8")) for name in names]
-            points = tuple((_step(name), one["accuracy"]) for name, one in zip(names, said, strict=True))
+            points = tuple((step_of(Path(name)), one["accuracy"]) for name, one in zip(names, said, strict=True))
             low, high = said[-1]["ci95"]
             found.append(Measured(variant.name, seed, points, (low, high)))
     return found
@@ -216,16 +215,12 @@ def _told(out: Path, variant: Variant, seed: int) -> Path:
 
 def _models(folder: Path) -> list[Path]:
     """What of a finished run is measured: its checkpoints where it kept some, the last of which is its end; or it."""
-    return checkpoints(folder) or [folder]
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("checkpoint-")) if name.startswith("checkpoint-") else 0
+    return Run(folder).checkpoints() or [folder]
 
 
 def _is_measured(out: Path, variant: Variant, seed: int) -> bool:
     folder, told = _folder(out, variant, seed), _told(out, variant, seed)
-    if not (folder / RESULTS_FILE).is_file():
+    if not Run(folder).finished:
         return False
     return all((told / f"{model.name}.json").is_file() for model in _models(folder))
 
@@ -257,18 +252,18 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
 
 
-def _train(out: Path, variant: Variant, seed: int, run: Run) -> None:
+def _train(out: Path, variant: Variant, seed: int, run: Command) -> None:
     """Both stages, as far as they are not finished."""
     stages = [("finetune_lora", _folder(out, variant, seed))]
     if variant.pretrain is not None:
         stages.insert(0, ("pretrain_projector", _aligned(out, variant, seed)))
     for recipe, folder in stages:
-        if not (folder / RESULTS_FILE).is_file():
+        if not Run(folder).finished:
             configuration, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log"))
             run([recipe, "--config", str(configuration)], log)
 
 
-def _measure(out: Path, variant: Variant, seed: int, run: Run) -> None:
+def _measure(out: Path, variant: Variant, seed: int, run: Command) -> None:
     """Ask the run, or each of its checkpoints, what it was not asked yet."""
     told = _told(out, variant, seed)
     told.mkdir(exist_ok=True)

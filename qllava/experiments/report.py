@@ -20,6 +20,7 @@ from qllava import page
 from qllava.experiments.ablation import Grid, Measured
 from qllava.files import write_whole
 from qllava.page import Series
+from qllava.runs import REPORT_FILE
 
 HEAD = ("variant", "seeds", "right", "95 % interval", "compared with", "difference", "95 % interval of that")
 NOTE = (
@@ -114,7 +115,7 @@ def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
     if curves:
         charts.append(page.line_chart("Right answers over steps, mean of the seeds", curves, share=True))
     parts += [page.section("Figures", page.table(HEAD, [_cells(row) for row in found])), page.grid(*charts)]
-    path = out / "report.html"
+    path = out / REPORT_FILE
     page.write_page(path, page.page("Ablations", NOTE, parts, footer="Written by qllava from this folder's files."))
     return path
 

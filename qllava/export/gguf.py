@@ -38,7 +38,7 @@ from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import model_folder
 from qllava.models.weights import EMBEDDING, Weights, open_weights
-from qllava.runs import folder_of
+from qllava.runs import Run, folder_of
 
 # How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
 # more than its few megabytes are worth.
@@ -108,7 +108,7 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 def _read(model: str) -> _Source:
     """Everything but the weights. Raises InputError for a run, and for anything but a LLaVA."""
     folder = folder_of(model)
-    if any((folder / name).is_file() for name in ("adapter_config.json", "run.yaml", "projector.safetensors")):
+    if Run(folder).kind in ("stage 1", "stage 2"):
         raise InputError(
             f"{folder} is a run, not a whole model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."
         )

@@ -11,11 +11,12 @@ from typing import Any
 
 from qllava.config import expanded
 from qllava.inference.chat import Chat
-from qllava.models.adapter import RECORD_FILE, read_record
+from qllava.models.adapter import read_record
 from qllava.models.card import base_of, results_of
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.positions import positions_of
 from qllava.models.recommended import recommendation
+from qllava.runs import ADAPTER_CONFIG_FILE, MERGE_FILE, RECORD_FILE, is_checkpoint
 
 _SCORES = {
     "stage2": "Held-out questions",
@@ -31,7 +32,7 @@ def label(chat: Chat) -> str:
     if not folder.is_dir():
         return chat.name
     name = folder.resolve().name
-    return f"{folder.resolve().parent.name}/{name}" if name.startswith("checkpoint-") else name
+    return f"{folder.resolve().parent.name}/{name}" if is_checkpoint(folder.resolve()) else name
 
 
 def about(chat: Chat) -> dict[str, str]:
@@ -51,12 +52,12 @@ def about(chat: Chat) -> dict[str, str]:
     if said:
         facts["Recommended sampling"] = said
     if (folder / RECORD_FILE).is_file():
-        record, adapter = read_record(folder), _read(folder / "adapter_config.json")
+        record, adapter = read_record(folder), _read(folder / ADAPTER_CONFIG_FILE)
         facts["Base"] = base_of(record) + (", language model in 4 bit" if record.load_in_4bit else "")
         facts["Adapter"] = f"LoRA of rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, and the projector"
         facts["Template"] = record.template
         return facts | _scores(results_of(folder))
-    merged = _read(folder / "merge.json")
+    merged = _read(folder / MERGE_FILE)
     if merged:
         facts["Base"] = f"{merged.get('base_model')}, with the adapter of {merged.get('run')} merged"
         facts["Template"] = str(merged.get("template"))

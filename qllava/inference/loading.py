@@ -9,9 +9,8 @@ import torch
 
 from qllava.config import InputError
 from qllava.inference.chat import Chat
-from qllava.models.record import ADAPTER_CONFIG_FILE
 from qllava.models.threads import settle_threads
-from qllava.runs import RUN_FILE, folder_of
+from qllava.runs import PROJECTOR_FILE, Run, folder_of
 
 
 def load(
@@ -30,7 +29,7 @@ def load(
     Raises InputError when the model does not exist, or its base is another one.
     """
     folder = folder_of(model)
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
+    if Run(folder).has_adapter:
         from qllava.models.adapter import load_run
 
         network, processor = load_run(folder, [base_model] if isinstance(base_model, str | Path) else base_model)
@@ -38,7 +37,10 @@ def load(
         return Chat(network.eval(), processor, str(folder))
     if base_model:
         raise InputError(f"{model} is not a run with an adapter, so it has no base elsewhere; leave --base-model out.")
-    if (folder / RUN_FILE).is_file():
+    run = Run(folder)
+    if run.kind == "stage 1" and (folder / PROJECTOR_FILE).is_file():
+        raise InputError(f"{folder} is a pretraining, which leaves only a projector; give it to finetune_lora.")
+    if run.settings.is_file():
         raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
     from qllava.models.assemble import nf4
     from qllava.models.checkpoint import load_llava
@@ -58,7 +60,7 @@ def load(
 
 def has_base(model: str) -> bool:
     """Whether a name means a run, whose base may be elsewhere."""
-    return (folder_of(model) / ADAPTER_CONFIG_FILE).is_file()
+    return Run(folder_of(model)).has_adapter
 
 
 def same_model(first: str, second: str) -> bool:

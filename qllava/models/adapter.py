@@ -26,16 +26,11 @@ from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.layouts import projector_advice
 from qllava.models.lora import Lora
 from qllava.models.record import BELONGS_TO_BASE as BELONGS_TO_BASE
-from qllava.models.record import PROJECTOR_FILE as PROJECTOR_FILE
-from qllava.models.record import RECORD_FILE as RECORD_FILE
 from qllava.models.record import Recipe
 from qllava.models.record import adapter_at as adapter_at
 from qllava.models.record import read_record as read_record
 from qllava.models.record import save_record as save_record
-from qllava.runs import ADAPTER_FILE as ADAPTER_FILE
-
-DATA_FILE = "data.json"
-PROBES_FILE = "probes.safetensors"
+from qllava.runs import ADAPTER_FILE, PROJECTOR_FILE
 
 
 def add_lora(assembled: Assembled, lora: Lora) -> PeftModel:

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qllava.config import NANO, InputError, expanded
-from qllava.models.adapter import DATA_FILE
 from qllava.models.hub import settings_folder
 from qllava.models.recommended import recommendation
 from qllava.models.record import Recipe
-from qllava.runs import RESULTS_FILE, RUN_FILE
+from qllava.runs import DATA_FILE, RESULTS_FILE, Run
 
 GENERATION_FILE = "generation_config.json"
 _TOLD = (
@@ -61,7 +58,7 @@ def write_card(
     base = record.model or ""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     named = [f"base_model: {base}"] if on_hub else []
-    run_folder = run if (run / RUN_FILE).is_file() else run.parent
+    run_folder = run if Run(run).settings.is_file() else run.parent
     lines = [
         "---", f"library_name: {library}", "pipeline_tag: image-text-to-text", *named, "tags: [llava, qllava]", "---",
         "", f"# {run.name if run == run_folder else f'{run_folder.name}, {run.name}'}", "",
@@ -96,8 +93,8 @@ def _facts(run: Path) -> list[str]:
     if (run / DATA_FILE).is_file():
         data = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
         lines += ["Data (SHA-256):", "", *(f"- `{file['file']}` {file['sha256']}" for file in data), ""]
-    if (run / RUN_FILE).is_file():
-        settings = yaml.safe_load((run / RUN_FILE).read_text(encoding="utf-8"))
+    if Run(run).settings.is_file():
+        settings = Run(run).read_settings()
         if settings.get("model_name_or_path") is not None:
             settings["model_name_or_path"] = public_name(settings["model_name_or_path"])
         said = [f"- {name}: {settings[name]}" for name in _TOLD if settings.get(name) is not None]

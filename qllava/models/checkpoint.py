@@ -42,6 +42,7 @@ from qllava.models.hub import model_folder, settings_folder
 from qllava.models.layouts import INDEX, find_weights, refuse_llava_own
 from qllava.models.vision import Tower
 from qllava.models.weights import llava_name, open_weights
+from qllava.runs import Run
 
 _TOKENIZERS_AND_PROCESSORS = (
     ("tokenizer.json", "tokenizer.model"),
@@ -300,7 +301,7 @@ def _check_folder(folder: Path) -> None:
     """Find what is wrong with a folder before transformers spends minutes on it."""
     refuse_llava_own(str(folder), [path.name for path in folder.iterdir()], folder)
     if not (folder / "config.json").is_file():
-        hint = "it holds an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no config.json"
+        hint = "it holds an adapter: merge it first" if Run(folder).has_adapter else "no config.json"
         raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
     for either in _TOKENIZERS_AND_PROCESSORS:
         if not any((folder / name).is_file() for name in either):

@@ -27,7 +27,7 @@ from qllava.models.checkpoint import write_aside, write_tensors
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import SETTINGS, fetch, repository_files
 from qllava.models.layouts import LLAVA_LORA, LLAVA_PROJECTOR, PICKLES, read_index, shard_name, write_index
-from qllava.models.record import PROJECTOR_FILE
+from qllava.runs import PROJECTOR_FILE
 from qllava.surroundings import prepare_process
 
 # Beside the weights in many repositories, and no weights.

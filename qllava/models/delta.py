@@ -14,7 +14,7 @@ from torch import Tensor
 from qllava.config import InputError
 from qllava.models.lora import Lora
 from qllava.models.weights import Weights, llava_name
-from qllava.runs import ADAPTER_FILE
+from qllava.runs import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 
 _PEFT = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -59,7 +59,7 @@ class Delta:
             a, b = self._weights.shape(layer + _A), self._weights.shape(layer + _B)
             if not a[0] == b[1] == rank:
                 raise InputError(
-                    f"The adapter in {self.folder} is of another rank than its adapter_config.json says: {layer} has "
+                    f"The adapter in {self.folder} is of another rank than its {ADAPTER_CONFIG_FILE} says: {layer} has "
                     f"rank {a[0]}, and r is {rank}; take both files from the same run."
                 )
             self._fits(f"{layer}.weight", (b[0], a[1]), shapes)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qllava.config import InputError
 from qllava.files import whole_folder
 from qllava.models.errors import one_line
+from qllava.runs import ADAPTER_FILE, PROBES_FILE, PROJECTOR_FILE
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -27,7 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """How files end that hold weights as a pickle."""
 
 # Of a run or an adapter, and never the weights of a model.
-_OTHER = ("adapter_model.safetensors", "projector.safetensors", "probes.safetensors")
+_OTHER = (ADAPTER_FILE, PROJECTOR_FILE, PROBES_FILE)
 _SHARD = re.compile(r"(?P<begin>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>.*)\.safetensors")
 LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 """Files of LLaVA's own code: a projector, and the weights of a LoRA run that are not LoRA."""

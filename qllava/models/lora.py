@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qllava.config import InputError, ModelConfig
 from qllava.models.errors import one_line
-from qllava.models.record import ADAPTER_CONFIG_FILE
+from qllava.runs import ADAPTER_CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -22,9 +22,10 @@ from qllava.models.hub import settings_folder
 from qllava.models.language import language_model_config, load_tokenizer, nano_part
 from qllava.models.outline import template_of
 from qllava.models.positions import positions_of
-from qllava.models.record import RECORD_FILE, Recipe, read_record
+from qllava.models.record import Recipe, read_record
 from qllava.models.shapes import Shapes, read_shapes
 from qllava.models.vision import ImageAspect, load_tower
+from qllava.runs import RECORD_FILE
 
 LLAVA_TOKENS_PER_IMAGE = 576
 """Of LLaVA-1.5, whose tower has 24 x 24 patches: for a tokenizer that comes without a tower."""

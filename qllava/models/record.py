@@ -9,10 +9,7 @@ from typing import Literal
 
 from qllava.config import NANO, InputError, ModelConfig, expanded
 from qllava.models.errors import one_line
-
-RECORD_FILE = "qllava.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-PROJECTOR_FILE = "projector.safetensors"
+from qllava.runs import ADAPTER_CONFIG_FILE, RECORD_FILE
 
 BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer", "projector_type")
 """Settings that an adapter was trained with, and is useless without."""

@@ -21,8 +21,9 @@ from qllava.models.checkpoint import look_at
 from qllava.models.known import known_config
 from qllava.models.language import grown, language_model_config, nano_part
 from qllava.models.positions import positions_of
-from qllava.models.record import RECORD_FILE, Recipe
+from qllava.models.record import Recipe
 from qllava.models.towers import TowerConfig, tower_config
+from qllava.runs import RECORD_FILE
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import yaml
 from qllava.config import NANO, InputError
 from qllava.files import flush, write_whole
 from qllava.locks import HIDDEN, locked_folder
-from qllava.models.adapter import DATA_FILE, adapter_at, read_record
+from qllava.models.adapter import adapter_at, read_record
 from qllava.models.card import write_card
 from qllava.models.decided import decided_by
 from qllava.nano import dataset as nano
-from qllava.runs import RESULTS_FILE, RUN_FILE
+from qllava.runs import DATA_FILE, RESULTS_FILE, RUN_FILE, Run
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.durable import processes
 from qllava.training.durable.checkpoints import begun_with, refuse_changes
@@ -90,7 +90,7 @@ def _opened(settings: Settings, held: ExitStack) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked_folder(folder, "wait until it ends, end it, or choose another output_dir"))
         check_output(given)  # it may have ended while the lock was waited for
-        if (folder / RESULTS_FILE).is_file():  # an unfinished one is continued: schedulers give the same command again
+        if Run(folder).finished:  # an unfinished one is continued: schedulers give the same command again
             _clear(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -120,7 +120,7 @@ def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Pa
     hashes, pretrain_file = hashes_of(files), settings.data.pretrain_file
     captions = hashes_of(parts_of(pretrain_file, images(settings), "pretrain_file")) if pretrain_file else []
     begun = begun_with(settings, train_file=hashes, pretrain_file=captions)
-    for place in (folder / "stage1", folder):
+    for place in (Run(folder).stage1.folder, folder):
         refuse_changes(place, begun)
     write_whole(folder / DATA_FILE, json.dumps([*hashes, *hashes_of(held_out)], indent=2) + "\n")
     write_settings(settings, folder)

@@ -9,12 +9,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import yaml
-
-from qllava.config import InputError
-from qllava.runs import RUN_FILE, RUNS, finished_nano_runs
+from qllava.runs import RUNS, Run, finished_nano_runs
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import resumable
 from qllava.training.settings import Settings
 
 
@@ -27,7 +23,7 @@ def take_projector(settings: Settings, folder: Path) -> None:
         return
     if settings.model.projector or settings.data.pretrain_file:
         return
-    resumed = processes.by_main(partial(resumable, folder))
+    resumed = processes.by_main(lambda: Run(folder).state == "interrupted")
     found = processes.by_main(partial(_began_with if resumed else _newest, folder))
     if found is None and resumed:
         print("The projector is that of the run's own stage 1, with which it began.")
@@ -44,10 +40,7 @@ def take_projector(settings: Settings, folder: Path) -> None:
 
 def _began_with(folder: Path) -> str | None:
     """The projector of a run that is resumed."""
-    try:
-        given = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")).get("projector")
-    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / RUN_FILE} cannot be read; choose another output_dir.") from error
+    given = Run(folder).read_settings().get("projector")
     return str(given) if given else None
 
 

@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qllava.files import read_json, write_whole
-from qllava.models.record import ADAPTER_CONFIG_FILE
-from qllava.runs import RESULTS_FILE
+from qllava.runs import COMMAND_FILE, SAMPLES_FILE, Run
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import resumable
 
-COMMAND_FILE = "command.json"
-SAMPLES_FILE = "samples.json"
 PACKAGES = ("qllava", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -43,7 +39,7 @@ class Started:
         """
         self._folder, self._began, self._begun = folder, time.monotonic(), False
         self._earlier = 0.0
-        if resumable(folder):
+        if Run(folder).state == "interrupted":
             before = read_json(folder / COMMAND_FILE)
             self._earlier = float(before.get("seconds", 0.0)) if isinstance(before, dict) else 0.0
         held.callback(self._end)
@@ -66,7 +62,7 @@ class Started:
     def _end(self) -> None:
         """Keep the time of a run that was interrupted; a finished one has its own in `results.json`."""
         # Not by agreement: the other processes may have ended.
-        if self._begun and processes.is_main() and not (self._folder / RESULTS_FILE).is_file():
+        if self._begun and processes.is_main() and not Run(self._folder).finished:
             with suppress(OSError):  # it must not hide the error that ended the run
                 self._write()
 
@@ -97,7 +93,7 @@ def _version(name: str) -> str:
 
 def figures(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return label and value of each figure of a finished run; what was not measured says so or is left out."""
-    tuned = (folder / ADAPTER_CONFIG_FILE).is_file()
+    tuned = Run(folder).has_adapter
     found = [("Held-out accuracy", _accuracy(results, tuned)), ("Held-out loss", _loss(results))]
     if "seconds" in results:
         found.append(("Time", duration(results["seconds"])))
@@ -137,7 +133,7 @@ def duration(seconds: float) -> str:
 
 def next_commands(folder: Path) -> list[str]:
     """Return what may be typed next, with a question of the run's own where it has one."""
-    if not (folder / ADAPTER_CONFIG_FILE).is_file():  # a stage 1 is only a projector
+    if not Run(folder).has_adapter:  # a stage 1 is only a projector
         return [f"python recipes/finetune_lora.py --projector {shlex.quote(str(folder))} ..."]
     samples = read_json(folder / SAMPLES_FILE)
     sample = samples[0] if isinstance(samples, list) and samples else {}

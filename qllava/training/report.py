@@ -31,8 +31,9 @@ from qllava.data.problems import RowError
 from qllava.evaluation.vqa import is_correct
 from qllava.files import read_json
 from qllava.page import Bar, Html, Series
+from qllava.runs import LEDGER_FILE, METRICS_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, SAMPLES_FILE, SPIKES_FILE
 from qllava.training import outcome
-from qllava.training.durable.numbers import SPIKES_FILE, shown
+from qllava.training.durable.numbers import shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
 LADDER = (
@@ -56,26 +57,26 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
 
     Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
     """
-    results = read_json(folder / "results.json") if results is None else results
-    stages, damaged = read_metrics(folder / "metrics.jsonl")
+    results = read_json(folder / RESULTS_FILE) if results is None else results
+    stages, damaged = read_metrics(folder / METRICS_FILE)
     spikes, _ = read_metrics(folder / SPIKES_FILE)
     sections = [
         *_results_section(folder, results if isinstance(results, dict) else None),
         *(_stage_section(name, records, spikes.get(name, [])) for name, records in stages.items()),
-        *_samples_section(folder, read_json(folder / "samples.json")),
+        *_samples_section(folder, read_json(folder / SAMPLES_FILE)),
         *_files_section(folder),
     ]
-    lines = "1 damaged line of metrics.jsonl was" if damaged == 1 else f"{damaged} damaged lines of metrics.jsonl were"
-    notes = [f"{lines} left out."] if damaged else []
+    lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+    notes = [f"{lines} of {METRICS_FILE} {'was' if damaged == 1 else 'were'} left out."] if damaged else []
     notes += [
         f"{name} cannot be read as JSON and was left out."
-        for name in ("results.json", "samples.json")
+        for name in (RESULTS_FILE, SAMPLES_FILE)
         if (folder / name).exists() and read_json(folder / name) is None
     ]
     if not sections:
-        notes.append("This folder holds no results yet: no metrics.jsonl, no results.json, no samples.json.")
+        notes.append(f"This folder holds no results yet: no {METRICS_FILE}, no {RESULTS_FILE}, no {SAMPLES_FILE}.")
     body = [*(page.callout(note, "warning") for note in notes), *sections]
-    out = folder / "report.html"
+    out = folder / REPORT_FILE
     page.write_page(
         out,
         page.page(
@@ -269,10 +270,10 @@ def _verdict(answer: str, truth: str) -> bool | None:
 def _files_section(folder: Path) -> list[Html]:
     """The ledger of parameters and the resolved configuration, as they stand in the folder."""
     parts = []
-    ledger, configuration = folder / "ledger.txt", folder / "run.yaml"
+    ledger, configuration = folder / LEDGER_FILE, folder / RUN_FILE
     if ledger.exists():
         parts.append(page.code(ledger.read_text(encoding="utf-8").rstrip()))
     if configuration.exists():
         text = configuration.read_text(encoding="utf-8").rstrip()
-        parts.append(page.details("The resolved configuration (run.yaml)", page.code(text)))
+        parts.append(page.details(f"The resolved configuration ({RUN_FILE})", page.code(text)))
     return [page.section("What was trained", *parts)] if parts else []

@@ -40,14 +40,13 @@ from qllava.models.errors import one_line, out_of_memory
 from qllava.models.lora import Lora
 from qllava.models.positions import positions_of
 from qllava.models.record import Recipe
-from qllava.runs import RESULTS_FILE
+from qllava.runs import BEGUN_FILE, METRICS_FILE, REPORT_FILE, SPIKES_FILE, Run
 from qllava.surroundings import prepare_process
 from qllava.training import evaluations, folders, outcome, samples, scores
 from qllava.training.asked import HeldOut
 from qllava.training.data import Part, Prepared, hashes_of, prepare
 from qllava.training.durable import disk, processes
-from qllava.training.durable.checkpoints import BEGUN_FILE, begun_with, refuse_changes
-from qllava.training.durable.numbers import SPIKES_FILE
+from qllava.training.durable.checkpoints import begun_with, refuse_changes
 from qllava.training.durable.order import total_steps
 from qllava.training.durable.signals import Stopped, handled
 from qllava.training.memory.allocator import keep_freed_memory
@@ -55,7 +54,6 @@ from qllava.training.nano_start import take_projector
 from qllava.training.options.defaults import FINETUNE_RATE, NANO_PRETRAIN, PRETRAIN_RATE, PROJECTOR_RATE
 from qllava.training.settings import Settings, TrainConfig
 from qllava.training.stage import Stage, train_stage
-from qllava.training.trainer import METRICS_FILE
 
 
 def pretrain(settings: Settings) -> Path:
@@ -81,7 +79,7 @@ def _pretrain(settings: Settings, held: ExitStack) -> Path:
     results = {"seconds": started.seconds, **trained}
     processes.by_main(partial(folders.finish, folder, results))
     folders.say_next(
-        f"Stage 1 is done: {folder} (open {folder / 'report.html'} in a browser)", outcome.next_commands(folder)
+        f"Stage 1 is done: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
     )
     return folder
 
@@ -159,14 +157,14 @@ def _say_done(folder: Path, results: dict[str, Any]) -> None:
     for label, value in outcome.figures(folder, results):
         print(f"  {label:<19}{value}")
     folders.say_next(
-        f"The run is done: {folder} (open {folder / 'report.html'} in a browser)", outcome.next_commands(folder)
+        f"The run is done: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
     )
 
 
 def _captions(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
     """What a stage 1 of finetune's own would learn from; None where the projector has its start already."""
     exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
-    if settings.model.projector or exists or processes.by_main((folder / "stage1" / RESULTS_FILE).is_file):
+    if settings.model.projector or exists or processes.by_main(lambda: Run(folder).stage1.finished):
         return None
     files = folders.files_of(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
     return _prepare(settings, assembled, PLAIN, files, [])[0]
@@ -185,11 +183,11 @@ def _align(
 
     count: samples of stage 2, whose files have to fit on the disk before stage 1 begins.
     """
-    stage1 = folder / "stage1"
+    stage1 = Run(folder).stage1.folder
     if captions is None:
         if settings.model.projector:
             load_projector(assembled.model, Path(settings.model.projector))
-        elif (stage1 / RESULTS_FILE).is_file():
+        elif Run(stage1).finished:
             load_projector(assembled.model, stage1)
         return
     processes.by_main(partial(stage1.mkdir, exist_ok=True))

@@ -29,12 +29,9 @@ from qllava.evaluation import vqa
 from qllava.files import read_json, write_whole
 from qllava.inference import Room
 from qllava.models.assemble import Assembled
+from qllava.runs import BEFORE_FILE, SAMPLES_FILE, Run
 from qllava.training import scores
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import checkpoints
-from qllava.training.outcome import SAMPLES_FILE
-
-BEFORE_FILE = "before.json"
 
 
 def before(
@@ -45,7 +42,7 @@ def before(
     None where they cannot be known: the question is new since the run began, or training began without keeping any.
     """
     keys = _keys(examples)
-    if not processes.by_main(partial(checkpoints, folder)):
+    if not processes.by_main(Run(folder).checkpoints):
         # Also where an earlier start kept some: it left nothing to resume, and may have had another projector.
         if not examples:
             return []

@@ -33,13 +33,12 @@ from qllava.models.assemble import Assembled
 from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.nano import dataset as nano
+from qllava.runs import SCORES_FILE, Run
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import resumable
 from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
 from qllava.training.settings import Settings, TrainConfig, name_of
 
 T = TypeVar("T")
-SCORES_FILE = "scores.json"
 MAX_ANSWER_TOKENS = 48
 SHOWN = 12
 """Held-out questions whose answers a report shows, from before the training and after it."""
@@ -228,7 +227,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
     Such a start may have had other settings: nothing refuses the new ones.
     """
-    return (read_json(folder / SCORES_FILE) or {}) if resumable(folder) else {}
+    return (read_json(folder / SCORES_FILE) or {}) if Run(folder).state == "interrupted" else {}
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:

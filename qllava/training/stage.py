@@ -28,14 +28,15 @@ from qllava.data.formats import Example
 from qllava.evaluation.vqa import VqaResult
 from qllava.files import whole_file, write_whole
 from qllava.models import ledger
-from qllava.models.adapter import BELONGS_TO_BASE, PROBES_FILE, read_record
+from qllava.models.adapter import BELONGS_TO_BASE, read_record
 from qllava.models.assemble import Assembled
 from qllava.models.errors import UNPICKLING_REFUSED
 from qllava.models.lora import Lora
+from qllava.runs import LEDGER_FILE, METRICS_FILE, PROBES_FILE, Run
 from qllava.training import scores
 from qllava.training.data import Prepared
 from qllava.training.durable import disk, processes
-from qllava.training.durable.checkpoints import checkpoints, computed_in, newest, optim_of, saving
+from qllava.training.durable.checkpoints import computed_in, newest, optim_of, saving
 from qllava.training.durable.numbers import check_weights
 from qllava.training.durable.signals import SaveAndStop, Stopped, handled
 from qllava.training.durable.zero import read_tensors_only
@@ -44,8 +45,7 @@ from qllava.training.memory import fit, format_bytes, parse_bytes, recompute, se
 from qllava.training.settings import TrainConfig
 from qllava.training.step.attention import Kernel
 from qllava.training.step.kernels import Chosen, Layers
-from qllava.training.step.rows import LEDGER_FILE
-from qllava.training.trainer import METRICS_FILE, LlavaTrainer, Metrics, computing_in
+from qllava.training.trainer import LlavaTrainer, Metrics, computing_in
 
 PROBES = 32
 
@@ -183,7 +183,7 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     processes.by_main(partial(_open, stage, held_out, assembled, text))
     if start is not None:
         processes.by_main(partial(trainer.check_start, start))
-    trainer.passed_over = checkpoints(stage.folder, after=start)
+    trainer.passed_over = Run(stage.folder).checkpoints(after=start)
     if stage.config.gradient_checkpointing:
         model.train()
     if trainer.is_deepspeed_enabled:

@@ -38,11 +38,12 @@ from qllava.config import InputError
 from qllava.data.collate import RowCollator
 from qllava.data.encode import IGNORE_INDEX
 from qllava.evaluation.vqa import VqaResult
-from qllava.models.adapter import ADAPTER_FILE, PROJECTOR_FILE, refuse_not_finite, save_projector, save_record
+from qllava.models.adapter import refuse_not_finite, save_projector, save_record
 from qllava.models.assemble import Assembled
+from qllava.runs import ADAPTER_FILE, PARTIAL, PROJECTOR_FILE, SPIKES_FILE, Run
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import PARTIAL, append_line, engine_of, publish, rotate, saving, seal
-from qllava.training.durable.numbers import SPIKES_FILE, Alone, Spikes, check_weights, traced
+from qllava.training.durable.checkpoints import append_line, engine_of, publish, rotate, saving, seal
+from qllava.training.durable.numbers import Alone, Spikes, check_weights, traced
 from qllava.training.durable.order import InOrder, PictureOrder, loader
 from qllava.training.evaluations import of_samples, same_draws
 from qllava.training.memory.paged import keep_paged
@@ -50,8 +51,6 @@ from qllava.training.settings import TrainConfig
 from qllava.training.step.exact import compile_layers, take_shortcuts, teach_rows
 from qllava.training.step.kernels import choose, choose_layers
 from qllava.training.step.rows import RowTrainer, prepare_for_rows
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics(TrainerCallback):
@@ -324,7 +323,7 @@ class LlavaTrainer(RowTrainer):
         check_weights(self.model, self.state.global_step)
         folder = Path(str(self.args.output_dir))
         aside = folder / PARTIAL
-        name = f"checkpoint-{self.state.global_step}"
+        name = Run(folder).checkpoint(self.state.global_step).name
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._aside = str(aside)
 

@@ -14,7 +14,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qllava.config import InputError
-from qllava.training.durable.checkpoints import MANIFEST_FILE, checkpoints, seal
+from qllava.runs import MANIFEST_FILE, Run
+from qllava.training.durable.checkpoints import seal
 from tests.distributed.test_several import FULL, ROOT, Runs, assert_same, start, unfinished
 from tests.security.test_models import Bomb
 from tests.tiny_runs import Tiny, flags
@@ -69,7 +70,7 @@ def test_fsdp_is_not_quietly_something_else(runs: Runs) -> None:
     done = launch(runs, "fsdp2_qlora", ["recipes/finetune_lora.py"], "no_fsdp")
     assert done.returncode != 0
     assert done.stderr.count("qllava: accelerate was told of FSDP and has none here") >= 1
-    assert not checkpoints(runs.folder / "no_fsdp")
+    assert not Run(runs.folder / "no_fsdp").checkpoints()
 
 
 @pytest.mark.distributed
@@ -97,11 +98,11 @@ class TestZero2:
         monkeypatch.setenv("FAULT", "nan")
         done = launch(runs, *self.ZERO2, "zero2_nan", **FULL)
         assert done.returncode != 0 and "qllava: The loss is nan at step 4, with the samples row-" in done.stderr
-        assert [place.name for place in checkpoints(runs.folder / "zero2_nan")] == ["checkpoint-2"]
+        assert [place.name for place in Run(runs.folder / "zero2_nan").checkpoints()] == ["checkpoint-2"]
 
     def test_what_is_no_tensor_is_not_unpickled(self, runs: Runs, zero2: Path) -> None:
         stopped = unfinished(zero2, runs.folder / "zero2_pickle")
-        (place,) = checkpoints(stopped)
+        (place,) = Run(stopped).checkpoints()
         begun = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))
         (place / MANIFEST_FILE).unlink()
         marks = list(place.glob("global_step*/*_optim_states.pt"))

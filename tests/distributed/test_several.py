@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from qllava.config import InputError
-from qllava.training.durable.checkpoints import checkpoints, fault
+from qllava.runs import Run
+from qllava.training.durable.checkpoints import fault
 from qllava.training.run import finetune, pretrain
 from tests import commands
 from tests.tiny_models import make_tiny_rows
@@ -68,7 +69,7 @@ def held_out(folder: Path) -> dict[int, list[float]]:
 def unfinished(run: Path, folder: Path) -> Path:
     """A copy that was stopped after its second step, in the middle of an epoch."""
     shutil.copytree(run, folder)
-    for place in checkpoints(folder)[1:]:
+    for place in Run(folder).checkpoints()[1:]:
         shutil.rmtree(place)
     for name in ("results.json", "projector.safetensors", "adapter_model.safetensors"):
         (folder / name).unlink(missing_ok=True)
@@ -200,7 +201,7 @@ def test_another_number_of_samples_per_step_is_refused(runs: Runs, tmp_path: Pat
 def test_the_main_process_alone_writes_and_speaks(runs: Runs) -> None:
     said = Counter(line for line in runs.said.splitlines() if line.startswith(("Stage 1 is done", "The run is done")))
     assert said and set(said.values()) == {1}
-    for place in checkpoints(runs.folder / "two_full"):
+    for place in Run(runs.folder / "two_full").checkpoints():
         assert fault(place) is None
         written = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["files"]
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= written.keys()
@@ -210,14 +211,14 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_both(runs: Runs) -> None
     first, second = runs.ended("nan")
     assert (first["raised"], second["raised"]) == ("NotFinite", "Elsewhere")
     assert "at step 4, with the samples row-" in first["said"]
-    assert [place.name for place in checkpoints(runs.folder / "nan")] == ["checkpoint-2"]
+    assert [place.name for place in Run(runs.folder / "nan").checkpoints()] == ["checkpoint-2"]
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(runs: Runs) -> None:
     ends = runs.ended("signal")
     assert [end["raised"] for end in ends] == ["Stopped", "Stopped"]
     assert all("saved at step 4 and ended by SIGTERM" in end["said"] for end in ends)
-    (saved,) = checkpoints(runs.folder / "signal")
+    (saved,) = Run(runs.folder / "signal").checkpoints()
     assert saved.name == "checkpoint-4" and fault(saved) is None
 
 

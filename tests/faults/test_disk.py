@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from qllava.config import InputError
 from qllava.files import write_whole
 from qllava.models.lora import Lora
+from qllava.runs import Run
 from qllava.training import scores
 from qllava.training.durable import disk
-from qllava.training.durable.checkpoints import checkpoints, fault, newest, saving
+from qllava.training.durable.checkpoints import fault, newest, saving
 from qllava.training.durable.disk import Need
 from qllava.training.durable.order import total_steps
 from qllava.training.run import finetune, pretrain
@@ -111,7 +112,7 @@ class TestTooSmallADisk:
             pretrain(stage1_settings(tiny, tmp_path / "run"))
         said = refusal(caught.value)
         assert f" to {tmp_path / 'run'} (2 checkpoints of " in said and "are free there" in said
-        assert "save_total_limit" in said and not checkpoints(tmp_path / "run")
+        assert "save_total_limit" in said and not Run(tmp_path / "run").checkpoints()
 
     def test_for_stage_2_is_refused_before_stage_1(
         self, tiny: Tiny, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +201,7 @@ class TestARealDisk:
     """A file system that fills, or becomes read-only, under a run: what was saved is whole, and the run goes on."""
 
     def unharmed(self, folder: Path) -> Path:
-        assert all(fault(place) is None for place in checkpoints(folder))
+        assert all(fault(place) is None for place in Run(folder).checkpoints())
         found, skipped = newest(folder)
         assert found is not None and not skipped and not (folder / "results.json").exists()
         return found
@@ -289,7 +290,7 @@ class TestDamageAcrossStages:
     def test_in_stage_1(
         self, tiny: Tiny, captions: Path, whole: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for place in checkpoints(unfinished):
+        for place in Run(unfinished).checkpoints():
             shutil.rmtree(place)
         (unfinished / "stage1" / "results.json").unlink()
         flip(unfinished / "stage1" / "checkpoint-4" / "optimizer.pt")
@@ -300,7 +301,7 @@ class TestDamageAcrossStages:
 
     def between(self, unfinished: Path) -> Path:
         """The run ended after stage 1, and before the first checkpoint of stage 2."""
-        for place in checkpoints(unfinished):
+        for place in Run(unfinished).checkpoints():
             shutil.rmtree(place)
         return unfinished
 

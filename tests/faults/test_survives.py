@@ -18,11 +18,9 @@ from safetensors.torch import load_file
 
 from qllava.config import InputError
 from qllava.conversation import CHATML
+from qllava.runs import MANIFEST_FILE, PARTIAL, Run
 from qllava.training.durable.checkpoints import (
-    MANIFEST_FILE,
-    PARTIAL,
     begun_with,
-    checkpoints,
     fault,
     newest,
     publish,
@@ -109,7 +107,7 @@ class TestDamagedCheckpoints:
         assert fault(unfinished / "checkpoint-4") is None and not (unfinished / ".partial").exists()
 
     def test_none_is_whole(self, tiny: Tiny, unfinished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for place in checkpoints(unfinished):
+        for place in Run(unfinished).checkpoints():
             flip(place / "projector.safetensors")
         pretrain(stage1_settings(tiny, unfinished))
         said = capsys.readouterr().out
@@ -132,10 +130,10 @@ class TestRotation:
         for broken in (second, third):
             cut(broken / "weights")
         rotate(tmp_path, 1)
-        assert checkpoints(tmp_path) == [first, second, third]
+        assert Run(tmp_path).checkpoints() == [first, second, third]
         fourth = self.make(tmp_path, 4)
         rotate(tmp_path, 1)
-        assert checkpoints(tmp_path) == [fourth] and not (tmp_path / ".partial").exists()
+        assert Run(tmp_path).checkpoints() == [fourth] and not (tmp_path / ".partial").exists()
 
     @pytest.mark.parametrize("limit", [2, None])
     @pytest.mark.parametrize("step", [573, 600])
@@ -144,15 +142,15 @@ class TestRotation:
         before, damaged = self.make(tmp_path, 550), self.make(tmp_path, step)
         flip(damaged / "weights")
         found, _ = newest(tmp_path)
-        assert found == before and checkpoints(tmp_path, after=before) == [damaged]
+        assert found == before and Run(tmp_path).checkpoints(after=before) == [damaged]
         saved = self.make(tmp_path, 580)
         rotate(tmp_path, limit, [damaged])
-        assert checkpoints(tmp_path) == [before, saved]
+        assert Run(tmp_path).checkpoints() == [before, saved]
 
     def test_keeps_all_without_a_limit(self, tmp_path: Path) -> None:
         made = [self.make(tmp_path, step) for step in (1, 2)]
         rotate(tmp_path, None)
-        assert checkpoints(tmp_path) == made
+        assert Run(tmp_path).checkpoints() == made
 
     @pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
     def test_a_second_save_of_a_step_that_does_not_end_keeps_the_first(self, tmp_path: Path, killed: bool) -> None:
@@ -211,7 +209,7 @@ class TestWhatHasChanged:
         """And it counts from here on: the steps between checkpoints are not what the checkpoint was told."""
         shutil.rmtree(unfinished / "checkpoint-4")
         pretrain(stage1_settings(tiny, unfinished, save_steps=1, logging_steps=2, tokens_per_row=200))
-        assert [place.name for place in checkpoints(unfinished)] == [f"checkpoint-{step}" for step in (2, 3, 4)]
+        assert [place.name for place in Run(unfinished).checkpoints()] == [f"checkpoint-{step}" for step in (2, 3, 4)]
         assert same(unfinished, tiny.stage1)
 
     def test_how_samples_are_drawn(self, tiny: Tiny, unfinished: Path) -> None:
@@ -272,7 +270,7 @@ class TestTheLastStep:
             (run / name).unlink()
         pretrain(stage1_settings(tiny, run, **fields))
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
-        assert checkpoints(run)[-1].name == f"checkpoint-{steps}" and last_step(run) == steps
+        assert Run(run).checkpoints()[-1].name == f"checkpoint-{steps}" and last_step(run) == steps
 
 
 def start(tiny: Tiny, folder: Path, **fields: Any) -> Command:
@@ -316,7 +314,7 @@ class TestKilled:
     def test_ends_with_the_same_bits(self, tiny: Tiny, whole: Path, tmp_path: Path, kills: int) -> None:
         killed_and_continued(tiny, tmp_path / "run", kills)
         assert same(whole, tmp_path / "run")
-        assert all(fault(place) is None for place in checkpoints(tmp_path / "run"))
+        assert all(fault(place) is None for place in Run(tmp_path / "run").checkpoints())
 
 
 class TestSignals:
@@ -362,7 +360,7 @@ class TestSignals:
             patch.setattr(SaveAndStop, "agree", lambda self: "SIGTERM")
             with pytest.raises(Stopped, match="saved at step 4 and ended by SIGTERM"):
                 pretrain(stage1_settings(tiny, folder, save_strategy="no"))
-        (saved,) = checkpoints(folder)
+        (saved,) = Run(folder).checkpoints()
         assert saved.name == "checkpoint-4" and fault(saved) is None
         pretrain(stage1_settings(tiny, folder, save_strategy="no"))
         assert same(folder, tiny.stage1)

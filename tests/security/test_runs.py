@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qllava.config import InputError
-from qllava.training.durable.checkpoints import MANIFEST_FILE, seal
+from qllava.runs import MANIFEST_FILE
+from qllava.training.durable.checkpoints import seal
 from qllava.training.folders import write_settings
 from qllava.training.run import finetune
 from qllava.training.trainer import LlavaTrainer

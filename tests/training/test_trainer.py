@@ -19,7 +19,8 @@ from qllava.config import InputError
 from qllava.data.collate import Collator
 from qllava.models import outline as parts
 from qllava.models.adapter import load_run, projector_state
-from qllava.training.durable.checkpoints import checkpoints, saving
+from qllava.runs import Run
+from qllava.training.durable.checkpoints import saving
 from qllava.training.trainer import LlavaTrainer, Metrics
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 
@@ -251,7 +252,7 @@ class TestCheckpoints:
     def test_the_limit_keeps_the_newest(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2)
         trainer.train()
-        assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+        assert [p.name for p in Run(tmp_path).checkpoints()] == ["checkpoint-3", "checkpoint-4"]
         assert trainer.args.save_total_limit == 2
 
     def test_a_folder_that_is_not_whole_bears_another_name(
@@ -269,7 +270,7 @@ class TestCheckpoints:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         monkeypatch.undo()
-        assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1"]
+        assert [p.name for p in Run(tmp_path).checkpoints()] == ["checkpoint-1"]
         assert sorted(p.name for p in tmp_path.iterdir()) == [".partial", "checkpoint-1"]
         trainer._save_checkpoint(trainer.model, None)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
@@ -277,7 +278,7 @@ class TestCheckpoints:
     def test_order_is_by_number(self, tmp_path: Path) -> None:
         for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "checkpoint-9.tmp"):
             (tmp_path / name).mkdir()
-        assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+        assert [p.name for p in Run(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
 
 
 @pytest.fixture

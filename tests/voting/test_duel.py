@@ -68,7 +68,7 @@ def test_a_line_in_the_middle_that_is_no_vote_is_named(tmp_path: Path) -> None:
 
 def test_another_file_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("one\ntwo")
-    with pytest.raises(InputError, match="no file of votes"):
+    with pytest.raises(InputError, match="not a file of votes"):
         VoteFile(tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "one\ntwo"
     with pytest.raises(InputError, match="is a folder"):

@@ -22,15 +22,11 @@ from safetensors import SafetensorError
 from qllava.config import InputError
 from qllava.files import Journal, flush, move
 from qllava.models.errors import one_line
-from qllava.runs import RESULTS_FILE
+from qllava.runs import BEGUN_FILE, MANIFEST_FILE, PARTIAL, Run
 from qllava.training.durable.order import samples_per_step
 from qllava.training.options.fields import deciding
 from qllava.training.settings import Settings
 
-MANIFEST_FILE = "manifest.json"
-BEGUN_FILE = "begun.json"
-"""In a finished stage 1, whose checkpoints may be gone: what the run was begun with."""
-PARTIAL = ".partial"
 _OLD = "old-"
 """Before the name of a checkpoint, under `.partial`, that makes way for another of the same step."""
 
@@ -90,7 +86,7 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
     Raises InputError that shows the difference.
     """
     recover(folder)
-    for place in (folder, *reversed(checkpoints(folder))):
+    for place in (folder, *reversed(Run(folder).checkpoints())):
         try:
             record = place / (BEGUN_FILE if place == folder else MANIFEST_FILE)
             before = json.loads(record.read_text(encoding="utf-8"))["begun_with"]
@@ -112,23 +108,6 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def checkpoints(folder: Path, after: Path | None = None) -> list[Path]:
-    """The folders of a run that bear a checkpoint's name, oldest first; `after` one of them, those of later steps."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    ordered = sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-    return ordered[ordered.index(after) + 1 :] if after else ordered
-
-
-def resumable(folder: Path) -> bool:
-    """Return whether a run's folder holds something to resume: a checkpoint, or a finished stage 1 of its own.
-
-    Where it does, `refuse_changes` holds the run to what it was begun with. Where it does not, other files are what an
-    earlier start left, perhaps with other settings.
-    """
-    stage1 = folder / "stage1"
-    return bool(checkpoints(folder) or checkpoints(stage1)) or (stage1 / RESULTS_FILE).is_file()
 
 
 def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapping[str, Any] | None = None) -> None:
@@ -185,7 +164,7 @@ def publish(aside: Path, folder: Path) -> None:
 
 def recover(folder: Path) -> None:
     """Give intact checkpoints their names back that had made way for a second save which was killed (`publish`)."""
-    for old in sorted((folder / PARTIAL).glob(f"{_OLD}checkpoint-*")):
+    for old in sorted((folder / PARTIAL).glob(f"{_OLD}*")):
         place = folder / old.name.removeprefix(_OLD)
         if not place.exists() and fault(old) is None:
             move(old, place)
@@ -198,7 +177,7 @@ def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) 
     last whole one stays whatever the limit, and a folder is renamed before it is removed: killed in between, none is
     left half under its name.
     """
-    every = [place for place in checkpoints(folder) if place not in passed_over]
+    every = [place for place in Run(folder).checkpoints() if place not in passed_over]
     whole = [place for place in every if fault(place, read=False) is None] if limit else []
     older = every[: every.index(whole[-limit:][0])] if limit and whole else []
     for place in (*older, *passed_over):
@@ -231,7 +210,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence for each newer one that was skipped."""
     recover(folder)
     skipped: list[str] = []
-    for place in reversed(checkpoints(folder)):
+    for place in reversed(Run(folder).checkpoints()):
         reason = fault(place)
         if reason is None:
             return place, skipped

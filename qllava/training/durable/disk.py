@@ -17,7 +17,7 @@ from torch import nn
 
 from qllava.config import InputError
 from qllava.models.adapter import projector_state
-from qllava.training.durable.checkpoints import PARTIAL
+from qllava.runs import PARTIAL, Run
 from qllava.training.durable.order import total_steps
 from qllava.training.memory import format_bytes
 from qllava.training.settings import TrainConfig, name_of
@@ -75,7 +75,7 @@ def check(needs: Mapping[Path, Need]) -> None:
     """
     there = 0
     for folder in needs:
-        places = [p for p in folder.glob("*") if p.name == PARTIAL or p.name.startswith("checkpoint-")]
+        places = [*Run(folder).checkpoints(), folder / PARTIAL]
         there += sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
     run = min(needs, key=lambda folder: len(folder.parts))
     total, free = sum(need.total for need in needs.values()) - there, shutil.disk_usage(run).free

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from qllava.config import InputError
 from qllava.training.durable.checkpoints import append_line
 
-SPIKES_FILE = "spikes.jsonl"
 _WINDOW, _FEWEST = 64, 16
 _DEVIATIONS, _TIMES = 6.0, 2.0
 _UNTOUCHED = "no weight was changed and no checkpoint touched."

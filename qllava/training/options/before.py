@@ -12,8 +12,8 @@ from typing import Any
 
 from qllava.arguments import check_data, check_file, check_folder, check_part, check_written_folder, missing
 from qllava.config import InputError, expanded
-from qllava.models.record import PROJECTOR_FILE, adapter_at
-from qllava.runs import RESULTS_FILE, RUN_FILE
+from qllava.models.record import adapter_at
+from qllava.runs import PROJECTOR_FILE, RESULTS_FILE, RUN_FILE, Run
 from qllava.training.options.command import Given
 from qllava.training.options.sizes import check_bytes
 from qllava.training.options.table import FOLLOWING
@@ -260,7 +260,7 @@ def check_output(given: Given | Mapping[str, Any]) -> None:
         value = given.get(name)
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{value} is inside output_dir, which is {folder}; choose another output_dir.")
-    if (folder / RESULTS_FILE).is_file():
+    if Run(folder).finished:
         if not given.get("overwrite_output_dir"):
             raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
         if not (folder / RUN_FILE).is_file():

@@ -24,12 +24,11 @@ from qllava.data.encode import IGNORE_INDEX
 from qllava.files import Journal
 from qllava.models.assemble import Assembled
 from qllava.models.errors import out_of_memory
+from qllava.runs import LEDGER_FILE
 from qllava.training.durable import processes
 from qllava.training.memory.fake import held_by
 from qllava.training.settings import TrainConfig
 from qllava.training.step.attention import looking_at
-
-LEDGER_FILE = "ledger.txt"
 
 
 class RowTrainer(SFTTrainer):

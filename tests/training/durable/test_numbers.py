@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.data.images import open_image
-from qllava.training.durable.checkpoints import MANIFEST_FILE, checkpoints, seal
-from qllava.training.durable.numbers import SPIKES_FILE, NotFinite, Spikes, shown
+from qllava.runs import MANIFEST_FILE, SPIKES_FILE, Run
+from qllava.training.durable.checkpoints import seal
+from qllava.training.durable.numbers import NotFinite, Spikes, shown
 from qllava.training.report import write_report
 from qllava.training.run import finetune, main, pretrain
 from qllava.training.trainer import LlavaTrainer
@@ -65,7 +66,7 @@ def stopped(trainer: LlavaTrainer, folder: Path) -> str:
     assert "at step 3" in message and "no weight was changed" in message
     assert sorted(learned) == [1, 2]
     assert not changed(learned[2], trainer.model)
-    assert [p.name for p in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert [p.name for p in Run(folder).checkpoints()] == ["checkpoint-1", "checkpoint-2"]
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     saved = load_file(folder / "checkpoint-2" / "projector.safetensors")
     own = {name: tensor for name, tensor in learned[2].items() if "original_module" not in name}

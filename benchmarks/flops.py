@@ -31,7 +31,7 @@ from benchmarks.whole_head import compute_whole_head
 from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
-from qllava.models.checkpoint import tokens_per_image
+from qllava.image_layout import ImageLayout
 from qllava.models.lora import Lora
 from qllava.surroundings import prepare_process
 from qllava.training.memory import recompute as recompute_layers
@@ -74,7 +74,7 @@ def trl_step(
         if recompute:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
-        image = tokens_per_image(config)
+        image = ImageLayout.of_config(config).tokens
         # transformers compares the number of image tokens with the features' here; these tensors hold no numbers.
         llava.model.get_placeholder_mask = lambda ids, *_, **__: (ids == config.image_token_index).unsqueeze(-1)
         side = getattr(config.vision_config, "image_size", 0)
@@ -131,10 +131,16 @@ def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shor
 
 def _row(config: LlavaConfig, samples: int, text: int, learned: int, *, share: bool) -> Row:
     """Samples about one picture in one row: the picture, a question of other words each, an answer."""
-    picture = [config.image_token_index] * tokens_per_image(config)
+    picture = [config.image_token_index] * ImageLayout.of_config(config).tokens
     asked = [IGNORE_INDEX] * (len(picture) + text - learned)
     rows = [
-        {"id": str(n), "input_ids": picture + [n + 1] * text, "labels": asked + [n + 1] * learned, "pictures": ["a"]}
+        {
+            "id": str(n),
+            "input_ids": picture + [n + 1] * text,
+            "labels": asked + [n + 1] * learned,
+            "pictures": ["a"],
+            "image_tokens": [len(picture)],
+        }
         for n in range(samples)
     ]
     return lay_out(rows, config.image_token_index, share=share)

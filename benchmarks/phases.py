@@ -26,10 +26,10 @@ from qllava.config import InputError
 from qllava.conversation import CHATML
 from qllava.data.encode import Encoder
 from qllava.data.formats import read_examples
+from qllava.image_layout import ImageLayout
 from qllava.inference.chat import Chat
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, prepare_for_training
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import out_of_memory
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
@@ -164,7 +164,7 @@ def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: 
     assembled = Assembled(model, make_processor(config), recipe)
     prepare_for_training(model)
     encoder = Encoder(
-        assembled.processor.tokenizer, CHATML, config.image_token_index, tokens_per_image(config), 1 << 30
+        assembled.processor.tokenizer, CHATML, config.image_token_index, ImageLayout.of_config(config), 1 << 30
     )
     batch, side = train.per_device_train_batch_size, config.vision_config.image_size
     pictures = folder / "pictures"

@@ -41,8 +41,8 @@ from benchmarks import shapes
 from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.config import NANO_WEIGHTS
+from qllava.image_layout import ImageLayout
 from qllava.models.adapter import save_projector
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.runs import PROJECTOR_FILE
@@ -147,7 +147,7 @@ def _tokenizer() -> Any:
 
 def answer_that_fills(config: Any, tokens: int) -> str:
     """The answer with which a question about an image takes a pack of so many tokens, to within a sentence."""
-    text = tokens - tokens_per_image(config) - FRAME
+    text = tokens - ImageLayout.of_config(config).tokens - FRAME
     return WORDS * (text // len(_tokenizer()(WORDS)["input_ids"]) - QUESTION)
 
 

@@ -19,8 +19,9 @@ from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
+from qllava.surroundings import prepare_process
 from qllava.training import memory, scores
-from qllava.training.run import NANO_FINETUNE
+from qllava.training.options.defaults import NANO_FINETUNE
 from qllava.training.settings import parse
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
@@ -75,4 +76,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -23,6 +23,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from qllava.conversation import CHATML, IMAGE_TOKEN, ask
 from qllava.data.packing import steps_of
+from qllava.image_layout import ImageLayout
 
 MEAN_TOKENS = 200
 SPREAD = 0.55
@@ -67,14 +68,13 @@ def make_processor(config: LlavaConfig) -> LlavaProcessor:
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>", IMAGE_TOKEN],
     )
-    side = config.vision_config.image_size
-    strategy = config.vision_feature_select_strategy
+    side, image = config.vision_config.image_size, ImageLayout.of_config(config)
     return LlavaProcessor(
         image_processor=LlavaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1 if strategy == "default" else 0,
+        vision_feature_select_strategy=image.strategy,
+        num_additional_image_tokens=image.additional,
         chat_template=CHATML.chat_template(),
     )
 

@@ -37,9 +37,9 @@ from benchmarks.whole_head import compute_whole_head
 from qllava.conversation import CHATML
 from qllava.data.collate import Collator
 from qllava.data.encode import IGNORE_INDEX, Encoder
+from qllava.image_layout import ImageLayout
 from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled, prepare_for_training
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
@@ -131,7 +131,7 @@ def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
     processor = make_processor(config)
     recipe = Recipe(None, "random", "random", "mlp2x_gelu", config.vision_feature_layer, "pad", CHATML.name, True)
     assembled = Assembled(model, processor, recipe)
-    encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, tokens_per_image(config), 1 << 30)
+    encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, ImageLayout.of_config(config), 1 << 30)
     rows = prepare_rows(texts, encoder, Path(job.folder))
     if job.system == "qllava":
         prepare_for_training(model)

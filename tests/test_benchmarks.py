@@ -31,8 +31,8 @@ from benchmarks.systems import Job, build, mean_loss
 from benchmarks.turns import Failed, Worker
 from qllava.data.formats import read_examples
 from qllava.data.packing import lay_out
+from qllava.image_layout import ImageLayout
 from qllava.inference import load
-from qllava.models.checkpoint import tokens_per_image
 from tests.tiny_models import make_picture, make_tiny_llava
 from tests.tiny_runs import Tiny
 
@@ -352,7 +352,7 @@ def test_a_sample_fills_a_pack_of_the_size_that_is_planned(shape: str) -> None:
     tokenizer = plan_memory._tokenizer()
     assert len(tokenizer) < config.text_config.vocab_size, "a run refuses a tokenizer that the model does not hold"
     text = plan_memory.WORDS * plan_memory.QUESTION + plan_memory.answer_that_fills(config, tokens)
-    length = tokens_per_image(config) + len(tokenizer(text)["input_ids"]) + plan_memory.FRAME
+    length = ImageLayout.of_config(config).tokens + len(tokenizer(text)["input_ids"]) + plan_memory.FRAME
     sentence = len(tokenizer(plan_memory.WORDS)["input_ids"])
     assert tokens - 2 * sentence < length <= tokens
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
 ROWS = (
-    {"conversation", "config", "surroundings"},
+    {"conversation", "config", "image_layout", "surroundings"},
     {"locks"},
     {"files", "runs"},
     {"page", "arguments"},

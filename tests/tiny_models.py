@@ -26,12 +26,14 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from qllava.conversation import CHATML
+from qllava.image_layout import ImageLayout
 from qllava.models.checkpoint import names_on_disk, write_aside, write_settings, write_weights
 from qllava.models.weights import EMBEDDING, HEAD
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+IMAGE_LAYOUT = ImageLayout(4, 4, additional=1, drops_first=True)
+IMAGE_TOKENS = IMAGE_LAYOUT.tokens
 
 _CORPUS = [
     "What colour is the circle? red green blue yellow orange purple",

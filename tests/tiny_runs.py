@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from qllava.config import InputError
 from qllava.data.encode import Encoder
+from qllava.image_layout import ImageLayout
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, assemble
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
@@ -128,7 +128,7 @@ def encode(assembled: Assembled, rows: Path) -> Prepared:
     """The rows, ready to be trained on."""
     config = assembled.model.config
     encoder = Encoder(
-        assembled.processor.tokenizer, assembled.template, config.image_token_index, tokens_per_image(config)
+        assembled.processor.tokenizer, assembled.template, config.image_token_index, ImageLayout.of_config(config)
     )
     return prepare([Part(rows, None)], encoder, seed=0)[0]
 

@@ -42,7 +42,7 @@ from qllava.data.rows import read_rows, row_files
 from qllava.data.table import Layout, batch_of, open_table, quantiles, writing
 from qllava.files import whole_folder
 
-_VERSION = 3
+_VERSION = 4
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
 _ROWS = 1_000
 _SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
@@ -150,7 +150,7 @@ def check(
             f"What was found in {path} cannot be kept in {root} ({error.strerror or error}); make room there, "
             "or name another folder in $QLLAVA_CACHE."
         ) from error
-    layout = Layout(encoder.image_token_id, encoder.tokens_per_image)
+    layout = Layout(encoder.image_token_id)
     return Checked(path, folder, layout, _summary(folder, table, uses))
 
 
@@ -177,7 +177,7 @@ def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
         _VERSION, tokenizers.__version__,
         str(path.absolute()), str((image_folder or folder_of(path)).absolute()),
         blake2b(core.encode()).hexdigest(), encoder.tokenizer.bos_token, encoder.tokenizer.eos_token, encoder.template,
-        encoder.image_token_id, encoder.tokens_per_image, encoder.max_length, encoder.positions, encoder.too_long,
+        encoder.image_token_id, encoder.image, encoder.max_length, encoder.positions, encoder.too_long,
     )  # fmt: skip
     digest = blake2b(repr(decides).encode(), digest_size=16)
     for file in row_files(path):
@@ -217,7 +217,7 @@ class _Reader:
                 problem, hint = "the conversation begins with an answer, which is not learned", "remove that turn"
                 lost = Problem("leading answer", problem, hint, example.place, example.id, "warning")
                 problems.append(lost)
-        layout = Layout(self.encoder.image_token_id, self.encoder.tokens_per_image)
+        layout = Layout(self.encoder.image_token_id)
         problems.sort(key=lambda p: (p.place.line or 0, p.place.row or 0))
         return batch_of(chosen, samples, layout), problems, _unread(examples)
 

@@ -181,7 +181,7 @@ def weightless_row() -> dict[str, Any]:
 
     All go through the model equally often, because they wait for each other inside.
     """
-    sample = {"id": "", "input_ids": [0, 0], "labels": [IGNORE_INDEX, 0], "pictures": []}
+    sample = {"id": "", "input_ids": [0, 0], "labels": [IGNORE_INDEX, 0], "pictures": [], "image_tokens": []}
     return {**row_tensors(lay_out([sample], IGNORE_INDEX)), "weightless": True}
 
 

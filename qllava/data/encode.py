@@ -2,7 +2,7 @@ r"""Example -> Sample: one tokenization, labels from spans, every image token in
 
     text      USER: <image>\nWhat is it? ASSISTANT: A bus.</s>
     tokens    USER : _ <image> _ \n What is it ? ASS ... : _A _bus . </s>
-    ids       ...    <image> x tokens_per_image    ...
+    ids       ...    <image> x its tokens          ...
     labels    -100   -100 ...                      ...      _A _bus . </s>
 
 A token is learned exactly when its characters are in a span of `Rendered`; no prefix is tokenized a second time, no
@@ -26,6 +26,7 @@ from qllava.config import InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, Conversation, Rendered, Template
 from qllava.data.formats import Example, count_of
 from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
+from qllava.image_layout import ImageLayout
 
 IGNORE_INDEX = -100
 
@@ -37,16 +38,18 @@ class Sample:
     """An example as the model takes it.
 
     id: of the example.
-    input_ids: with `tokens_per_image` image tokens for each picture.
+    input_ids: with all image tokens of each image.
     labels: as long as input_ids; what is not learned is IGNORE_INDEX. Not shifted.
-    images: the pictures in the order of their tokens.
-    place: where the example stands, for messages.
+    images: the images in the order of their tokens.
+    image_tokens: how many tokens each of them takes.
+    place: where the example is in its file, for messages.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     images: tuple[Path, ...]
+    image_tokens: tuple[int, ...]
     place: Place
 
 
@@ -65,7 +68,7 @@ class Encoder:
     tokenizer: a fast one (it must tell offsets).
     template: the strings around the turns.
     image_token_id: the id of `<image>`.
-    tokens_per_image: how many image tokens a picture takes.
+    image: the tokens of an image.
     max_length: the most tokens of a sample, image tokens counted.
     positions: how many the language model reads, which bounds `max_length`; None where no model is known.
     too_long: a longer one is an error; or it is dropped; or it loses whole turns at its end, never a picture and
@@ -77,7 +80,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     image_token_id: int
-    tokens_per_image: int
+    image: ImageLayout
     max_length: int = 2048
     too_long: Literal["error", "drop", "trim"] = "error"
     positions: int | None = None
@@ -150,6 +153,10 @@ class Encoder:
             )
         return self._expand(tokens.ids, tokens.ids)
 
+    def _image_tokens(self, images: int) -> tuple[int, ...]:
+        """How many tokens each of so many images takes."""
+        return (self.image.tokens,) * images
+
     def _render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
         bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         return self.template.render(conversation, generation_prompt=generation_prompt, bos=bos, eos=eos)
@@ -203,11 +210,11 @@ class Encoder:
             problem = f"the text holds {pictures} {IMAGE_TOKEN} for {count_of(len(example.images))}"
             raise example.problem("pictures", problem, "make them equal")
         most, limit, hint = self._limit
-        spare = most - pictures * (self.tokens_per_image - 1)
+        spare = most + pictures - sum(self._image_tokens(pictures))
         if len(tokens.ids) <= spare:
             return len(tokens.ids)
         length = len(tokens.ids) - spare + most
-        too_long = f"{length} tokens ({count_of(pictures)} of {self.tokens_per_image}) are more than {limit}"
+        too_long = f"{length} tokens ({count_of(pictures)} of {self.image.tokens}) are more than {limit}"
         if self.too_long == "error":
             raise example.problem("too long", too_long, f"{hint}, or set too_long to drop or trim")
         if self.too_long == "trim":
@@ -253,16 +260,18 @@ class Encoder:
             labels[first:last] = ids[first:last]
         if all(label == IGNORE_INDEX for label in labels):
             raise example.problem("nothing learned", "nothing of this sample is learned", "give it an answer")
-        return Sample(example.id, self._expand(ids, ids), self._expand(labels, ids), example.images, example.place)
+        image_tokens = self._image_tokens(len(example.images))
+        expanded = self._expand(ids, ids), self._expand(labels, ids)
+        return Sample(example.id, *expanded, example.images, image_tokens, example.place)
 
     def _expand(self, values: list[int], ids: list[int]) -> list[int]:
-        """Repeat the value at each image token `tokens_per_image` times."""
+        """Repeat the value at each `<image>` as often as the image takes tokens."""
         out: list[int] = []
         start = 0
-        for _ in range(ids.count(self.image_token_id)):
+        for tokens in self._image_tokens(ids.count(self.image_token_id)):
             at = ids.index(self.image_token_id, start)
             out += values[start:at]
-            out += values[at : at + 1] * self.tokens_per_image
+            out += values[at : at + 1] * tokens
             start = at + 1
         return out + values[start:]
 

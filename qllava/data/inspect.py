@@ -96,12 +96,14 @@ def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
 def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
     """All tokens of a sample, in order, those of a character or a picture folded into one piece."""
     ids, labels, picture = sample.input_ids, sample.labels, encoder.image_token_id
+    image_tokens = iter(sample.image_tokens)
     at = 0
     while at < len(ids):
         learned = labels[at] != IGNORE_INDEX
         if ids[at] == picture:
-            end = at + encoder.tokens_per_image
-            yield Piece(IMAGE_TOKEN, tuple(ids[at:end]), learned, encoder.tokens_per_image)
+            tokens = next(image_tokens)
+            end = at + tokens
+            yield Piece(IMAGE_TOKEN, tuple(ids[at:end]), learned, tokens)
             at = end
             continue
         end = at + 1

@@ -103,7 +103,10 @@ def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_
 
 
 def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Row:
-    """One row of samples {"id", "input_ids", "labels", "pictures"}; those about the same pictures become a group."""
+    """Lay samples out in one row; those about the same images become a group.
+
+    samples: {"id", "input_ids", "labels", "pictures": paths of its images, "image_tokens": how many each of them takes}
+    """
     return rows_of(samples, image_token_id, tokens_per_row=None, share=share)[0]
 
 
@@ -169,18 +172,27 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _row(parts: list[tuple[int, list[dict[str, Any]]]], image_token_id: int) -> Row:
-    pictures = tuple(dict.fromkeys(name for _, members in parts for m in members for name in m["pictures"]))
-    builder = _Builder(image_token_id, {name: index for index, name in enumerate(pictures)})
+    tokens = {
+        name: count
+        for _, members in parts
+        for m in members
+        for name, count in zip(m["pictures"], m["image_tokens"], strict=True)
+    }
+    starts = np.cumsum([0, *tokens.values()]).tolist()
+    builder = _Builder(image_token_id, dict(zip(tokens, map(range, starts, starts[1:]), strict=True)))
     for prefix, members in parts:
         builder.add(members, prefix)
-    return builder.row(pictures)
+    return builder.row(tuple(tokens))
 
 
 class _Builder:
-    """A row that grows by groups."""
+    """A row that grows by groups.
 
-    def __init__(self, image_token_id: int, numbers: dict[str, int]) -> None:
-        self.image_token_id, self.numbers = image_token_id, numbers
+    features: which features are those of an image, by its path.
+    """
+
+    def __init__(self, image_token_id: int, features: dict[str, range]) -> None:
+        self.image_token_id, self.features_of = image_token_id, features
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
@@ -204,10 +216,9 @@ class _Builder:
         ids = np.asarray(sample["input_ids"], dtype=np.int64)
         images = np.flatnonzero(ids == self.image_token_id)
         if len(images):
-            each = len(images) // len(sample["pictures"])
-            of = np.array([self.numbers[name] for name in sample["pictures"]])
-            number = np.searchsorted(images, np.arange(start, end)[ids[start:end] == self.image_token_id])
-            self.features.append(of[number // each] * each + number % each)
+            of = np.concatenate([self.features_of[name] for name in sample["pictures"]])
+            here = (images >= start) & (images < end)
+            self.features.append(of[here])
         shifted = np.append(np.asarray(sample["labels"], dtype=np.int64)[1:], IGNORE_INDEX)[start:end]
         self.ids.append(ids[start:end])
         self.positions.append(np.arange(start, end))

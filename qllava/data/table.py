@@ -6,6 +6,8 @@ taken out. For one picture of 4 tokens:
     tokens     [10, <image>, 11, 12, 13]     learned  [3, 5]
     input_ids  [10, <image>, <image>, <image>, <image>, 11, 12, 13]
     labels     [-100, -100,  -100,    -100,    -100,  -100, 12, 13]
+
+How many tokens each image takes is kept with the sample (`image_tokens`, here [4]).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ SCHEMA = pa.schema(
         "length": pa.int32(),  # of input_ids
         "learned_tokens": pa.int32(),
         "pictures": pa.list_(pa.string()),
+        "image_tokens": pa.list_(pa.int32()),  # of each of them
         "file": pa.string(),
         "line": pa.int64(),
         "row": pa.int64(),
@@ -48,39 +51,43 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a table is unfolded into `id`, `input_ids`, `labels` and `pictures`; the transform of its `Dataset`.
+    """How a table is unfolded into what the collator takes; the transform of its `Dataset`.
 
     image_token_id: the id of `<image>`.
-    tokens_per_image: how many of them a picture takes.
     """
 
     image_token_id: int
-    tokens_per_image: int
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Rows as the collator takes them. No column is called image: TRL would prepare the rows itself."""
-        unfolded = [self.unfold(t, at) for t, at in zip(rows["tokens"], rows["learned"], strict=True)]
+        folded = zip(rows["tokens"], rows["learned"], rows["image_tokens"], strict=True)
+        unfolded = [self.unfold(*row) for row in folded]
         return {
             "id": rows["id"],
             "input_ids": [ids for ids, _ in unfolded],
             "labels": [labels for _, labels in unfolded],
             "pictures": rows["pictures"],
+            "image_tokens": rows["image_tokens"],
         }
 
-    def unfold(self, tokens: Sequence[int], learned: Sequence[int]) -> tuple[list[int], list[int]]:
+    def unfold(
+        self, tokens: Sequence[int], learned: Sequence[int], image_tokens: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels with every image token."""
         ids = np.asarray(tokens, dtype=np.int64)
         labels = np.full(len(ids), IGNORE_INDEX)
         for start, end in zip(learned[::2], learned[1::2], strict=True):
             labels[start:end] = ids[start:end]
-        counts = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
+        counts = np.ones(len(ids), dtype=np.int64)
+        counts[ids == self.image_token_id] = image_tokens
         return np.repeat(ids, counts).tolist(), np.repeat(labels, counts).tolist()
 
     def fold(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and learned positions of a sample, each picture a single token."""
+        """Tokens and learned positions of a sample, each image a single token."""
         ids, labels = np.asarray(sample.input_ids), np.asarray(sample.labels)
-        image = ids == self.image_token_id
-        kept = ~image | (np.cumsum(image) % self.tokens_per_image == (1 % self.tokens_per_image))
+        kept = ids != self.image_token_id
+        counts = np.asarray(sample.image_tokens, dtype=np.int64)
+        kept[np.flatnonzero(~kept)[np.cumsum(counts) - counts]] = True  # the first token of each image
         learned = np.concatenate([[False], labels[kept] != IGNORE_INDEX, [False]])
         return ids[kept], np.flatnonzero(learned[1:] != learned[:-1])
 
@@ -100,6 +107,7 @@ def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Lay
             "length": len(sample.input_ids),
             "learned_tokens": int((learned[1::2] - learned[::2]).sum()),
             "pictures": pictures,
+            "image_tokens": list(sample.image_tokens),
             "file": sample.place.file,
             "line": sample.place.line,
             "row": sample.place.row,

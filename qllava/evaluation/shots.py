@@ -34,6 +34,7 @@ from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation
 from qllava.data.formats import Example
 from qllava.data.images import open_image
+from qllava.image_layout import ImageLayout
 from qllava.inference import Chat, attempt
 
 Choose = Literal["random", "text", "picture"]
@@ -165,7 +166,7 @@ def _embed(model: Any, image_processor: Any, paths: Sequence[Path]) -> NDArray[n
     tower, config = model.model.vision_tower, model.config
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
-    start = 1 if config.vision_feature_select_strategy == "default" else 0  # without the class token
+    start = ImageLayout.of_config(config).first
     pixels = image_processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
     states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in layers], dim=-1)[:, start:]

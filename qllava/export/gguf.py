@@ -34,6 +34,7 @@ from qllava.export.tensors import (
     projector_tensors,
     tower_tensors,
 )
+from qllava.image_layout import ImageLayout
 from qllava.models.checkpoint import write_aside
 from qllava.models.errors import LOAD_ERRORS, one_line
 from qllava.models.hub import model_folder
@@ -156,7 +157,7 @@ def _check(source: _Source) -> None:
             not isinstance(layer, int) or not 1 <= source.feature_layer <= vision.num_hidden_layers
         ),
         "it feeds the tower's class token to the language model, which llama.cpp leaves out": (
-            config.vision_feature_select_strategy != "default"
+            not ImageLayout.of_config(config).drops_first
         ),
         "it has no chat template, so a program would not know how to ask; add chat_template.jinja as it was trained": (
             not source.processor.chat_template

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import expanded
+from qllava.image_layout import ImageLayout
 from qllava.inference.chat import Chat
 from qllava.models.adapter import read_record
 from qllava.models.card import base_of, results_of
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.positions import positions_of
 from qllava.models.recommended import recommendation
 from qllava.runs import ADAPTER_CONFIG_FILE, MERGE_FILE, RECORD_FILE, is_checkpoint
@@ -39,12 +39,12 @@ def about(chat: Chat) -> dict[str, str]:
     """Facts by name, in the order to show them; what is not known is left out."""
     folder = Path(expanded(chat.name))
     config = chat.model.config
-    text, vision = config.get_text_config(), config.vision_config
+    text, vision, image = config.get_text_config(), config.vision_config, ImageLayout.of_config(config)
     parameters = sum(_elements(parameter) for parameter in chat.model.parameters())
     facts = {
         "Model": label(chat),
         "Size": f"{_short(parameters)} parameters, {text.num_hidden_layers} layers of {text.hidden_size}",
-        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, {tokens_per_image(config)} tokens each",
+        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, {image.tokens} tokens each",
         "Context": f"{positions_of(text):,} tokens",
         "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
     }

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from qllava.config import InputError
+from qllava.image_layout import ImageLayout
 from qllava.inference.memory import answering, prompts_that_fit
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import out_of_memory
 from qllava.models.positions import positions_of
 
@@ -100,7 +100,7 @@ class Batches:
         self._lengths = [len(prompt) for prompt in prompts]
         context = positions_of(model.config.get_text_config())
         self._allowed = [min(max_new_tokens, context - length) for length in self._lengths]
-        each, mark = tokens_per_image(model.config), model.config.image_token_index
+        each, mark = ImageLayout.of_config(model.config).tokens, model.config.image_token_index
         self._images = [list(prompt).count(mark) // each for prompt in prompts]
         # The longest first: what does not fit at all is met before time was spent on the others.
         self.waiting = sorted(range(len(prompts)), key=lambda i: self._lengths[i], reverse=True)

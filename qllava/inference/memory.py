@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig
 
-from qllava.models.checkpoint import tokens_per_image
+from qllava.image_layout import ImageLayout
 
 _FP32 = 4
 _IDS = 4 * 8
@@ -186,8 +186,8 @@ class _Shape:
         text: Any = config.get_text_config()
         vision: Any = config.vision_config
         size = dtype.itemsize
-        seen = tokens_per_image(config)
-        tokens = seen + int(config.vision_feature_select_strategy == "default")
+        image = ImageLayout.of_config(config)
+        seen, tokens = image.tokens, image.outputs
         chosen = config.vision_feature_layer
         chosen = 1 if isinstance(chosen, int) else len(chosen)
         own = _FP32 if training else size

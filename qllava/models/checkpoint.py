@@ -36,6 +36,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from qllava.config import InputError, expanded
 from qllava.conversation import IMAGE_TOKEN
 from qllava.files import whole_folder
+from qllava.image_layout import ImageLayout
 from qllava.models import agreement
 from qllava.models.errors import check_loading, one_line, one_sentence, out_of_memory
 from qllava.models.hub import model_folder, settings_folder
@@ -53,7 +54,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "ep
 
 
 def build_processor(tokenizer: Any, tower: Tower, chat_template: str | None = None) -> LlavaProcessor:
-    """Join tokenizer and tower to a processor that writes exactly `tower.tokens_per_image` tokens for a picture.
+    """Join tokenizer and tower to a processor that writes exactly `tower.layout.tokens` tokens for an image.
 
     Raises InputError when `<image>` is not one token of the tokenizer: it has to be added before.
     """
@@ -65,18 +66,10 @@ def build_processor(tokenizer: Any, tower: Tower, chat_template: str | None = No
         image_processor=tower.image_processor,
         tokenizer=tokenizer,
         patch_size=tower.model.config.patch_size,
-        vision_feature_select_strategy=tower.strategy,
-        num_additional_image_tokens=tower.additional_tokens,
+        vision_feature_select_strategy=tower.layout.strategy,
+        num_additional_image_tokens=tower.layout.additional,
         chat_template=chat_template,
     )
-
-
-def tokens_per_image(config: LlavaConfig) -> int:
-    """Number of features that the model makes of one picture, which is the number of `<image>` tokens it takes."""
-    vision: Any = config.vision_config
-    cls = int(vision.model_type == "clip_vision_model")
-    dropped = int(config.vision_feature_select_strategy == "default")
-    return int((vision.image_size // vision.patch_size) ** 2) + cls - dropped
 
 
 def write_weights(
@@ -248,7 +241,7 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torc
     config: Any = copy.deepcopy(model.config)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
-    config.image_seq_length = tokens_per_image(config)
+    config.image_seq_length = ImageLayout.of_config(config).tokens
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
@@ -312,16 +305,16 @@ def _check_folder(folder: Path) -> None:
 def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source: str) -> None:
     """Make sure that the processor writes as many image tokens as the model has features, or say what is wrong."""
     vision: Any = config.vision_config
+    layout = ImageLayout.of_config(config)
     if processor.patch_size is None or processor.vision_feature_select_strategy is None:
         processor.patch_size = vision.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")
-    tokens = (vision.image_size // processor.patch_size) ** 2 + processor.num_additional_image_tokens
-    tokens -= processor.vision_feature_select_strategy == "default"
-    if tokens != tokens_per_image(config):
+        processor.num_additional_image_tokens = layout.additional
+    written = ImageLayout.of_processor(processor, vision.image_size, vision.image_size)
+    if written.tokens != layout.tokens:
         raise InputError(
-            f"The processor of {source} writes {tokens} image tokens for a picture and the model has "
-            f"{tokens_per_image(config)} features; correct patch_size, vision_feature_select_strategy and "
+            f"The processor of {source} writes {written.tokens} image tokens for a picture and the model has "
+            f"{layout.tokens} features; correct patch_size, vision_feature_select_strategy and "
             "num_additional_image_tokens in its processor_config.json."
         )
 

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import NANO, InputError
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES, Template
+from qllava.image_layout import ImageLayout
 from qllava.models.agreement import refuse_quantized
 from qllava.models.checkpoint import build_processor, look_at
 from qllava.models.errors import one_line, one_sentence
@@ -27,8 +28,8 @@ from qllava.models.shapes import Shapes, read_shapes
 from qllava.models.vision import ImageAspect, load_tower
 from qllava.runs import RECORD_FILE
 
-LLAVA_TOKENS_PER_IMAGE = 576
-"""Of LLaVA-1.5, whose tower has 24 x 24 patches: for a tokenizer that comes without a tower."""
+LLAVA_IMAGE = ImageLayout(24, 24, additional=1, drops_first=True)
+"""Of LLaVA-1.5: for a tokenizer that comes without a tower."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Reader:
 
     tokenizer: with `<image>` as one token.
     template: how a conversation is written.
-    tokens_per_image: how many image tokens a picture takes.
-    image_processor: turns a picture into pixels; None where only the tokenizer is known.
+    image: the tokens of an image.
+    image_processor: turns an image into pixels; None where only the tokenizer is known.
     positions: how many tokens the language model reads; None where it is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    tokens_per_image: int
+    image: ImageLayout
     image_processor: BaseImageProcessor | None
     positions: int | None = None
 
@@ -117,14 +118,14 @@ def read_tokenizer(path: Path) -> Reader:
 
 
 def _alone(tokenizer: PreTrainedTokenizerBase) -> Reader:
-    return Reader(tokenizer, TEMPLATES[template_of(tokenizer)], LLAVA_TOKENS_PER_IMAGE, None)
+    return Reader(tokenizer, TEMPLATES[template_of(tokenizer)], LLAVA_IMAGE, None)
 
 
 def _of_processor(processor: Any, template: Template, positions: int | None) -> Reader:
-    # Counted, not computed: whatever the processor does with a picture, this is what it writes for it.
-    written = processor(images=Image.new("RGB", (64, 64)), text=IMAGE_TOKEN)["input_ids"][0]
-    image = processor.tokenizer.get_vocab()[IMAGE_TOKEN]
-    return Reader(processor.tokenizer, template, list(written).count(image), processor.image_processor, positions)
+    # Of the pixels that it makes, which is what it writes tokens for: a run's folder has no config of a tower.
+    pixels = processor.image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    image = ImageLayout.of_processor(processor, *pixels.shape[-2:])
+    return Reader(processor.tokenizer, template, image, processor.image_processor, positions)
 
 
 def _template_of_folder(folder: Path, processor: Any) -> Template:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from qllava.config import InputError, ModelConfig, expanded
 from qllava.conversation import IMAGE_TOKEN
+from qllava.image_layout import ImageLayout
 from qllava.models.agreement import check_feature_layer, refuse_quantized
 from qllava.models.bases import located
 from qllava.models.checkpoint import look_at
@@ -54,7 +55,7 @@ class Shapes:
             projector_type: A choice of the setting of this name.
         """
         image_token: Any = text.vocab_size
-        tokens, tower = image_token + 1, cast(Any, vision)  # transformers' types allow sides that `towers.py` refuses
+        tokens, image = image_token + 1, ImageLayout.of_tower(vision)
         if tokenizer is not None:
             image_token, tokens = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), len(tokenizer)
         if (rows := grown(text.vocab_size, tokens)) != text.vocab_size:
@@ -66,11 +67,16 @@ class Shapes:
             image_token_index=image_token,
             projector_hidden_act="gelu" if projector_type == "mlp2x_gelu" else "linear",
             vision_feature_layer=layer,
-            vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
-            image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+            vision_feature_select_strategy=image.strategy,
+            image_seq_length=image.tokens,
             tie_word_embeddings=bool(text.tie_word_embeddings),
         )
         return cls(config)
+
+    @property
+    def image(self) -> ImageLayout:
+        """The tokens of an image."""
+        return ImageLayout.of_config(self.config)
 
     @property
     def rows(self) -> int:

@@ -19,6 +19,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qllava.image_layout import ImageLayout
 from qllava.models.delta import Delta
 from qllava.models.nf4 import KIND
 from qllava.models.weights import EMBEDDING, HEAD
@@ -167,7 +168,7 @@ def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]
     )
     projector = source.filled("multi_modal_projector", model.model.multi_modal_projector)
     for number, seen in zip(pictured, features, strict=True):
-        seen = seen[:, 1:] if config.vision_feature_select_strategy == "default" else seen
+        seen = seen[:, ImageLayout.of_config(config).first :]
         places = (probes[number]["input_ids"] == config.image_token_index).to(source.device)
         hidden[number][0, places] = projector(seen).flatten(0, 1).to(source.dtype)
     return hidden

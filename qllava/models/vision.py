@@ -6,7 +6,7 @@ account for every one of them; a tower with a part that the target has no place 
 
     tower = load_tower("open_clip:ViT-L-14-336-quickgelu/openai")
     pixels = tower.image_processor(picture, return_tensors="pt")["pixel_values"]          # (1, 3, S, S)
-    features = tower.model(pixels, output_hidden_states=True).hidden_states[-2]           # (1, additional + P, D)
+    features = tower.model(pixels, output_hidden_states=True).hidden_states[-2]           # (1, layout.outputs, D)
 
 Shapes: S image side in pixels, P patches = tokens per image, D width of the tower, N layers.
 """
@@ -37,6 +37,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from qllava.config import InputError, expanded
+from qllava.image_layout import ImageLayout
 from qllava.models.errors import LOAD_ERRORS, check_loading, one_line
 from qllava.models.hub import hub_trouble, model_folder
 from qllava.models.towers import SUPPORTED, config_of, kind_of, square
@@ -79,15 +80,11 @@ class Tower:
     """A tower, ready to be built into a LLaVA."""
 
     model: VisionModel
-    """The vision model in fp32 and eval mode; `hidden_states[layer]` has shape (images, additional_tokens + P, D)."""
+    """The vision model in fp32 and eval mode; `hidden_states[layer]` has shape (images, layout.outputs, D)."""
     image_processor: BaseImageProcessor
     """Picture to pixels (3, S, S), as the tower was trained; any program with transformers can reload it."""
-    strategy: Literal["default", "full"]
-    """LLaVA's `vision_feature_select_strategy`: "default" drops the first token (CLS), "full" keeps all."""
-    additional_tokens: int
-    """Tokens of the tower that are no patches: 1 for CLIP (CLS), 0 for SigLIP."""
-    tokens_per_image: int
-    """Tokens that one picture takes in the language model, after the strategy: (S // patch size) squared."""
+    layout: ImageLayout
+    """The tokens of an image."""
     source: str
     """Where it came from, as the user wrote it."""
 
@@ -225,7 +222,8 @@ def _tower(
     model: VisionModel, mean: list[float], std: list[float], resample: int, image_aspect: ImageAspect, source: str
 ) -> Tower:
     """Put the parts together; how many tokens a picture takes follows from the model's own sizes."""
-    size, patch = square(model.config.image_size, source), square(model.config.patch_size, source)
+    size = square(model.config.image_size, source)
+    square(model.config.patch_size, source)
     values: dict[str, Any] = {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
@@ -240,15 +238,7 @@ def _tower(
     processor: BaseImageProcessor = (
         LlavaImageProcessor(do_pad=True, **values) if image_aspect == "pad" else CLIPImageProcessor(**values)
     )
-    has_cls = isinstance(model, CLIPVisionModel)
-    return Tower(
-        model=model,
-        image_processor=processor,
-        strategy="default" if has_cls else "full",
-        additional_tokens=1 if has_cls else 0,
-        tokens_per_image=(size // patch) ** 2,
-        source=source,
-    )
+    return Tower(model, processor, ImageLayout.of_tower(model.config), source)
 
 
 def _clip_tensors(visual: Any) -> Tensors:

@@ -45,7 +45,7 @@ class Source:
             reader.tokenizer,
             reader.template,
             reader.image_token_id,
-            reader.tokens_per_image,
+            reader.image,
             self.max_length,
             self.too_long,  # type: ignore[arg-type]
             reader.positions,
@@ -116,7 +116,7 @@ def inspect_rows(
         return
     exhibits = [first, *kept]
     about = [("data", str(part.path)), ("template", encoder.template.name)]
-    about.append(("tokens per picture", str(encoder.tokens_per_image)))
+    about.append(("tokens per picture", str(encoder.image.tokens)))
     try:
         write_page(page, inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about))
     except OSError as error:

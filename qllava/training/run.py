@@ -25,6 +25,7 @@ from qllava.config import NANO, InputError
 from qllava.conversation import PLAIN, TEMPLATES, Template
 from qllava.data.encode import Encoder
 from qllava.files import Journal, write_whole
+from qllava.image_layout import ImageLayout
 from qllava.models.adapter import (
     BELONGS_TO_BASE,
     adapter_at,
@@ -35,7 +36,6 @@ from qllava.models.adapter import (
 )
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.bases import at_its_base, located
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.errors import one_line, out_of_memory
 from qllava.models.lora import Lora
 from qllava.models.positions import positions_of
@@ -269,7 +269,7 @@ def _prepare(
         assembled.processor.tokenizer,
         template,
         assembled.model.config.image_token_index,
-        tokens_per_image(assembled.model.config),
+        ImageLayout.of_config(assembled.model.config),
         settings.train.max_length or 1 << 30,
         settings.data.too_long,  # type: ignore[arg-type]
         positions_of(assembled.model.config.text_config),

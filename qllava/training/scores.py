@@ -28,9 +28,9 @@ from qllava.data.images import open_image
 from qllava.evaluation import vqa
 from qllava.evaluation.intervals import wilson
 from qllava.files import read_json, write_whole
+from qllava.image_layout import ImageLayout
 from qllava.inference import Room, answer_prompts
 from qllava.models.assemble import Assembled
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.nano import dataset as nano
 from qllava.runs import SCORES_FILE, Run
@@ -125,7 +125,7 @@ def answers(
         assembled.processor.tokenizer,
         assembled.template,
         assembled.model.config.image_token_index,
-        tokens_per_image(assembled.model.config),
+        ImageLayout.of_config(assembled.model.config),
     )
     prompts = [encoder.encode_prompt(vqa.question(e), images=len(e.images)) for e in examples]
     pixels = _Pixels(examples, assembled.processor)

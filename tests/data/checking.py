@@ -13,7 +13,7 @@ from PIL import Image
 from qllava.conversation import CHATML
 from qllava.data.check import Checked, check
 from qllava.data.encode import Encoder
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_processor
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_processor
 
 SEEN, ASKED, SAID = "<image>\nWhat is it?", "Where?", "A bus."
 
@@ -22,7 +22,7 @@ SEEN, ASKED, SAID = "<image>\nWhat is it?", "Where?", "A bus."
 def encoder(**more: Any) -> Encoder:
     tokenizer = make_tiny_processor().tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return Encoder(tokenizer, CHATML, image, IMAGE_TOKENS, **{"max_length": 512, **more})
+    return Encoder(tokenizer, CHATML, image, IMAGE_LAYOUT, **{"max_length": 512, **more})
 
 
 def pictures_in(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from qllava.data.check import Checked, check
 from qllava.data.collate import Collator
 from qllava.data.encode import Encoder
 from qllava.data.verdict import Verdict
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_model, make_tiny_processor
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_model, make_tiny_processor
 
 BROKEN = ("text.png", "cut.png")
 SOUND = ("red.png", "deep/blue.jpg")
@@ -99,7 +99,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:-30])
     processor = make_tiny_processor()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    encoder = Encoder(processor.tokenizer, CHATML, image, IMAGE_TOKENS, max_length=160)
+    encoder = Encoder(processor.tokenizer, CHATML, image, IMAGE_LAYOUT, max_length=160)
     collator = Collator(processor.tokenizer.pad_token_id, processor.image_processor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -21,13 +21,13 @@ from qllava.data.compare import leaked, repeated
 from qllava.data.encode import Encoder
 from qllava.data.problems import Problem
 from qllava.data.verdict import Verdict
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 
 @cache
 def encoder() -> Encoder:
     tokenizer = make_tiny_tokenizer()
-    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKENS)
+    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_LAYOUT)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from qllava.conversation import CHATML
 from qllava.data import decoded
 from qllava.data.check import check
 from qllava.data.encode import Encoder
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 
 @pytest.fixture
 def encoder() -> Encoder:
     tokenizer = make_tiny_tokenizer()
-    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKENS)
+    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_LAYOUT)
 
 
 def noted(folder: Path, encoder: Encoder, *names: str) -> list[str]:

@@ -17,11 +17,13 @@ from qllava.conversation import CHATML, IMAGE_TOKEN, LLAMA_3, PLAIN, TEMPLATES, 
 from qllava.data.encode import IGNORE_INDEX, Encoder, Sample
 from qllava.data.formats import Example
 from qllava.data.problems import Place, Problem
+from qllava.image_layout import ImageLayout
 from tests.tiny_models import make_tiny_tokenizer
 
 PICTURE = Path("a.png")
 PLACE = Place("train.json", row=3)
 TOKENS_PER_IMAGE = 7
+LAYOUT = ImageLayout(1, TOKENS_PER_IMAGE)
 
 
 @cache
@@ -36,7 +38,7 @@ def tokenizer(trim_offsets: bool = False) -> PreTrainedTokenizerBase:
 
 def encoder(template: Template = CHATML, tokens: PreTrainedTokenizerBase | None = None, **more: Any) -> Encoder:
     tokens = tokens or tokenizer()
-    return Encoder(tokens, template, tokens.convert_tokens_to_ids(IMAGE_TOKEN), TOKENS_PER_IMAGE, **more)
+    return Encoder(tokens, template, tokens.convert_tokens_to_ids(IMAGE_TOKEN), LAYOUT, **more)
 
 
 def example(*said: str, images: int | None = None, id: str = "x7") -> Example:
@@ -269,7 +271,7 @@ def test_tokenizer_and_template_must_fit() -> None:
     with pytest.raises(InputError, match=r"Template llama_3 needs the token <\|begin_of_text\|>"):
         encoder(LLAMA_3, plain)
     with pytest.raises(InputError, match="no token <image> with the id 1"):
-        Encoder(plain, CHATML, 1, TOKENS_PER_IMAGE)
+        Encoder(plain, CHATML, 1, LAYOUT)
     plain.eos_token = None
     with pytest.raises(InputError, match="needs an end of text"):
         encoder(VICUNA_V1, plain)

@@ -36,7 +36,14 @@ from qllava.data.formats import Example
 from qllava.data.inspect import IMAGE_INDEX, Piece, Shown, as_json, html, show, terminal
 from qllava.data.problems import Place
 from tests.test_page import Reader
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKENS, make_picture, make_tiny_processor, make_tiny_tokenizer
+from tests.tiny_models import (
+    IMAGE_LAYOUT,
+    IMAGE_SIZE,
+    IMAGE_TOKENS,
+    make_picture,
+    make_tiny_processor,
+    make_tiny_tokenizer,
+)
 
 PLACE = Place("train.json", row=3)
 SCRIPT = "<script>alert('x')</script> & \"quoted\""
@@ -58,7 +65,7 @@ def nano_tokenizer() -> PreTrainedTokenizerBase:
 
 def encoder(template: Template = CHATML, tokens: PreTrainedTokenizerBase | None = None, **more: Any) -> Encoder:
     tokens = tokens or tokenizer()
-    return Encoder(tokens, template, tokens.convert_tokens_to_ids(IMAGE_TOKEN), IMAGE_TOKENS, **more)
+    return Encoder(tokens, template, tokens.convert_tokens_to_ids(IMAGE_TOKEN), IMAGE_LAYOUT, **more)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,7 @@ def made(*pieces: Piece) -> Shown:
     """A sample of given pieces, whatever a tokenizer would make of them."""
     ids = [id for piece in pieces for id in piece.ids]
     labels = [id if piece.learned else IGNORE_INDEX for piece in pieces for id in piece.ids]
-    return Shown(Sample("x7", ids, labels, (), PLACE), pieces, ())
+    return Shown(Sample("x7", ids, labels, (), (), PLACE), pieces, ())
 
 
 def read(text: str, id: int = 5) -> Piece:
@@ -199,7 +206,7 @@ def test_a_character_that_is_learned_by_half_is_shown_so() -> None:
     """No template makes such labels; if some mistake did, it must be seen here."""
     ids = tokenizer().encode("€", add_special_tokens=False)
     assert len(ids) > 1
-    sample = Sample("x7", ids, [IGNORE_INDEX, *ids[1:]], (), PLACE)
+    sample = Sample("x7", ids, [IGNORE_INDEX, *ids[1:]], (), (), PLACE)
     assert [piece.learned for piece in inspect._pieces(sample, encoder())] == [False, True]
 
 

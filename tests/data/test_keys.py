@@ -22,7 +22,7 @@ from qllava.data.formats import Example, Pictures, read_examples, to_example
 from qllava.data.keys import REFUSED, SPELLINGS
 from qllava.data.problems import RowError
 from qllava.data.rows import read_rows
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 TALK = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A bus."}]
 CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A bus."}]
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     tokenizer = make_tiny_tokenizer()
-    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKENS)
+    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_LAYOUT)
 
 
 def as_csv(records: list[dict[str, Any]]) -> bytes:

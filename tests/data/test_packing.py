@@ -17,7 +17,9 @@ N = IGNORE_INDEX
 
 
 def sample(id: str, ids: list[int], labels: list[int], *pictures: str) -> dict[str, Any]:
-    return {"id": id, "input_ids": ids, "labels": labels, "pictures": list(pictures)}
+    """Images take the same number of tokens each."""
+    image_tokens = [ids.count(P) // len(pictures)] * len(pictures) if pictures else []
+    return {"id": id, "input_ids": ids, "labels": labels, "pictures": list(pictures), "image_tokens": image_tokens}
 
 
 def test_the_row_that_the_docstring_draws() -> None:
@@ -46,6 +48,22 @@ def test_captions_repeat_the_token_before_them_and_its_feature() -> None:
     assert row.input_ids.tolist() == [1, P, P, P] + [P, 50, 2] + [P, 60, 2] + [P, 70, 2]
     assert row.features.tolist() == [0, 1, 2, 3, 3, 3]
     assert row.shift_labels.tolist() == [N] * 4 + [50, 2, N] + [60, 2, N] + [70, 2, N]
+
+
+def test_images_may_take_unequal_numbers_of_tokens() -> None:
+    """Features are counted image by image, so the second image begins where the first one ends."""
+    tokens = {"x.png": 3, "y.png": 1, "z.png": 2}
+
+    def shown(id: str, *pictures: str) -> dict[str, Any]:
+        counts = [tokens[name] for name in pictures]
+        ids = [1, *[token for count in counts for token in [*[P] * count, 5]], 7, 8]
+        learned = {"labels": [N] * (len(ids) - 1) + [8], "pictures": list(pictures), "image_tokens": counts}
+        return {"id": id, "input_ids": ids, **learned}
+
+    row = lay_out([shown("a", "x.png", "y.png"), shown("b", "z.png"), shown("c", "y.png", "x.png")], P)
+    assert row.pictures == ("x.png", "y.png", "z.png")
+    assert row.features.tolist() == [0, 1, 2, 3] + [4, 5] + [3, 0, 1, 2]
+    assert row.input_ids[row.image_places].tolist() == [P] * 10
 
 
 def questions(count: int, picture: str, length: int = 4) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from qllava.conversation import CHATML
 from qllava.data.check import check
 from qllava.data.encode import Encoder
 from qllava.data.verdict import Verdict
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 HUMAN = {"from": "human", "value": "What is it?"}
 SEEN = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -493,7 +493,7 @@ CASES = {f"{group}: {name}": case for group, cases in
 @cache
 def encoder() -> Encoder:
     tokenizer = make_tiny_tokenizer()
-    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKENS, max_length=512)
+    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_LAYOUT, max_length=512)
 
 
 @pytest.fixture

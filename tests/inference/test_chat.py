@@ -15,7 +15,14 @@ from qllava.config import InputError
 from qllava.conversation import CHATML, Conversation, Turn
 from qllava.data.encode import Encoder
 from qllava.inference import Chat, user_turn
-from tests.tiny_models import IMAGE_TOKENS, make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
+from tests.tiny_models import (
+    IMAGE_LAYOUT,
+    IMAGE_TOKENS,
+    make_picture,
+    make_tiny_llava,
+    make_tiny_model,
+    make_tiny_processor,
+)
 
 LLAVA_HF_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -38,7 +45,7 @@ def worker_threads() -> list[threading.Thread]:
 def test_prompt_is_what_training_encodes(chat: Chat) -> None:
     conversation = Conversation(turns=(user_turn("What colour?", 1),), system="Be brief.")
     prompt = chat.prompt(conversation, [make_picture("red")])
-    encoder = Encoder(chat.processor.tokenizer, CHATML, chat.processor.image_token_id, IMAGE_TOKENS)
+    encoder = Encoder(chat.processor.tokenizer, CHATML, chat.processor.image_token_id, IMAGE_LAYOUT)
     assert prompt.input_ids == encoder.encode_prompt(conversation, images=1)
     assert prompt.pixel_values is not None and prompt.pixel_values.shape == (1, 3, 32, 32)
 

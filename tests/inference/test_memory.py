@@ -17,11 +17,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from qllava.image_layout import ImageLayout
 from qllava.inference.generate import continue_prompts
 from qllava.inference.memory import answering, prompts_that_fit
 from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.memory.fake import Tracker, llava_of
@@ -88,7 +88,7 @@ def measured(
         model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         recipe = Recipe("", None, None, "mlp2x_gelu", -2, "pad", "", False)
         model = add_lora(Assembled(model, None, recipe), Lora(lora_r, lora_r)).eval()  # type: ignore[arg-type]
-    llava, each, side = llava_of(model), tokens_per_image(config), config.vision_config.image_size
+    llava, each, side = llava_of(model), ImageLayout.of_config(config).tokens, config.vision_config.image_size
     tracker = _Tracker(config.text_config.vocab_size)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.put(tensor, "weights")

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from qllava.config import InputError
-from qllava.models.checkpoint import build_processor, load_llava, tokens_per_image, write_aside
+from qllava.image_layout import ImageLayout
+from qllava.models.checkpoint import build_processor, load_llava, write_aside
 from qllava.models.vision import load_tower
 from tests import commands
 from tests.planted import full, planted
@@ -292,14 +293,14 @@ def test_image_tokens_match_the_features(
     tower_model.save_pretrained(tmp_path)
     CLIPImageProcessor().save_pretrained(tmp_path)
     tower = load_tower(str(tmp_path))
-    config = LlavaConfig(vision_config=tower.model.config, vision_feature_select_strategy=tower.strategy)
+    config = LlavaConfig(vision_config=tower.model.config, vision_feature_select_strategy=tower.layout.strategy)
 
     inputs = inputs_of(build_processor(make_tiny_tokenizer(), tower))
 
     with torch.no_grad():
         features = tower.model(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1].shape[1]
-    assert features - (tower.strategy == "default") == expected
-    assert inputs["input_ids"].eq(3).sum() == tower.tokens_per_image == tokens_per_image(config) == expected
+    assert features - (tower.layout.strategy == "default") == expected
+    assert inputs["input_ids"].eq(3).sum() == tower.layout.tokens == ImageLayout.of_config(config).tokens == expected
 
 
 def test_tokenizer_without_image_token_is_refused(tmp_path: Path, processor: LlavaProcessor) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 from qllava.config import InputError
 from qllava.conversation import CHATML, VICUNA_V1
+from qllava.image_layout import ImageLayout
 from qllava.models.assemble import assemble
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.reading import Reader, read_model, read_parts, read_tokenizer
 from tests.sentencepiece_models import train_sentencepiece
-from tests.tiny_models import IMAGE_TOKENS
+from tests.tiny_models import IMAGE_LAYOUT
 from tests.tiny_runs import Tiny
 
 
@@ -21,7 +21,7 @@ def same(one: Reader, tiny: Tiny) -> None:
     """The reader is that of the assembled model."""
     assembled = assemble(tiny.recipe())
     assert one.template == assembled.template == CHATML
-    assert one.tokens_per_image == tokens_per_image(assembled.model.config) == IMAGE_TOKENS
+    assert one.image == ImageLayout.of_config(assembled.model.config) == IMAGE_LAYOUT
     assert one.image_token_id == assembled.model.config.image_token_index
     assert one.tokenizer.get_vocab() == assembled.processor.tokenizer.get_vocab()
     assert one.image_processor is not None
@@ -37,18 +37,18 @@ def test_of_a_checkpoint_in_llava_hf_layout_without_its_weights(hf_layout: Path,
     folder = tmp_path / "llava"
     shutil.copytree(hf_layout, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     reader = read_model(str(folder))
-    assert (reader.template, reader.tokens_per_image) == (CHATML, IMAGE_TOKENS)
+    assert (reader.template, reader.image) == (CHATML, IMAGE_LAYOUT)
 
 
 def test_of_nano_before_any_run() -> None:
     reader = read_model("nano")
-    assert (reader.template, reader.tokens_per_image) == (CHATML, 36)
+    assert (reader.template, reader.image.tokens) == (CHATML, 36)
 
 
 def test_of_a_tokenizer_alone(tiny: Tiny) -> None:
     for path in (tiny.language_model, tiny.language_model / "tokenizer.json"):
         reader = read_tokenizer(path)
-        assert (reader.template, reader.tokens_per_image, reader.image_processor) == (CHATML, 576, None)
+        assert (reader.template, reader.image.tokens, reader.image_processor) == (CHATML, 576, None)
         assert reader.tokenizer.encode("<image>", add_special_tokens=False) == [reader.image_token_id]
 
 

@@ -91,7 +91,7 @@ def test_clip_by_architecture_and_file(tmp_path: Path) -> None:
     tower = load_tower(spec)
 
     assert isinstance(tower.model, CLIPVisionModel)
-    assert (tower.strategy, tower.additional_tokens, tower.tokens_per_image) == ("default", 1, 16)
+    assert (tower.layout.strategy, tower.layout.additional, tower.layout.tokens) == ("default", 1, 16)
     assert tower.source == spec
     assert not tower.model.training
     x = torch.randn(1, 3, SIZE, SIZE)
@@ -108,7 +108,7 @@ def test_siglip_from_a_file_is_normalized_as_siglip(tmp_path: Path) -> None:
     tower = load_tower(f"open_clip:Tiny-SigLIP/{tmp_path / 'weights.safetensors'}")
 
     assert isinstance(tower.model, SiglipVisionModel)
-    assert (tower.strategy, tower.additional_tokens, tower.tokens_per_image) == ("full", 0, 16)
+    assert (tower.layout.strategy, tower.layout.additional, tower.layout.tokens) == ("full", 0, 16)
     assert list(tower.image_processor.image_mean) == [0.5, 0.5, 0.5]
 
 
@@ -143,7 +143,7 @@ def test_folder_of_a_vision_model(clip_folder: Path) -> None:
 
     kept = CLIPVisionModel.from_pretrained(clip_folder).state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in tower.model.state_dict().items())
-    assert tower.tokens_per_image == 16
+    assert tower.layout.tokens == 16
     assert list(tower.image_processor.image_mean) == [0.4, 0.5, 0.6]
     # The size is the model's own; what the preprocessing beside it says may belong to another.
     assert pixels(tower.image_processor, striped(50, 20)).shape == (1, 3, SIZE, SIZE)
@@ -353,4 +353,4 @@ def test_tower_is_frozen(clip_folder: Path) -> None:
     tower = load_tower(str(clip_folder))
     assert isinstance(tower, Tower)
     with pytest.raises(AttributeError):
-        tower.strategy = "full"  # type: ignore[misc]
+        tower.layout.strategy = "full"  # type: ignore[misc]

@@ -17,7 +17,7 @@ from qllava.data.formats import Example
 from qllava.data.problems import Place
 from qllava.models.checkpoint import build_processor
 from qllava.models.vision import load_tower
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_model, make_tiny_tokenizer, save_llava
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_model, make_tiny_tokenizer, save_llava
 from tests.tiny_runs import Tiny
 
 WORDS = st.lists(
@@ -55,7 +55,7 @@ def both(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.Te
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     processor = saved(template, tokenizer, tiny, tmp_path_factory.mktemp(template.name) / "model")
-    return Encoder(tokenizer, template, image, IMAGE_TOKENS), processor
+    return Encoder(tokenizer, template, image, IMAGE_LAYOUT), processor
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from qllava.conversation import IMAGE_TOKEN, TEMPLATES
 from qllava.data.encode import IGNORE_INDEX, Encoder
 from qllava.data.formats import read_examples
+from qllava.image_layout import ImageLayout
 from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
 
 TOKENS_PER_IMAGE = 5
@@ -93,7 +94,7 @@ def encoded(
     ]
     (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    encoder = Encoder(tokenizer, TEMPLATES[template], image_id, TOKENS_PER_IMAGE)
+    encoder = Encoder(tokenizer, TEMPLATES[template], image_id, ImageLayout(1, TOKENS_PER_IMAGE))
     samples = encoder.encode_all(read_examples(folder / "train.json"))
     assert [sample.id for sample in samples] == list(conversations)
     found = {}

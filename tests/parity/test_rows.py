@@ -31,7 +31,8 @@ def a_sample(
     ids = prefix + words
     labels = [IGNORE_INDEX] * len(prefix) + [w if plain or rng.random() < 0.5 else IGNORE_INDEX for w in words]
     labels[-1] = ids[-1]
-    return {"id": str(number), "input_ids": ids, "labels": labels, "pictures": list(pictures)}
+    shown = {"pictures": list(pictures), "image_tokens": [IMAGE_TOKENS] * len(pictures)}
+    return {"id": str(number), "input_ids": ids, "labels": labels, **shown}
 
 
 def a_mixture(seed: int) -> list[dict[str, Any]]:

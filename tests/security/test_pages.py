@@ -34,7 +34,7 @@ from qllava.voting.votes import Vote
 from tests.security.test_source import dotted
 from tests.test_house import CODE, name
 from tests.test_page import HOSTILE, Reader
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 
 def example(answer: str = HOSTILE) -> Example:
@@ -45,7 +45,7 @@ def example(answer: str = HOSTILE) -> Example:
 def of_inspect(folder: Path) -> str:
     tokenizer = make_tiny_tokenizer()
     tokenizer.add_tokens([*CHATML.controls, "<image>"], special_tokens=True)
-    shown = show(example(), Encoder(tokenizer, CHATML, tokenizer.get_vocab()["<image>"], IMAGE_TOKENS), None)
+    shown = show(example(), Encoder(tokenizer, CHATML, tokenizer.get_vocab()["<image>"], IMAGE_LAYOUT), None)
     assert shown is not None
     return inspect_html([shown], title=HOSTILE, about=[(HOSTILE, HOSTILE)])
 

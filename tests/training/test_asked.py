@@ -10,6 +10,7 @@ import pytest
 
 from qllava.conversation import TEMPLATES
 from qllava.data.encode import Encoder
+from qllava.image_layout import ImageLayout
 from qllava.training.asked import HeldOut
 from qllava.training.data import Part, Prepared, prepare
 from tests.tiny_models import make_tiny_processor, make_tiny_rows
@@ -19,7 +20,7 @@ from tests.tiny_runs import write_rows
 def held_out(parts: list[Part], **limits: Any) -> Prepared:
     tokenizer = make_tiny_processor().tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
-    encoder = Encoder(tokenizer, TEMPLATES["chatml"], image, 4, **limits)
+    encoder = Encoder(tokenizer, TEMPLATES["chatml"], image, ImageLayout(2, 2), **limits)
     _, found = prepare([Part(make_tiny_rows(parts[0].path.parent), None)], encoder, seed=0, evaluation=parts)
     assert found is not None
     return found

@@ -17,13 +17,13 @@ from qllava.data.formats import read_examples
 from qllava.models.assemble import assemble
 from qllava.training import data, run
 from qllava.training.data import Part, Prepared, chosen, parts_of, prepare
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_parts, make_tiny_rows, make_tiny_tokenizer
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_parts, make_tiny_rows, make_tiny_tokenizer
 from tests.tiny_runs import Tiny, settings, write_rows
 
 
 def encoder(**more: Any) -> Encoder:
     tokenizer = make_tiny_tokenizer()
-    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), IMAGE_TOKENS, **more)
+    return Encoder(tokenizer, CHATML, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), IMAGE_LAYOUT, **more)
 
 
 def questions(path: Path, name: str, count: int) -> Part:

@@ -31,9 +31,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from qllava.data.collate import row_tensors
 from qllava.data.encode import IGNORE_INDEX
 from qllava.data.packing import Row, lay_out
+from qllava.image_layout import ImageLayout
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training.step.attention import looking_at
@@ -293,19 +293,21 @@ def example_row(config: LlavaConfig, tokens: int, *, learned: float, samples_per
     Every picture is shared by `samples_per_picture` samples, as far as there is room. A row always has room for a
     picture and a few words: one that is shorter is made longer.
     """
-    image, each = config.image_token_index, tokens_per_image(config)
+    image, each = config.image_token_index, ImageLayout.of_config(config).tokens
     tokens = max(tokens, each + 4)
     samples_per_picture = min(samples_per_picture, (tokens - each - 1) // 3)
     most = tokens // (each + 1 + 3 * samples_per_picture)
     pictures = min(max(1, int((1 - learned) * tokens / each)), most)
     own = np.diff(np.linspace(0, tokens - pictures * (each + 1), pictures * samples_per_picture + 1).astype(int))
-    shared = [1, *[image] * each]
+    begin, next_line, *words = (id for id in range(1, 12) if id != image)
+    shared = [begin, *[image] * each]
     samples = []
     for number, length in enumerate(own):
-        text = [2] + [3 + number % 8] * (int(length) - 1)
+        text = [next_line] + [words[number % 8]] * (int(length) - 1)
         labels = [IGNORE_INDEX] * (len(shared) + 1) + text[1:]
         picture = str(number // samples_per_picture)
-        samples.append({"id": str(number), "input_ids": shared + text, "labels": labels, "pictures": [picture]})
+        ids = {"id": str(number), "input_ids": shared + text, "labels": labels}
+        samples.append({**ids, "pictures": [picture], "image_tokens": [each]})
     return lay_out(samples, image)
 
 

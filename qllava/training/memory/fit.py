@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.models.checkpoint import tokens_per_image
+from qllava.image_layout import ImageLayout
 from qllava.training.memory.phases import Asking, Phase, phases_of
 from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
 from qllava.training.options.sizes import CARDS, GB, format_bytes
@@ -153,7 +153,7 @@ def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) ->
     """Row sizes to look at, the largest first."""
     if "tokens_per_row" in fixed:
         return [setup.tokens_per_row]
-    least = max(least, tokens_per_image(setup.config) + 4)  # room for a picture
+    least = max(least, ImageLayout.of_config(setup.config).tokens + 4)  # room for a picture
     most = max(most or ROWS[0], least)
     return sorted(
         {max(least, min(most, ROWS[0])), least, *(size for size in ROWS if least <= size <= most)}, reverse=True
@@ -187,7 +187,7 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
     """By how much the smallest step misses the limit, and what would fit."""
     rank = setup.lora.r if setup.lora else 0
     ways = [{"lora_r": r} for r in (16, 8) if r < rank]
-    least = tokens_per_image(setup.config) + 100
+    least = ImageLayout.of_config(setup.config).tokens + 100
     if "tokens_per_row" not in fixed:
         shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
         ways += [{"tokens_per_row": n} for n in shorter]

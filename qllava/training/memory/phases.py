@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qllava.image_layout import ImageLayout
 from qllava.inference.batches import MOST, SHARE
 from qllava.inference.memory import answering, prompts_that_fit
-from qllava.models.checkpoint import tokens_per_image
 from qllava.training.memory.fake import loss_of_rows
 from qllava.training.memory.step import CONTEXT, FRAGMENTS, NCCL, Estimate, Setup, measuring
 
@@ -101,7 +101,7 @@ def phases_of(setup: Setup, step: Estimate, asking: Asking) -> dict[str, Phase]:
 
 def _answers(setup: Setup, asked: int, new_tokens: int, free: int) -> int:
     """Bytes of as many of the answers at once as fit into `free`, of one at least."""
-    length = tokens_per_image(setup.config) + TEXT_OF_A_QUESTION
+    length = ImageLayout.of_config(setup.config).tokens + TEXT_OF_A_QUESTION
     held: dict[str, Any] = {"training": bool(setup.lora), "load_in_4bit": setup.load_in_4bit}
     lengths, images = [length] * asked, [1] * asked
     fit = prompts_that_fit(setup.config, lengths, new_tokens, images, setup.weights_in, free, **held) if free > 0 else 0

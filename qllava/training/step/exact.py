@@ -35,6 +35,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.utils import ModelOutput
 
 from qllava.data.packing import Group
+from qllava.image_layout import ImageLayout
 from qllava.models.lora import Lora
 from qllava.models.nf4 import unpacked
 from qllava.models.stream import features_at
@@ -122,7 +123,7 @@ def row_forward(
     """What the model says to the learned tokens of a row (`data.collate.row_tensors`).
 
     model: a LlavaForConditionalGeneration whose language model is `looking_at` rows.
-    features: (P,) indices into the features of all pictures, (I * tokens_per_image, D).
+    features: (P,) indices into the features of all images, one image after the other.
     pixel_values: (I, 3, H, W); None for a row without pictures.
     weightless: gradients are zero, and nothing is counted.
     """
@@ -175,7 +176,7 @@ def _score(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def image_features(model: Any, pixel_values: Tensor) -> Tensor:
-    """(I, 3, H, W) -> (I * tokens_per_image, D): the tower outside the graph, then the projector."""
+    """(I, 3, H, W) -> (F, D), F features of all images: the tower outside the graph, then the projector."""
     layer = model.config.vision_feature_layer
     tower = model.model.vision_tower
     with torch.no_grad():
@@ -185,9 +186,8 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
             if stopped is not None
             else tower(pixel_values, output_hidden_states=True).hidden_states[layer]
         )
-    if model.config.vision_feature_select_strategy == "default":
-        chosen = chosen[:, 1:]
-    seen: Tensor = model.model.multi_modal_projector(chosen)
+    used = chosen[:, ImageLayout.of_config(model.config).first :]
+    seen: Tensor = model.model.multi_modal_projector(used)
     return seen.flatten(0, 1)
 
 

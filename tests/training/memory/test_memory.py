@@ -20,10 +20,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, Tr
 
 from benchmarks import shapes
 from qllava.config import InputError
+from qllava.image_layout import ImageLayout
 from qllava.models import ledger
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training import memory
@@ -262,7 +262,7 @@ class TestFit:
 
     def test_short_data_and_long_data(self) -> None:
         plan = fit(self.setup, 8 * GB, least_tokens=5, most_tokens=20)
-        assert plan.tokens_per_row == tokens_per_image(self.setup.config) + 4  # room for a picture
+        assert plan.tokens_per_row == ImageLayout.of_config(self.setup.config).tokens + 4  # room for a picture
         assert fit(self.setup, 8 * GB, least_tokens=9000, most_tokens=9000).tokens_per_row == 9000
 
 
@@ -371,10 +371,12 @@ def test_what_is_shared_is_counted_once() -> None:
 
 
 @pytest.mark.parametrize("tokens", [5, 68, 300, 2048])
-@pytest.mark.parametrize(("learned", "samples"), [(0.1, 1), (0.5, 2), (1.0, 3)])
-def test_an_example_row_is_as_long_as_asked(tokens: int, learned: float, samples: int) -> None:
+@pytest.mark.parametrize(("learned", "samples", "mark"), [(0.1, 1, 3), (0.5, 2, None), (1.0, 3, 2)])
+def test_an_example_row_is_as_long_as_asked(tokens: int, learned: float, samples: int, mark: int | None) -> None:
+    """Whatever the id of `<image>` is: no word has the same."""
     config = small()
-    each = tokens_per_image(config)
+    config.image_token_index = config.image_token_index if mark is None else mark
+    each = ImageLayout.of_config(config).tokens
     row = example_row(config, tokens, learned=learned, samples_per_picture=samples)
     assert len(row.input_ids) == max(tokens, each + 4)
     assert len(row.image_places) == each * len(row.pictures) > 0

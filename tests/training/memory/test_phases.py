@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from qllava.config import NANO_WEIGHTS
+from qllava.image_layout import ImageLayout
 from qllava.inference.generate import continue_prompts
 from qllava.models.assemble import load_language_model
-from qllava.models.checkpoint import tokens_per_image
 from qllava.models.lora import Lora
 from qllava.training import memory
 from qllava.training.memory import GB, Asking, Setup, estimate, phases, phases_of
@@ -67,7 +67,7 @@ def answer(setup: Setup, questions: int, new_tokens: int) -> Callable[[Any], Any
     """Answer so many questions at once, of the length that is planned for."""
     config, side = setup.config, setup.config.vision_config.image_size  # type: ignore[union-attr]
     text = phases.TEXT_OF_A_QUESTION
-    prompt = [1, *[config.image_token_index] * tokens_per_image(config), *[5] * (text - 1)]
+    prompt = [1, *[config.image_token_index] * ImageLayout.of_config(config).tokens, *[5] * (text - 1)]
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
 
     def work(made: Any) -> Any:

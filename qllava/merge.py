@@ -94,8 +94,8 @@ def merge(
         dtype: of the result: bfloat16, float16 or float32.
         base_model: where the parts of its base are now, if they have moved.
 
-    Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, there is no room
-    for it, or the result does not agree with the adapter model; nothing is written then.
+    Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, the disk is
+    too full, or the result does not agree with the adapter model; nothing is written then.
     """
     run = run.resolve()
     record = _record(run, base_model)

@@ -422,7 +422,7 @@ class TestRefusals:
         assert "nope does not exist" in self.refused(tmp_path / "nope", tmp_path / "out")
 
     def test_no_run(self, tmp_path: Path) -> None:
-        assert "is no run of qllava" in self.refused(tmp_path, tmp_path / "out")
+        assert "is not a run of qllava" in self.refused(tmp_path, tmp_path / "out")
 
     def test_a_run_that_never_finished(self, tiny: Tiny, tmp_path: Path) -> None:
         run = tmp_path / "run"

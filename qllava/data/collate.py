@@ -157,7 +157,7 @@ def row_tensors(row: Row) -> dict[str, Any]:
 
     input_ids, position_ids (1, S); image_places, features (P,): where the image tokens stand, and which feature is put
     there; learned, targets (L,): the places that predict a learned token, and that token; learned_counts: how many of
-    them lie in each branch; row_groups: what is where.
+    them are in each branch; row_groups: what is where.
     """
     learned = np.flatnonzero(row.shift_labels != IGNORE_INDEX)
     edges = [

@@ -109,7 +109,7 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     """Read a grid's YAML.
 
     Args:
-        places: what `{name}` in a value stands for; called only where the file speaks of it, as it may take minutes.
+        places: the value of `{name}`; called only where the file speaks of it, as it may take minutes.
 
     Raises InputError for a file that cannot be read, and for keys or values that are none of a grid's.
     """
@@ -122,7 +122,7 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     except OSError as error:
         raise InputError(f"The grid {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The grid {path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"The grid {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict) or not given.keys() <= KEYS:
         raise InputError(f"The grid {path} must be a mapping with keys of {', '.join(sorted(KEYS))} and no others.")
     for key in KEYS - {"seeds", "measure"}:
@@ -137,7 +137,7 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     variants = tuple(_variant(name, changed, given, path, changes[0][0]) for name, changed in changes)
     for variant in variants:
         if variant.against not in dict(changes):
-            raise InputError(f"The grid {path}: {variant.name} is against {variant.against!r}, which is no variant.")
+            raise InputError(f"The grid {path}: {variant.name} is against {variant.against!r}, which is not a variant.")
     folders = [variant.folder for variant in variants]
     if not variants or len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
         raise InputError(f"The grid {path}: variants need names that make folders, each another, none `aligned`.")

@@ -4,7 +4,7 @@
     projector (fp32, trained) -----> LlavaForConditionalGeneration --adapter.py: LoRA, by full path--> PeftModel
     tower (frozen, no graph) -----/
 
-Chosen: the language model is loaded by itself, quantized, and put in its place in an empty LLaVA, so that nothing else
+Chosen: the language model is loaded alone, quantized, and put in its place in an empty LLaVA, so that nothing else
 can be quantized by a mismatched list of names; a LLaVA that exists already is loaded with the full names of what must
 stay as it is.
 """
@@ -94,7 +94,7 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _from_parts(plan: Outline, dtype: torch.dtype, device: str, seed: int) -> LlavaForConditionalGeneration:
-    """A LLaVA of a language model that is loaded by itself, a tower and a new projector."""
+    """A LLaVA of a language model that is loaded alone, a tower and a new projector."""
     recipe, tower, tokenizer = plan.recipe, plan.tower, plan.processor.tokenizer
     assert recipe.language_model and recipe.vision_tower and tower  # `outline` has seen to it
     if tower.model.device.type == "meta":
@@ -133,7 +133,9 @@ def load_language_model(name: str, dtype: torch.dtype, device: str, *, four_bit:
             **({"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}),
         )
     except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"The language model {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+        raise InputError(
+            f"The language model {name} cannot be loaded ({one_line(error)}); download it again."
+        ) from error
     model, report = loaded
     check_loading(report, f"The language model {name}")
     if not four_bit:

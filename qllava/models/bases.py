@@ -33,7 +33,7 @@ def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Re
         base_model: Where parts of its base are now: one folder, or several.
 
     Raises:
-        InputError: The run does not say what it was built from, a part is not where it was, or a folder given is no
+        InputError: The run does not say what it was built from, a part is not where it was, or a given folder is not a
             part of its base.
     """
     record = read_record(run)
@@ -73,11 +73,13 @@ def _part_of(folder: str | Path) -> str:
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder} is no base model ({path} cannot be read); give its folder with {FLAG}.") from error
+        raise InputError(
+            f"{folder} is not a base model ({path} cannot be read); give its folder with {FLAG}."
+        ) from error
     if kind == "llava":
         return "model"
     if kind in LANGUAGE_MODELS:
         return "language_model"
     if kind in KINDS:
         return "vision_tower"
-    raise InputError(f"{folder} is a model of type '{kind}', which is no part of a LLaVA; give another {FLAG}.")
+    raise InputError(f"{folder} is a model of type '{kind}', which is not part of a LLaVA; give another {FLAG}.")

@@ -1,4 +1,4 @@
-"""Model cards: what stands in the README.md of a run's adapter, and of a merged folder."""
+"""Model cards: the README.md of a run's adapter, and of a merged folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOLD = (
 
 
 def base_of(record: Recipe) -> str:
-    """What a run stands on, in words."""
+    """The base of a run, in words."""
     if record.model:
         return public_name(record.model)
     return f"{public_name(record.language_model)} with the tower {public_name(record.vision_tower)}"

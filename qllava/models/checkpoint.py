@@ -128,7 +128,7 @@ def load_llava(
     The model comes in eval mode. A processor that does not say how many image tokens a picture takes (old llava-hf
     files) is completed from the model.
 
-    Raises InputError when it is no LLaVA, or files are missing, cut off, or do not belong together.
+    Raises InputError when it is not a LLaVA, or files are missing, cut off, or do not belong together.
     """
     config, processor = load_config(folder_or_name)  # first: it is quick, the weights are not
     if getattr(config, "quantization_config", None):
@@ -179,7 +179,7 @@ def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
     Nothing is fetched from the hub but small files.
 
     Raises:
-        InputError: It is no LLaVA, a file cannot be read, or parts of it do not agree.
+        InputError: It is not a LLaVA, a file cannot be read, or parts of it do not agree.
     """
     name = folder_or_name
     folder = settings_folder(name)
@@ -231,7 +231,7 @@ def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tenso
     for name, tensor in model.state_dict().items():
         on_disk = llava_name(name)
         if not name.startswith(("model.", "lm_head.")) or not tensor.is_floating_point() or "lora_" in name:
-            raise ValueError(f"{name} ({tensor.dtype}) is no weight of a LLaVA in full precision; merge it first")
+            raise ValueError(f"{name} ({tensor.dtype}) is not a weight of a LLaVA in full precision; merge it first")
         tensors[on_disk] = tensor.detach()
     return tensors
 
@@ -295,7 +295,7 @@ def _check_folder(folder: Path) -> None:
     refuse_llava_own(str(folder), [path.name for path in folder.iterdir()], folder)
     if not (folder / "config.json").is_file():
         hint = "it holds an adapter: merge it first" if Run(folder).has_adapter else "no config.json"
-        raise InputError(f"{folder} is no LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
+        raise InputError(f"{folder} is not a LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
     for either in _TOKENIZERS_AND_PROCESSORS:
         if not any((folder / name).is_file() for name in either):
             raise InputError(f"{folder} lacks {' or '.join(either)}; copy or download the model again.")

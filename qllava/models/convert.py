@@ -2,8 +2,8 @@
 
     python -m qllava.models.convert lmsys/vicuna-7b-v1.5 vicuna-7b-v1.5-safetensors
 
-Chosen: a command of its own and never a step of a run. torch reads the file with `weights_only`, so what is no tensor
-in it is refused and not called; file by file, mapped into memory, so a 13B needs no more than its largest shard. The
+Chosen: a command of its own and never a step of a run. torch reads the file with `weights_only`, so all but
+tensors is refused and not called; file by file, mapped into memory, so a 13B needs no more than its largest shard. The
 tensors keep their names and types, and everything else of the model is copied.
 """
 

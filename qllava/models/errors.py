@@ -23,7 +23,7 @@ def one_sentence(what: str, advice: str) -> Iterator[None]:
 
     transformers raises far more than it documents for a file whose values do not fit together (AssertionError,
     IndexError, ZeroDivisionError, errors of its own dataclasses), so nothing is left out but what a user asks for
-    (Ctrl-C is no Exception).
+    (Ctrl-C is not an Exception).
 
     Args:
         what: What is read, with its name.

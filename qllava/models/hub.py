@@ -57,7 +57,7 @@ def settings_folder(name: str) -> Path:
         name: A folder, or a name on the hub.
 
     Raises:
-        InputError: There is no such model, or it is in the layout of LLaVA's own code.
+        InputError: The model does not exist, or it is in the layout of LLaVA's own code.
     """
     folder = Path(expanded(name))
     if folder.is_dir():
@@ -74,7 +74,7 @@ def model_folder(name: str) -> Path:
         name: A folder, or a name on the hub.
 
     Raises:
-        InputError: There is no such model, it cannot be fetched, or it has no safetensors.
+        InputError: The model does not exist, it cannot be fetched, or it has no safetensors.
     """
     folder = settings_folder(name)
     if not Path(expanded(name)).is_dir():
@@ -129,7 +129,7 @@ def _refuse_path(name: str, folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"{name} is a file; expected the folder of a model.")
     if not _HUB_NAME.fullmatch(name) or len(folder.parts) != name.count("/") + 1 or name.startswith("."):
-        raise InputError(f"There is no folder {name}; give a model's folder or its name on the hub.")
+        raise InputError(f"The folder {name} does not exist; give a model's folder or its name on the hub.")
 
 
 @lru_cache(maxsize=64)
@@ -278,8 +278,8 @@ def _trouble(name: str, error: BaseException) -> HubError:
         said = f"{name} is neither a folder nor a name on the hub (OWNER/NAME); correct it."
     elif raised(RepositoryNotFoundError) or codes & {401, 403}:
         said = (
-            f"There is no folder {name}, and the hub has no model of this name that you may read; correct the name, "
-            "or log in if it is private (hf auth login)."
+            f"The folder {name} does not exist, and the hub has no model of this name that you may read; correct the "
+            "name, or log in if it is private (hf auth login)."
         )
     elif raised(OfflineModeIsEnabled) or is_offline_mode():
         said = (

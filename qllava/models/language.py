@@ -25,7 +25,7 @@ def nano_part(name: str, part: str) -> str:
     folder = NANO_WEIGHTS / part
     if not (folder / "model.safetensors").is_file():
         raise InputError(
-            f"nano's weights are missing ({folder}); install qllava anew, or make them with recipes/build_nano.py."
+            f"nano's weights are missing ({folder}); install qllava again, or make them with recipes/build_nano.py."
         )
     return str(folder)
 
@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); get it anew.") from error
+        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); download it again.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -56,7 +56,7 @@ def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTra
         whole: Whether a tokenizer has to be there; else it is None where there is none.
 
     Raises:
-        InputError: It is no such model, or its parts do not agree.
+        InputError: The model is of another kind, or its parts do not agree.
     """
     folder = settings_folder(name)
     config = agreement.read_config(folder, f"The language model {name}")

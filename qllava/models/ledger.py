@@ -20,7 +20,7 @@ class Line:
     part: str
     """One of `PARTS`."""
     parameters: int = 0
-    """How many there are; packed 4-bit weights count as what they stand for."""
+    """How many there are; packed 4-bit weights count unpacked."""
     trainable: int = 0
     """How many of them learn."""
     dtypes: set[str] = field(default_factory=set)

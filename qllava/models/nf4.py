@@ -22,7 +22,7 @@ KIND: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 
 
 def unpacked(packed: Tensor, state: QuantState) -> Tensor:
-    """Return the weight that NF4 codes and their scales stand for, in fp32 whatever type was packed."""
+    """Return the weight that NF4 codes and their scales encode, in fp32 whatever type was packed."""
     exact = copy.copy(state)
     exact.dtype = torch.float32
     return dequantize_4bit(packed, exact).reshape(state.shape)

@@ -40,7 +40,7 @@ def compute_dtype() -> torch.dtype:
 
 @dataclass
 class Outline:
-    """A LLaVA before its weights, which lie on disk."""
+    """A LLaVA before its weights, which are on disk."""
 
     model: LlavaForConditionalGeneration
     """On the meta device, all of it."""
@@ -50,7 +50,7 @@ class Outline:
     base: Base
     """The weights, read one by one."""
     tower: Tower | None
-    """Of a LLaVA that is built from parts; on the meta device too, where its weights lie in a folder."""
+    """Of a LLaVA that is built from parts; on the meta device too, where its weights are in a folder."""
 
 
 def outline(recipe: Recipe) -> Outline:

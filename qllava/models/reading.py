@@ -59,7 +59,7 @@ class Reader:
 def read_model(model: str) -> Reader:
     """The reader of nano, a run folder, a merged folder or a hub name.
 
-    Raises InputError when there is no such model.
+    Raises InputError when the model does not exist.
     """
     if model == NANO:
         return read_parts(NANO, NANO)
@@ -111,7 +111,7 @@ def read_tokenizer(path: Path) -> Reader:
         else:
             tokenizer = LlamaTokenizer.from_pretrained(str(path), legacy=True)
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"The tokenizer {path} cannot be read ({one_line(error)}); get it anew.") from error
+        raise InputError(f"The tokenizer {path} cannot be read ({one_line(error)}); download it again.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return _alone(tokenizer)

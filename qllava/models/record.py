@@ -75,7 +75,7 @@ def read_record(folder: Path) -> Recipe:
     try:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is no run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
+        raise InputError(f"{folder} is not a run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
 
 
 def adapter_at(name: str | None) -> Path | None:

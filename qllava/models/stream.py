@@ -113,7 +113,7 @@ class Adapted(Stored):
 
 
 def _count_positions(module: nn.Module, device: torch.device) -> None:
-    """Fill what is no weight: the numbers of a tower's patches."""
+    """Fill the buffers: the numbers of a tower's patches."""
     for path, buffer in list(module.named_buffers()):
         if buffer.device.type == "meta":
             owner, _, own = path.rpartition(".")

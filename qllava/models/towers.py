@@ -35,7 +35,7 @@ def tower_config(spec: str) -> TowerConfig:
     """Return the shapes of a tower by its name in open_clip, or of one in a folder; see `vision.load_tower`.
 
     Raises:
-        InputError: There is no such tower, its files cannot be read, or it is of another kind.
+        InputError: The tower does not exist, its files cannot be read, or it is of another kind.
     """
     if spec.startswith("open_clip:"):
         return _named(spec)
@@ -104,7 +104,7 @@ def _named(spec: str) -> TowerConfig:
 
 
 def _clip_config(visual: Any, source: str) -> CLIPVisionConfig:
-    """Read the sizes off open_clip's VisionTransformer itself, so that a custom architecture is no special case."""
+    """Read the sizes off open_clip's VisionTransformer itself, so that custom architectures need no special case."""
     block = visual.transformer.resblocks[0]
     return CLIPVisionConfig(
         hidden_size=visual.conv1.out_channels,

@@ -140,7 +140,7 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
 
 
 class Base(Mapping[str, Tensor]):
-    """The weights that an adapter stands on, in the type in which training held what it did not quantize."""
+    """The weights under an adapter, in the type in which training held what it did not quantize."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class Base(Mapping[str, Tensor]):
         return sampled(self._held[name]) if name in self._held else self._weights.sample(name)
 
     def check_parts(self, wanted: Mapping[str, Tensor], *, tied: bool, what: str) -> None:
-        """Every tensor of a model that is built from parts is there, in its shape; its projector is no part of them.
+        """Every tensor of a model that is built from parts is there, in its shape; its projector is not among them.
 
         tied: the head may be missing.
 

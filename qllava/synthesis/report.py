@@ -4,7 +4,7 @@
 
 The hallucination rate is CHAIR's (Rohrbach et al. 2018) over answers: of the objects that the answers of a row name,
 each counted once a row, the share that neither a caption nor a box of its picture names. What counts as an object and
-as its name is `objects`: COCO's eighty, by their words. A sentence that denies something ("No, there is no dog.") names
+as its name is `objects`: COCO's eighty, by their words. A sentence that denies something ("No dog is there.") names
 nothing. Rows of a picture without a context are left out of it, and counted.
 """
 

@@ -1,13 +1,13 @@
 """The data of a run: a file or a mixture of files, checked before anything is trained, then read from the disk.
 
-A mixture stands in the recipe's YAML:
+A mixture is written in the recipe's YAML:
 
     train_file:
       - {path: instruct.json, image_folder: coco/train2017}
       - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second row, drawn by the seed
 
 With `weight` in place of `repeat` the files have these shares of an epoch: the one that is largest for its share is
-gone through once, and the others are repeated until the shares hold, so that no row is left out.
+read once, and the others are repeated until the shares hold, so that no example is left out.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
     """Write report, card and results; `results.json` comes last, because it marks the run as finished.
 
     Killed before it, the same command goes on; killed after it, nothing is missing, nor after a power cut: what it
-    stands for is on the disk by then.
+    means is on the disk by then.
     """
     write_report(folder, results)
     if adapter_at(str(folder)):

@@ -29,10 +29,7 @@ def take_projector(settings: Settings, folder: Path) -> None:
         print("The projector is that of the run's own stage 1, with which it began.")
         return
     if found is None:
-        print(
-            f"There is no finished nano run in {RUNS}/ whose projector could be taken, so stage 1 comes first, on "
-            "nano's own captions."
-        )
+        print(f"No nano run in {RUNS}/ has finished, so the projector is pretrained first, on nano's own captions.")
         return
     settings.model.projector = found
     print(f"The projector is that of {found}, a finished nano run; LoRA begins new.")

@@ -53,7 +53,7 @@ SHORT_ANSWER_WORDS = 4
 def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run's folder and return its path.
 
-    results: what is about to be written to `results.json`; by default, what stands there.
+    results: what is about to be written to `results.json`; by default, its content.
 
     Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
     """
@@ -268,7 +268,7 @@ def _verdict(answer: str, truth: str) -> bool | None:
 
 
 def _files_section(folder: Path) -> list[Html]:
-    """The ledger of parameters and the resolved configuration, as they stand in the folder."""
+    """The ledger of parameters and the resolved configuration, as they are in the folder."""
     parts = []
     ledger, configuration = folder / LEDGER_FILE, folder / RUN_FILE
     if ledger.exists():

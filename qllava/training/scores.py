@@ -45,7 +45,7 @@ SHOWN = 12
 
 
 class _Pixels(Sequence[torch.Tensor | None]):
-    """The pictures of questions as tensors, opened when they are asked for: a whole set never lies in memory."""
+    """The pictures of questions as tensors, opened when they are asked for: a whole set is never in memory."""
 
     def __init__(self, examples: Sequence[Example], processor: Any) -> None:
         self.examples, self.processor = examples, processor
@@ -130,7 +130,7 @@ def answers(
     prompts = [encoder.encode_prompt(vqa.question(e), images=len(e.images)) for e in examples]
     pixels = _Pixels(examples, assembled.processor)
     names = [f"the question at {example.where}" for example in examples]
-    hidden = None if processes.is_main() else True  # None: hidden where there is no terminal
+    hidden = None if processes.is_main() else True  # None: hidden without a terminal
     with tqdm(total=len(examples), desc=title, unit=" questions", disable=hidden, leave=False) as bar:
         return answer_prompts(
             model,

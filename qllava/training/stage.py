@@ -55,7 +55,7 @@ class Stage:
     """What distinguishes one stage from the other."""
 
     name: str
-    """`pretrain` or `finetune`, as it stands in metrics.jsonl."""
+    """`pretrain` or `finetune`, as in metrics.jsonl."""
     title: str
     """For people."""
     template: Template
@@ -305,7 +305,7 @@ def _start(folder: Path, assembled: Assembled) -> Path | None:
         print(line)
     if found is None:
         if skipped:
-            print("No checkpoint is whole: the stage begins anew.")
+            print("No intact checkpoint found; restarting the stage.")
         return None
     before, now = read_record(found), assembled.recipe
     other = [name for name in ("fingerprint", *BELONGS_TO_BASE) if getattr(before, name) != getattr(now, name)]

@@ -232,7 +232,7 @@ class LlavaTrainer(RowTrainer):
             raise error
 
     def _alone(self, sample: dict[str, Any], *, gradient: bool) -> Alone:
-        """A sample by itself: its loss, or its gradient, which is thrown away."""
+        """One sample alone: its loss, or its gradient, which is thrown away."""
         batch = self.data_collator([sample])
         pixels = all(bool(torch.isfinite(row["pixel_values"]).all()) for row in batch["rows"] if "pixel_values" in row)
         if not gradient:
@@ -336,7 +336,7 @@ class LlavaTrainer(RowTrainer):
             processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
             # Each process has a random state of its own to save; the seal is for all that they wrote. Where weights or
             # state are shared out, or the best is sought, the processes wait for each other in there: one that fails
-            # ends by itself.
+            # ends on its own.
             waiting = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.metric_for_best_model
             with nullcontext() if waiting else processes.together(), saving(f"The checkpoint {folder / name}"):
                 super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]

@@ -111,7 +111,7 @@ class TestDamagedCheckpoints:
             flip(place / "projector.safetensors")
         pretrain(stage1_settings(tiny, unfinished))
         said = capsys.readouterr().out
-        assert said.count("is skipped") == 2 and "No checkpoint is whole: the stage begins anew." in said
+        assert said.count("is skipped") == 2 and "No intact checkpoint found; restarting the stage." in said
         assert same(unfinished, tiny.stage1)
 
 

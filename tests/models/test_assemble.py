@@ -294,7 +294,7 @@ class TestIdentity:
             (tmp_path / "qllava.json").write_text(content, encoding="utf-8")
         with pytest.raises(InputError) as caught:
             load_run(tmp_path)
-        assert "is no run of qllava" in refusal(caught.value)
+        assert "is not a run of qllava" in refusal(caught.value)
 
     def test_an_adapter_that_is_cut_off(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = tmp_path / "run"
@@ -315,7 +315,7 @@ class TestRefusals:
         assert "both language_model and vision_tower" in self.refused(tiny.recipe(vision_tower=None))
 
     def test_no_folder(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "There is no folder" in self.refused(tiny.recipe(language_model=str(tmp_path / "none")))
+        assert "does not exist" in self.refused(tiny.recipe(language_model=str(tmp_path / "none")))
 
     def test_no_llama(self, tiny: Tiny) -> None:
         message = self.refused(tiny.recipe(language_model=str(tiny.tower)))

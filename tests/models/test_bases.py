@@ -133,7 +133,7 @@ def test_every_command_has_the_flag(base: Moved, capsys: pytest.CaptureFixture[s
     for line in lines:
         assert cli.main(line) == 1
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"{none} is no base model" in said, line
+        assert said.count("\n") == 1 and f"{none} is not a base model" in said, line
 
 
 def test_what_is_no_part_of_the_base(base: Moved, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_what_is_no_part_of_the_base(base: Moved, tmp_path: Path) -> None:
     refusal(error.value)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match="of type 'bert', which is no part of a LLaVA"):
+    with pytest.raises(InputError, match="of type 'bert', which is not part of a LLaVA"):
         located(base.run, str(tmp_path / "x"))
 
 

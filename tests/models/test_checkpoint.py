@@ -435,7 +435,7 @@ def test_broken_folders(saved: Path, tmp_path: Path, model: Any, processor: Any)
     def copy(name: str) -> Path:
         return Path(shutil.copytree(saved, tmp_path / name))
 
-    assert "no folder" in load_refused(tmp_path / "nowhere")
+    assert "nowhere does not exist" in load_refused(tmp_path / "nowhere")
     assert "is a file" in load_refused(saved / "config.json")
 
     (tmp_path / "empty").mkdir()

@@ -296,7 +296,7 @@ def test_every_sentence_of_a_model_that_cannot_be_had(
         with pytest.raises(InputError, match=r"^meta/gated is gated: accept its licence on http.*hf auth login"):
             read("meta/gated")
         with pytest.raises(
-            InputError, match=r"^There is no folder no/such, and the hub has no model.*correct the name"
+            InputError, match=r"^The folder no/such does not exist, and the hub has no model.*correct the name"
         ):
             read("no/such")
 

@@ -55,7 +55,8 @@ def test_a_sample_longer_than_the_model_reads(policy: str, tmp_path: Path) -> No
 
     assembled = assemble(Recipe(folder, None, None, "mlp2x_gelu", -2, "pad", "", False))
     settings: Any = SimpleNamespace(
-        train=SimpleNamespace(max_length=100_000, seed=0), data=SimpleNamespace(too_long=policy, skip_check=False)
+        train=SimpleNamespace(max_length=100_000, seed=0, dataset_num_proc=None),
+        data=SimpleNamespace(too_long=policy, skip_check=False),
     )
 
     def prepare() -> Any:

@@ -36,7 +36,7 @@ def saving(what: str) -> Iterator[None]:
     """Turn a failure to write into one sentence.
 
     A full disk is an OSError to Python alone: safetensors and torch have errors of their own. What a GPU or another
-    process raises while it hands over its weights is no matter of the disk.
+    process raises while it hands over its weights is not about the disk.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, An
 
 
 def _mixture(given: Any) -> Any:
-    """How often each file of a list is gone through; where they lie is left out."""
+    """How often each file of a list is read; where they are is left out."""
     if not isinstance(given, list):
         return None
     return [{k: v for k, v in e.items() if k in ("repeat", "weight")} if isinstance(e, dict) else {} for e in given]
@@ -113,7 +113,7 @@ def _short(value: Any) -> str:
 def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapping[str, Any] | None = None) -> None:
     """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails.
 
-    optim: which optimizer's state is saved; one that memory has chosen does not stand in `begun`.
+    optim: which optimizer's state is saved; one that memory has chosen is not in `begun`.
     computed: what was settled during the run and is used again on resume (`LlavaTrainer.computed`).
     """
     files = {}

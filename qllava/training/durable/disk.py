@@ -71,7 +71,7 @@ def at_one_time(config: TrainConfig, steps: int) -> int:
 def check(needs: Mapping[Path, Need]) -> None:
     """Whether what stages will write, each into its folder, fits. Raises InputError when it does not.
 
-    Checkpoints that a stage has already are part of it: they make way for new ones. All folders lie on one disk.
+    Checkpoints that a stage has already are part of it: they make way for new ones. All folders are on one disk.
     """
     there = 0
     for folder in needs:

@@ -1,7 +1,7 @@
 """Numbers that are not as they should be: what is not finite ends the run and is traced; loss spikes are told of.
 
 A step is looked at once, before the optimizer touches a weight (`trainer.py`). When its loss or its gradient is NaN or
-infinite, the trained weights are looked at first, and then the samples of the step once more, each by itself, so that
+infinite, the trained weights are looked at first, and then the samples of the step once more, each alone, so that
 the one sentence can name the tensor, or the sample and its picture.
 """
 
@@ -32,7 +32,7 @@ class NotFinite(InputError):
 
 @dataclass(frozen=True)
 class Alone:
-    """What a sample does by itself: whether its pixel values are finite, and its loss (or its gradient)."""
+    """What a sample does alone: whether its pixel values are finite, and its loss (or its gradient)."""
 
     pixels: bool
     result: bool
@@ -44,7 +44,7 @@ def traced(
     """The error of a step that is not finite; it names the weight that was so before, or the samples that do it.
 
     what: "The loss is nan". samples: `id` and `pictures` (paths) of each sample of the step. look: looks at one of them
-    by itself; None where it cannot be, and all are named.
+    alone; None where it cannot be, and all are named.
     """
     where = f"{what} at step {step}"
     if name := not_finite(model):
@@ -59,7 +59,7 @@ def traced(
             f"{where}, because of {shown(guilty)}; {_UNTOUCHED} With a picture that is mended the same command "
             "continues; with other rows, or a lower learning rate, choose another output_dir."
         )
-    alone = ", none of which does it by itself" if look else ""
+    alone = ", none of which does it alone" if look else ""
     ids = shown([str(sample["id"]) for sample in samples])
     return NotFinite(
         f"{where}, with the samples {ids}{alone}; {_UNTOUCHED} Lower the learning rate, and choose another output_dir."
@@ -97,7 +97,7 @@ class Spikes:
     def __init__(self, path: Path, stage: str) -> None:
         """Args:
         path: where spikes are written, a line of JSON each.
-        stage: as it stands in metrics.jsonl.
+        stage: as in metrics.jsonl.
         """
         self.path, self.stage = path, stage
         self.losses: deque[float] = deque(maxlen=_WINDOW)

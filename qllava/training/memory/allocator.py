@@ -1,6 +1,6 @@
 """glibc's allocator, told to keep what a step on a CPU frees for the next one.
 
-By itself it gives large blocks back to the kernel as soon as a few of them are free; their pages are filled with zeros
+By default it gives large blocks back to the kernel as soon as a few of them are free; their pages are filled with zeros
 when they are asked for again: the tensors of each step, and the weights of each layer that are unpacked from 4 bit.
 """
 

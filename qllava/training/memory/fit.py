@@ -122,7 +122,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
     worst = max(phases, key=lambda name: phases[name])
     suggestion = (
         f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
-        f"{setup.optim}, which fit_memory chooses by itself."
+        f"{setup.optim}, which fit_memory chooses automatically."
         if fits
         else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
         f"{' even with one question at a time' if every[worst].questions else ''}, "
@@ -143,7 +143,7 @@ def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
         ways.insert(0, "lower lora_r or max_length")
     elif not setup.load_in_4bit:
         ways.insert(0, "load the language model in 4 bit (load_in_4bit true)")
-    # Without held-out examples there is no evaluation, and nothing is asked before the first step.
+    # Without held-out examples nothing is evaluated, and nothing is asked before the first step.
     if name == "evaluation" or (name == "before" and replace(phase, questions=0).peak(setup) <= limit):
         ways.insert(0, "set eval_strategy no")
     return ", or ".join(ways)

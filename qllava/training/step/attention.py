@@ -50,7 +50,7 @@ class Sight:
 
     groups: who stands where.
     learned: (L,) places that predict a learned token, in order, on the row's device.
-    counts: how many of them lie in each branch, branch by branch.
+    counts: how many of them are in each branch, branch by branch.
     kernel: which one computes it.
     """
 
@@ -186,7 +186,7 @@ def by_groups(
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None) -> Tensor:
     """The kernel `varlen`: (1, H, S, D) -> the same."""
-    from torch.nn.attention.varlen import varlen_attn  # where there is no CUDA it may be missing
+    from torch.nn.attention.varlen import varlen_attn  # without CUDA it may be missing
 
     which, query_ends, key_ends, most_queries, most_keys = sight.copies
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))

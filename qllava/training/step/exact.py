@@ -1,4 +1,4 @@
-"""The forward pass of a row: the same loss as that of its samples, each by itself, for less.
+"""The forward pass of a row: the same loss as that of its samples, one by one, for less.
 
     pictures --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
     tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
@@ -91,7 +91,7 @@ def take_shortcuts(model: Any, switches: Switches) -> None:
 def teach_rows(model: Any, kernel: Kernel = "groups") -> None:
     """Let a LlavaForConditionalGeneration's forward take rows too: a call with `row_groups` is one of a row.
 
-    It stands on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
+    It is set on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
     """
     plain = model.forward
 
@@ -275,7 +275,7 @@ def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **
 def _is_large(layer: Any) -> bool:
     """Whether a LoRA costs as much as its layer.
 
-    By itself it takes 3 r (in + out) products a token, both ways, in seven small steps; added to the weight, the
+    Alone it takes 3 r (in + out) products a token, both ways, in seven small steps; added to the weight, the
     gradient of the weight, in * out in one. In 16 bit the sum would be rounded, so it is for fp32 alone.
     """
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

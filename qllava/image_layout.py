@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 CLASS_TOKEN = ("clip_vision_model",)
-"""Types of tower that put one token more, which is no patch, before the patches; the others have patches alone."""
+"""Types of tower that put one more token, not a patch, before the patches; the others have patches alone."""
 _DROPS_FIRST: Literal["default"] = "default"
 
 

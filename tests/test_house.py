@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -51,6 +52,11 @@ BEFORE_TORCH = {
 
 MAX_FUNCTION = 60
 MAX_FILE = 400
+MEDIAN_FILE = 180
+# What a reader from anywhere has to read twice: verbs of place for "is", and negations that hide the verb.
+ODD = re.compile(
+    r"\b(anew|is no|stands? (?:in|on|for|beside|there)|lies? (?:in|on|there|beside)|by itself|gone through)\b", re.I
+)
 
 CODE = sorted(p for top in ("qllava", "recipes", "demo", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -345,6 +351,16 @@ def test_nothing_is_too_long() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_files_are_short_as_a_rule() -> None:
+    lengths = [path.read_text(encoding="utf-8").count("\n") for path in CODE]
+    assert statistics.median(lengths) < MEDIAN_FILE
+
+
+def test_code_messages_and_docs_use_plain_words() -> None:
+    problems = collect([*CODE, *(path for path in TEXTS if path.suffix == ".md")], lambda text: findings(ODD, text))
+    assert not problems, "\n".join(problems)
+
+
 @pytest.mark.parametrize("pattern", [UNFINISHED, REGISTRY, MACHINE], ids=["unfinished", "registry", "machine"])
 def test_nothing_that_does_not_belong_into_a_file(pattern: re.Pattern[str]) -> None:
     others = [p for p in (*CODE, *TESTS, *TEXTS) if p != Path(__file__)]  # this file spells what it looks for
@@ -541,3 +557,5 @@ class TestTheRulesThemselves:
         assert findings(UNFINISHED, "x = 1  # TODO: more") and not findings(UNFINISHED, "the method Todos")
         assert findings(REGISTRY, "see https://pypi.org/project") and not findings(REGISTRY, "pip install -e .")
         assert findings(MACHINE, 'open("/home/me/x")') and not findings(MACHINE, "runs/home/x, ~/work/x")
+        odd = ("a text that is no JSON", "it stands in the file", "lies beside it", "begins anew", "ends by itself")
+        assert all(findings(ODD, text) for text in odd) and not findings(ODD, "It is not JSON; stand-ins lie about it")

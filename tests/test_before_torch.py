@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import commands
 from tests.wrong_commands import PROGRAMS, WRONG, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,8 +102,6 @@ from qllava.cli import main
 sys.exit(main(["check", "rows.json"]) or main(["inspect", "rows.json", "--json"]))
 """
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = commands.run("-c", program, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Ready" in done.stdout and '"input_ids"' in done.stdout

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
-import subprocess
 import sys
 
 import pytest
+
+from tests import commands
 
 FAULTS = """
 import resource, torch
@@ -25,8 +26,9 @@ print(taken, sum(faults[5:]))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 def test_freed_memory_is_kept() -> None:
     """Twenty steps, after five in which the heap finds its size; without the call nearly all of their pages are new."""
-    command = [sys.executable, "-c", FAULTS]
-    taken, faults = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    done = commands.run("-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    taken, faults = done.stdout.split()
     if taken == "False":
         pytest.skip("another C library than glibc")
     assert int(faults) < 0.1 * 20 * 21 * (8 << 20) / mmap.PAGESIZE

@@ -7,138 +7,21 @@ show is found later, by what reads it.
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qllava.config import NANO, InputError, expanded
-from qllava.runs import folder_of
+from qllava.runs import RUNS, folder_of
+from qllava.spelling import close_to, meant, neighbour, suggestion
 
 MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
 """A model that answers, for the help."""
-
-# Words of other toolkits and of habit, and what is meant here: the first that the program has is suggested.
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "model": ("model_name_or_path", "language_model"),
-    "model_name": ("model_name_or_path",),
-    "model_path": ("model_name_or_path",),
-    "pretrained_model_name_or_path": ("model_name_or_path",),
-    "llm": ("language_model",),
-    "tower": ("vision_tower",),
-    "vision_model": ("vision_tower",),
-    "mm_projector_type": ("projector_type",),
-    "pretrain_mm_mlp_adapter": ("projector",),
-    "mm_projector_lr": ("projector_lr",),
-    "mm_vision_select_layer": ("vision_feature_layer",),
-    "image_aspect_ratio": ("image_aspect",),
-    "conv_mode": ("template",),
-    "version": ("template",),
-    "chat_template": ("template",),
-    "prompt_template": ("template",),
-    "rank": ("lora_r",),
-    "r": ("lora_r",),
-    "lora_rank": ("lora_r",),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "bits": ("load_in_4bit",),
-    "quantization_bit": ("load_in_4bit",),
-    "qlora": ("load_in_4bit",),
-    "4bit": ("load_in_4bit",),
-    "data": ("train_file",),
-    "data_path": ("train_file", "data"),
-    "data_file": ("train_file", "data"),
-    "dataset": ("train_file",),
-    "dataset_name": ("train_file",),
-    "datasets": ("train_file",),
-    "train_data": ("train_file",),
-    "train_dataset": ("train_file",),
-    "eval_data": ("eval_file",),
-    "eval_dataset": ("eval_file",),
-    "validation_file": ("eval_file",),
-    "val_file": ("eval_file",),
-    "test_file": ("eval_file",),
-    "image_dir": ("image_folder",),
-    "image_root": ("image_folder",),
-    "images": ("image_folder", "image"),
-    "media_dir": ("image_folder",),
-    "output": ("output_dir", "out"),
-    "out": ("output_dir",),
-    "out_dir": ("output_dir", "out"),
-    "output_path": ("output_dir", "out"),
-    "save_dir": ("output_dir", "out"),
-    "epochs": ("num_train_epochs",),
-    "num_epochs": ("num_train_epochs",),
-    "n_epochs": ("num_train_epochs",),
-    "steps": ("max_steps",),
-    "batch_size": ("per_device_train_batch_size",),
-    "micro_batch_size": ("per_device_train_batch_size",),
-    "train_batch_size": ("per_device_train_batch_size",),
-    "per_device_batch_size": ("per_device_train_batch_size",),
-    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
-    "eval_batch_size": ("per_device_eval_batch_size",),
-    "grad_accum": ("gradient_accumulation_steps",),
-    "grad_acc_steps": ("gradient_accumulation_steps",),
-    "accumulation_steps": ("gradient_accumulation_steps",),
-    "lr": ("learning_rate",),
-    "lr_scheduler": ("lr_scheduler_type",),
-    "scheduler": ("lr_scheduler_type",),
-    "warmup_ratio": ("warmup_steps",),
-    "optimizer": ("optim",),
-    "wd": ("weight_decay",),
-    "max_seq_length": ("max_length",),
-    "max_seq_len": ("max_length",),
-    "model_max_length": ("max_length",),
-    "cutoff_len": ("max_length",),
-    "sequence_len": ("max_length",),
-    "truncation": ("too_long",),
-    "evaluation_strategy": ("eval_strategy",),
-    "overwrite": ("overwrite_output_dir",),
-    "gpu_memory": ("fit_memory", "fit"),
-    "grad_checkpointing": ("gradient_checkpointing",),
-    "question": ("prompt",),
-    "max_tokens": ("max_new_tokens", "max_tokens_total"),
-    "temp": ("temperature",),
-}
-
-
-def meant(word: str, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one was likely meant to be; None where nothing is close.
-
-    Args:
-        word: The name as it was typed, without leading hyphens.
-        known: All names that are possible, with `_` or `-` between words.
-    """
-    names: dict[str, str] = {}
-    for name in known:
-        names.setdefault(name.replace("-", "_"), name)  # of two spellings the one that help shows first
-    word = word.replace("-", "_").lower()
-    if word in names:
-        return names[word]
-    for name in ALIASES.get(word, ()):
-        if name in names:
-            return names[name]
-    parts = set(word.split("_"))
-
-    def score(name: str) -> float:
-        """How alike two names are: by letters, and by whole words, which people remember."""
-        other = set(name.split("_"))
-        shared = len(parts & other) / len(parts | other)
-        return difflib.SequenceMatcher(None, word, name).ratio() + shared
-
-    best = max(names, key=score, default=None)
-    return names[best] if best is not None and score(best) >= 0.75 else None
-
-
-def suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a sentence about an unknown name; `prefix` is `--` for a flag."""
-    name = meant(word, known)
-    return f"; did you mean {prefix}{name}?" if name else "; see --help for all names."
 
 
 class Parser(argparse.ArgumentParser):
@@ -157,6 +40,16 @@ class Parser(argparse.ArgumentParser):
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
             self.error(f"unknown argument {word}{suggestion(word.lstrip('-'), known, '--')}")
         return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse, of a command too, but a choice that is close to the wrong one is suggested."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            name = meant(str(value), [str(one) for one in action.choices or ()])
+            if name is None:
+                raise
+            raise argparse.ArgumentError(action, f"{error.message}; did you mean {name}?") from error
 
 
 def file_path(text: str) -> Path:
@@ -178,7 +71,7 @@ def is_address(text: str) -> bool:
 
 def looks_like_a_path(text: str) -> bool:
     """Whether a name cannot be one on the hub, which has the form NAME or OWNER/NAME."""
-    return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
+    return text.startswith((".", "/", "~", f"{RUNS}/")) or text.endswith("/") or "\\" in text or text.count("/") > 1
 
 
 def check_data(text: str | Path, what: str) -> None:
@@ -219,8 +112,18 @@ def check_model(text: str, what: str) -> None:
             raise InputError(f"{what}: the folder {text} is empty; give a folder that holds a model.")
     elif folder.exists():
         raise InputError(f"{what}: {text} is a file; give the folder that holds the model.")
-    elif looks_like_a_path(text):
-        raise InputError(f"{what}: {text} does not exist; give a folder that holds a model, or a name on the hub.")
+    elif said := no_folder(text):
+        raise InputError(f"{what}: {said}")
+
+
+def no_folder(text: str) -> str | None:
+    """Return what to say of a model's name that is no folder here; None where it may be a name on the hub."""
+    near = NANO if close_to(text, [NANO]) else neighbour(Path(expanded(text)), folders=True)
+    if near:
+        return f"{text} does not exist; did you mean {near}?"
+    if looks_like_a_path(text):
+        return f"{text} does not exist; give a folder that holds a model, or a name on the hub."
+    return None
 
 
 def check_finished(text: str, what: str) -> None:
@@ -290,10 +193,11 @@ def _check_there(place: Path, what: str) -> None:
     try:
         place.stat()
     except OSError as error:
-        reason = (
-            "does not exist" if error.errno in (errno.ENOENT, errno.ENOTDIR) else f"cannot be read ({error.strerror})"
-        )
-        raise InputError(f"{what}: {place} {reason}; give one that does.") from error
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        reason = "does not exist" if absent else f"cannot be read ({error.strerror})"
+        near = neighbour(place) if absent else None
+        advice = f"did you mean {near}?" if near else "check the path."
+        raise InputError(f"{what}: {place} {reason}; {advice}") from error
 
 
 Check: TypeAlias = Callable[[Any, str], None]

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
 ROWS = (
-    {"conversation", "config", "image_layout", "surroundings"},
+    {"conversation", "config", "image_layout", "spelling", "surroundings"},
     {"locks"},
     {"files", "runs"},
     {"page", "arguments"},

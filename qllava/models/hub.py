@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from qllava.arguments import no_folder
 from qllava.config import InputError, cache_folder, expanded
 from qllava.models.errors import one_line
 from qllava.models.layouts import PICKLES, Found, arrange, find_weights, read_index, refuse_llava_own
@@ -128,6 +129,8 @@ def _refuse_path(name: str, folder: Path) -> None:
     """Raise InputError for a path that is not a folder."""
     if folder.is_file():
         raise InputError(f"{name} is a file; expected the folder of a model.")
+    if said := no_folder(name):
+        raise InputError(said)
     if not _HUB_NAME.fullmatch(name) or len(folder.parts) != name.count("/") + 1 or name.startswith("."):
         raise InputError(f"The folder {name} does not exist; give a model's folder or its name on the hub.")
 
@@ -283,8 +286,8 @@ def _trouble(name: str, error: BaseException) -> HubError:
         )
     elif raised(OfflineModeIsEnabled) or is_offline_mode():
         said = (
-            f"{name} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is set; fetch it once without "
-            f"that, where there is a network: hf download {name}"
+            f"{name} is not in the hub's cache, or not all of it, no folder of that name is here, and HF_HUB_OFFLINE "
+            f"is set; check the name, or fetch it once without that, where there is a network: hf download {name}"
         )
     elif full:
         said = f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}; make room, or set HF_HOME to another."
@@ -294,8 +297,8 @@ def _trouble(name: str, error: BaseException) -> HubError:
         said = f"The hub refused {name} ({one_line(chain[-1])}); give the command again later."
     elif _unreachable(chain):
         said = (
-            f"{constants.ENDPOINT} cannot be reached, and {name} is not in the hub's cache; check the network, or copy "
-            "the model here and give its folder."
+            f"{name} is not in the hub's cache, no folder of that name is here, and {constants.ENDPOINT} cannot be "
+            "reached; check the name and the network, or copy the model here and give its folder."
         )
     else:
         said = f"The download of {name} ended early ({one_line(error)}); give the command again to resume it."

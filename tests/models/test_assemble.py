@@ -315,7 +315,7 @@ class TestRefusals:
         assert "both language_model and vision_tower" in self.refused(tiny.recipe(vision_tower=None))
 
     def test_no_folder(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "does not exist" in self.refused(tiny.recipe(language_model=str(tmp_path / "none")))
+        assert "none does not exist; give a folder" in self.refused(tiny.recipe(language_model=str(tmp_path / "none")))
 
     def test_no_llama(self, tiny: Tiny) -> None:
         message = self.refused(tiny.recipe(language_model=str(tiny.tower)))

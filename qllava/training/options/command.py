@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qllava.arguments import Parser, suggestion
+from qllava.arguments import Parser
 from qllava.config import InputError, ModelConfig, expanded
+from qllava.spelling import suggestion
 from qllava.training.options.defaults import Defaults
 from qllava.training.options.fields import FIELDS, LISTS, PATHS, RANGES
 from qllava.training.options.table import Field
@@ -68,9 +69,9 @@ def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Gi
     """
     found = vars(_parser().parse_args(list(args)))
     config = found.pop("config", None)
-    of_yaml = _read_yaml(config) if config is not None else {}
+    of_yaml = _read_yaml(config, found.keys()) if config is not None else {}
     given = Given({**of_yaml, **found}, output_dir, nano, frozenset(found))
-    for name, value in given.values.items():
+    for name, value in found.items():
         _check(FIELDS[name], value)
     return given
 
@@ -209,8 +210,8 @@ def _scalar(own: Field, text: Any) -> Any:
     return expanded(text) if own.name in PATHS else text
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The settings of a file, each of its type."""
+def _read_yaml(path: str, flags: Collection[str]) -> dict[str, Any]:
+    """Return the settings of a file, each of its type; values that flags replace are not checked further."""
     place = Path(expanded(path))
     try:
         given = TypedLoader.read(place.read_text(encoding="utf-8"), list_like=LISTS)
@@ -223,14 +224,20 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if given is None:
         raise InputError(f"The configuration {path} must hold `key: value` lines.")
     values = {}
-    for key, value in given.items():
+    for key, (value, line) in given.items():
+        where = f"{path}:{line}"
         if key not in FIELDS:
-            raise InputError(f"The configuration has the unknown key {key!r}{suggestion(key, FIELDS)}")
+            raise InputError(f"{where}: unknown key {key!r}{suggestion(key, FIELDS)}")
         try:
             found = value_of(FIELDS[key], value)
-            values[key] = [found] if FIELDS[key].kind == "list" and isinstance(found, str) else found
         except ValueError as error:
-            raise InputError(f"The setting {key} in {path}: {error}.") from error
+            raise InputError(f"{where}: {key}: {error}.") from error
+        values[key] = [found] if FIELDS[key].kind == "list" and isinstance(found, str) else found
+        if key not in flags:
+            try:
+                _check(FIELDS[key], values[key])
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
     return values
 
 

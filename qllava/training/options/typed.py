@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+
+
+class Typed(NamedTuple):
+    """A value, and where it was read."""
+
+    value: Any
+    """Text, None, or a list or mapping."""
+    line: int
+    """Line of its key, from 1."""
 
 
 class TypedLoader(yaml.SafeLoader):
     """Reads a mapping of settings; see the head of this file."""
 
     @classmethod
-    def read(cls, text: str, *, list_like: Collection[str] = ()) -> dict[str, Any] | None:
-        """Keys with their values: text, None, or a list or mapping; None when the text is not a mapping of names.
+    def read(cls, text: str, *, list_like: Collection[str] = ()) -> dict[str, Typed] | None:
+        """Return keys with their values and lines; None when the text is not a mapping of names.
 
         Args:
             text: The file's.
@@ -33,14 +42,14 @@ class TypedLoader(yaml.SafeLoader):
             if not isinstance(node, yaml.MappingNode):
                 return None
             loader.flatten_mapping(node)
-            found: dict[str, Any] = {}
+            found: dict[str, Typed] = {}
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                     return None
+                line = key.start_mark.line + 1
                 if key.value in found:
-                    line = key.start_mark.line + 1
                     raise yaml.YAMLError(f"the key {key.value!r} is there twice, the second time in line {line}")
-                found[key.value] = loader._typed(value, key.value in list_like)
+                found[key.value] = Typed(loader._typed(value, key.value in list_like), line)
             return found
         finally:
             loader.dispose()

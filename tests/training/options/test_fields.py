@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig, TrlParser
 
-from qllava.arguments import meant
 from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
+from qllava.spelling import meant
 from qllava.training.options import command
 from qllava.training.options.defaults import FINETUNE, NANO_FINETUNE, PRETRAIN
 from qllava.training.options.fields import FIELDS, PATHS

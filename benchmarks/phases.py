@@ -37,7 +37,8 @@ from qllava.models.shapes import shapes_of
 from qllava.training import memory, samples, scores
 from qllava.training.memory.phases import CHAT_TOKENS, PHASES
 from qllava.training.settings import Settings, parse
-from qllava.training.stage import Stage, train_stage
+from qllava.training.stage import train_stage
+from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
 
 
@@ -179,7 +180,8 @@ def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: 
         with peaks.inside("before"):
             samples.before(run, adapted, assembled, examples, scores.room_for(train))
     held_out, asked = (rows, examples) if evaluates else (None, [])
-    stage = Stage("finetune" if lora else "pretrain", "", CHATML, rows, held_out, asked, run, train, {})
+    kind = INSTRUCTION if lora else ALIGNMENT
+    stage = Stage(kind, CHATML, rows, held_out, asked, run, train, {})
     with _evaluations(peaks), peaks.inside("step"):
         train_stage(stage, adapted, assembled)
     if lora:

@@ -47,7 +47,7 @@ from qllava.models.lora import Lora
 from qllava.models.shapes import shapes_of
 from qllava.runs import PROJECTOR_FILE
 from qllava.surroundings import prepare_process
-from qllava.training import memory, run, scores
+from qllava.training import base, memory, run, scores
 from qllava.training.memory.phases import PHASES
 from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
@@ -208,12 +208,12 @@ def settings_of(folder: Path, tokens: int) -> Settings:
 def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> Peaks:
     """Peaks of a run, in this process. Without `keep` freed memory is not kept, as a run does on a CPU."""
     if not keep:
-        run.keep_freed_memory = lambda: False
+        base.keep_freed_memory = lambda: False
     scores.MAX_ANSWER_TOKENS = NEW_TOKENS
     make_parts(folder, shape, tokens)
     settings = settings_of(folder, tokens)
     settings.model.projector = None
-    assembled = run._assemble(settings)
+    assembled = base.assembled(settings)
     save_projector(assembled.model, folder)
     del assembled
     (folder / "aligned").mkdir()

@@ -42,10 +42,12 @@ from qllava.models.adapter import add_lora
 from qllava.models.assemble import Assembled, prepare_for_training
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
+from qllava.training.callbacks import Begin
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.durable.order import loader
+from qllava.training.fitting import fitted
 from qllava.training.settings import TrainConfig
-from qllava.training.stage import Begin, Stage, fitted
+from qllava.training.stages import INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
 
 SYSTEMS = ("trl", "trl_tuned", "qllava")
@@ -157,19 +159,10 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
     if job.whole_head:
         compute_whole_head(assembled.model)
     # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
-    stage, _ = fitted(Stage("finetune", "", CHATML, rows, None, [], Path(job.folder), config, {}), model, assembled)
-    begin = Begin(rows.lengths, rows.pictures)
-    begin.trainer = InOrder(
-        model,
-        assembled,
-        stage.config,
-        train=rows.dataset,
-        evaluation=None,
-        pictures=rows.pictures,
-        exact_match=None,
-        callbacks=[begin],
-    )
-    return begin.trainer
+    stage, _ = fitted(Stage(INSTRUCTION, CHATML, rows, None, [], Path(job.folder), config, {}), model, assembled)
+    trainer = InOrder(model, assembled, stage)
+    trainer.add_callback(Begin(trainer))
+    return trainer
 
 
 def _trl(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list[Text]) -> Any:

@@ -92,7 +92,7 @@ class TestSlurm:
     def test_a_real_recipe_that_gets_the_signal(self, tmp_path: Path) -> None:
         """The status is the recipe's own, not the stand-in's."""
         ends = (
-            "import os, signal, sys\nfrom qllava.training.run import main\n"
+            "import os, signal, sys\nfrom qllava.training.main import main\n"
             "sys.exit(main(lambda settings: os.kill(os.getpid(), signal.SIGUSR1), lambda: None))\n"
         )
         status, asked, said = submit(tmp_path, ends)

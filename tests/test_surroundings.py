@@ -20,7 +20,8 @@ import pytest
 from qllava import cli, surroundings
 from qllava.config import InputError, cache_folder
 from qllava.locks import locked_folder
-from qllava.training.run import finetune, main
+from qllava.training.main import main
+from qllava.training.run import finetune
 from qllava.voting.votes import Vote, VoteFile, read_votes
 from tests.tiny_models import make_tiny_rows
 from tests.tiny_runs import Tiny, stage2_settings

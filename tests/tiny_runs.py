@@ -20,6 +20,7 @@ from qllava.models.outline import Recipe
 from qllava.training.data import Part, Prepared, prepare
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse
+from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
 from tests.tiny_models import make_tiny_parts, make_tiny_rows
 
@@ -111,17 +112,10 @@ def make_trainer(
     torch.manual_seed(0)
     model = add_lora(assembled, Lora(4, 8, chosen.model.lora_dropout)) if lora else train_projector_only(assembled)
     rows = encode(assembled, tiny.rows)
-    return LlavaTrainer(
-        model,
-        assembled,
-        chosen.train,
-        train=rows.dataset,
-        evaluation=rows.dataset if chosen.train.eval_strategy != "no" else None,
-        pictures=rows.pictures,
-        exact_match=None,
-        callbacks=callbacks or [],
-        kept=kept or {},
-    )
+    held_out = rows if chosen.train.eval_strategy != "no" else None
+    kind = INSTRUCTION if lora else ALIGNMENT
+    stage = Stage(kind, assembled.template, rows, held_out, [], folder, chosen.train, {})
+    return LlavaTrainer(model, assembled, stage, callbacks=callbacks or [], kept=kept or {})
 
 
 def encode(assembled: Assembled, rows: Path) -> Prepared:

@@ -16,6 +16,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from qllava.config import InputError
+from qllava.conversation import Template
 from qllava.data.check import Checked, check, lengths, numbers
 from qllava.data.encode import Encoder
 from qllava.data.rows import row_files
 from qllava.data.verdict import Verdict
+from qllava.image_layout import ImageLayout
+from qllava.models.assemble import Assembled
+from qllava.models.positions import positions_of
+from qllava.training.durable import processes
+from qllava.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,31 @@ def prepare(
         )
     trained = _open(checked, [p.repeat for p in parts], [p.weight for p in parts], seed)
     return trained, _open(held_out, [1.0] * len(held_out), [None] * len(held_out), seed) if held_out else None
+
+
+def prepare_for(
+    settings: Settings, assembled: Assembled, template: Template, files: list[Part], held_out: list[Part]
+) -> tuple[Prepared, Prepared | None]:
+    """Check and open the files of a run, as this model reads them; see `prepare`."""
+    encoder = Encoder(
+        assembled.processor.tokenizer,
+        template,
+        assembled.model.config.image_token_index,
+        ImageLayout.of_config(assembled.model.config),
+        settings.train.max_length or 1 << 30,
+        settings.data.too_long,  # type: ignore[arg-type]
+        positions_of(assembled.model.config.text_config),
+    )
+    call = partial(
+        prepare,
+        files,
+        encoder,
+        seed=settings.train.seed,
+        evaluation=held_out,
+        skip_check=settings.data.skip_check,
+        workers=settings.train.dataset_num_proc,
+    )
+    return processes.main_first(call)
 
 
 def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float | None], seed: int) -> Prepared:

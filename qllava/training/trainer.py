@@ -1,81 +1,75 @@
-"""TRL's SFTTrainer, for batches that hold pictures: one function and one class for both stages.
+"""TRL's SFTTrainer, for batches that hold images: one subclass, composed of parts that can be tested without it.
 
-What is added to TRL's trainer, and why:
+- `pack_step` (`step/packs.py`) computes an optimizer step pack by pack, in shorter packs when memory runs out.
+- `objective` (`objectives/`) makes a loss and metrics of the log-probabilities of a pack's learned tokens.
+- `guard` (`durable/numbers.py`) ends the run at a loss or gradient that is not finite, before a weight is touched, and
+  names the samples. transformers would log a loss of 0 and train to the end with NaN in every weight.
+- `writer` and `contents` (`durable/`) write a checkpoint so that it is there whole or not at all, and know what is in
+  it.
+
+What is left here connects them with TRL's hooks, and adds:
 
 - The projector has a learning rate of its own.
-- A loss or gradient that is not finite ends the run before the weights are touched, and names the samples that do it
-  (`numbers.py`; transformers would log a loss of 0 and go on to the end with NaN in every weight). Spikes are told of.
-- A checkpoint is written aside, sealed and renamed (`checkpoints.py`); it holds what `load_run` needs.
+- Samples about one image come together, and several processes share out those of a step (`durable/order.py`). However
+  many packs a batch becomes, its samples are one step's, and its loss is that of all their learned tokens.
 - Held-out questions are answered and compared, beside the held-out loss; a checkpoint of the same step is saved before.
-- A batch is rows (`rows.py`): samples about one picture come together and share its tokens. However many rows a batch
-  becomes, its samples are one step's, and its loss is that of all their learned tokens.
-- Several processes share out the samples of a step (`order.py`), and stop together (`processes.py`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
+from trl import SFTTrainer
 
-from qllava.config import InputError
 from qllava.data.collate import RowCollator
 from qllava.data.encode import IGNORE_INDEX
 from qllava.evaluation.vqa import VqaResult
-from qllava.models.adapter import refuse_not_finite, save_projector, save_record
+from qllava.files import Journal
 from qllava.models.assemble import Assembled
-from qllava.runs import ADAPTER_FILE, PARTIAL, PROJECTOR_FILE, SPIKES_FILE, Run
+from qllava.runs import LEDGER_FILE, SPIKES_FILE
 from qllava.training.durable import processes
-from qllava.training.durable.checkpoints import append_line, engine_of, publish, rotate, saving, seal
-from qllava.training.durable.numbers import Alone, Spikes, check_weights, traced
+from qllava.training.durable.contents import Contents
+from qllava.training.durable.numbers import Alone, Guard, Spikes, check_weights
 from qllava.training.durable.order import InOrder, PictureOrder, loader
+from qllava.training.durable.writer import CheckpointWriter
+from qllava.training.durable.zero import read_tensors_only
 from qllava.training.evaluations import of_samples, same_draws
 from qllava.training.memory.paged import keep_paged
+from qllava.training.memory.rehearsal import largest, moments
+from qllava.training.objectives import held_out
+from qllava.training.objectives.objective import Objective, Outcome
+from qllava.training.objectives.supervised import supervised
 from qllava.training.settings import TrainConfig
+from qllava.training.stages import Stage
+from qllava.training.step.attention import looking_at
 from qllava.training.step.exact import compile_layers, take_shortcuts, teach_rows
-from qllava.training.step.kernels import choose, choose_layers
-from qllava.training.step.rows import RowTrainer, prepare_for_rows
+from qllava.training.step.kernels import settle
+from qllava.training.step.packs import PackStep, prepare_for_packs
 
 
-class Metrics(TrainerCallback):
-    """Writes what the trainer logs to `metrics.jsonl`, a line for each report."""
-
-    def __init__(self, path: Path, stage: str) -> None:
-        self.path, self.stage = path, stage
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Append one line; flushed, so that a killed run keeps it."""
-        numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
-        processes.by_main(partial(append_line, self.path, line))
-
-
-class LlavaTrainer(RowTrainer):
+class LlavaTrainer(SFTTrainer):
     """See the head of this file."""
 
     args: TrainConfig
     model: Any
-    passed_over: Sequence[Path] = ()
-    """Checkpoints that are not whole: the run goes on from one before them, and they go when the next is saved."""
+    objective: Objective
+    """Makes a loss and metrics of each pack, in training and for held-out samples."""
     evaluating = 0.0
     """Seconds that evaluations have taken."""
-    _saved = 0
     _evaluated: tuple[int, dict[str, float]] = (-1, {})
     """The step of the last evaluation, and what it found over the held-out samples."""
 
@@ -83,75 +77,63 @@ class LlavaTrainer(RowTrainer):
         self,
         model: nn.Module,
         assembled: Assembled,
-        config: TrainConfig,
+        stage: Stage,
         *,
-        train: Dataset,
-        evaluation: Dataset | None,
-        pictures: np.ndarray,
-        exact_match: Callable[[], VqaResult] | None,
-        callbacks: list[TrainerCallback],
-        begun_with: Mapping[str, Any] | None = None,
+        exact_match: Callable[[], VqaResult] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         kept: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Args:
-        model: what `add_lora` or `train_projector_only` returned.
-        assembled: the model's parts, for its tokenizer and its record.
-        train, evaluation: rows as `RowCollator` takes them.
-        pictures: a hash of the pictures of each row of train, 0 for none.
-        exact_match: answers held-out questions and returns their score.
-        begun_with: what decides the run; every checkpoint's manifest keeps it.
-        kept: `computed` of the checkpoint that is resumed.
+        """Prepare a model for its training.
+
+        Args:
+            model: What `add_lora` or `train_projector_only` returned.
+            assembled: The model's parts, for its tokenizer and its record.
+            stage: What is trained on, and how.
+            exact_match: Answers held-out questions and returns their score.
+            callbacks: Besides transformers' own.
+            kept: `computed` of the checkpoint that is resumed.
         """
-        self.begun_with = dict(begun_with or {})
-        self.assembled = assembled
-        self.exact_match = exact_match
-        self._order = PictureOrder(pictures, config)
-        self._aside: str | None = None
-        # Of the optimizer step that is being computed.
-        self._step: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []
-        kind_of_stage = "finetune" if isinstance(model, PeftModel) else "pretrain"
-        self._spikes = Spikes(Path(str(config.output_dir)) / SPIKES_FILE, kind_of_stage)
-        tokenizer = assembled.processor.tokenizer
-        prepare_for_rows(config)
+        config = stage.config
+        self.stage, self.assembled, self.exact_match = stage, assembled, exact_match
+        self.objective = supervised(config.loss_type)
+        folder = Path(str(config.output_dir))
+        self.contents = Contents(assembled, adapter=stage.kind.adapter)
+        self.writer = CheckpointWriter(folder, stage.begun_with)
+        self.guard = Guard(Spikes(folder / SPIKES_FILE, stage.kind.name), self._alone)
+        self._order = PictureOrder(stage.train.pictures, config)
         llava: Any = assembled.model
+        self._looking = partial(looking_at, llava.model.language_model)
+        collator = RowCollator(
+            llava.config.image_token_index,
+            assembled.processor.image_processor,
+            config.share_image_prefix,
+            min((n for n in (config.tokens_per_row, kept.get("halved")) if n), default=None),
+        )
+        prepare_for_packs(config)
         super().__init__(
             model=model,  # type: ignore[arg-type]  # a PeftModel or a LlavaForConditionalGeneration
             args=config,
-            data_collator=RowCollator(
-                llava.config.image_token_index,
-                assembled.processor.image_processor,
-                config.share_image_prefix,
-                min((n for n in (config.tokens_per_row, kept.get("halved")) if n), default=None),
-            ),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=callbacks,
+            data_collator=collator,
+            train_dataset=stage.train.dataset,
+            eval_dataset=stage.evaluation.dataset if stage.evaluation else None,
+            processing_class=assembled.processor.tokenizer,
+            callbacks=list(callbacks),
         )
-        self.halved = kept.get("halved")
-        self._choose_kernels(kept)
+        self.pack_step = PackStep(
+            collator, self.accelerator, learn=super().training_step, looking=self._looking, say=self._say
+        )
+        self.pack_step.halved = kept.get("halved")
+        self.kernels = settle(llava, config, kept)
         # After TRL, which puts a forward pass of its own on the instance.
-        teach_rows(llava, self.kernel.kernel)
+        teach_rows(llava, self.kernels.attention.kernel)
         take_shortcuts(llava, config)
-        if self.layers.kernel == "compiled":
+        if self.kernels.layers.kernel == "compiled":
             compile_layers(llava.model.language_model)
-
-    def _choose_kernels(self, kept: Mapping[str, Any]) -> None:
-        """Settle what computes a row: by trial, or as a checkpoint has it that was written on such a device."""
-        llava: Any = self.assembled.model
-        device, dtype = llava.device, computing_in(self.args, llava.dtype)
-        self._computing_on = f"{device.type} in {str(dtype).removeprefix('torch.')}"
-        kept = kept if kept.get("on") == self._computing_on else {}
-        kind = (llava.config.text_config, device, dtype)
-        self.kernel = choose(*kind, kept.get("attention"))
-        self.layers = choose_layers(*kind, self.args.compile_layers, kept.get("layers"))
 
     @property
     def computed(self) -> dict[str, Any]:
         """What was settled about how the run computes, by trial or when memory ran out: kept in every checkpoint."""
-        names = {"on": self._computing_on, "attention": self.kernel.kernel, "layers": self.layers.kernel}
-        return {**names, "halved": self.halved}
+        return {**self.kernels.record(), "halved": self.pack_step.halved}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""
@@ -159,10 +141,12 @@ class LlavaTrainer(RowTrainer):
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             projector = [p for n, p in named if "multi_modal_projector" in n]
             lora = [p for n, p in named if "multi_modal_projector" not in n]
-            rate = self.args.projector_lr if lora else self.args.learning_rate
             # Decay by group: torch's AdamW would take 0.01 of its own where nothing is said.
             decay: dict[str, Any] = {"weight_decay": self.args.weight_decay}
-            groups: list[Any] = [{"params": lora, **decay}, {"params": projector, "lr": rate, **decay}]
+            groups: list[Any] = [
+                {"params": lora, **decay},
+                {"params": projector, "lr": self.stage.projector_rate, **decay},
+            ]
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind([group for group in groups if group["params"]], **arguments)
             keep_paged(self.optimizer)
@@ -186,16 +170,8 @@ class LlavaTrainer(RowTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        # Looked at once per step, before any weight is touched: each look makes a GPU wait.
-        losses, self._losses = torch.stack(self._losses), []
-        samples, self._step = [sample for batch in self._step for sample in batch["kept"].samples], []
-        step, mine = self.state.global_step + 1, losses.sum().item()
-        loss = processes.mean(mine)
-        if not (math.isfinite(loss) and (math.isfinite(norm) or self._searching())):
-            self._end(step, loss, mine, samples)
-        if (usual := self._spikes.usual(loss)) is not None:
-            ids = processes.every([str(sample["id"]) for sample in samples])
-            processes.by_main(partial(self._spikes.tell, step, loss, usual, ids))
+        losses, samples = self.pack_step.taken()
+        self.guard.check(self.state.global_step + 1, self.model, losses, norm, samples, self._searching)
         return norm
 
     def _searching(self) -> bool:
@@ -212,37 +188,102 @@ class LlavaTrainer(RowTrainer):
         no other comes: transformers would take one more where `max_steps` ends inside an epoch.
         """
         epochs, batches = super()._init_training_state(max_steps, *arguments)
-        self._saved = self.state.global_step
+        self.writer.step = self.state.global_step
         self.state.compute_steps(self.args, max_steps)
         return (self.state.num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
-    def _end(self, step: int, loss: float, mine: float, samples: list[dict[str, Any]]) -> NoReturn:
-        """End the run, in all processes, at a step whose loss or gradient is not finite. Raises NotFinite.
-
-        loss, mine: of all processes and of this one. samples: this one's.
-        """
-        lost = not math.isfinite(loss)
-        # A gradient is the sum over all processes, so nobody knows whose it was.
-        suspects = processes.every(samples if not (lost and math.isfinite(mine)) else [])
-        what = f"The loss is {loss}" if lost else "A gradient is not finite"
-        # In several processes each would have to look at as many samples as the others.
-        look = None if processes.several() else partial(self._alone, gradient=not lost)
-        error = traced(what, step, self.model, suspects, look)
-        with processes.together():
-            raise error
-
-    def _alone(self, sample: dict[str, Any], *, gradient: bool) -> Alone:
+    def _alone(self, sample: Mapping[str, Any], gradient: bool) -> Alone:
         """One sample alone: its loss, or its gradient, which is thrown away."""
-        batch = self.data_collator([sample])
+        batch = self.data_collator([dict(sample)])
         pixels = all(bool(torch.isfinite(row["pixel_values"]).all()) for row in batch["rows"] if "pixel_values" in row)
         if not gradient:
-            return Alone(pixels, math.isfinite(self.sums(self.model, batch)[0]))
+            return Alone(pixels, math.isfinite(self.sums(self.model, batch)["loss"]))
         self.model.zero_grad(set_to_none=True)
-        self._rows(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+        self.pack_step.compute(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = all(bool(torch.isfinite(g).all()) for g in found)
         self.model.zero_grad(set_to_none=True)
         return Alone(pixels, finite)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; of a checkpoint of DeepSpeed's nothing but tensors is read."""
+        if self.is_deepspeed_enabled:
+            read_tensors_only()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a batch, pack by pack."""
+        return self.pack_step.add(model, inputs, num_items_in_batch, self.state.global_step + 1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss of a pack; its metrics are averaged over packs into the next log, as TRL does.
+
+        Learned tokens are counted over all processes, and DDP takes the mean of their gradients: hence the factor.
+        """
+        found = self.objective(model(**inputs, use_cache=False), num_items_in_batch)
+        self._note(found, inputs["position_ids"].shape[1])
+        return found.loss if num_items_in_batch is None else found.loss * self.accelerator.num_processes
+
+    def _note(self, found: Outcome, tokens: int) -> None:
+        """Count a pack's tokens, and keep its metrics for the next log, where TRL averages them over packs."""
+        # All numbers of all processes in one exchange, and one wait for the GPU.
+        mine = torch.stack([x.float() for x in (found.learned.new_tensor(tokens), found.learned, *found.sums.values())])
+        every = self.accelerator.gather(mine[None]).sum(0)
+        every[2:] /= every[1].clamp(min=1)
+        seen, _, *means = every.tolist()
+        for name, mean in zip(found.sums, means, strict=True):
+            self._metrics["train"][name].append(mean)
+        self._total_train_tokens += int(seen)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _say(self, line: str) -> None:
+        """Print a line above the bar, and add it to the ledger."""
+        tqdm.write(line)
+        with Journal(Path(str(self.args.output_dir)) / LEDGER_FILE, begins=b"", durable=False) as journal:
+            journal.append((line + "\n").encode())
+
+    def rehearse(self) -> None:
+        """Try the largest batches of the data before the first step, so that memory ends now and not at step 4,000.
+
+        Packs are halved if need be; nothing is learned, and the random state is as before.
+
+        Raises:
+            InputError: One sample, or the state of the optimizer, does not fit.
+        """
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        lengths, images = self.stage.train.lengths, self.stage.train.pictures
+        held = moments(self.args.optimizer, self.optimizer, self.model, self.args.device)
+        for longest in largest(lengths, images, self.args.per_device_train_batch_size):
+            batch = self.data_collator([self.train_dataset[index] for index in longest])  # type: ignore[index]
+            with torch.random.fork_rng():
+                self.training_step(self.model, batch, batch["labels"].ne(IGNORE_INDEX).sum().to(self.args.device))
+            self.model.zero_grad(set_to_none=True)
+            self.pack_step.taken()
+        del held
+        self._metrics, self._total_train_tokens = metrics, tokens
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Take a held-out batch into the means of `evaluation_loop`; transformers would average over batches."""
+        for name, value in self.sums(model, inputs).items():
+            self._held_out[name] += value
+        return None, None, None
+
+    def sums(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        """Loss and metrics of a held-out batch, see `held_out.sums`."""
+        with self._looking(), self.compute_loss_context_manager():
+            return held_out.sums(self.objective, model, batch, self._prepare_inputs)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """As transformers', with means over all held-out learned tokens of all processes."""
+        self._held_out: dict[str, float] = defaultdict(float)
+        output: Any = super().evaluation_loop(*arguments, **named)
+        found = held_out.means(self._held_out)
+        output.metrics[f"{named.get('metric_key_prefix', 'eval')}_loss"] = found.pop("loss")
+        self._metrics["eval"] |= {name: [value] for name, value in found.items()}
+        self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
+        return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save before an evaluation of the same step, where transformers evaluates first.
@@ -300,99 +341,52 @@ class LlavaTrainer(RowTrainer):
         return int(self._total_train_tokens)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Adapter or projector, tokenizer and record: what `load_run` needs; state_dict: of a sharded model."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder), state_dict=state_dict)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody filled in
-        save_projector(self.model, folder, state_dict)
-        self.assembled.processor.save_pretrained(str(folder))
-        save_record(self.assembled.recipe, folder)
+        """What was learned, as files; state_dict: of a model that is shared out."""
+        if self.args.should_save:
+            self.contents.write(self.model, Path(output_dir or str(self.args.output_dir)), state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: TRL's card speaks of another way of training; `qllava merge` writes one that is true."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers does, but written aside, and given its name when it is whole.
-
-        Raises NotFinite when there is nothing good to save.
-        """
+        """As transformers does, but written by `writer`. Raises NotFinite when there is nothing good to save."""
         check_weights(self.model, self.state.global_step)
-        folder = Path(str(self.args.output_dir))
-        aside = folder / PARTIAL
-        name = Run(folder).checkpoint(self.state.global_step).name
+        # The writer clears away what is over the limit.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._aside = str(aside)
-
-        def whole() -> None:
-            with saving(f"The checkpoint {folder / name}"):
-                seal(aside / name, self.begun_with, self.args.optimizer, self.computed)
-                publish(aside / name, folder / name)
-
         try:
-            processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
-            # Each process has a random state of its own to save; the seal is for all that they wrote. Where weights or
-            # state are shared out, or the best is sought, the processes wait for each other in there: one that fails
-            # ends on its own.
-            waiting = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.metric_for_best_model
-            with nullcontext() if waiting else processes.together(), saving(f"The checkpoint {folder / name}"):
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-            processes.by_main(whole)
+            self.writer.write(
+                self.state.global_step,
+                partial(super()._save_checkpoint, model, trial),
+                optim=self.args.optimizer,
+                computed=self.computed,
+                limit=limit,
+                # Where weights or state are shared out, or the best is sought.
+                waiting=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.metric_for_best_model),
+            )
         finally:
-            self._aside, self.args.save_total_limit = None, limit
-            if processes.is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-        gone = [place for place in self.passed_over if place != folder / name]
-        processes.by_main(partial(rotate, folder, limit, gone))
-        self._saved, self.passed_over = self.state.global_step, ()
+            self.args.save_total_limit = limit
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or str(super()._get_output_dir(trial))
+        return str(self.writer.aside or super()._get_output_dir(trial))
 
     def save_now(self) -> None:
         """Save the step that was computed last, unless it has been."""
-        if self.state.global_step != self._saved:
+        if self.state.global_step != self.writer.step:
             self._save_checkpoint(self.model_wrapped, None)
 
     def check_start(self, checkpoint: Path) -> None:
-        """Whether a whole checkpoint can be continued from here, before anything of it is loaded.
-
-        Raises InputError where another engine has saved the optimizer's state (each has a form of its own, and
-        transformers would begin with an empty one), and where a weight is not finite.
-        """
-        own = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
-        engine, count = engine_of(checkpoint)
-        if engine != own:
-            raise InputError(
-                f"{checkpoint} was saved {f'under {engine}' if engine else 'without FSDP and DeepSpeed'}, where the "
-                f"optimizer's state has another form than {f'under {own}' if own else 'here'}; continue as the run "
-                "began."
-            )
-        if engine == "DeepSpeed" and count != processes.share()[1]:
-            raise InputError(
-                f"{checkpoint} was saved by {count} processes under DeepSpeed, which continues with as many only."
-            )
-        path = checkpoint / (ADAPTER_FILE if isinstance(self.model, PeftModel) else PROJECTOR_FILE)
-        hint = f"remove {checkpoint}, and the same command continues from the one before"
-        refuse_not_finite(load_file(path), path, hint)
+        """Check that an intact checkpoint can be resumed from here; raises InputError where it cannot."""
+        engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
+        self.contents.check(checkpoint, engine)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Transformers loads an adapter, and what FSDP shares out; of a stage 1's projector it does not know."""
-        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+        """Transformers loads an adapter, and what FSDP shares out; of a projector alone it does not know."""
+        if self.is_fsdp_enabled or self.contents.adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            state = load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE)
-            self.model.model.multi_modal_projector.load_state_dict(state)
+            self.contents.load_projector(self.model, Path(resume_from_checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
-
-
-def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
-    """What the model computes in: autocast's type, or its own."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype

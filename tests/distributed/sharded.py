@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qllava.training.run import main
+from qllava.training.main import main
 from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
 from tests.distributed.several import RECIPES

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from deepspeed import DeepSpeedEngine
 
-from qllava.training.run import main
+from qllava.training.main import main
 from qllava.training.settings import parse
 from qllava.training.trainer import LlavaTrainer
 from tests.distributed.several import FAULTS, RECIPES

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qllava.training.run import finetune, main, pretrain
+from qllava.training.callbacks import Progress
+from qllava.training.main import main
+from qllava.training.run import finetune, pretrain
 from qllava.training.settings import parse
-from qllava.training.stage import Progress
 from tests.tiny_models import make_tiny_parts
 from tests.tiny_runs import Tiny, flags, write_rows
 

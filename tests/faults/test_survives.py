@@ -29,8 +29,9 @@ from qllava.training.durable.checkpoints import (
     seal,
 )
 from qllava.training.durable.signals import SaveAndStop, Stopped
+from qllava.training.fitting import fitted
 from qllava.training.run import pretrain
-from qllava.training.stage import Stage, fitted
+from qllava.training.stages import INSTRUCTION, Stage
 from tests import commands
 from tests.commands import Command
 from tests.planted import planted
@@ -235,7 +236,7 @@ class TestWhatHasChanged:
         assert content["optim"] == "adamw_torch_fused"
         (place / MANIFEST_FILE).write_text(json.dumps({**content, "optim": "paged_adamw_8bit"}))
         trainer = make_trainer(tiny, unfinished)
-        stage = Stage("", "", CHATML, Any, None, [], unfinished, trainer.args, {})  # type: ignore[arg-type]
+        stage = Stage(INSTRUCTION, CHATML, Any, None, [], unfinished, trainer.args, {})  # type: ignore[arg-type]
         chosen, _ = fitted(stage, trainer.model, trainer.assembled, place)
         assert chosen.config.optim == "paged_adamw_8bit"
         assert fitted(stage, trainer.model, trainer.assembled)[0].config.optim == "adamw_torch_fused"

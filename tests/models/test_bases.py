@@ -22,7 +22,7 @@ from qllava.models.assemble import assemble
 from qllava.models.bases import located
 from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
-from qllava.training import run as training
+from qllava.training.base import same_base
 from qllava.training.plan import plan
 from qllava.training.settings import parse
 from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_parts
@@ -83,7 +83,7 @@ def finetuned(run: Path, parts: list[str]) -> Recipe:
     """What a training that starts from the run builds on."""
     line = ["--model_name_or_path", str(run), *(["--base_model", *parts] if parts else [])]
     settings = parse(line, output_dir="unused", nano={})
-    return training._same_base(settings, run)
+    return same_base(settings, run)
 
 
 LOADERS: dict[str, Callable[[Path, list[str]], Any]] = {

@@ -14,7 +14,7 @@ from qllava.models.assemble import assemble
 from qllava.models.outline import Recipe
 from qllava.models.positions import positions_of
 from qllava.models.reading import read_model
-from qllava.training import run
+from qllava.training import data
 from qllava.training.data import Part
 from qllava.training.preview import Source, check_sources
 from tests.tiny_models import make_tiny_llava, make_tiny_rows
@@ -60,7 +60,7 @@ def test_a_sample_longer_than_the_model_reads(policy: str, tmp_path: Path) -> No
     )
 
     def prepare() -> Any:
-        return run._prepare(settings, assembled, assembled.template, parts, [])
+        return data.prepare_for(settings, assembled, assembled.template, parts, [])
 
     if policy == "error":
         assert not verdict.ok and verdict.errors > 0

@@ -15,7 +15,7 @@ from qllava.data.check import Checked, check
 from qllava.data.encode import Encoder
 from qllava.data.formats import read_examples
 from qllava.models.assemble import assemble
-from qllava.training import data, run
+from qllava.training import data
 from qllava.training.data import Part, Prepared, chosen, parts_of, prepare
 from tests.tiny_models import IMAGE_LAYOUT, make_tiny_parts, make_tiny_rows, make_tiny_tokenizer
 from tests.tiny_runs import Tiny, settings, write_rows
@@ -61,7 +61,7 @@ def test_dataset_num_proc_says_how_many_processes_encode_each_file(
     monkeypatch.setattr(data, "check", counted)
     for number in (3, None):
         chosen = settings(parts, tmp_path / "run", dataset_num_proc=number)
-        run._prepare(chosen, assemble(parts.recipe()), CHATML, [Part(rows, None)], [Part(rows, None)])
+        data.prepare_for(chosen, assemble(parts.recipe()), CHATML, [Part(rows, None)], [Part(rows, None)])
     assert asked == [3, 3, None, None]
 
 

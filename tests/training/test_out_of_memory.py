@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 from qllava.config import InputError
 from qllava.data import collate
 from qllava.data.formats import read_examples
-from qllava.training import run, scores
+from qllava.training import scores
 from qllava.training.durable.checkpoints import computed_in
+from qllava.training.main import main
+from qllava.training.memory import rehearsal
 from qllava.training.memory.fake import held_by
 from qllava.training.memory.paged import keep_paged
 from qllava.training.run import finetune
-from qllava.training.step import rows
+from qllava.training.step.packs import PackStep
 from qllava.training.trainer import LlavaTrainer
 from tests.small_memory import small_memory
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, stage2_settings
@@ -43,6 +45,11 @@ def small_card(trainer: LlavaTrainer, most: int) -> list[int]:
     language_model: Any = trainer.assembled.model.model.language_model
     language_model.layers[0].register_full_backward_pre_hook(check)
     return sizes
+
+
+def moments(trainer: LlavaTrainer) -> torch.Tensor:
+    """What a rehearsal takes for the optimizer's state."""
+    return rehearsal.moments(trainer.args.optimizer, trainer.optimizer, trainer.model, trainer.args.device)
 
 
 class TestOutOfMemory:
@@ -86,10 +93,10 @@ class TestOutOfMemory:
                 tiny, folder, per_device_train_batch_size=4, max_steps=4, dataloader_num_workers=workers
             )
             made: list[int] = []
-            rows = trainer._rows
+            rows = trainer.pack_step.compute
             monkeypatch.setattr(
-                trainer,
-                "_rows",
+                trainer.pack_step,
+                "compute",
                 lambda model, batch, n, rows=rows, made=made: (
                     made.append(max(row["input_ids"].shape[1] for row in batch["rows"])) or rows(model, batch, n)
                 ),
@@ -140,11 +147,12 @@ class TestOutOfMemory:
         small_card(trainer, 120)
         trainer.train()
         kept = computed_in(tmp_path / "run" / "checkpoint-1")
-        assert kept == {"on": "cpu in float32", "attention": "groups", "layers": "plain", "halved": trainer.halved}
+        halved = trainer.pack_step.halved
+        assert kept == {"on": "cpu in float32", "attention": "groups", "layers": "plain", "halved": halved}
         again = make_trainer(tiny, tmp_path / "again", max_steps=2, tokens_per_row=300, kept=kept)
         sizes = small_card(again, 1 << 30)
         again.train()
-        assert sizes and max(sizes) <= trainer.halved < 300  # type: ignore[operator]
+        assert sizes and max(sizes) <= halved < 300  # type: ignore[operator]
         assert again.computed == kept, "its own checkpoints keep it too"
 
     def test_one_sample_is_too_much(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -164,12 +172,11 @@ class TestOutOfMemory:
             trainer = make_trainer(tiny, folder, per_device_train_batch_size=4, lora_dropout=0.1, max_steps=2)
             if rehearsed:
                 sizes = small_card(trainer, 150)
-                lengths = np.array([len(row["input_ids"]) for row in trainer.train_dataset])  # type: ignore[union-attr]
                 before, state = bits(trainer.model), torch.get_rng_state()
-                trainer.rehearse(lengths, np.ones_like(lengths))
+                trainer.rehearse()
                 assert not changed(before, trainer.model) and torch.equal(state, torch.get_rng_state())
                 assert all(p.grad is None for p in trainer.model.parameters())
-                assert max(sizes) > 150 and max(lengths) == 78
+                assert max(sizes) > 150 and max(trainer.stage.train.lengths) == 78
                 sizes.clear()
             trainer.train()
             runs.append((trainer.state.log_history, bits(trainer.model)))
@@ -201,13 +208,13 @@ class TestOutOfMemory:
             LlavaTrainer, "_prepare_input", lambda own, data: moved.append(images(data)) or prepared(own, data)
         )
         steps: list[list[int]] = []
-        rows = LlavaTrainer._rows
+        compute = PackStep.compute
 
-        def counted(own: LlavaTrainer, model: Any, batch: Any, number: Any) -> torch.Tensor:
+        def counted(own: PackStep, model: Any, batch: Any, number: Any) -> torch.Tensor:
             steps.append([images(row) for row in batch["rows"]])
-            return rows(own, model, batch, number)
+            return compute(own, model, batch, number)
 
-        monkeypatch.setattr(LlavaTrainer, "_rows", counted)
+        monkeypatch.setattr(PackStep, "compute", counted)
         trainer = make_trainer(
             tiny, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, tokens_per_row=80
         )
@@ -216,13 +223,13 @@ class TestOutOfMemory:
         assert max(moved) == max(map(max, steps))
         moved.clear()
         batches = trainer.get_eval_dataloader(trainer.train_dataset)
-        losses = [trainer.sums(trainer.model, batch)[0] for batch in batches]
+        losses = [trainer.sums(trainer.model, batch)["loss"] for batch in batches]
         assert losses and max(moved) <= 2
 
     @pytest.mark.parametrize("pictures", [[0, 0, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 5]])
     def test_a_rehearsal_runs_the_tower(self, pictures: list[int]) -> None:
         """Where the longest samples are text alone, the longest with images are tried too."""
-        tried = rows._largest(np.array([9, 8, 3, 2, 1, 7]), np.array(pictures), 2)
+        tried = rehearsal.largest(np.array([9, 8, 3, 2, 1, 7]), np.array(pictures), 2)
         assert tried[0] == [1, 0]
         assert tried[1:] == ([[3, 2]] if set(pictures) == {0, 5} else [])
 
@@ -230,25 +237,26 @@ class TestOutOfMemory:
         trainer = make_trainer(tiny, tmp_path)
         shapes = [p.shape for p in trainer.model.parameters() if p.requires_grad]
         whole = 8 * sum(shape.numel() for shape in shapes)
-        assert trainer._moments().numel() == whole
+        assert moments(trainer).numel() == whole
         trainer.args.optim = "adamw_bnb_8bit"
-        assert trainer._moments().numel() == held_by("adamw_bnb_8bit", shapes) < whole
+        assert moments(trainer).numel() == held_by("adamw_bnb_8bit", shapes) < whole
 
     def test_a_rehearsal_takes_only_what_the_optimizer_lacks(self, tiny: Tiny, tmp_path: Path) -> None:
         """A resumed run has loaded the state before the rehearsal."""
         trainer = make_trainer(tiny, tmp_path)
         optimizer = trainer.create_optimizer()
         learning = [p for group in optimizer.param_groups for p in group["params"]]
-        assert trainer._moments().numel() == 8 * sum(p.numel() for p in learning) and trainer.state_bytes() == 0
+        assert moments(trainer).numel() == 8 * sum(p.numel() for p in learning)
+        assert rehearsal.state_bytes(trainer.optimizer) == 0
         learning[0].grad = torch.ones_like(learning[0])
         optimizer.step()
-        assert trainer._moments().numel() == 8 * sum(p.numel() for p in learning[1:])
-        assert trainer.state_bytes() == 8 * learning[0].numel() + 4  # and its number of steps
+        assert moments(trainer).numel() == 8 * sum(p.numel() for p in learning[1:])
+        assert rehearsal.state_bytes(trainer.optimizer) == 8 * learning[0].numel() + 4  # and its number of steps
         optimizer.load_state_dict(optimizer.state_dict())
         for parameter in learning[1:]:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        assert trainer._moments().numel() == 0
+        assert moments(trainer).numel() == 0
 
     def test_a_rehearsal_takes_the_share_of_this_rank(
         self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,9 +264,9 @@ class TestOutOfMemory:
         """As under FSDP (local shards) and ZeRO (the optimizer's own flat shards): not the model's whole tensors."""
         trainer = make_trainer(tiny, tmp_path)
         trainer.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1000))])
-        assert trainer._moments().numel() == 8000
-        monkeypatch.setattr(rows, "_local", lambda tensor: tensor[:250])
-        assert trainer._moments().numel() == 2000
+        assert moments(trainer).numel() == 8000
+        monkeypatch.setattr(rehearsal, "_local", lambda tensor: tensor[:250])
+        assert moments(trainer).numel() == 2000
 
 
 @pytest.mark.parametrize(
@@ -277,11 +285,11 @@ def test_memory_that_runs_out_anywhere_is_one_sentence(error: Exception, capsys:
         raise error
 
     chosen: Any = None
-    assert run.main(failing, lambda: chosen) == 1
+    assert main(failing, lambda: chosen) == 1
     said = capsys.readouterr().err
     assert said.startswith("qllava: Memory ran out") and said.count("\n") == 1 and "qllava plan" in said
     with pytest.raises(RuntimeError, match="shapes"):
-        run.main(lambda _: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 shapes")), lambda: chosen)
+        main(lambda _: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 shapes")), lambda: chosen)
 
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit, bnb.optim.Lion8bit])

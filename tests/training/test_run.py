@@ -19,11 +19,12 @@ from transformers import TrainerCallback
 from qllava.config import InputError
 from qllava.models.adapter import load_run, read_record
 from qllava.training import scores
+from qllava.training.callbacks import Progress
 from qllava.training.durable.checkpoints import fault
-from qllava.training.run import finetune, main, pretrain
+from qllava.training.main import main
+from qllava.training.run import finetune, pretrain
 from qllava.training.scores import spaced
 from qllava.training.settings import Settings
-from qllava.training.stage import Progress
 from tests.models.test_assemble import every_linear_of_the_language_model, quantized
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows

@@ -15,7 +15,7 @@ from qllava.conversation import Conversation, Turn
 from qllava.data.formats import Example
 from qllava.data.problems import Place
 from qllava.models.adapter import projector_state
-from qllava.training import run, samples, scores
+from qllava.training import alignment, run, samples, scores
 from qllava.training.run import finetune
 from tests.tiny_models import make_tiny_model, make_tiny_processor
 from tests.tiny_runs import Tiny, settings, stage2_settings, write_rows
@@ -40,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers say which weights gave them; stage 1 "learns" a projector of halves, and stage 2 is not trained."""
 
     def trained(stage: Any, model: Any, assembled: Any) -> dict[str, float]:
-        if stage.name == "finetune":
+        if stage.kind.adapter:
             raise StopHereError
         assert stage.config.eval_strategy == "no", "eval_file is for stage 2, and nothing is said about it here"
         with torch.no_grad():
@@ -48,7 +48,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
                 parameter.fill_(0.5)
         return {}
 
-    monkeypatch.setattr(run, "train_stage", trained)
+    for module in (run, alignment):
+        monkeypatch.setattr(module, "train_stage", trained)
     monkeypatch.setattr(
         scores,
         "answers",

@@ -15,7 +15,8 @@ from trl import SFTConfig
 from qllava.config import InputError, ModelConfig
 from qllava.models.lora import Lora
 from qllava.models.record import BELONGS_TO_BASE, Recipe, save_record
-from qllava.training import run
+from qllava.training import main
+from qllava.training.base import same_base
 from qllava.training.memory import setup_of
 from qllava.training.options import begin
 from qllava.training.options.defaults import NANO_FINETUNE, NANO_PRETRAIN
@@ -103,7 +104,7 @@ class TestOtherMachines:
             monkeypatch.setenv(name, "0")
         seen: list[str] = []
         monkeypatch.setattr(begin, "look", lambda given, stage1: None)
-        monkeypatch.setattr(run, "main", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or 0)
+        monkeypatch.setattr(main, "main", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or 0)
         words = ["--model_name_or_path", "nano", "--output_dir", str(tmp_path / "x")]
         assert begin.finetune([*words, "--use_cpu", str(asked).lower()]) == 0
         assert seen == ["" if asked else "0"]
@@ -209,7 +210,7 @@ def test_an_adapter_brings_all_that_its_base_is(tmp_path: Path) -> None:
     for name, other in {"projector_type": "mlp2x_gelu", "image_aspect": "crop", "vision_feature_layer": "-2"}.items():
         settings = read("--model_name_or_path", str(tmp_path), f"--{name}", other)
         with pytest.raises(InputError, match=f"was trained with {name} {getattr(of_base, name)}; leave the setting"):
-            run._same_base(settings, tmp_path)
+            same_base(settings, tmp_path)
 
 
 def test_several_cards_are_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from qllava.data.collate import Collator
 from qllava.models import outline as parts
 from qllava.models.adapter import load_run, projector_state
 from qllava.runs import Run
+from qllava.training.callbacks import Metrics
 from qllava.training.durable.checkpoints import saving
-from qllava.training.trainer import LlavaTrainer, Metrics
+from qllava.training.trainer import LlavaTrainer
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
 
 

@@ -1,24 +1,27 @@
 """Numbers that are not as they should be: what is not finite ends the run and is traced; loss spikes are told of.
 
-A step is looked at once, before the optimizer touches a weight (`trainer.py`). When its loss or its gradient is NaN or
+A step is looked at once, before the optimizer touches a weight (`Guard`). When its loss or its gradient is NaN or
 infinite, the trained weights are looked at first, and then the samples of the step once more, each alone, so that
 the one sentence can name the tensor, or the sample and its picture.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qllava.config import InputError
+from qllava.training.durable import processes
 from qllava.training.durable.checkpoints import append_line
 
 _WINDOW, _FEWEST = 64, 16
@@ -122,3 +125,63 @@ def shown(names: Sequence[str], most: int = 8) -> str:
     """Names for a sentence: the first ones, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+class Guard:
+    """Looks at the numbers of every optimizer step before a weight is touched."""
+
+    def __init__(self, spikes: Spikes, look: Callable[[Mapping[str, Any], bool], Alone]) -> None:
+        """Begin before the first step.
+
+        Args:
+            spikes: The losses so far.
+            look: Computes one sample alone, its loss or, where the flag is set, its gradient.
+        """
+        self._spikes, self._look = spikes, look
+
+    def check(
+        self,
+        step: int,
+        model: nn.Module,
+        losses: Sequence[Tensor],
+        norm: float,
+        samples: Sequence[Mapping[str, Any]],
+        searching: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Check a step, in all processes; a spike is reported, and the run continues.
+
+        Args:
+            step: Its number.
+            model: What is trained.
+            losses: Of this process's batches; they are read once, because each look makes a GPU wait.
+            norm: Of the gradient of all processes.
+            samples: This process's samples of the step, with `id` and `pictures`.
+            searching: Asked where the norm is not finite: whether that may be how fp16 finds its scale.
+
+        Raises:
+            NotFinite: The loss or the gradient is not finite.
+        """
+        mine = torch.stack(list(losses)).sum().item()
+        loss = processes.mean(mine)
+        if not (math.isfinite(loss) and (math.isfinite(norm) or searching())):
+            self._end(step, model, loss, mine, samples)
+        if (usual := self._spikes.usual(loss)) is not None:
+            ids = processes.every([str(sample["id"]) for sample in samples])
+            processes.by_main(partial(self._spikes.tell, step, loss, usual, ids))
+
+    def _end(
+        self, step: int, model: nn.Module, loss: float, mine: float, samples: Sequence[Mapping[str, Any]]
+    ) -> NoReturn:
+        """End the run, in all processes, at a step whose loss or gradient is not finite. Raises NotFinite.
+
+        loss, mine: of all processes and of this one. samples: this one's.
+        """
+        lost = not math.isfinite(loss)
+        # A gradient is the sum over all processes, so nobody knows whose it was.
+        suspects = processes.every(list(samples) if not (lost and math.isfinite(mine)) else [])
+        what = f"The loss is {loss}" if lost else "A gradient is not finite"
+        # In several processes each would have to look at as many samples as the others.
+        look = None if processes.several() else lambda sample: self._look(sample, not lost)
+        error = traced(what, step, model, suspects, look)
+        with processes.together():
+            raise error

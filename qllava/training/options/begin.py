@@ -40,7 +40,7 @@ def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
             print(f"qllava: {explain(error)}", file=sys.stderr)
         return 1
     # Here begin the seconds of importing.
-    from qllava.training import run
+    from qllava.training import main, run
     from qllava.training.settings import resolve
 
-    return run.main(run.pretrain if defaults is PRETRAIN else run.finetune, lambda: resolve(given))
+    return main.main(run.pretrain if defaults is PRETRAIN else run.finetune, lambda: resolve(given))

@@ -1,4 +1,4 @@
-"""Which kernels compute a row on this device: attention (`training/attention.py`), and what stands between products.
+"""Which kernels compute a row on this device: attention (`attention.py`), and what stands between products.
 
 On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
 with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qllava.data.packing import Group
+from qllava.training.settings import TrainConfig
 from qllava.training.step.attention import Kernel, Sight, by_groups, flex, varlen
 from qllava.training.step.exact import compiled, gated
 
@@ -43,6 +44,50 @@ class Chosen(Generic[Name]):
 
     kernel: Name
     why: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What computes the packs of a run."""
+
+    on: str
+    """The device and the type that it was settled for."""
+    attention: Chosen[Kernel]
+    """The kernel of attention by packs."""
+    layers: Chosen[Layers]
+    """Whether norms and gates are compiled."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what every checkpoint keeps of it, for `settle` on resume."""
+        return {"on": self.on, "attention": self.attention.kernel, "layers": self.layers.kernel}
+
+    def line(self) -> str:
+        """Return the choices with their reasons, for the ledger."""
+        attention, layers = self.attention, self.layers
+        return (
+            f"attention by rows: {attention.kernel} ({attention.why}); norms and gates: {layers.kernel} ({layers.why})"
+        )
+
+
+def settle(llava: Any, config: TrainConfig, kept: Mapping[str, Any]) -> Settled:
+    """Settle what computes a pack: by trial, or as a checkpoint has it that was written on such a device.
+
+    Args:
+        llava: A LlavaForConditionalGeneration.
+        config: The loop's settings.
+        kept: `record` of the checkpoint that is resumed, or nothing.
+    """
+    device, dtype = llava.device, computing_in(config, llava.dtype)
+    on = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    kept = kept if kept.get("on") == on else {}
+    kind = (llava.config.text_config, device, dtype)
+    attention = choose(*kind, kept.get("attention"))
+    return Settled(on, attention, choose_layers(*kind, config.compile_layers, kept.get("layers")))
+
+
+def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+    """Return what the model computes in: autocast's type, or its own."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
 
 
 def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel | None = None) -> Chosen[Kernel]:

@@ -21,6 +21,8 @@ from trl import SFTConfig, SFTTrainer
 
 from qllava.data.collate import Collator
 from qllava.models.lora import LORA_TARGETS
+from qllava.training.objectives.supervised import supervised
+from qllava.training.step.exact import RowOutput
 from tests.tiny_models import make_tiny_llava, make_tiny_model, make_tiny_processor
 
 COLUMNS = {
@@ -170,6 +172,20 @@ class TestTrl:
         torch.testing.assert_close(own * 3, of_step * 6)
         with torch.no_grad():
             torch.testing.assert_close(own.detach(), model(**batch).loss)
+
+    @pytest.mark.parametrize("loss_type", ["nll", "dft"])
+    def test_our_objective_is_the_loss_and_the_metrics_of_trl(self, model: Any, tmp_path: Path, loss_type: str) -> None:
+        trainer = make(model, tmp_path, loss_type=loss_type)
+        batch = next(iter(trainer.get_train_dataloader()))
+        model.train()
+        expected = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(6))
+        out = model(**batch, fused_lm_head=True)
+        learned = out.label_mask
+        found = RowOutput(out.log_probs[learned], learned[learned], out.entropy[learned], out.is_top1[learned])
+        ours = supervised(loss_type)(found, torch.tensor(6))
+        torch.testing.assert_close(ours.loss, expected)
+        for name, total in ours.sums.items():
+            assert float(total / ours.learned) == pytest.approx(trainer._metrics["train"][name][-1], rel=1e-6), name
 
     def test_padding_is_of_trls_own_collators(self, model: Any, tmp_path: Path) -> None:
         """So the field `pad_to_multiple_of` has no effect on packs (`training/options/table.py`)."""

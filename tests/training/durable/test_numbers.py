@@ -18,9 +18,10 @@ from qllava.config import InputError
 from qllava.data.images import open_image
 from qllava.runs import MANIFEST_FILE, SPIKES_FILE, Run
 from qllava.training.durable.checkpoints import seal
-from qllava.training.durable.numbers import NotFinite, Spikes, shown
+from qllava.training.durable.numbers import Alone, Guard, NotFinite, Spikes, shown
+from qllava.training.main import main
 from qllava.training.report import write_report
-from qllava.training.run import finetune, main, pretrain
+from qllava.training.run import finetune, pretrain
 from qllava.training.trainer import LlavaTrainer
 from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, stage1_settings, stage2_settings
 
@@ -109,13 +110,13 @@ class TestAGradient:
         weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
         shown_now: list[str] = []
         collator = trainer.data_collator
-        plain = trainer._rows
+        plain = trainer.pack_step.compute
 
         def rows(model: Any, batch: dict[str, Any], number: Any) -> Any:
             shown_now[:] = batch["ids"]
             return plain(model, batch, number)
 
-        trainer._rows = rows  # type: ignore[method-assign]
+        trainer.pack_step.compute = rows  # type: ignore[method-assign]
         weight.register_hook(lambda g: g * float("inf") if guilty["id"] in shown_now else g)
         message = stopped(trainer, tmp_path)
         assert collator is trainer.data_collator
@@ -269,6 +270,47 @@ def test_the_status_is_1(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "qllava: The loss is nan.\n"
 
 
+class TestGuard:
+    """The guard alone, with a model of one weight."""
+
+    SAMPLES = ({"id": "a", "pictures": ["1.png"]}, {"id": "b", "pictures": []})
+
+    def check(self, folder: Path, losses: list[float], norm: float, **named: Any) -> list[tuple[str, bool]]:
+        """Check a step in which b is to blame; returns which samples were computed alone, and for which figure."""
+        looked: list[tuple[str, bool]] = []
+
+        def look(sample: Any, gradient: bool) -> Alone:
+            looked.append((sample["id"], gradient))
+            return Alone(pixels=True, result=sample["id"] != "b")
+
+        guard = Guard(Spikes(folder / SPIKES_FILE, "finetune"), look)
+        try:
+            guard.check(7, torch.nn.Linear(1, 1), [torch.tensor(x) for x in losses], norm, self.SAMPLES, **named)
+        except NotFinite as error:
+            assert "at step 7, because of the sample b; no weight was changed" in refusal(error)
+        else:
+            assert not looked
+        return looked
+
+    def test_finite_numbers_pass(self, tmp_path: Path) -> None:
+        assert self.check(tmp_path, [1.0, 2.0], 3.0) == []
+
+    def test_the_loss_and_the_gradient_are_searched_for(self, tmp_path: Path) -> None:
+        assert self.check(tmp_path, [1.0, float("nan")], 3.0) == [("a", False), ("b", False)]
+        assert self.check(tmp_path, [1.0, 2.0], float("inf")) == [("a", True), ("b", True)]
+
+    def test_a_scale_that_is_being_searched_for_is_no_fault(self, tmp_path: Path) -> None:
+        assert self.check(tmp_path, [1.0], float("inf"), searching=lambda: True) == []
+        assert self.check(tmp_path, [float("inf")], 1.0, searching=lambda: True) != []
+
+    def test_a_spike_is_written_with_the_samples(self, tmp_path: Path) -> None:
+        guard = Guard(Spikes(tmp_path / SPIKES_FILE, "finetune"), lambda *_: pytest.fail("nothing is searched"))
+        for step in range(20):
+            guard.check(step, torch.nn.Linear(1, 1), [torch.tensor(2.0 if step < 19 else 50.0)], 1.0, self.SAMPLES)
+        (line,) = map(json.loads, (tmp_path / SPIKES_FILE).read_text().splitlines())
+        assert (line["step"], line["loss"], line["usual"], line["ids"]) == (19, 50.0, 2.0, ["a", "b"])
+
+
 class TestSpikes:
     def losses(self, count: int) -> list[float]:
         return [2.0 + 0.1 * (number % 3) for number in range(count)]
@@ -298,12 +340,12 @@ class TestSpikes:
 
     def test_the_run_goes_on(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trainer = make_trainer(tiny, tmp_path, max_steps=20)
-        plain = trainer._rows
+        plain = trainer.pack_step.compute
 
         def rows(model: Any, batch: dict[str, Any], number: Any) -> Any:
             return plain(model, batch, number) * (50 if trainer.state.global_step == 17 else 1)
 
-        trainer._rows = rows  # type: ignore[method-assign]
+        trainer.pack_step.compute = rows  # type: ignore[method-assign]
         trainer.train()
         assert trainer.state.global_step == 20
         (line,) = map(json.loads, (tmp_path / SPIKES_FILE).read_text().splitlines())

@@ -16,9 +16,9 @@ import torch
 from qllava.config import InputError
 from qllava.conversation import CHATML
 from qllava.data.collate import weightless_row
-from qllava.training import stage as stages
+from qllava.training import fitting
 from qllava.training.durable import processes
-from qllava.training.stage import Stage, fitted
+from qllava.training.stages import INSTRUCTION, Stage
 from tests import commands
 from tests.tiny_runs import Tiny, make_trainer, refusal
 
@@ -46,17 +46,17 @@ def test_unequal_cards_choose_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: 
     """What fits the smallest card: an optimizer of its own on each would give each other weights."""
     trainer = make_trainer(tiny, tmp_path, fit_memory="8GB")
     lengths = np.full(4, 60)
-    stage: Any = Stage("", "", CHATML, SimpleNamespace(lengths=lengths), None, [], tmp_path, trainer.args, {})  # type: ignore[arg-type]
+    stage: Any = Stage(INSTRUCTION, CHATML, SimpleNamespace(lengths=lengths), None, [], tmp_path, trainer.args, {})  # type: ignore[arg-type]
     limits: list[int] = []
 
     def fit(setup: Any, limit: int, **_: Any) -> Any:
         limits.append(limit)
         return SimpleNamespace(tokens_per_row=64, recompute_layers=0, optim="adamw_torch_fused", peak_bytes=1)
 
-    monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     for lowest in (1 << 30, 8 << 30):
         monkeypatch.setattr(processes, "lowest", lambda mine, other=lowest: min(mine, other))
-        fitted(stage, trainer.model, trainer.assembled)
+        fitting.fitted(stage, trainer.model, trainer.assembled)
     assert limits == [1 << 30, 8 << 30]
 
 
@@ -106,7 +106,7 @@ def test_a_weightless_row_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     for rows in (batch["rows"], [*batch["rows"], weightless_row()]):
         trainer.model.zero_grad()
         trainer.model.train()
-        loss = trainer._rows(trainer.model, {**batch, "rows": [dict(row) for row in rows]}, torch.tensor(5))
+        loss = trainer.pack_step.compute(trainer.model, {**batch, "rows": [dict(row) for row in rows]}, torch.tensor(5))
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
         found.append((loss.detach(), gradients))
     (loss, gradients), (again, others) = found
@@ -164,7 +164,7 @@ def test_who_is_alone_waits_for_nobody(left_over: pytest.MonkeyPatch, capsys: py
 
 
 WAITING = """
-from qllava.training.run import main
+from qllava.training.main import main
 from qllava.training.settings import TrainConfig
 raise SystemExit(main(lambda settings: None, lambda: TrainConfig(output_dir="run")))
 """

@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerControl
 
 from qllava.training.durable.signals import SaveAndStop, Stopped, handled
-from qllava.training.run import main
+from qllava.training.main import main
 from tests import commands
 from tests.tiny_runs import Tiny, make_trainer
 

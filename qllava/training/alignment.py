@@ -1,0 +1,107 @@
+"""How the projector gets its start in a run of finetune: from a finished stage 1, or from one of the run's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qllava.config import NANO
+from qllava.conversation import PLAIN
+from qllava.files import Journal, write_whole
+from qllava.models.adapter import load_projector, train_projector_only
+from qllava.models.assemble import Assembled
+from qllava.models.lora import Lora
+from qllava.runs import BEGUN_FILE, METRICS_FILE, SPIKES_FILE, Run
+from qllava.training import evaluations, folders, outcome
+from qllava.training.data import Prepared, prepare_for
+from qllava.training.durable import disk, processes
+from qllava.training.durable.order import total_steps
+from qllava.training.options.defaults import NANO_PRETRAIN
+from qllava.training.settings import Settings, TrainConfig
+from qllava.training.stage import train_stage
+from qllava.training.stages import ALIGNMENT, Stage
+
+
+def captions_of(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
+    """Return what a stage 1 of the run's own would learn from; None where the projector has its start already."""
+    exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
+    if settings.model.projector or exists or processes.by_main(lambda: Run(folder).stage1.finished):
+        return None
+    files = folders.files_of(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
+    return prepare_for(settings, assembled, PLAIN, files, [])[0]
+
+
+def align(
+    settings: Settings,
+    assembled: Assembled,
+    folder: Path,
+    captions: Prepared | None,
+    begun: dict[str, Any],
+    count: int,
+    started: outcome.Started,
+) -> None:
+    """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
+
+    Args:
+        settings: Of the run.
+        assembled: The model, whose projector is changed.
+        folder: Of the run.
+        captions: What `captions_of` returned.
+        begun: What decides the run.
+        count: Samples of stage 2, whose files have to fit on the disk before stage 1 begins.
+        started: Counts the time, and is kept when stage 1 has ended.
+    """
+    stage1 = Run(folder).stage1.folder
+    if captions is None:
+        if settings.model.projector:
+            load_projector(assembled.model, Path(settings.model.projector))
+        elif Run(stage1).finished:
+            load_projector(assembled.model, stage1)
+        return
+    processes.by_main(partial(stage1.mkdir, exist_ok=True))
+    config = _config(settings, stage1)
+    stage = Stage(ALIGNMENT, PLAIN, captions, None, [], stage1, config, begun, saved=started.keep)
+    model, tokenizer = assembled.model, assembled.processor.tokenizer
+    lora = Lora.of_settings(settings.model).parameters(model)
+    needs = {
+        stage1: disk.needed(model, config, tokenizer, len(captions.lengths), lora=0),
+        folder: disk.needed(model, settings.train, tokenizer, count, lora=lora),
+    }
+    processes.by_main(partial(disk.check, needs))
+    number = len(captions.lengths)
+    print(f"Stage 1: {total_steps(config, number):,} steps on {number:,} captions; the bar shows the time left.")
+    train_stage(stage, train_projector_only(assembled), assembled)
+    assembled.model.requires_grad_(False)
+    processes.by_main(partial(_keep, stage1, folder, started.seconds, begun))
+    started.keep()
+
+
+def _config(settings: Settings, stage1: Path) -> TrainConfig:
+    """The loop's settings of a stage 1 of finetune's own: those of the run, but for what belongs to stage 2."""
+    config = copy.copy(settings.train)
+    config.output_dir = str(stage1)
+    config.learning_rate = ALIGNMENT.rates["learning_rate"]
+    evaluations.leave_out(config)  # eval_file is for stage 2
+    if settings.model.is_nano:
+        for name, value in NANO_PRETRAIN.items():
+            setattr(config, name, value)
+        config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // config.world_size)
+    return config
+
+
+def _keep(stage1: Path, folder: Path, seconds: float, begun: Mapping[str, Any]) -> None:
+    """Finish the folder of a stage 1, and copy what it logged into that of the run.
+
+    seconds: of the run so far, in all its starts.
+    """
+    write_whole(stage1 / BEGUN_FILE, json.dumps({"begun_with": begun}, indent=1) + "\n")
+    # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
+    for name in (METRICS_FILE, SPIKES_FILE):
+        if (stage1 / name).is_file():
+            with Journal(stage1 / name) as said, Journal(folder / name) as journal:
+                journal.append(b"".join(said.lines()))
+    folders.finish(stage1, {"seconds": seconds})

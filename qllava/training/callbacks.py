@@ -1,0 +1,93 @@
+"""What happens beside the training loop at its events: metrics are written, the bar moves, a checkpoint is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import append_line
+from qllava.training.memory import recompute
+from qllava.training.trainer import LlavaTrainer
+
+
+class Metrics(TrainerCallback):
+    """Writes what the trainer logs to `metrics.jsonl`, a line for each report."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Append one line; flushed, so that a killed run keeps it."""
+        numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
+        processes.by_main(partial(append_line, self.path, line))
+
+
+class Begin(TrainerCallback):
+    """What is settled when transformers has prepared the model: recomputation, and on a GPU a rehearsal."""
+
+    def __init__(self, trainer: LlavaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the first step."""
+        if args.recompute_layers is not None:
+            llava: Any = self.trainer.assembled.model
+            recompute(llava.model.language_model, args.recompute_layers)
+        if args.device.type == "cuda":
+            self.trainer.rehearse()
+
+
+class Saved(TrainerCallback):
+    """Calls a function after each checkpoint."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The checkpoint is complete."""
+        self.call()
+
+
+class Progress(TrainerCallback):
+    """A bar of steps with the loss, and what is left."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the bar."""
+        hidden = not processes.is_main()
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit=" steps", disable=hidden
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step further."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Show the numbers that people look at."""
+        shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_exact_match": "exact match"}
+        found = {label: f"{logs[key]:.3f}" for key, label in shown.items() if logs and key in logs}
+        if logs and "eval_exact_match" in logs:
+            low, high = (round(100 * logs[f"eval_exact_match_{end}"]) for end in ("low", "high"))
+            found["exact match"] += f" of {int(logs['eval_exact_match_n'])} ({low}-{high} %)"
+        if found and self.bar is not None:
+            self.bar.set_postfix(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the bar where it is."""
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next begins on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,68 @@
+"""Settings of a stage that fit the memory it has: length of packs, recomputation, optimizer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qllava.models.assemble import Assembled
+from qllava.models.lora import Lora
+from qllava.training import scores
+from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import optim_of
+from qllava.training.memory import fit, format_bytes, parse_bytes, settled, setup_of
+from qllava.training.stages import Stage
+from qllava.training.step.kernels import computing_in
+
+
+def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = None) -> tuple[Stage, list[str]]:
+    """Row size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
+
+    start: the checkpoint that is continued from, whose optimizer stays too: the state of another is of no use to it.
+    Raises InputError when nothing fits.
+    """
+    config, on_card = copy.copy(stage.config), torch.cuda.is_available()
+    fixed = settled(config)
+    if start is not None and (optim := optim_of(start)):
+        config.optim = optim
+        fixed.add("optim")
+    stage = replace(stage, config=config)
+    if not (on_card or config.fit_memory):
+        return stage, []
+    limits = [parse_bytes(config.fit_memory)] if config.fit_memory else []
+    if on_card:  # a card sold with 8 GB has a little less
+        limits.append(torch.cuda.mem_get_info()[1])
+    # Unequal cards must not choose unequal packs or optimizers.
+    limit = processes.lowest(min(limits))
+    llava: Any = assembled.model
+    setup = setup_of(config, llava.config, Lora.of_model(model), load_in_4bit=assembled.recipe.load_in_4bit)
+    setup = replace(
+        setup, device="cuda" if on_card else "cpu", dtype=computing_in(config, llava.dtype), held=llava.dtype
+    )
+    asking = scores.asking_of(config, setup.lora, held_out=stage.evaluation is not None)
+    lengths = np.sort(stage.train.lengths)
+    plan = fit(
+        setup,
+        limit,
+        asking=asking,
+        least_tokens=int(lengths[-1]),
+        most_tokens=max(int(lengths[-config.per_device_train_batch_size :].sum()), int(lengths[-1])),
+        fixed=fixed,
+    )
+    config.tokens_per_row, config.recompute_layers, config.optim = (
+        plan.tokens_per_row,
+        plan.recompute_layers,
+        plan.optim,
+    )
+    # From here on `recompute_layers` decides.
+    config.gradient_checkpointing = config.activation_checkpointing = False
+    line = (
+        f"memory: {format_bytes(plan.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
+        f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
+    )
+    return stage, [line]

@@ -1,0 +1,46 @@
+"""Supervised finetuning: the model learns to give the answers that the examples have.
+
+    nll    the mean of -log p over the learned tokens: plain cross-entropy
+    dft    the same with each token weighted by its own p, taken as a constant (https://arxiv.org/abs/2508.05629)
+
+Both are the formulas of TRL's SFTTrainer, over learned tokens alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllava.training.objectives.objective import Objective, Outcome
+from qllava.training.step.exact import RowOutput
+
+
+def supervised(loss_type: str) -> Objective:
+    """Return the objective of TRL's setting `loss_type`: `dft`, or cross-entropy under its other names."""
+    return dft if loss_type == "dft" else nll
+
+
+def nll(found: RowOutput, count: Tensor | None) -> Outcome:
+    """Return the cross-entropy of a pack; see `Objective` for the arguments."""
+    assert found.log_probs is not None
+    return _outcome(found, -found.log_probs, count)
+
+
+def dft(found: RowOutput, count: Tensor | None) -> Outcome:
+    """Return the cross-entropy of a pack with each token weighted by its probability; see `Objective`."""
+    assert found.log_probs is not None
+    return _outcome(found, -found.log_probs * found.log_probs.exp().detach(), count)
+
+
+def _outcome(found: RowOutput, of_tokens: Tensor, count: Tensor | None) -> Outcome:
+    """The mean of the tokens' losses, with how sure the model was and how often it was right.
+
+    of_tokens: (L,), zero in a weightless pack.
+    """
+    assert found.label_mask is not None and found.entropy is not None and found.is_top1 is not None
+    learned = found.label_mask.sum()
+    total = learned if count is None else count
+    # A pack without learned tokens has the loss 0, and not 0 / 0.
+    loss = of_tokens.sum() / torch.as_tensor(total).clamp(min=1)
+    sums = {"entropy": found.entropy.detach().sum(), "mean_token_accuracy": found.is_top1.sum()}
+    return Outcome(loss, learned, sums)

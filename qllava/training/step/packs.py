@@ -1,0 +1,161 @@
+"""An optimizer step, pack by pack: forward and backward passes, in shorter packs when memory runs out.
+
+A batch comes as packs (`data.packing`; its key for them is `rows`), and its gradient is the sum over them. When memory
+runs out, the whole step is computed again in packs of half the length; its samples, and so what is learned, stay the
+same. In several processes each computes packs of its own, and all wait for each other in each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qllava.config import InputError
+from qllava.data.collate import RowCollator, weightless_row
+from qllava.models.errors import out_of_memory
+from qllava.training.durable import processes
+from qllava.training.settings import TrainConfig
+
+
+class PackStep:
+    """Computes the batches of an optimizer step, and keeps them until the step is done: see the head of this file."""
+
+    halved: int | None = None
+    """Most tokens of a pack since memory ran out; None: it has not."""
+
+    def __init__(
+        self,
+        collator: RowCollator,
+        accelerator: Accelerator,
+        *,
+        learn: Callable[[nn.Module, dict[str, Any], Any], Tensor],
+        looking: Callable[[], AbstractContextManager[Any]],
+        say: Callable[[str], None],
+    ) -> None:
+        """Begin with an optimizer step without batches.
+
+        Args:
+            collator: Makes the packs, and makes them shorter.
+            accelerator: Knows when gradients of several processes are added up.
+            learn: Computes one pack, forward and backward. Called with the model, the pack and the learned tokens of
+                the step; returns the pack's loss.
+            looking: Inside it the language model attends by packs.
+            say: Called with one line each time memory runs out.
+        """
+        self._collator, self._accelerator = collator, accelerator
+        self._learn, self._looking, self._say = learn, looking, say
+        self._batches: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+
+    def add(self, model: nn.Module, batch: dict[str, Any], count: Any, step: int) -> Tensor:
+        """Compute the next batch of the step; when memory runs out, the whole step again in shorter packs.
+
+        Args:
+            model: What is trained.
+            batch: What the collator made.
+            count: Learned tokens of the step in all processes.
+            step: Its number, for messages.
+
+        Returns:
+            The loss of the batch, without a gradient.
+
+        Raises:
+            InputError: Memory does not suffice for one sample, or ran out in one of several processes.
+        """
+        self._batches.append(self._cut(batch))
+        batches = self._batches[-1:]
+        while True:
+            try:
+                losses = [self.compute(model, batch, count) for batch in batches]
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if processes.several():  # the others are in the midst of their packs
+                    raise InputError(
+                        f"Memory does not suffice for a row of {_longest(batches[-1])} tokens, at step {step}; "
+                        "several processes do not halve their rows on the way: set tokens_per_row to less."
+                    ) from None
+            # Not inside the except block: there the error still holds what the packs held.
+            self._halve(step)
+            model.zero_grad(set_to_none=True)
+            self._losses.clear()
+            batches = self._batches = [self._cut(batch) for batch in self._batches]
+        self._losses += [loss.detach() for loss in losses]
+        return losses[-1]
+
+    def taken(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """Return the losses of the batches and their samples, in order, and begin the next step."""
+        samples = [sample for batch in self._batches for sample in batch["kept"].samples]
+        losses, self._losses, self._batches = self._losses, [], []
+        return losses, samples
+
+    def compute(self, model: nn.Module, batch: dict[str, Any], count: Any) -> Tensor:
+        """Compute a batch pack by pack, as it is, and return its loss; the gradients of the packs add up."""
+        losses = []
+        state, sync = self._accelerator.gradient_state, self._accelerator.sync_gradients
+        try:
+            with self._looking():
+                packs = evened(batch["rows"])
+                for number, pack in enumerate(packs, start=1):
+                    last = number == len(packs)
+                    # Gradients of several processes are added up once a batch; DeepSpeed looks at the state alone.
+                    state._set_sync_gradients(sync and last)
+                    with nullcontext() if last else self._accelerator.no_sync(model):
+                        losses.append(self._learn(model, pack, count))
+        finally:
+            state._set_sync_gradients(sync)  # also when memory ran out in between
+        return torch.stack(losses).sum()
+
+    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch in packs of the present length: one that was made before it was halved has longer ones."""
+        limit = self._collator.tokens_per_row
+        if limit is None or _longest(batch) <= max(limit, _longest_sample(batch)):
+            return batch
+        return self._collator.again(batch)
+
+    def _halve(self, step: int) -> None:
+        """Packs of half the length from here on. Raises InputError when a single sample is too long."""
+        longest = max(map(_longest, self._batches))
+        sample = max(map(_longest_sample, self._batches))
+        if longest <= sample:
+            raise InputError(
+                f"Memory does not suffice for one sample of {sample} tokens, at step {step}; lower max_length or "
+                "lora_r, or see what `qllava plan` proposes. Checkpoints are untouched."
+            )
+        limit = max(longest // 2, sample)
+        self.halved = limit
+        self._collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._say(f"Out of memory at step {step}: rows have at most {limit:,} tokens from here on.")
+
+
+def prepare_for_packs(config: TrainConfig) -> None:
+    """Set what batches of packs need of TRL and transformers."""
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    config.remove_unused_columns = False
+    config.logging_nan_inf_filter = False
+    config.use_cache = False
+    # Every pack uses all that learns: DDP need not look for what is left out.
+    config.ddp_find_unused_parameters = False
+
+
+def evened(packs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return as many packs as the process has that has most: in each of them all wait for each other."""
+    return packs + [weightless_row() for _ in range(processes.highest(len(packs)) - len(packs))]
+
+
+def _longest(batch: dict[str, Any]) -> int:
+    """Tokens of the longest pack of a batch."""
+    return max(int(pack["input_ids"].shape[1]) for pack in batch["rows"])
+
+
+def _longest_sample(batch: dict[str, Any]) -> int:
+    """Tokens of the longest sample of a batch."""
+    return max((int(length) for length in batch["lengths"]), default=0)

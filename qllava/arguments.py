@@ -117,7 +117,7 @@ def check_model(text: str, what: str) -> None:
 
 
 def no_folder(text: str) -> str | None:
-    """Return what to say of a model's name that is no folder here; None where it may be a name on the hub."""
+    """Return what to say where a model's name has no folder here; None where it may be a name on the hub."""
     near = NANO if close_to(text, [NANO]) else neighbour(Path(expanded(text)), folders=True)
     if near:
         return f"{text} does not exist; did you mean {near}?"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qllava.config import NANO, InputError, expanded
-from qllava.runs import RUNS, folder_of
+from qllava.runs import RUNS, Run, folder_of
 from qllava.spelling import close_to, meant, neighbour, suggestion
 
 MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged folder, or a hub name"
@@ -110,6 +110,8 @@ def check_model(text: str, what: str) -> None:
     if folder.is_dir():
         if not any(folder.iterdir()):
             raise InputError(f"{what}: the folder {text} is empty; give a folder that holds a model.")
+        if said := Run(folder).unfinished:
+            raise InputError(f"{what}: {said}")
     elif folder.exists():
         raise InputError(f"{what}: {text} is a file; give the folder that holds the model.")
     elif said := no_folder(text):
@@ -127,9 +129,17 @@ def no_folder(text: str) -> str | None:
 
 
 def check_finished(text: str, what: str) -> None:
-    """As `check_model`, for a model that answers: of `nano` a run has to be finished."""
+    """As `check_model`, for a model that answers: of `nano` a run has to be finished; no pretraining."""
     check_model(text, what)
-    folder_of(text)
+    if said := Run(folder_of(text)).without_model:
+        raise InputError(f"{what}: {said}")
+
+
+def check_run(text: str | Path, what: str) -> None:
+    """As `check_folder`, for a run or checkpoint whose adapter is needed."""
+    check_folder(text, what)
+    if said := Run(Path(text)).without_model:
+        raise InputError(f"{what}: {said}")
 
 
 def check_part(text: str, what: str) -> None:

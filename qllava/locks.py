@@ -49,6 +49,21 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
         lock.free()
 
 
+def refuse_held(folder: Path, advice: str) -> None:
+    """Raise InputError as `locked_folder` does, without taking the lock and without making anything."""
+    lock = _kernels(folder / LOCK_FILE)
+    if not (folder / LOCK_FILE).is_file():
+        return
+    try:
+        lock.acquire(timeout=_WAIT)
+    except Timeout as error:
+        who = Lock(folder / LOCK_FILE, folder / HOLDER_FILE).who()
+        raise InputError(f"{folder} is in use by {who}; {advice}.") from error
+    except (OSError, NotImplementedError):  # whoever takes it says so
+        return
+    lock.release()
+
+
 def hold_file(path: Path, seconds: float) -> FileLock | None:
     """Hold a file itself, so that other processes are kept out by whichever name (a hard link) they know it.
 
@@ -112,7 +127,7 @@ class Lock:
         try:
             self._lock.acquire(timeout=_WAIT)
         except Timeout as error:
-            raise InputError(f"{what} is in use by {self._who()}; {advice}.") from error
+            raise InputError(f"{what} is in use by {self.who()}; {advice}.") from error
         except OSError as error:
             if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError) or not self.path.exists():
                 raise
@@ -143,7 +158,8 @@ class Lock:
         """Whether the file at the path is still the one that is locked; somebody may have deleted and remade it."""
         return self._file is not None and os.path.samestat(self._file, self.path.stat())
 
-    def _who(self) -> str:
+    def who(self) -> str:
+        """Return who holds the lock, for a sentence."""
         found = self._read()
         return f"process {found[1]} on {found[0]}" if found else "another process"
 

@@ -40,7 +40,7 @@ from qllava.models.nf4 import as_quantized
 from qllava.models.outline import Outline, Recipe, outline
 from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.weights import EMBEDDING, HEAD, open_weights
-from qllava.runs import ADAPTER_CONFIG_FILE, LEDGER_FILE, MERGE_FILE, PROBES_FILE, RECORD_FILE, Run
+from qllava.runs import LEDGER_FILE, MERGE_FILE, PROBES_FILE, RECORD_FILE, Run
 
 # What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
 # weights the result is another model by design: there the figures are reported, not judged.
@@ -142,20 +142,14 @@ def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
     if not run.is_dir():
         raise InputError(f"The folder {run} does not exist; give a run of finetune_lora or its checkpoint.")
-    adapter, record = run / ADAPTER_CONFIG_FILE, run / RECORD_FILE
+    record = run / RECORD_FILE
     if Run(run).kind == "merged" or ((run / "config.json").is_file() and not record.is_file()):
         raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
-    begun = [place for place in Run(run).checkpoints() if Run(place).has_adapter]
-    if not adapter.is_file() and begun:
-        raise InputError(
-            f"{run} is a run that has not finished: give the training command again to go on, or merge its newest "
-            f"checkpoint, {begun[-1]}."
-        )
+    if said := Run(run).without_model:
+        raise InputError(said)
     read_record(run)
-    if not adapter.is_file():
-        raise InputError(
-            f"{run} holds no adapter (a stage 1 has only a projector); give a run of finetune_lora or its checkpoint."
-        )
+    if not Run(run).has_adapter:
+        raise InputError(f"{run} holds no adapter; give a run of finetune_lora or its checkpoint.")
     return located(run, base_model)
 
 

@@ -122,6 +122,24 @@ class Run:
         return (self.folder / ADAPTER_CONFIG_FILE).is_file()
 
     @property
+    def unfinished(self) -> str | None:
+        """What to say of a run whose training has not ended, when its model is asked for; None for anything else."""
+        has_model = self.has_adapter or any((self.folder / name).is_file() for name in (PROJECTOR_FILE, "config.json"))
+        saved = self.checkpoints()
+        if has_model or not (saved or self.settings.is_file()):
+            return None
+        usable = [place for place in saved if Run(place).has_adapter]
+        other = f", or use its newest checkpoint, {usable[-1]}" if usable else ""
+        return f"{self.folder} has not finished training yet; give the training command again to resume it{other}."
+
+    @property
+    def without_model(self) -> str | None:
+        """What to say of a run that has no model to ask, unfinished or a pretraining; None for anything else."""
+        if self.kind == "stage 1" and (self.folder / PROJECTOR_FILE).is_file():
+            return f"{self.folder} is a pretraining, which leaves only a projector; give it to finetune_lora."
+        return self.unfinished
+
+    @property
     def is_nano(self) -> bool:
         """Whether the run was one of nano's parts. Raises InputError when its settings cannot be read."""
         return self.read_settings().get("model_name_or_path") == NANO

@@ -62,7 +62,18 @@ def test_nothing_heavy_was_imported(outcome: Any) -> None:
 
 
 def test_nothing_was_made(outcome: Any, folder: Path) -> None:
-    made = {"rows.json", "key.yaml", "type.yaml", "choice.yaml", "empty", "finished", "adapter"}
+    made = {
+        "rows.json",
+        "key.yaml",
+        "type.yaml",
+        "choice.yaml",
+        "empty",
+        "finished",
+        "adapter",
+        "halfway",
+        "aligning",
+        "aligned",
+    }
     assert {path.name for path in folder.iterdir()} == made and not list((folder / "empty").iterdir())
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from qllava.config import InputError
 from qllava.files import ForeignEndError, Journal, whole_file, whole_folder, write_whole
-from qllava.locks import LOCK_FILE, Lock, locked_folder
+from qllava.locks import LOCK_FILE, Lock, locked_folder, refuse_held
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
@@ -29,6 +29,8 @@ def test_a_killed_holder_is_named_until_it_is_dead_and_blocks_nobody_then(tmp_pa
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
         who = f"{tmp_path} is in use by process {other.pid} on {platform.node()}; wait"
+        with pytest.raises(InputError, match=f"^{who}.$"):
+            refuse_held(tmp_path, "wait")
         with pytest.raises(InputError, match=f"^{who}.$"), locked_folder(tmp_path, "wait"):
             pass
         other.kill()

@@ -416,7 +416,7 @@ class TestRefusals:
         assert "is not empty" in self.refused(tiny.stage2, tmp_path / "out")
 
     def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "holds no adapter" in self.refused(tiny.stage1, tmp_path / "out")
+        assert "is a pretraining, which leaves only a projector" in self.refused(tiny.stage1, tmp_path / "out")
 
     def test_no_folder(self, tmp_path: Path) -> None:
         assert "nope does not exist" in self.refused(tmp_path / "nope", tmp_path / "out")
@@ -429,7 +429,7 @@ class TestRefusals:
         run.mkdir()
         shutil.copytree(tiny.stage2 / "checkpoint-2", run / "checkpoint-2")
         message = self.refused(run, tmp_path / "out")
-        assert "has not finished" in message and str(run / "checkpoint-2") in message
+        assert "has not finished training yet" in message and str(run / "checkpoint-2") in message
 
     def test_a_merged_folder(self, merged: tuple[Path, MergeResult], tmp_path: Path) -> None:
         assert "is a whole model already" in self.refused(merged[0], tmp_path / "out")

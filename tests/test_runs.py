@@ -72,3 +72,24 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> No
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(InputError, match=r"run\.yaml cannot be read \(.*\); repair or remove the run\.$"):
         Run(tmp_path).read_settings()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), None),
+        (("config.json", "model.safetensors"), None),
+        (("run.yaml", "data.json"), "has not finished training yet; give the training command again to resume it."),
+        (("run.yaml", "stage1/checkpoint-2/projector.safetensors"), "again to resume it."),
+        (("run.yaml", "checkpoint-2/projector.safetensors"), "again to resume it."),
+        (
+            ("checkpoint-2/adapter_config.json", "checkpoint-10/adapter_config.json"),
+            "newest checkpoint, {}/checkpoint-10.",
+        ),
+        (("run.yaml", "projector.safetensors"), "is a pretraining, which leaves only a projector; give it to"),
+        (("run.yaml", "projector.safetensors", "adapter_config.json"), None),
+    ],
+)
+def test_a_run_that_has_no_model_yet(tmp_path: Path, names: Sequence[str], said: str | None) -> None:
+    found = fill(tmp_path, names).without_model
+    assert found is None if said is None else said.format(tmp_path) in (found or "")

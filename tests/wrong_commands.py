@@ -114,6 +114,19 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (QLLAVA, "merge {folder}/adaptr {folder}/out", 1, "did you mean {folder}/adapter?"),
     (QLLAVA, "check {folder}/row.json", 1, "DATA: {folder}/row.json does not exist; did you mean {folder}/rows.json?"),
     (QLLAVA, "check {folder}/none.json", 1, "none.json does not exist; check the path."),
+    (QLLAVA, "chat {folder}/aligning", 1, "aligning has not finished training yet; give the training command again"),
+    (QLLAVA, "merge {folder}/aligning {folder}/out", 1, "RUN: {folder}/aligning has not finished training yet;"),
+    (
+        QLLAVA,
+        "export {folder}/halfway {folder}/out --format gguf",
+        1,
+        "newest checkpoint, {folder}/halfway/checkpoint-2",
+    ),
+    (QLLAVA, "eval vqa {folder}/halfway {folder}/rows.json", 1, "MODEL: {folder}/halfway has not finished training"),
+    (QLLAVA, "check {folder}/rows.json --model {folder}/aligning", 1, "has not finished training yet"),
+    (QLLAVA, "merge {folder}/aligned {folder}/out", 1, "aligned is a pretraining, which leaves only a projector"),
+    (DEMO, "--model {folder}/halfway", 1, "has not finished training yet"),
+    (FINETUNE, "--model_name_or_path {folder}/halfway --train_file {folder}/rows.json", 1, "has not finished training"),
     (QLLAVA, "chat nano", 1, "No nano run in runs/ has finished yet; run `make finetune` first."),
     (QLLAVA, "export nano {folder}/out --format gguf", 1, "No nano run in runs/ has finished"),
     (QLLAVA, "eval vqa nano {folder}/rows.json", 1, "No nano run in runs/ has finished"),
@@ -151,6 +164,16 @@ def prepare(folder: Path) -> None:
     (folder / "adapter").mkdir()
     for name in ("qllava.json", "adapter_config.json", "projector.safetensors", "config.json"):
         (folder / "adapter" / name).write_text("{}")
+    for name in ("halfway/checkpoint-2/adapter_config.json", "halfway/run.yaml", "halfway/data.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    for name in (
+        "aligning/stage1/checkpoint-2/projector.safetensors",
+        "aligning/run.yaml",
+        "aligned/projector.safetensors",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
     (folder / "finished").mkdir()
     (folder / "finished" / "results.json").write_text("{}")
     (folder / "finished" / "run.yaml").write_text("{}")

@@ -13,8 +13,8 @@ from qllava.arguments import (
     base_flag,
     check_file,
     check_finished,
-    check_folder,
     check_kept,
+    check_run,
     check_written_folder,
     file_path,
     looks,
@@ -48,7 +48,7 @@ def _add_merge(verbs: Verbs) -> None:
     merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
     base_flag(merge)
     json_flag(merge)
-    looks(merge, folder=check_folder, out=check_written_folder)
+    looks(merge, folder=check_run, out=check_written_folder)
 
 
 def _add_export(verbs: Verbs) -> None:

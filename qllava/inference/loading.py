@@ -10,7 +10,7 @@ import torch
 from qllava.config import InputError
 from qllava.inference.chat import Chat
 from qllava.models.threads import settle_threads
-from qllava.runs import PROJECTOR_FILE, Run, folder_of
+from qllava.runs import Run, folder_of
 
 
 def load(
@@ -37,11 +37,8 @@ def load(
         return Chat(network.eval(), processor, str(folder))
     if base_model:
         raise InputError(f"{model} is not a run with an adapter, so it has no base elsewhere; leave --base-model out.")
-    run = Run(folder)
-    if run.kind == "stage 1" and (folder / PROJECTOR_FILE).is_file():
-        raise InputError(f"{folder} is a pretraining, which leaves only a projector; give it to finetune_lora.")
-    if run.settings.is_file():
-        raise InputError(f"{folder} is a run that has not finished; give its command again to continue it.")
+    if said := Run(folder).without_model:
+        raise InputError(said)
     from qllava.models.assemble import nf4
     from qllava.models.checkpoint import load_llava
     from qllava.models.outline import compute_dtype

@@ -74,6 +74,11 @@ def read_record(folder: Path) -> Recipe:
     path = folder / RECORD_FILE
     try:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is not a run of qllava (it has no {path.name}); give the folder of a finished run or of a "
+            "checkpoint."
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} is not a run of qllava: {path.name} cannot be read ({one_line(error)}).") from error
 

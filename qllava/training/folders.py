@@ -28,7 +28,7 @@ from qllava.runs import DATA_FILE, RESULTS_FILE, RUN_FILE, Run
 from qllava.training.data import Part, hashes_of, parts_of
 from qllava.training.durable import processes
 from qllava.training.durable.checkpoints import begun_with, refuse_changes
-from qllava.training.options.before import check_output
+from qllava.training.options.before import IN_USE, check_output
 from qllava.training.report import write_report
 from qllava.training.settings import Settings
 from qllava.training.trial import try_out
@@ -88,7 +88,7 @@ def _opened(settings: Settings, held: ExitStack) -> Path:
     check_output(given)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked_folder(folder, "wait until it ends, end it, or choose another output_dir"))
+        held.enter_context(locked_folder(folder, IN_USE))
         check_output(given)  # it may have ended while the lock was waited for
         if Run(folder).finished:  # an unfinished one is continued: schedulers give the same command again
             _clear(folder)

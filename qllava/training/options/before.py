@@ -12,6 +12,7 @@ from typing import Any
 
 from qllava.arguments import check_data, check_file, check_folder, check_part, check_written_folder, missing
 from qllava.config import InputError, expanded
+from qllava.locks import refuse_held
 from qllava.models.record import adapter_at
 from qllava.runs import PROJECTOR_FILE, RESULTS_FILE, RUN_FILE, Run
 from qllava.training.options.command import Given
@@ -61,6 +62,9 @@ _OF_WORKERS = tuple(
     f"dataloader_{name}" for name in ("prefetch_factor", "persistent_workers", "multiprocessing_context")
 )
 
+IN_USE = "wait until it ends, end it, or choose another output_dir"
+"""What can be done about another run in the same folder."""
+
 EXACT_MATCH = "eval_exact_match"
 METRICS = ("eval_loss", EXACT_MATCH, "eval_mean_token_accuracy", "eval_entropy")
 """What an evaluation reports and a run may be judged by; transformers takes each without `eval_` too."""
@@ -92,6 +96,8 @@ def look(given: Given, *, stage1: bool) -> None:
     _check_start(given, stage1=stage1)
     check_output(given)
     check_written_folder(str(given.get("output_dir")), "output_dir")
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # of several processes the first may have begun already
+        refuse_held(Path(expanded(str(given.get("output_dir")))), IN_USE)
 
 
 def _check_loop(given: Given) -> None:

@@ -269,3 +269,14 @@ def test_an_interval_lies_on_its_axis() -> None:
     assert whiskers[1] == [circles[1]] * 2
     Reader(chart)
     assert "<script" not in chart
+
+
+def test_a_long_command_wraps_and_a_listing_scrolls() -> None:
+    assert str(page.code("qllava chat", wrap=True)) == '<pre class="wrap">qllava chat</pre>'
+    assert str(page.code("a  b")) == "<pre>a  b</pre>"
+    assert "pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere;" in page.page("t", "l", [])
+
+
+def test_a_lone_chart_is_as_wide_as_one_of_two() -> None:
+    """An SVG scales with its figure, and so does its type."""
+    assert "repeat(auto-fill, minmax(min(100%, 24rem), 1fr))" in page.page("t", "l", [page.grid()])

@@ -11,22 +11,24 @@ from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
 
 def add(verbs: Verbs) -> None:
     """Add `filter`."""
-    verb = add_verb(verbs, "filter", run_filter, "balance a file of captions: all of what is rare, less of what is not")
+    verb = add_verb(
+        verbs, "filter", run_filter, "balance captions by concept: keep rare concepts whole, sample from frequent ones"
+    )
     verb.add_argument(
         "captions", metavar="CAPTIONS.json", type=file_path, help="LLaVA JSON or JSONL, or rows with a caption"
     )
-    verb.add_argument("out", metavar="OUT.json", type=file_path, help="where the rows that are kept go, as a JSON list")
+    verb.add_argument("out", metavar="OUT.json", type=file_path, help="JSON list of the examples that are kept")
     verb.add_argument(
-        "--min-count", metavar="N", type=positive, default=3, help="pass over concepts of fewer captions (default: 3)"
+        "--min-count", metavar="N", type=positive, default=3, help="ignore concepts with fewer captions (default: 3)"
     )
     verb.add_argument(
         "--max-per-concept",
         metavar="N",
         type=positive,
         default=100,
-        help="draw this many captions of a concept that has more (default: 100)",
+        help="sample at most this many captions of a concept (default: 100)",
     )
-    verb.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
+    verb.add_argument("--seed", metavar="N", type=int, default=0, help="random seed for sampling (default: 0)")
     verb.add_argument(
         "--concepts",
         choices=("spacy", "simple"),

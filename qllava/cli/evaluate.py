@@ -35,8 +35,15 @@ def add(verbs: Verbs) -> None:
     vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
     vqa.add_argument("--out", metavar="FILE", type=file_path, help="write every question with its answer, as JSONL")
     vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their pictures")
-    vqa.add_argument("--shots", metavar="K", type=rank, default=0, help="examples before each question (default: 0)")
-    vqa.add_argument("--pool", metavar="DATA", type=file_path, help="where the examples come from: rows as DATA's")
+    vqa.add_argument(
+        "--shots", metavar="K", type=rank, default=0, help="number of examples before each question (default: 0)"
+    )
+    vqa.add_argument(
+        "--pool",
+        metavar="DATA",
+        type=file_path,
+        help="file that examples for --shots are chosen from, in a format of DATA",
+    )
     vqa.add_argument(
         "--choose",
         choices=("random", "text", "picture"),

@@ -77,7 +77,7 @@ def _add_chat(verbs: Verbs) -> None:
         default="asked",
         help="asked: by --temperature alone (default); recommended: with the values that the model brings",
     )
-    chat.add_argument("--seed", metavar="N", type=int, help="makes draws above temperature 0 the same each time")
+    chat.add_argument("--seed", metavar="N", type=int, help="random seed for sampling")
     chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
     chat.add_argument(
         "--compare", metavar="MODEL", type=model_name, help="put every question to both, blindly, and vote"

@@ -63,7 +63,7 @@ def _add_inspect(verbs: Verbs) -> None:
 
 def _add_plan(verbs: Verbs) -> None:
     plan = add_verb(verbs, "plan", run_plan, "say how much memory a run will need, by part, and what would fit")
-    plan.add_argument("--config", metavar="RECIPE.yaml", type=model_name, help="a recipe; the flags below are above it")
+    plan.add_argument("--config", metavar="RECIPE.yaml", type=model_name, help="recipe file; flags override it")
     plan.add_argument(
         "--model",
         metavar="MODEL",

@@ -99,11 +99,15 @@ def _state(name: str) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
+_ABSENT = "check the name, and the folder that names are relative to (--image-folder; image_folder in a recipe)"
+"""What to do about an image that a data file names and that is not found."""
+
+
 def _decode(name: str) -> Seen:
     try:
         image = open_image(Path(name))
     except RowError as error:
-        return Seen(name, problem=error.problem)
+        return Seen(name, problem=error.problem if Path(name).exists() else replace(error.problem, hint=_ABSENT))
     some = image.resize(_SKETCH, Image.Resampling.NEAREST)
     colour = None
     if _is_flat(some) and _is_flat(image):

@@ -86,7 +86,10 @@ class Verdict:
         if self.ok:
             return "Ready: every row is learned as it is written."
         if self.errors:
-            return f"Not ready: a run would refuse this data for {self.errors:,} of these problems."
+            return (
+                f"Not ready: {self.errors:,} of these problems {'is an error' if self.errors == 1 else 'are errors'}; "
+                "fix them before training."
+            )
         return "A run would go on, but not every row is learned as it is written, or is worth what it seems."
 
 

@@ -128,7 +128,7 @@ class Standing:
 
 def no_server(address: Address, reason: str) -> InputError:
     """What to say where nobody has ever answered."""
-    return InputError(f"{address.url}: nobody answers there ({reason}); start the server or correct --base-url.")
+    return InputError(f"No server answers at {address.url} ({reason}); start the server or correct --base-url.")
 
 
 def _wants_key(reason: str, address: Address) -> str:

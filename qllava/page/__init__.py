@@ -76,9 +76,9 @@ def paragraph(text: str, *, muted: bool = False) -> Html:
     return Html('<p class="muted">{}</p>' if muted else "<p>{}</p>").format(text)
 
 
-def code(text: str) -> Html:
-    """Text unchanged, in a fixed-width box that scrolls when a line is too long."""
-    return Html("<pre>{}</pre>").format(text)
+def code(text: str, *, wrap: bool = False) -> Html:
+    """Text in a fixed-width box; a line that is too long scrolls, or wraps where `wrap` is set, as for a command."""
+    return Html('<pre class="wrap">{}</pre>' if wrap else "<pre>{}</pre>").format(text)
 
 
 def callout(text: str, kind: Literal["note", "good", "warning"] = "note") -> Html:

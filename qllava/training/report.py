@@ -127,7 +127,7 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
     if results is None:
         return []
     figures = page.table(["", ""], outcome.figures(folder, results))
-    following = page.code("\n".join(outcome.next_commands(folder)))
+    following = page.code("\n".join(outcome.next_commands(folder)), wrap=True)
     sections = [page.section("Result", figures, page.paragraph("What to do next:", muted=True), following)]
     ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
     if ladder:
@@ -252,7 +252,7 @@ def _picture(folder: Path, name: str) -> Html:
 
 def _answers(sample: Mapping[str, Any]) -> Html:
     truth = str(sample.get("truth", ""))
-    lines: list[tuple[str, str, bool | None]] = [("Truth", truth, None)]
+    lines: list[tuple[str, str, bool | None]] = [("Reference answer", truth, None)]
     for key, label in (("before", "Before"), ("after", "After")):
         if sample.get(key) is not None:
             answer = str(sample[key])

@@ -259,7 +259,8 @@ def format_table(found: dict[str, Any]) -> str:
         ("unseen pairs", "unseen_pairs"),
     ]
     counts = found["counts"]
-    lines = [f"Right answers to {found['n']:,} held-out questions (unseen pairs: {counts['unseen_pairs']:,}), 95 %"]
+    unseen = f"unseen pairs: {counts['unseen_pairs']:,}"
+    lines = [f"Accuracy on {found['n']:,} held-out questions ({unseen}), 95 % confidence interval"]
     lines += [_line(label, found[key], counts[key]) for label, key in rows]
     lines += ["By type, after stage 2"]
     lines += [_line(label, value, counts["by_type"][label]) for label, value in found["by_type"].items()]

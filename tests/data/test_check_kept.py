@@ -126,7 +126,9 @@ def test_a_picture_that_went_missing_is_found(train: Path, work: list[str]) -> N
     (train.parent / "blue.png").unlink()
     assert again(train, work) == ["blue.png"]
     name = train.parent / "blue.png"
-    assert said(looked_at(train)) == [f"train.json, row 3, id three: {name}: the image does not exist; check the name."]
+    (told,) = said(looked_at(train))
+    assert told.startswith(f"train.json, row 3, id three: {name}: the image does not exist; check the name, and the fo")
+    assert "(--image-folder; image_folder in a recipe)" in told
 
 
 def test_a_missing_picture_that_was_added_makes_it_sound(train: Path, work: list[str]) -> None:

@@ -202,7 +202,7 @@ def test_the_command(science: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     nobody = ["--judge", "j", "--base-url", "http://127.0.0.1:9/v1", "--store", str(tmp_path / "new" / "calls.jsonl")]
     assert cli.main([*line, "--rule", "judge", *nobody]) == 1
-    assert "nobody answers there" in capsys.readouterr().err
+    assert "No server answers at http://127.0.0.1:9/v1" in capsys.readouterr().err
     for wrong in ("temperature", "[1]", '{"model": "other"}'):
         with pytest.raises(SystemExit) as end:
             cli.main([*line, "--rule", "judge", *nobody, "--parameters", wrong])

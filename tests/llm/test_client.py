@@ -169,7 +169,7 @@ def test_nobody_there_ends_the_run_at_once(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        with pytest.raises(InputError, match="nobody answers there"):
+        with pytest.raises(InputError, match="No server answers at"):
             ask(tmp_path, url, TEXTS)
 
 
@@ -295,7 +295,7 @@ def test_a_password_in_the_address_is_sent_and_never_shown(
             ask(tmp_path, url, ["c"])
         judge = Judge("m", url, tmp_path / "judged.jsonl")
         record = json.dumps(judge.ask([judge.call("Judge.", "a")]).to_json()) + repr(judge)
-    with pytest.raises(InputError, match="nobody answers") as nobody:
+    with pytest.raises(InputError, match="No server answers") as nobody:
         ask(tmp_path, f"http://me:{spelled}@127.0.0.1:9/v1", ["d"])
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()).decode()
     texts = [str(said), str(caught.value), str(nobody.value), record, written, caplog.text, *capsys.readouterr()]

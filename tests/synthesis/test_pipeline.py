@@ -277,7 +277,7 @@ def test_an_old_output_stands_when_nobody_answers(tmp_path: Path) -> None:
     job.out.write_text("old")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(InputError, match="nobody answers"):
+        with pytest.raises(InputError, match="No server answers"):
             pipeline.run(job, f"http://127.0.0.1:{free.getsockname()[1]}/v1")
     assert job.out.read_text() == "old"
 

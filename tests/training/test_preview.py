@@ -76,7 +76,7 @@ def test_a_row_too_long_is_told(rows: Path, tiny: Tiny, capsys: Capture) -> None
     status, out = output(capsys, "check", rows, "--model", tiny.stage2, "--max-length", 20)
     assert status == 1
     assert "error: too long (2)" in out and "more than max_length 20; raise max_length" in out
-    assert out.endswith("Not ready: a run would refuse this data for 2 of these problems.\n")
+    assert out.endswith("Not ready: 2 of these problems are errors; fix them before training.\n")
 
 
 def test_a_recipe_is_checked_as_it_would_be_trained(tiny: Tiny, rows: Path, tmp_path: Path, capsys: Capture) -> None:

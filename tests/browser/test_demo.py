@@ -232,6 +232,10 @@ def test_two_models_are_compared_and_the_vote_is_in_the_file(
     ask(page, "What colour is it?", photograph, "#pair")
     wait_until(lambda: page.locator("#vote-left").is_enabled(), 60)
     assert "Left was" not in page.locator("#result").inner_text(), "no names before the vote"
+    cut = "all => all.filter(one => one.scrollWidth > one.clientWidth).map(one => one.innerText)"
+    assert page.locator("#votes button").evaluate_all(cut) == [], "no label is cut off"
+    narrowest = min(page.locator(side).bounding_box()["width"] for side in ("#left", "#right"))
+    assert narrowest > 300, "an answer has room beside or below the other"
     left = page.locator("#left .bot.message").last.inner_text()
     page.locator("#vote-left").click()
     wait_until(lambda: "Left was" in page.locator("#result").inner_text(), 30)

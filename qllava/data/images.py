@@ -68,7 +68,7 @@ def open_image(path: Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to (SyntaxError, struct.error)
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = f"the picture cannot be decoded ({said})"
-        raise _broken(path, reason, "replace it, or remove its rows") from error
+        raise _broken(path, reason, "replace it, or remove its examples") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -125,7 +125,7 @@ def _check_sides(path: Path, width: int, height: int) -> None:
         raise _broken(path, f"a side of the picture has {_TOO_LONG}", "make it smaller, or cut it")
     if longest > _SLENDER * shortest:
         slender = f"the picture has {width} x {height} pixels, one side over {_SLENDER} times the other"
-        raise _broken(path, slender, "cut it, or remove its rows")
+        raise _broken(path, slender, "cut it, or remove its examples")
 
 
 def _broken(path: Path, problem: str, hint: str) -> RowError:

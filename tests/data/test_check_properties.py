@@ -71,11 +71,12 @@ class Workshop:
         """One step over all rows that were passed: those of the table whose pictures were not refused."""
         rows = checked.table.with_transform(checked.layout)[:]
         sound, refused = [], set()
-        for id, ids, labels, pictures in zip(*rows.values(), strict=True):
+        for id, ids, labels, pictures, image_tokens in zip(*rows.values(), strict=True):
             broken = {name for name in pictures if Path(name).name in BROKEN}
             refused |= broken
             if not broken:
-                sound.append({"id": id, "input_ids": ids, "labels": labels, "pictures": pictures})
+                row = {"id": id, "input_ids": ids, "labels": labels, "pictures": pictures, "image_tokens": image_tokens}
+                sound.append(row)
         assert checked.summary.counts.get("picture broken", 0) == len(refused)
         if sound:
             self.steps += 1

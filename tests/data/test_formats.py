@@ -130,8 +130,8 @@ BROKEN_ROWS = {
     "a turn is no object": (llava("a"), "turn 1 is a text"),  # type: ignore[arg-type]
     "unknown role": (llava({"from": "bot", "value": "a"}, GPT), "turn 1 has 'from': 'bot'; expected human or gpt"),
     "role under the wrong key": (llava({"sender": "user", "text": "a"}), "turn 1 has 'from': missing"),
-    "no words": (llava({"from": "human"}, GPT), "turn 1 has 'value' holds no text"),
-    "words of a wrong type": (llava(HUMAN, {"from": "gpt", "value": 3}), "turn 2 has 'value' holds no text"),
+    "no words": (llava({"from": "human"}, GPT), "turn 1 has no text under 'value'"),
+    "words of a wrong type": (llava(HUMAN, {"from": "gpt", "value": 3}), "turn 2 has no text under 'value'"),
     "only an answer": (llava(GPT), "no turn of the human"),
     "two leading answers": (llava(GPT, GPT, HUMAN, GPT), "turn 1 is the assistant's and begins"),
     "two questions in a row": (llava(HUMAN, HUMAN, GPT), "turn 2 is the user's and follows another turn"),

@@ -38,7 +38,7 @@ DOCS = "see the formats in docs/data.md"
 FORM = "a data file is a JSON list of rows, or one row per line"
 FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
 HALF = "holds half of a character (a \\u escape of a surrogate without its partner); write the character whole"
-REPLACE = "replace it, or remove its rows"
+REPLACE = "replace it, or remove its examples"
 
 
 @dataclass(frozen=True)
@@ -339,10 +339,10 @@ ROWS = {
         "turn 2 is an empty answer; write it or drop the row", HUMAN, GPT | {"value": " \n\u2003"}
     ),
     "an empty question": row("turn 1 is an empty question; write it or drop the row", HUMAN | {"value": "\n"}, GPT),
-    "an answer that is null": row("turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": None}),
-    "an answer that is a number": row("turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": 7}),
+    "an answer that is null": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": None}),
+    "an answer that is a number": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": 7}),
     "an answer that is an object": row(
-        "turn 2 has 'value' holds no text; write it there", HUMAN, GPT | {"value": {"a": "b"}}
+        "turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": {"a": "b"}}
     ),
     "half of a character": row(f"turn 2 {HALF}", HUMAN, GPT | {"value": "A bus \ud83d"}),
     "half of a character in a system prompt": row(
@@ -466,7 +466,7 @@ PICTURES = {
         "a side of the picture has more than 12,000 pixels; make it smaller, or cut it", bytes_of(claims(60_000, 3))
     ),
     "a line": picture(
-        "the picture has 1 x 201 pixels, one side over 200 times the other; cut it, or remove its rows",
+        "the picture has 1 x 201 pixels, one side over 200 times the other; cut it, or remove its examples",
         bytes_of(png((1, 201))),
     ),
     "a link to itself": picture(

@@ -127,7 +127,7 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
         raise InputError(f"The grid {path} must be a mapping with keys of {', '.join(sorted(KEYS))} and no others.")
     for key in KEYS - {"seeds", "measure"}:
         if not isinstance(given.setdefault(key, {}), dict):
-            raise InputError(f"The grid {path}: {key} must be a mapping.")
+            raise InputError(f"The grid {path}: the value of {key} must be a mapping (name: value).")
     seeds = given.get("seeds", [42])
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InputError(f"The grid {path}: seeds must be a list of whole numbers.")

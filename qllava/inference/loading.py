@@ -36,7 +36,9 @@ def load(
         settle_threads(network)
         return Chat(network.eval(), processor, str(folder))
     if base_model:
-        raise InputError(f"{model} is not a run with an adapter, so it has no base elsewhere; leave --base-model out.")
+        raise InputError(
+            f"{model} is not a run with an adapter, so it needs no separate base model; remove --base-model."
+        )
     if said := Run(folder).without_model:
         raise InputError(said)
     from qllava.models.assemble import nf4

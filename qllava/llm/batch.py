@@ -200,7 +200,9 @@ def _results(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _result(row: Any, place: Place) -> tuple[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str) or "response" not in row:
-        raise InputError(f"{place}: this is not a result of a batch; it needs custom_id and response.")
+        raise InputError(
+            f"{place}: this line is not a result of a batch API; each line needs the fields custom_id and response."
+        )
     response = row["response"]
     answered = isinstance(response, dict) and response.get("status_code", 200) == 200 and not row.get("error")
     body = response.get("body") if answered else None

@@ -78,7 +78,9 @@ def find_weights(files: Sequence[str], name: str) -> Found | None:
         wanted = [f"{begin}-{number:05}-of-{count}{end}.safetensors" for number in range(1, int(count) + 1)]
         missing = sorted(set(wanted) - set(shards))
         if missing:
-            raise InputError(f"The weights of {name} lack {missing[0]}; copy or download the model again.")
+            raise InputError(
+                f"The weights of {name} are incomplete ({missing[0]} is missing); copy or download the model again."
+            )
         return Found(None, tuple(wanted), False)
     raise InputError(
         f"{name} has several files of weights and no index ({', '.join(weights[:3])}); rename the one that is the "

@@ -119,7 +119,7 @@ def test_places_are_made_only_where_they_are_spoken_of(tmp_path: Path) -> None:
         ({"variants": {"a": {"against": "b"}}}, "against 'b'"),
         ({"variants": {"a": 3}}, "variant a"),
         ({"grid": {"lora_r": 8}}, "lora_r must have a list"),
-        ({"finetune": [1]}, "finetune must be a mapping"),
+        ({"finetune": [1]}, "the value of finetune must be a mapping"),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

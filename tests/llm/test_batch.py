@@ -242,7 +242,7 @@ def test_results_of_something_else_are_refused(tmp_path: Path, job: Job) -> None
     with pytest.raises(InputError, match="none of its 90 results answers a call of this command"):
         pipeline.import_batch(job, [results])
     results.write_text('{"custom_id": "a", "response": null}\n{"id": 3}\n')
-    with pytest.raises(InputError, match=r"results\.jsonl, line 2: this is not a result of a batch"):
+    with pytest.raises(InputError, match=r"results\.jsonl, line 2: this line is not a result of a batch API"):
         pipeline.import_batch(job, [results])
     assert read_lines(job.store) == []
 

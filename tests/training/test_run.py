@@ -237,7 +237,7 @@ class TestContinuing:
     def test_a_folder_that_is_no_run_is_not_emptied(self, tiny: Tiny, tmp_path: Path) -> None:
         for name in ("results.json", "thesis.tex"):
             (tmp_path / name).touch()
-        with pytest.raises(InputError, match="so it is not a run"):
+        with pytest.raises(InputError, match="is not a run: it has results.json"):
             pretrain(stage1_settings(tiny, tmp_path, overwrite_output_dir="true"))
         assert (tmp_path / "thesis.tex").exists()
 

@@ -270,4 +270,6 @@ def check_output(given: Given | Mapping[str, Any]) -> None:
         if not given.get("overwrite_output_dir"):
             raise InputError(f"{folder} holds a finished run; choose another output_dir, or set overwrite_output_dir.")
         if not (folder / RUN_FILE).is_file():
-            raise InputError(f"{folder} has a {RESULTS_FILE} and no {RUN_FILE}, so it is not a run; choose another.")
+            raise InputError(
+                f"{folder} is not a run: it has {RESULTS_FILE}, but {RUN_FILE} is missing; choose another folder."
+            )

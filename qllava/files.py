@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ class Journal:
             OSError: It cannot be opened.
         """
         self.path, self._begins, self._durable, self._hold = path, begins, durable, hold
-        self._appending, self._reading = threading.Lock(), threading.Lock()
+        self._appending = threading.RLock()
         self._lock: FileLock | None = None
         self._file = os.open(path, _OPEN | (os.O_CREAT if new else 0), 0o666)
         try:
@@ -240,7 +241,9 @@ class Journal:
 
     def read(self, start: int, length: int) -> bytes:
         """Return bytes of the file, even of one that was deleted meanwhile."""
-        with self._reading:
+        if sys.platform != "win32":
+            return os.pread(self._file, length, start)
+        with self._appending:  # which moves the file's one position, too
             os.lseek(self._file, start, os.SEEK_SET)
             return os.read(self._file, length)
 

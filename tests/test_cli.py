@@ -23,7 +23,7 @@ from qllava.doctor import Check
 from qllava.evaluation.intervals import Share
 from qllava.evaluation.vqa import VqaResult
 from qllava.merge import MergeResult
-from qllava.runs import ADAPTER_FILE, RESULTS_FILE, RUN_FILE
+from qllava.runs import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RESULTS_FILE, RUN_FILE
 from tests.tiny_runs import Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,8 @@ def named(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     for name in ("q.jsonl", "p.json", "a.png", "b.png", "c.png"):
         (folder / name).touch()
     (folder / "runs" / "nano").mkdir(parents=True)
-    for name, content in {RUN_FILE: "model_name_or_path: nano", RESULTS_FILE: "{}", ADAPTER_FILE: ""}.items():
+    run = {RUN_FILE: "model_name_or_path: nano", RESULTS_FILE: "{}", ADAPTER_FILE: "", ADAPTER_CONFIG_FILE: "{}"}
+    for name, content in run.items():
         (folder / "runs" / "nano" / name).write_text(content)
     monkeypatch.chdir(folder)
 

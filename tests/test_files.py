@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,3 +215,17 @@ def test_a_journal_that_is_held_lets_nobody_in_by_another_name(tmp_path: Path) -
         (tmp_path / "journal").touch()
         assert not journal.restore()
     assert (tmp_path / "again").read_bytes() == b"{}\n"
+
+
+def test_a_journal_is_read_while_another_thread_appends(tmp_path: Path) -> None:
+    """An append moves the position of the file, so that a read between found nothing: found by forty calls at once."""
+    line = b'{"number": 1}\n'
+    with Journal(tmp_path / "lines.jsonl", durable=False) as journal:
+        journal.append(line)
+        writer = threading.Thread(target=lambda: [journal.append(line * 20) for _ in range(3_000)])
+        writer.start()
+        found = set()
+        while writer.is_alive():
+            found.add(journal.read(0, len(line)))
+        writer.join()
+    assert found == {line}

@@ -378,7 +378,10 @@ def test_a_full_disk(tiny: Tiny, served: StandIn, monkeypatch: pytest.MonkeyPatc
     [
         (["config.json"], None),
         (["adapter_model.safetensors", "projector.safetensors"], None),
-        (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "lack model-00002-of-00003"),
+        (
+            ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
+            "(model-00002-of-00003.safetensors is missing)",
+        ),
         (["a.safetensors", "b.safetensors"], "several files of weights and no index (a.safetensors, b.safetensors)"),
         (["a-00001-of-00001.safetensors", "b.safetensors"], "several files"),
     ],

@@ -9,6 +9,7 @@ need one and run in a tier of their own (`make test-gpu`, which sets QLLAVA_TEST
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -54,6 +55,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("the GPU is hidden from these tests: run `make test-gpu`")
     if GPU_TIER and not wants:
         pytest.skip("computes on the CPU: run `make test`")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: 600,000 objects that live as long as the tests.
+
+    accelerate collects after every training, which took as long as the four steps of a tiny one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 CASES = Path(__file__).resolve().parent / "cases"

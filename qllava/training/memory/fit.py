@@ -10,7 +10,7 @@ from tqdm import tqdm
 from qllava.config import InputError
 from qllava.image_layout import ImageLayout
 from qllava.training.memory.phases import Asking, Phase, phases_of
-from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Known, Setup, estimate, known_estimate
+from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Setup, estimate
 from qllava.training.options.sizes import CARDS, GB, format_bytes
 from qllava.training.settings import TrainConfig
 
@@ -79,7 +79,6 @@ def fit(
     Raises DoesNotFit, an InputError, which says by how much, and what would fit.
     """
     rows = _rows(setup, least_tokens, most_tokens, fixed)
-    known: Known = {}
     for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
         found: list[tuple[float, Setup]] = []
         for tokens in tqdm(rows, desc="looking for what fits", leave=False, disable=None):
@@ -87,14 +86,14 @@ def fit(
             if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
                 break
             trial = replace(setup, optim=optim, tokens_per_row=tokens)
-            fewest = _fewest(trial, limit, known, fixed="recompute_layers" in fixed)
+            fewest = _fewest(trial, limit, fixed="recompute_layers" in fixed)
             if fewest is not None:
                 kept, again = fewest.layers
                 found.append(((2 + again / (kept + again)) * (1 + _PER_PASS / tokens), fewest))
                 found.sort(key=lambda one: one[0])
         if found:
             best = found[0][1]
-            plan = plan_of(best, known_estimate(best, known), limit, asking)
+            plan = plan_of(best, estimate(best), limit, asking)
             if plan.fits or optim == OPTIMS[-1] or "optim" in fixed:
                 break
     if found:
@@ -104,7 +103,7 @@ def fit(
     smallest = replace(trial, tokens_per_row=rows[-1])
     if "recompute_layers" not in fixed:
         smallest = replace(smallest, recompute_layers=None)
-    nearest = known_estimate(smallest, known)
+    nearest = estimate(smallest)
     sentence = _refusal(smallest, nearest, limit, fixed)
     plan = plan_of(smallest, nearest, limit, asking)
     raise DoesNotFit(replace(plan, fits=False, suggestion=sentence))
@@ -160,11 +159,11 @@ def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) ->
     )
 
 
-def _fewest(setup: Setup, limit: int, known: Known, *, fixed: bool) -> Setup | None:
+def _fewest(setup: Setup, limit: int, *, fixed: bool) -> Setup | None:
     """The setup with the fewest recomputed layers that fits; None when none does."""
 
     def fits(trial: Setup) -> bool:
-        return known_estimate(trial, known).peak_bytes <= limit
+        return estimate(trial).peak_bytes <= limit
 
     if fixed:
         return setup if fits(setup) else None

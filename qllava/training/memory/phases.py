@@ -21,7 +21,7 @@ from qllava.image_layout import ImageLayout
 from qllava.inference.batches import MOST, SHARE
 from qllava.inference.memory import answering, prompts_that_fit
 from qllava.training.memory.fake import loss_of_rows
-from qllava.training.memory.step import CONTEXT, FRAGMENTS, NCCL, Estimate, Setup, measuring
+from qllava.training.memory.step import CONTEXT, FRAGMENTS, NCCL, Estimate, Setup, measured_once, measuring
 
 PHASES = ("before", "step", "evaluation", "chat")
 TEXT_OF_A_QUESTION = 64
@@ -92,7 +92,7 @@ def phases_of(setup: Setup, step: Estimate, asking: Asking) -> dict[str, Phase]:
     evaluation = Phase(0)
     if asking.held_out_tokens:
         held = model + step.parts["optimizer"] + step.buckets + sent
-        passing = _held_out_loss(setup, asking.held_out_tokens)
+        passing = _held_out_loss(setup, min(asking.held_out_tokens, setup.tokens_per_row))
         evaluation = Phase(held, passing, min(asking.during, MOST), asking.new_tokens)
     # A stage 1 is only a projector, which cannot be asked.
     chat = Phase(model, 0, 1, CHAT_TOKENS) if setup.lora else Phase(0)
@@ -117,11 +117,11 @@ def _loading(setup: Setup) -> int:
     return max(int(table), packed)
 
 
+@measured_once
 def _held_out_loss(setup: Setup, tokens: int) -> int:
     """Bytes beside what is held while the loss of a batch of held-out samples is computed.
 
     Nothing is kept for a way back, so that two layers tell of any number.
     """
-    tokens = min(tokens, setup.tokens_per_row)
     with measuring(setup, 2, 0, tokens) as (model, tracker, row):
         return loss_of_rows(model.eval(), tracker, row, setup.dtype)

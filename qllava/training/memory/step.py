@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -48,6 +48,7 @@ from qllava.training.memory.fake import (
 from qllava.training.settings import TrainConfig
 from qllava.training.step import exact
 
+T = TypeVar("T")
 CONTEXT = 512 << 20
 """Of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""
 NCCL = 512 << 20
@@ -63,7 +64,21 @@ ROWS = (8192, 6144, 4096, 3072, 2048, 1024, 512)
 _RESIDENT, _BUCKETS = "resident", "buckets"
 """What is measured besides the phases of a step: the model alone, and DDP's copies of gradients."""
 
-Known = dict[tuple[int, int, int], tuple[dict[str, Parts], Parts]]
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a step of a model of few layers holds."""
+
+    phases: dict[str, Parts]
+    """Parts by phase, without the optimizer's state."""
+    adamw: int
+    """Bytes of the state of torch's AdamW."""
+    learning: list[torch.Size]
+    """Shapes of what learns, from which the state of any other optimizer follows."""
+
+    def state(self, optim: str) -> int:
+        """Return the bytes of an optimizer's state."""
+        return self.adamw if optim == OPTIMS[0] else held_by(optim, self.learning)
 
 
 @dataclass(frozen=True)
@@ -163,28 +178,42 @@ def setup_of(train: TrainConfig, config: LlavaConfig, lora: Lora | None, *, load
     )
 
 
+def measured_once(measure: Callable[..., T]) -> Callable[..., T]:
+    """Let a measurement of a setup be made once in a process: `fit` and `plan` ask for the same again and again.
+
+    measure: of a setup and numbers, whatever the setup's optimizer, pack length and recomputation, which it is given
+        as numbers.
+    """
+    kept: dict[Any, T] = {}
+
+    @wraps(measure)
+    def known(setup: Setup, *numbers: int) -> T:
+        rest = replace(setup, config=None, optim="", tokens_per_row=0, recompute_layers=None)  # type: ignore[arg-type]
+        key = (setup.config.to_json_string(use_diff=False), rest, *numbers)
+        if key not in kept:
+            kept[key] = measure(setup, *numbers)
+        return kept[key]
+
+    return known
+
+
 def estimate(setup: Setup, *, whole: bool = False) -> Estimate:
-    """The peak of a setup. whole: run all layers instead of extrapolating from a few."""
-    return known_estimate(setup, {}, whole=whole)
-
-
-def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estimate:
-    """The phase in which the most lives. known: what was measured of this setup before, whatever its optimizer."""
+    """The peak of a setup: the phase in which the most lives. whole: run all layers instead of extrapolating."""
     kept, again = setup.layers
+    tokens = setup.tokens_per_row
     start = (kept, again) if whole else (min(kept, 2), min(again, 2))
-    phases, optimizer = _measured(setup, *start, known)
-    phases = {name: Counter(parts) for name, parts in phases.items()}
-    optimizer = Counter(optimizer)
+    base = _measured(setup, *start, tokens)
+    phases, optimizer = {name: Counter(parts) for name, parts in base.phases.items()}, base.state(setup.optim)
     for missing, further in (
         (kept - start[0], (start[0] + 1, start[1])),
         (again - start[1], (start[0], start[1] + 1)),
     ):
         if not missing:
             continue
-        base, one_more = _measured(setup, *start, known), _measured(setup, *further, known)
+        one_more = _measured(setup, *further, tokens)
         for name, parts in phases.items():
-            _extend(parts, base[0][name], one_more[0][name], missing)
-        _extend(optimizer, base[1], one_more[1], missing)
+            _extend(parts, base.phases[name], one_more.phases[name], missing)
+        optimizer += missing * (one_more.state(setup.optim) - base.state(setup.optim))
     resident, buckets = phases.pop(_RESIDENT), phases.pop(_BUCKETS)
     parts = max(phases.values(), key=lambda found: found.total()) + buckets
     if setup.device == "cuda":
@@ -193,7 +222,7 @@ def known_estimate(setup: Setup, known: Known, *, whole: bool = False) -> Estima
             + (NCCL if setup.processes > 1 else 0)
             + int(FRAGMENTS * sum(parts[p] for p in ("activations", "logits", "workspace")))
         )
-    parts["optimizer"] = optimizer[setup.optim]
+    parts["optimizer"] = optimizer
     named = {name: int(parts[name]) for name in PARTS}
     return Estimate(sum(named.values()), named, {name: int(size) for name, size in resident.items()}, buckets.total())
 
@@ -204,23 +233,20 @@ def _extend(parts: Parts, base: Parts, further: Parts, times: int) -> None:
         parts[name] += times * (further[name] - base[name])
 
 
-def _measured(setup: Setup, kept: int, again: int, known: Known) -> tuple[dict[str, Parts], Parts]:
-    """Parts by phase, without the optimizer, and the bytes of each optimizer, for so many layers of each kind."""
-    key = setup.tokens_per_row, kept, again
-    if key in known:
-        return known[key]
-    with measuring(setup, kept, again, setup.tokens_per_row) as (model, tracker, row):
+@measured_once
+def _measured(setup: Setup, kept: int, again: int, tokens: int) -> _Measured:
+    """Measure a step of so many layers of each kind."""
+    with measuring(setup, kept, again, tokens) as (model, tracker, row):
         step_of_rows(model, tracker, row, setup.dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = Counter({optim: held_by(optim, [p.shape for p in learning]) for optim in {*OPTIMS, setup.optim}})
+    adamw = 0
     for parts in tracker.peaks.values():
-        optimizers[OPTIMS[0]] = parts.pop("optimizer")
+        adamw = parts.pop("optimizer")
     for parameter in learning:
         parameter.grad = None
     tracker.peaks[_RESIDENT] = Counter({part: tracker.live[part] for part in ("weights", "projector", "LoRA")})
     tracker.peaks[_BUCKETS] = _buckets(tracker, learning) if setup.processes > 1 else Counter()
-    known[key] = tracker.peaks, optimizers
-    return known[key]
+    return _Measured(tracker.peaks, adamw, [parameter.shape for parameter in learning])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from qllava.models.outline import Recipe
 from qllava.training import memory
 from qllava.training.memory import GB, DoesNotFit, Setup, estimate, fit, parse_bytes
 from qllava.training.memory.fake import example_row, fake_llava, held_by, llava_of, tensors_of
+from qllava.training.memory.step import measured_once
 from qllava.training.settings import TrainConfig
 from qllava.training.step.attention import looking_at
 
@@ -264,6 +265,19 @@ class TestFit:
         plan = fit(self.setup, 8 * GB, least_tokens=5, most_tokens=20)
         assert plan.tokens_per_row == ImageLayout.of_config(self.setup.config).tokens + 4  # room for a picture
         assert fit(self.setup, 8 * GB, least_tokens=9000, most_tokens=9000).tokens_per_row == 9000
+
+
+def test_a_setup_is_measured_once() -> None:
+    """Whatever its optimizer; and again when anything else changes, inside its configuration too."""
+    asked: list[Setup] = []
+    measure = measured_once(lambda setup, *numbers: asked.append(setup) or len(asked))
+    setup = on_cpu(small())
+    same = replace(setup, config=small(), optim="sgd", tokens_per_row=9, recompute_layers=0)
+    assert (measure(setup, 1, 2), measure(same, 1, 2), measure(setup, 2, 1)) == (1, 1, 2)
+    others = [replace(setup, lora=of_rank(9)), replace(setup, held=torch.float16), replace(setup, lora_first=False)]
+    assert [measure(other, 1, 2) for other in (*others, replace(setup, config=small(side=126)))] == [3, 4, 5, 6]
+    setup.config.text_config.hidden_act = "relu"
+    assert measure(setup, 1, 2) == 7
 
 
 def test_settings_become_a_setup() -> None:

@@ -41,6 +41,9 @@ from qllava.training.stage import train_stage
 from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
 
+TINY_TOKENS = 512
+"""Length of samples and packs on a CPU: 16 image tokens of the model of no size are 250 images in a pack of 8,192."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -139,6 +142,7 @@ def _settings(case: Case) -> Settings:
     line += ["--save_strategy", "no", "--dataloader_num_workers", "0", "--report_to", "none"]
     if case.device == "cpu":
         line += ["--use_cpu", "true", "--lora_r", "4", "--per_device_train_batch_size", "2", "--eval_questions", "1"]
+        line += ["--max_length", str(TINY_TOKENS)]
     settings = parse(line, output_dir=str(Path(case.folder) / "run"), nano={})
     settings.train.learning_rate, settings.train.projector_lr = 1e-4, 2e-5
     return settings
@@ -149,9 +153,11 @@ def _planned(settings: Settings, config: Any, lora: Lora | None, limit: int) -> 
     train = settings.train
     setup = memory.setup_of(train, config, lora, load_in_4bit=settings.model.load_in_4bit)
     asking = scores.asking_of(train, lora, held_out=scores.expects_held_out(settings))
+    least = setup.tokens_per_row
+    most = TINY_TOKENS if train.use_cpu else None
     try:
         return memory.fit(
-            setup, limit, asking=asking, least_tokens=setup.tokens_per_row, fixed=memory.settled(train)
+            setup, limit, asking=asking, least_tokens=least, most_tokens=most, fixed=memory.settled(train)
         ).phases
     except memory.DoesNotFit as refusal:
         return refusal.plan.phases

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,16 +141,30 @@ def without_clone() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+def interpreter() -> Path:
+    """A program that takes the place of `python` where a command starts others; they are forked too."""
+    return _server()[2] / "python"
+
+
 @cache
-def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start the process that is forked."""
+def _server() -> tuple[socket.socket, subprocess.Popen[bytes], Path]:
+    """Start the process that is forked; returns what it is asked by, itself, and a folder for it."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with its:
-        program = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(its.fileno())]
+    place = Path(tempfile.mkdtemp(prefix="forked-"))
+    here, name = Path(__file__).parent, place / "socket"
+    stand_in = place / "python"
+    stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{here / "forked_python.py"}" "{name}" "$@"\n')
+    stand_in.chmod(0o700)
+    with its, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as others:
+        others.bind(str(name))
+        others.listen()
+        given = [its.fileno(), others.fileno()]
+        program = [sys.executable, str(here / "fork_server.py"), *map(str, given)]
         environment = {**without_clone(), "OMP_NUM_THREADS": "1"}
-        return ours, subprocess.Popen(
-            program, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        process = subprocess.Popen(
+            program, env=environment, pass_fds=given, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
+    return ours, process, place
 
 
 def end() -> None:
@@ -158,6 +173,7 @@ def end() -> None:
         command.kill()
         command.wait()
     if _server.cache_info().currsize:
-        client, process = _server()
+        client, process, place = _server()
         client.close()
         process.wait()
+        shutil.rmtree(place)

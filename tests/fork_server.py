@@ -1,11 +1,12 @@
 """The process that `tests.commands` forks: it has the libraries imported, nothing of ours, one thread, no state.
 
-    python tests/fork_server.py FILE_DESCRIPTOR
+    python tests/fork_server.py FILE_DESCRIPTOR LISTENING
 
-Each message on that socket is a command as JSON, with the write ends of its output, of its errors and of a pipe for its
-status. The server forks a watcher, and the watcher the command: the watcher writes the command's process id, waits, and
-writes how it ended. The command itself leaves the loop and runs as the interpreter would have run it, so that it ends
-as every Python program does: with its tracebacks, threads that are waited for, and `atexit`.
+Each message on the first socket is a command as JSON, with the write ends of its output, of its errors and of a pipe
+for its status; `tests.forked_python` sends the same to the second. The server forks a watcher, and the watcher the
+command: the watcher writes the command's process id, waits, and writes how it ended. The command itself leaves the loop
+and runs as the interpreter would have run it, so that it ends as every Python program does: with its tracebacks,
+threads that are waited for, and `atexit`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -43,13 +45,27 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     return (json.loads(message), given) if message else None
 
 
-def serve(client: socket.socket) -> dict[str, Any] | None:
-    """Fork for each command; returns it in its own process, and None in this one when the tests have ended."""
-    while (received := receive(client)) is not None:
+def serve(client: socket.socket, others: socket.socket) -> dict[str, Any] | None:
+    """Fork for each command; returns it in its own process, and None in this one when the tests have ended.
+
+    others: who connects here asks for one command.
+    """
+    while True:
+        asking = client
+        if others in select.select([client, others], [], [])[0]:
+            asking, _ = others.accept()
+        received = receive(asking)
+        if asking is not client:
+            asking.close()
+        elif received is None:
+            return None
+        if received is None:
+            continue
         command, given = received
         refuse_threads()
         if os.fork() == 0:
             client.close()
+            others.close()
             if begun(*given):
                 return command
         for descriptor in given:
@@ -57,7 +73,6 @@ def serve(client: socket.socket) -> dict[str, Any] | None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # so that the time of commands counts as that of the tests
                 pass
-    return None
 
 
 def refuse_threads() -> None:
@@ -93,6 +108,10 @@ def run(command: dict[str, Any]) -> None:
     os.environ.update(command["env"])
     tempfile.tempdir = None  # chosen by the environment
     first, *words = command["words"]
+    if first == "-u":
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+        first, *words = words
     paths = [path for path in command["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[0:1] = ["" if first in ("-c", "-m") else str(Path(first).resolve().parent), *paths]
     importlib.invalidate_caches()
@@ -111,13 +130,14 @@ def run(command: dict[str, Any]) -> None:
 def main() -> None:
     """Import, serve, and in each fork become the command."""
     client = socket.socket(fileno=int(sys.argv[1]))
+    others = socket.socket(fileno=int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # or the first collection of each command copies every page
-    command = serve(client)
+    command = serve(client, others)
     if command is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run(command)

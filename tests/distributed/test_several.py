@@ -35,8 +35,9 @@ SHORT: dict[str, Any] = {"tokens_per_row": 90}
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A launcher, on a port that it finds itself; what it launches are new processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """A launcher, on a port that it finds itself; torchrun starts PYTHON_EXEC in place of an interpreter."""
+    python = {"PYTHON_EXEC": str(commands.interpreter())}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **python}
     return commands.run("-m", *command, env=environment)
 
 

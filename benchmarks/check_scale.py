@@ -1,14 +1,14 @@
 """How fast and in how much memory a large data file is checked, and how soon a run on it can begin a second time.
 
-    python benchmarks/check_scale.py --rows 600000 --pictures 5000 --out benchmarks/results/check_scale.json
+    python benchmarks/check_scale.py --rows 600000 --images 5000 --out benchmarks/results/check_scale.json
 
-The rows are made up: LLaVA's JSON, words drawn so that a row has 200 tokens of text on average, spread as in
-LLaVA-Instruct (log-normal), several rows a picture. Five commands are measured, each in a process of its own:
+The examples are made up: LLaVA's JSON, words drawn so that an example has 200 tokens of text on average, spread as in
+LLaVA-Instruct (log-normal), several examples an image. Five commands are measured, each in a process of its own:
 
-    first       `qllava check`, nothing known: rows are read and every picture is decoded
-    edited      the same after a row was added: pictures are known, all rows are read again
+    first       `qllava check`, nothing known: examples are read and every image is decoded
+    edited      the same after an example was added: images are known, all examples are read again
     again       the same file a second time
-    run         a training run of one step on nano's parts, whose tokenizer makes other samples of the rows
+    run         a training run of one step on nano's parts, whose tokenizer makes other samples of the examples
     run_again   the same a second time: the whole command, from its start to its report
 """
 
@@ -35,13 +35,13 @@ STARTS, ENDS = ("b", "st", "c", "tr", "gr", "l", "wh", "m"), ("at", "ing", "ere"
 WORDS = [f"{start}{end}" for start in STARTS for end in ENDS]
 
 
-def make(folder: Path, rows: int, pictures: int) -> Path:
-    """Write pictures and rows; returns the data file."""
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
+def make(folder: Path, rows: int, images: int) -> Path:
+    """Write images and examples; returns the data file."""
+    images_folder = folder / "images"
+    images_folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
-    for n in range(pictures):
-        path = images / f"{n:06d}.jpg"
+    for n in range(images):
+        path = images_folder / f"{n:06d}.jpg"
         if not path.exists():
             small = noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)
             Image.fromarray(small).resize((640, 480)).save(path, quality=85)
@@ -49,13 +49,13 @@ def make(folder: Path, rows: int, pictures: int) -> Path:
     data = folder / "rows.json"
     with data.open("w", encoding="utf-8") as file:
         for n in range(rows):
-            row = _row(rng, n, rng.randrange(pictures))
+            row = _row(rng, n, rng.randrange(images))
             file.write(("[" if n == 0 else ",\n") + json.dumps(row))
         file.write("]\n")
     return data
 
 
-def _row(rng: random.Random, number: int, picture: int) -> dict[str, Any]:
+def _row(rng: random.Random, number: int, image: int) -> dict[str, Any]:
     length = min(700, max(12, round(rng.lognormvariate(4.4, 0.55))))
     rounds = rng.choice((1, 1, 2, 4))
     turns: list[dict[str, str]] = []
@@ -64,7 +64,7 @@ def _row(rng: random.Random, number: int, picture: int) -> dict[str, Any]:
         answer = " ".join(rng.choices(WORDS, k=max(2, length // rounds - 10)))
         turns.append({"from": "human", "value": f"<image>\n{question}?" if k == 0 else f"{question}?"})
         turns.append({"from": "gpt", "value": f"{answer}."})
-    return {"id": f"row-{number}", "image": f"images/{picture:06d}.jpg", "conversations": turns}
+    return {"id": f"example-{number}", "image": f"images/{image:06d}.jpg", "conversations": turns}
 
 
 def measure(command: list[str], environment: dict[str, str]) -> dict[str, float]:
@@ -110,12 +110,12 @@ def main() -> int:
     """Make the data, measure, write the result."""
     parser = argparse.ArgumentParser(description="Check a large data file; Linux only.")
     parser.add_argument("--rows", type=int, default=600_000)
-    parser.add_argument("--pictures", type=int, default=5_000)
+    parser.add_argument("--images", type=int, default=5_000)
     parser.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder, LLaMA's for one")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/qllava/benchmark-check")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    data = make(arguments.folder, arguments.rows, arguments.pictures)
+    data = make(arguments.folder, arguments.rows, arguments.images)
     cache = arguments.folder / "cache"
     subprocess.run(["rm", "-rf", str(cache)], check=True)
     environment = {**os.environ, "QLLAVA_CACHE": str(cache)}
@@ -139,7 +139,7 @@ def main() -> int:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
         "rows": arguments.rows,
-        "pictures": arguments.pictures,
+        "images": arguments.images,
         "file_bytes": data.stat().st_size,
         "rows_per_second_edited": round((arguments.rows + 1) / found["edited"]["seconds"]),
         **found,

@@ -85,8 +85,8 @@ def plainly(truth: Sequence[Sequence[str]], min_count: int, max_per_concept: int
     return pool
 
 
-def row(number: int, caption: str) -> dict[str, Any]:
-    """A row as in LLaVA's captions for stage 1."""
+def record(number: int, caption: str) -> dict[str, Any]:
+    """An example as in LLaVA's captions for stage 1."""
     human = {"from": "human", "value": "Describe the picture briefly.\n<image>"}
     turns = [human, {"from": "gpt", "value": caption}]
     return {"id": f"{number:09d}", "image": f"{number // 1000:05d}/{number:09d}.jpg", "conversations": turns}
@@ -120,11 +120,11 @@ def main() -> int:
     texts, truth = make(arguments.captions, arguments.concepts, arguments.exponent)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     data, out = arguments.folder / "captions.json", arguments.folder / "balanced.json"
-    rows = [row(number, text) for number, text in enumerate(texts)]
-    data.write_text(json.dumps(rows), encoding="utf-8")
+    records = [record(number, text) for number, text in enumerate(texts)]
+    data.write_text(json.dumps(records), encoding="utf-8")
     found = measure(data, out)
     kept = plainly(truth, 3, 100, 0)
-    expected = [one for number, one in enumerate(rows) if number in kept]
+    expected = [one for number, one in enumerate(records) if number in kept]
     result = {
         **provenance("cpu"),
         "captions_before": arguments.captions,

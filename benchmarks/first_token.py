@@ -2,7 +2,7 @@
 
     python benchmarks/first_token.py --out benchmarks/results/first_token.json
 
-Each question is about a picture that is uploaded before the clock starts. The page itself takes the time, from the
+Each question is about an image that is uploaded before the clock starts. The page itself takes the time, from the
 press on the button to the first letter of the answer in the document.
 """
 
@@ -48,7 +48,7 @@ class Measured:
     longest: float
 
 
-def ask(address: str, picture: Path, questions: int) -> list[float]:
+def ask(address: str, image: Path, questions: int) -> list[float]:
     """Ask in a browser, each time in a new conversation; seconds for each."""
     from playwright.sync_api import sync_playwright
 
@@ -59,7 +59,7 @@ def ask(address: str, picture: Path, questions: int) -> list[float]:
         for _ in range(questions + 1):
             page: Any = browser.new_page()
             page.goto(address)
-            page.set_input_files("#question input[type=file]", picture)
+            page.set_input_files("#question input[type=file]", image)
             page.locator("#question .thumbnail-item").first.wait_for()
             page.locator("#question textarea").fill("What colour is the circle?")
             seconds.append(page.evaluate(CLOCK) / 1000)
@@ -77,8 +77,8 @@ def measure(model: str, questions: int) -> Measured:
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "picture.png"
-        scenes.render(scenes.sample_scene(random.Random(7), "test")).save(picture)
+        image = Path(folder) / "image.png"
+        scenes.render(scenes.sample_scene(random.Random(7), "test")).save(image)
         flags = ["--model", model, "--port", str(port), "--votes", str(Path(folder) / "votes.jsonl")]
         process = subprocess.Popen([sys.executable, str(APP), *flags])
         try:
@@ -86,7 +86,7 @@ def measure(model: str, questions: int) -> Measured:
                 if process.poll() is not None:
                     raise SystemExit("the demo ended; its message stands above")
                 time.sleep(0.5)
-            seconds = sorted(ask(address, picture, questions))
+            seconds = sorted(ask(address, image, questions))
         finally:
             process.terminate()
             process.wait(20)

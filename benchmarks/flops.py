@@ -4,8 +4,8 @@
 
 The real code runs on fake tensors: they have shapes and no contents, so 13B parameters take no memory, and torch's
 counter sees every product, forward, recomputed and backward. Counted are TRL with and without recomputation, and qllava
-with one and three samples per picture, with and without recomputation, and with each shortcut off alone. A sample
-has a picture of 576 tokens and 200 tokens of text, 100 of them learned.
+with one and three samples per image, with and without recomputation, and with each shortcut off alone. A sample
+has an image of 576 tokens and 200 tokens of text, 100 of them learned.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from benchmarks.counting import counter
 from benchmarks.machine import provenance
 from benchmarks.tables import format_table
 from benchmarks.whole_head import compute_whole_head
-from qllava.data.collate import row_tensors
+from qllava.data.collate import pack_tensors
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import Row, lay_out
+from qllava.data.packing import Pack, lay_out
 from qllava.image_layout import ImageLayout
 from qllava.models.lora import Lora
 from qllava.surroundings import prepare_process
 from qllava.training.memory import recompute as recompute_layers
 from qllava.training.memory.fake import fake_llava, llava_of
 from qllava.training.step.attention import looking_at
-from qllava.training.step.exact import take_shortcuts, teach_rows
+from qllava.training.step.exact import take_shortcuts, teach_packs
 
 TEXT_TOKENS, LEARNED_TOKENS = 200, 100
 
@@ -101,17 +101,17 @@ def qllava_step(
     shortcuts: Shortcuts = Shortcuts(),
     lora_r: int = 64,
 ) -> int:
-    """FLOPs of a step of qllava over one picture and all samples about it."""
-    row = _row(config, samples, text, learned, share=shortcuts.share)
-    return count_row(config, row, recompute=recompute, shortcuts=shortcuts, lora_r=lora_r)
+    """FLOPs of a step of qllava over one image and all samples about it."""
+    pack = _pack(config, samples, text, learned, share=shortcuts.share)
+    return count_pack(config, pack, recompute=recompute, shortcuts=shortcuts, lora_r=lora_r)
 
 
-def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shortcuts, lora_r: int) -> int:
-    """FLOPs of a row, forward and backward."""
+def count_pack(config: LlavaConfig, pack: Pack, *, recompute: bool, shortcuts: Shortcuts, lora_r: int) -> int:
+    """FLOPs of a pack, forward and backward."""
     with FakeTensorMode() as fake:
         model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=Lora(lora_r, lora_r))
         llava = llava_of(model)
-        teach_rows(llava)
+        teach_packs(llava)
         take_shortcuts(llava, shortcuts)
         if not shortcuts.head_on_learned:
             compute_whole_head(llava)
@@ -121,29 +121,29 @@ def count_row(config: LlavaConfig, row: Row, *, recompute: bool, shortcuts: Shor
         side = getattr(config.vision_config, "image_size", 0)
         tensors = {
             name: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for name, value in row_tensors(row).items()
+            for name, value in pack_tensors(pack).items()
         }
-        pixels = torch.zeros(len(row.pictures), 3, side, side)
+        pixels = torch.zeros(len(pack.images), 3, side, side)
         with counter() as counted, looking_at(llava.model.language_model):
             (-model(**tensors, pixel_values=pixels).log_probs.sum()).backward()
         return int(counted.get_total_flops())
 
 
-def _row(config: LlavaConfig, samples: int, text: int, learned: int, *, share: bool) -> Row:
-    """Samples about one picture in one row: the picture, a question of other words each, an answer."""
-    picture = [config.image_token_index] * ImageLayout.of_config(config).tokens
-    asked = [IGNORE_INDEX] * (len(picture) + text - learned)
-    rows = [
+def _pack(config: LlavaConfig, samples: int, text: int, learned: int, *, share: bool) -> Pack:
+    """Samples about one image in one pack: the image, a question of other words each, an answer."""
+    image = [config.image_token_index] * ImageLayout.of_config(config).tokens
+    asked = [IGNORE_INDEX] * (len(image) + text - learned)
+    packs = [
         {
             "id": str(n),
-            "input_ids": picture + [n + 1] * text,
+            "input_ids": image + [n + 1] * text,
             "labels": asked + [n + 1] * learned,
-            "pictures": ["a"],
-            "image_tokens": [len(picture)],
+            "image_files": ["a"],
+            "image_tokens": [len(image)],
         }
         for n in range(samples)
     ]
-    return lay_out(rows, config.image_token_index, share=share)
+    return lay_out(packs, config.image_token_index, share=share)
 
 
 LINES: list[tuple[str, Callable[[LlavaConfig], int], int]] = [
@@ -152,7 +152,7 @@ LINES: list[tuple[str, Callable[[LlavaConfig], int], int]] = [
     ("TRL, no recomputation", lambda config: trl_step(config, recompute=False), 1),
     *(
         (
-            f"qllava, {samples} per picture{', recomputation' * recompute}{f', without {off}' * bool(off)}",
+            f"qllava, {samples} per image{', recomputation' * recompute}{f', without {off}' * bool(off)}",
             lambda config, samples=samples, recompute=recompute, off=off: qllava_step(
                 config,
                 samples=samples,

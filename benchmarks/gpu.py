@@ -36,7 +36,7 @@ from benchmarks.turns import Worker
 from qllava.data.packing import Group
 from qllava.files import write_whole
 from qllava.surroundings import prepare_process
-from qllava.training.step.attention import Sight, row_attention
+from qllava.training.step.attention import Sight, pack_attention
 
 CAPS_GB = (8, 12, 16, 24)
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*gb*.yaml"))
@@ -67,7 +67,7 @@ def ceiling(device: str, size: int) -> float:
 
 
 def kernels(device: str, heads: int, width: int, prefix: int, branch: int, samples: int) -> list[dict[str, Any]]:
-    """Attention of one row forward and backward by each kernel: milliseconds, or why it does not run here."""
+    """Attention of one pack forward and backward by each kernel: milliseconds, or why it does not run here."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     groups = tuple(
         Group(start, prefix, (branch,) * 2)
@@ -83,7 +83,7 @@ def kernels(device: str, heads: int, width: int, prefix: int, branch: int, sampl
         sight = Sight(groups, learned, (), kernel)
 
         def step(sight: Sight = sight) -> None:
-            answer, _ = row_attention(torch.nn.Identity(), query, key, value, None, sight=sight)
+            answer, _ = pack_attention(torch.nn.Identity(), query, key, value, None, sight=sight)
             answer.float().square().sum().backward()
 
         try:

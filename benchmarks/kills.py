@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py --out benchmarks/results/kills.json      (about seven minutes on one core)
 
-Two runs over a few hundred of nano's own rows, with a checkpoint after every step: stage 1 alone, and both stages by
-one command. (There nano's stage 1 saves nothing: the first kill waits for its end, and comes before stage 2 has saved.)
+Two runs over a few hundred of nano's own examples, with a checkpoint after every step: stage 1 alone, and both stages
+by one command. (There nano's stage 1 saves nothing: the first kill waits for its end, and comes before stage 2 saves.)
 Of the others two of three wait for `.partial`, the folder of a checkpoint that is being written, and come within 20 ms;
 the rest come at a drawn moment, its start too, or after two more steps. Half of the first kind let one save pass, or no
 run would ever get further. A kill counts as one in a save when it leaves that folder behind.
@@ -70,8 +70,8 @@ class Kill:
     newest: str | None
 
 
-def write_rows(folder: Path) -> tuple[Path, Path, Path]:
-    """Some of nano's captions and conversations; returns both files and the folder of their pictures."""
+def write_records(folder: Path) -> tuple[Path, Path, Path]:
+    """Some of nano's captions and conversations; returns both files and the folder of their images."""
     data = prepare()
     files = []
     for path in (data.pretrain, data.train):
@@ -154,10 +154,10 @@ def _bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
     """Both runs, undisturbed and killed."""
-    captions, conversations, pictures = write_rows(work)
+    captions, conversations, images = write_records(work)
     log, dice, told, compared, wrong = work / "said.txt", random.Random(seed), [], 0, []
     first = kills // 3
-    rows = ("--image_folder", str(pictures), "--train_file")
+    rows = ("--image_folder", str(images), "--train_file")
     both = (*rows, str(conversations), "--pretrain_file", str(captions))
     runs = (
         Trained("pretrain_projector.py", 2 * first + 4, first, False, (*rows, str(captions))),

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.samples import make_processor, make_texts
-from benchmarks.systems import prepare_rows
+from benchmarks.systems import prepare_records
 from benchmarks.weights import random_llava
 from qllava.config import InputError
 from qllava.conversation import CHATML
@@ -153,7 +153,7 @@ def _planned(settings: Settings, config: Any, lora: Lora | None, limit: int) -> 
     train = settings.train
     setup = memory.setup_of(train, config, lora, load_in_4bit=settings.model.load_in_4bit)
     asking = scores.asking_of(train, lora, held_out=scores.expects_held_out(settings))
-    least = setup.tokens_per_row
+    least = setup.tokens_per_pack
     most = TINY_TOKENS if train.use_cpu else None
     try:
         return memory.fit(
@@ -174,10 +174,10 @@ def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: 
         assembled.processor.tokenizer, CHATML, config.image_token_index, ImageLayout.of_config(config), 1 << 30
     )
     batch, side = train.per_device_train_batch_size, config.vision_config.image_size
-    pictures = folder / "pictures"
-    texts = make_texts(pictures, side=side, samples_per_image=1.95, samples_per_step=batch, steps=2, seed=0)
-    rows = prepare_rows(texts, encoder, folder)
-    examples = scores.spaced(read_examples(folder / "rows.json", pictures), scores.SHOWN) if lora else []
+    images = folder / "images"
+    texts = make_texts(images, side=side, samples_per_image=1.95, samples_per_step=batch, steps=2, seed=0)
+    rows = prepare_records(texts, encoder, folder)
+    examples = scores.spaced(read_examples(folder / "rows.json", images), scores.SHOWN) if lora else []
     evaluates = str(getattr(train.eval_strategy, "value", train.eval_strategy)) != "no"
     adapted = add_lora(assembled, lora) if lora else train_projector_only(assembled)
     run = Path(str(train.output_dir))
@@ -193,7 +193,7 @@ def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: 
     if lora:
         with peaks.inside("chat"):
             chat = Chat(adapted.eval(), assembled.processor, "random")
-            chat.answer(texts[0].picture, texts[0].question, max_new_tokens=CHAT_TOKENS)
+            chat.answer(texts[0].image, texts[0].question, max_new_tokens=CHAT_TOKENS)
 
 
 @contextmanager

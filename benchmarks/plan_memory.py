@@ -191,7 +191,7 @@ def settings_of(folder: Path, tokens: int) -> Settings:
         "lora_alpha": 16,
         "per_device_train_batch_size": ROWS,
         "per_device_eval_batch_size": 1,
-        "tokens_per_row": tokens,
+        "tokens_per_pack": tokens,
         "max_length": tokens,
         "gradient_checkpointing": False,
         "max_steps": 2,
@@ -240,7 +240,7 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
     settings = settings_of(folder, tokens)
     config, lora = shapes_of(settings.model).config, Lora.of_settings(settings.model)
     setup = memory.setup_of(settings.train, config, lora, load_in_4bit=settings.model.load_in_4bit)
-    setup = replace(setup, samples_per_picture=1)
+    setup = replace(setup, samples_per_image=1)
     asking = scores.asking_of(settings.train, setup.lora, held_out=True)
     asking = replace(asking, before=IMAGES, during=IMAGES, new_tokens=NEW_TOKENS)
     found = memory.phases_of(setup, memory.estimate(setup), asking)

@@ -43,7 +43,7 @@ def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
     limit = memory.parse_bytes(str(settings.train.fit_memory))
     if fit:
         fixed = memory.settled(settings.train)
-        plan = memory.fit(setup, limit, asking=asking, least_tokens=setup.tokens_per_row, fixed=fixed)
+        plan = memory.fit(setup, limit, asking=asking, least_tokens=setup.tokens_per_pack, fixed=fixed)
     else:
         plan = memory.plan_of(setup, memory.estimate(setup), limit, asking)
     return {
@@ -51,7 +51,7 @@ def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
         "stage": stage,
         "card_gb": limit / memory.GB,
         **{name: size / memory.GB for name, size in plan.phases.items()},
-        "tokens": plan.tokens_per_row,
+        "tokens": plan.tokens_per_pack,
         "recomputed": plan.recompute_layers,
         "optim": plan.optim,
         "fits": plan.fits,

@@ -2,14 +2,14 @@
 
     python benchmarks/rules_vs_naive.py --run runs/finetune_lora --out benchmarks/results/rules_vs_naive.json
 
-nano is tuned on the pictures of its own training set, with the projector that the finished run `--run` aligned, through
+nano is tuned on the images of its own training set, with the projector that the finished run `--run` aligned, through
 recipes/finetune_lora.py and its settings; only the words differ:
 
-    main      nano's own questions: what the finished run scored, over 3,000 more pictures in colours without a name
-    rules     `qllava.synthesis.rules.examples`, conversations with brief answers: up to ten questions a picture
+    main      nano's own questions: what the finished run scored, over 3,000 more images in colours without a name
+    rules     `qllava.synthesis.rules.examples`, conversations with brief answers: up to ten questions per image
     naive     a question from a list, and a caption
 
-Each is scored on nano's own 1,000 held-out questions. Seeds change the rows and the order of training.
+Each is scored on nano's own 1,000 held-out questions. Seeds change the examples and the order of training.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ROOT = Path(__file__).parents[1]
 TYPES = {"rules": "conversation", "naive": "naive"}
 
 
-def make(kind: str, seed: int, pictures: int, folder: Path) -> Path:
-    """Write the rows of a system; returns the file."""
-    contexts = read_contexts(f"nano:{pictures}")
-    rows = [row for one in contexts for row in write(one, (TYPES[kind],), seed=seed, brief=True)]
+def make(kind: str, seed: int, images: int, folder: Path) -> Path:
+    """Write the examples of a system; returns the file."""
+    contexts = read_contexts(f"nano:{images}")
+    records = [record for one in contexts for record in write(one, (TYPES[kind],), seed=seed, brief=True)]
     path = folder / f"{kind}-{seed}.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
 
-def tune(rows: Path, run: Path, projector: Path, pictures: Path, seed: int) -> float:
-    """Stage 2 on these rows, unless it has been finished before; returns its seconds."""
+def tune(records: Path, run: Path, projector: Path, images: Path, seed: int) -> float:
+    """Stage 2 on these examples, unless it has been finished before; returns its seconds."""
     results = run / RESULTS_FILE
     if not results.is_file():
-        data = ["--train_file", rows, "--image_folder", pictures, "--projector", projector]
+        data = ["--train_file", records, "--image_folder", images, "--projector", projector]
         line = [sys.executable, ROOT / "recipes/finetune_lora.py", *data, "--output_dir", run, "--seed", seed]
         subprocess.run([str(word) for word in line], check=True, cwd=ROOT)
     return float(json.loads(results.read_text(encoding="utf-8"))["seconds"])
@@ -62,12 +62,12 @@ def score(run: Path, data: NanoData, questions: Path) -> dict[str, Any]:
 
 
 def measure(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: rows, tuning, and both scores."""
+    """One run: examples, tuning, and both scores."""
     data = prepare()
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows = make(kind, seed, options.pictures, options.folder)
+    records = make(kind, seed, options.images, options.folder)
     run = options.folder / f"run-{kind}-{seed}"
-    seconds = tune(rows, run, options.run / STAGE1, data.folder, seed)
+    seconds = tune(records, run, options.run / STAGE1, data.folder, seed)
     test, unseen = (score(run, data, questions) for questions in (data.test, data.unseen))
     shown = {key: test[key] for key in ("accuracy", "ci95", "by_type", "n")}
     return {"seed": seed, **shown, "unseen_pairs": unseen["accuracy"], "seconds": seconds}
@@ -88,8 +88,10 @@ def main() -> None:
     """Read the flags, run every system with every seed, and write what came out after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a finished run of recipes/finetune_lora.py on nano")
-    parser.add_argument("--folder", type=Path, default=Path("runs/rules_vs_naive"), help="where rows and runs are kept")
-    parser.add_argument("--pictures", type=int, default=7000)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/rules_vs_naive"), help="where examples and runs are kept"
+    )
+    parser.add_argument("--images", type=int, default=7000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -102,7 +104,7 @@ def main() -> None:
             runs[kind].append(measure(kind, seed, options))
             result = {
                 **provenance("cpu"),
-                "pictures": options.pictures,
+                "images": options.images,
                 "seconds": round(time.monotonic() - started),
                 "summary": summary(own["stage2"], runs),
                 "main": {key: own[key] for key in ("stage2", "by_type", "unseen_pairs", "n")},

@@ -1,10 +1,10 @@
-"""Samples to train on, made up: pictures of noise, and questions and answers as long as those of LLaVA-Instruct.
+"""Samples to train on, made up: images of noise, and questions and answers as long as those of LLaVA-Instruct.
 
 A sample's text is log-normally long, 200 tokens in the mean, and about half of it is learned. The words mean nothing;
 they come from a few hundred, so that there is something to learn (how often each comes) and losses can be compared.
 
-All systems get the same rows and the same samples in each optimizer step. Steps are those of `packing.steps_of`, as a
-run of qllava has them: samples about one picture come together.
+All systems get the same examples and the same samples in each optimizer step. Steps are those of `packing.steps_of`, as
+a run of qllava has them: samples about one image come together.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ TEMPLATE_TOKENS = 6
 """Begin and end of turn, and the two roles, of a ChatML round."""
 WORDS = 256
 MIXTURE = {1: 0.30, 2: 0.45, 3: 0.25}
-"""How many pictures have one, two and three samples when the mean is 1.95, that of LLaVA-Instruct-158K."""
+"""How many images have one, two and three samples when the mean is 1.95, that of LLaVA-Instruct-158K."""
 
 
 @dataclass(frozen=True)
 class Text:
     """A sample.
 
-    picture: its file.
+    image: its file.
     question, answer: words.
     """
 
-    picture: str
+    image: str
     question: str
     answer: str
 
@@ -82,7 +82,7 @@ def make_processor(config: LlavaConfig) -> LlavaProcessor:
 def make_texts(
     folder: Path, *, side: int, samples_per_image: float, samples_per_step: int, steps: int, seed: int
 ) -> list[Text]:
-    """Samples of `steps` optimizer steps, one step after the other; pictures of side x side are written to `folder`."""
+    """Samples of `steps` optimizer steps, one step after the other; images of side x side are written to `folder`."""
     rng = np.random.default_rng([seed, round(100 * samples_per_image)])
     shown: list[int] = []
     while len(shown) < steps * samples_per_step + 64:
@@ -90,11 +90,11 @@ def make_texts(
     order = steps_of(np.array(shown), samples_per_step, seed=seed, epoch=0)
     chosen = np.concatenate([next(order) for _ in range(steps)])
     folder.mkdir(parents=True, exist_ok=True)
-    return [_text(rng, _picture(folder, side, samples_per_image, shown[index])) for index in chosen]
+    return [_text(rng, _image(folder, side, samples_per_image, shown[index])) for index in chosen]
 
 
 def _group(rng: np.random.Generator, samples_per_image: float) -> int:
-    """How many samples the next picture has."""
+    """How many samples the next image has."""
     if samples_per_image == round(samples_per_image):
         return round(samples_per_image)
     mean = sum(size * share for size, share in MIXTURE.items())
@@ -103,17 +103,17 @@ def _group(rng: np.random.Generator, samples_per_image: float) -> int:
     return int(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
 
 
-def _text(rng: np.random.Generator, picture: str) -> Text:
+def _text(rng: np.random.Generator, image: str) -> Text:
     drawn = rng.lognormal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD)
     length = int(np.clip(drawn, 24, 700)) - TEMPLATE_TOKENS
     learned = max(1, round(length * rng.uniform(0.4, 0.6)))
     # Common words and rare ones, as in a language.
     numbers = (WORDS * rng.random(length) ** 2).astype(int)
     words = [f"w{number}" for number in numbers]
-    return Text(picture, " ".join(words[learned:]), " ".join(words[:learned]))
+    return Text(image, " ".join(words[learned:]), " ".join(words[:learned]))
 
 
-def _picture(folder: Path, side: int, samples_per_image: float, number: int) -> str:
+def _image(folder: Path, side: int, samples_per_image: float, number: int) -> str:
     path = folder / f"{samples_per_image}-{number:05d}.jpg"
     if not path.exists():
         noise = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
@@ -128,19 +128,19 @@ def write_texts(path: Path, texts: Sequence[Text]) -> None:
 
 def read_texts(path: Path) -> list[Text]:
     """What `write_texts` wrote."""
-    return [Text(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [Text(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def as_messages(text: Text) -> dict[str, Any]:
-    """A row as TRL takes it."""
+    """An example as TRL takes it."""
     turns = [{"role": "user", "content": text.question}, {"role": "assistant", "content": text.answer}]
-    return {"messages": turns, "images": [text.picture]}
+    return {"messages": turns, "images": [text.image]}
 
 
 def as_conversation(number: int, text: Text) -> dict[str, Any]:
-    """A row of LLaVA's JSON; its picture's name is relative to the pictures' folder."""
+    """An example of LLaVA's JSON; its image's name is relative to the images' folder."""
     turns = [{"from": "human", "value": ask(text.question)}, {"from": "gpt", "value": text.answer}]
-    return {"id": f"{number:06d}", "image": Path(text.picture).name, "conversations": turns}
+    return {"id": f"{number:06d}", "image": Path(text.image).name, "conversations": turns}
 
 
 def within_steps(texts: Sequence[Text], samples_per_step: int, order: str, seed: int) -> list[Text]:

@@ -16,7 +16,7 @@ from benchmarks.counting import counter
 from benchmarks.step import Step
 from benchmarks.systems import Job, System, build, mean_loss
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import rows_of
+from qllava.data.packing import packs_of
 
 
 def run(job: Job, pipe: Connection) -> None:
@@ -40,9 +40,9 @@ class Tally:
         trainer.training_step = self._step
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "rows" in inputs:
-            positions = sum(row["input_ids"].numel() for row in inputs["rows"])
-            learned: Any = sum(row["learned"].numel() for row in inputs["rows"])
+        if "packs" in inputs:
+            positions = sum(row["input_ids"].numel() for row in inputs["packs"])
+            learned: Any = sum(row["learned"].numel() for row in inputs["packs"])
         else:
             positions = inputs["input_ids"].numel()
             learned = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()  # read later: a look makes a GPU wait
@@ -132,7 +132,7 @@ class Turns(TrainerCallback):
             samples=size,
             positions=sum(positions for positions, _ in batches),
             learned=sum(int(learned) for _, learned in batches),
-            needed=sum(len(row.input_ids) for row in rows_of(samples, image_token, tokens_per_row=None)),
+            needed=sum(len(row.input_ids) for row in packs_of(samples, image_token, tokens_per_pack=None)),
             flops=flops,
             peak_bytes=torch.cuda.max_memory_allocated() if cuda else 0,
             reserved_bytes=torch.cuda.max_memory_reserved() if cuda else 0,

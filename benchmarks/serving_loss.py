@@ -2,7 +2,7 @@
 
     python benchmarks/serving_loss.py runs/finetune_lora --out benchmarks/results/serving_loss.json
 
-The run's own held-out rows are asked of base and adapter, which is what was trained, and of
+The run's own held-out examples are asked of base and adapter, which is what was trained, and of
 
     merged              `qllava merge`, bf16: the delta on the NF4 weights that training saw
     merged_original     `qllava merge --base original`, bf16: the delta on the 16-bit weights

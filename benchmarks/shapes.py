@@ -60,7 +60,7 @@ def cpu_bench() -> LlavaConfig:
 
 
 def tiny() -> LlavaConfig:
-    """For tests: 4 layers x 64, pictures of 28 px in patches of 14, so 4 image tokens."""
+    """For tests: 4 layers x 64, images of 28 px in patches of 14, so 4 image tokens."""
     text = LlamaConfig(
         hidden_size=64,
         intermediate_size=192,

@@ -5,10 +5,10 @@
 The server is a process of its own on this machine. It speaks the protocol, works on so many requests at a time, and
 takes the same time for each; so it can answer at most slots / seconds of them in a second. All calls are begun at once,
 through everything that `qllava synthesize` does: prompts, requests, the store with its flush to the disk after each
-reply, rules, rows.
+reply, rules, examples.
 
     ratio    calls per second over slots / seconds: from the first request that the server saw to its last answer
-    whole    the same for the whole run, the reading of the store and the writing of rows included
+    whole    the same for the whole run, the reading of the store and the writing of examples included
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure(slots: int, seconds: float, calls: int) -> dict[str, Any]:
     ):
         assert server.stdout is not None
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
-        tasks = make_tasks([Context(f"{n}", f"{n}.jpg", (f"Picture {n}.",), ()) for n in range(calls)], ("detail",))
+        tasks = make_tasks([Context(f"{n}", f"{n}.jpg", (f"Image {n}.",), ()) for n in range(calls)], ("detail",))
         job = Job(tasks, Asking("m", Prompts()), Path(folder, "out.json"), Path(folder, "calls.jsonl"))
         started = time.monotonic()
         result = pipeline.run(job, url, concurrency=calls)

@@ -103,7 +103,7 @@ class System:
     trainer: of transformers' kind.
     rows: the samples as the model takes them, in the order in which this system sees them.
     digest: of everything that will be trained; equal for equal starts.
-    collator: makes one padded batch of rows.
+    collator: makes one padded batch of samples.
     """
 
     trainer: Any
@@ -134,7 +134,7 @@ def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
     recipe = Recipe(None, "random", "random", "mlp2x_gelu", config.vision_feature_layer, "pad", CHATML.name, True)
     assembled = Assembled(model, processor, recipe)
     encoder = Encoder(processor.tokenizer, CHATML, config.image_token_index, ImageLayout.of_config(config), 1 << 30)
-    rows = prepare_rows(texts, encoder, Path(job.folder))
+    rows = prepare_records(texts, encoder, Path(job.folder))
     if job.system == "qllava":
         prepare_for_training(model)
     set_seed(0)
@@ -177,7 +177,7 @@ def _trl(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list
         assistant_only_loss=True,
         train_sampling_strategy="sequential",
     )
-    # Pictures are opened when a batch asks for them, like qllava's.
+    # Images are opened when a batch asks for them, like qllava's.
     dataset = Dataset.from_list([as_messages(text) for text in texts]).cast_column("images", List(Image()))
     return SFTTrainer(model, config, train_dataset=dataset, processing_class=assembled.processor)
 
@@ -201,14 +201,14 @@ def _common(job: Job, samples: int) -> dict[str, Any]:
     }
 
 
-def prepare_rows(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
-    """Write samples to `rows.json` of a folder, and return the rows as a run of qllava reads them."""
+def prepare_records(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
+    """Write samples to `rows.json` of a folder, and return the examples as a run of qllava reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["QLLAVA_CACHE"] = str(folder / "cache")
     path = folder / "rows.json"
     path.write_text(json.dumps([as_conversation(n, text) for n, text in enumerate(texts)]), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        return prepare([Part(path, Path(texts[0].picture).parent)], encoder, seed=0, skip_check=True)[0]
+        return prepare([Part(path, Path(texts[0].image).parent)], encoder, seed=0, skip_check=True)[0]
 
 
 def _digest(model: nn.Module) -> str:

@@ -52,7 +52,7 @@ class Plan:
 
     shape, device, mixtures, samples_per_step: see `systems.Job` and `samples`.
     repetitions: timed steps of each mixture; one more before them is counted and not timed.
-    folder: for pictures, rows and what the trainers write.
+    folder: for images, examples and what the trainers write.
     """
 
     shape: str
@@ -72,7 +72,7 @@ class Plan:
             text
             for mixture in [*mixtures, mixtures[-1]]
             for text in make_texts(
-                self.folder / "pictures",
+                self.folder / "images",
                 side=side,
                 samples_per_image=mixture,
                 samples_per_step=self.samples_per_step,
@@ -232,7 +232,7 @@ def disagreement(found: Sequence[dict[str, Any]]) -> str | None:
     for mixture in dict.fromkeys(line["samples_per_image"] for line in found):
         losses = [line["loss"] for line in found if line["samples_per_image"] == mixture]
         if not largest_difference(losses) <= AGREEMENT:
-            return f"With {mixture} samples per picture the losses are {losses}: they differ by more than 1 %."
+            return f"With {mixture} samples per image the losses are {losses}: they differ by more than 1 %."
     return None
 
 

@@ -1,7 +1,7 @@
 """Systems take turns: each trains in a process of its own, and computes its next optimizer step when it is told to.
 
 The processes wait for each other inside the real training loop (a callback at the end of a step), so a step is all of
-it: reading pictures, collating, forward, backward, clipping, optimizer. A repetition is one step of every system, with
+it: reading images, collating, forward, backward, clipping, optimizer. A repetition is one step of every system, with
 the same samples; they begin it in turn.
 """
 

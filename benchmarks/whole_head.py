@@ -9,7 +9,7 @@ from torch import nn
 
 
 def compute_whole_head(model: Any) -> None:
-    """Let the head multiply as many positions as the row has, and throw away what is not learned.
+    """Let the head multiply as many positions as the pack has, and throw away what is not learned.
 
     The positions that are not learned are zeros here: what they hold costs nothing less or more.
     """

@@ -1,4 +1,4 @@
-"""A chat about pictures in the browser: one process, on this machine only.
+"""A chat about images in the browser: one process, on this machine only.
 
     python demo/app.py                                  # the newest finished nano run
     python demo/app.py --model merged --port 7861       # a merged folder, a run folder, a hub name

@@ -25,7 +25,7 @@ __all__ = ["__version__", "load"]
 
 
 def load(model: str, *, load_in_4bit: bool = False, base_model: str | Path | Sequence[str | Path] = ()) -> Chat:
-    """A model that answers questions about pictures.
+    """A model that answers questions about images.
 
     `model` is `nano` (the newest finished nano run), a run folder, a merged folder, or a hub name. `load_in_4bit` keeps
     the language model in NF4, and `base_model` says where the base of a run is now, if it has moved. Raises

@@ -13,6 +13,8 @@ from pathlib import Path
 NANO = "nano"
 """The name of the embedded default, for a recipe: its parts."""
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
+RENAMED = {"tokens_per_row": "tokens_per_pack"}
+"""Old names of settings, as the `run.yaml` of older runs has them, and what they are called now."""
 
 
 def cache_folder() -> Path:
@@ -151,7 +153,7 @@ class LoopConfig:
         default=True,
         metadata={"help": "Let samples about one image share its tokens; without dropout the loss is the same."},
     )
-    tokens_per_row: int | None = field(
+    tokens_per_pack: int | None = field(
         default=None,
         metadata={
             "help": "Maximum number of tokens in one pack; by memory when not given. Without dropout the loss is the "

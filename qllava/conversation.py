@@ -34,7 +34,7 @@ class Turn:
     """What one side says.
 
     role: who speaks.
-    content: the words, with one `<image>` for each picture of a user's turn.
+    content: the words, with one `<image>` for each image of a user's turn.
     learned: of an answer, whether the model is trained to give it; else it is only read.
     """
 
@@ -72,7 +72,7 @@ class Conversation:
 class Rendered:
     """The text of a conversation.
 
-    text: with one `<image>` for each picture.
+    text: with one `<image>` for each image.
     spans: per answer the characters [start, end) that are learned, in order; of an answer whose turn is not to be
         learned too, which the encoder leaves out.
     contents: per system prompt, question and answer the characters [start, end) that were not written by the template;
@@ -119,7 +119,7 @@ class Template:
     controls: those of its strings that must be single control tokens of the tokenizer, besides begin and end of text.
     strip: white space around what is said is taken off. Needed where no control token and no space stands between the
         template and an answer, because white space of both would melt into one token.
-    pictures_only: of a question only its pictures are kept, and there is one question with one answer (captions).
+    images_only: of a question only its images are kept, and there is one question with one answer (captions).
     """
 
     name: str
@@ -136,7 +136,7 @@ class Template:
     next_round: str = ""
     controls: tuple[str, ...] = ()
     strip: bool = False
-    pictures_only: bool = False
+    images_only: bool = False
 
     def strings(self) -> tuple[str, ...]:
         """All strings that the template itself writes, system prompt excepted."""
@@ -195,7 +195,7 @@ class Template:
         Contents may be strings, or lists of parts, which are joined as `joined` does it.
         """
         said = " | trim" if self.strip else ""
-        asked = "'<image>' * content(message).count('<image>')" if self.pictures_only else f"content(message){said}"
+        asked = "'<image>' * content(message).count('<image>')" if self.images_only else f"content(message){said}"
         lines = [
             *_CONTENT,
             f"{{%- if messages[0]['role'] == 'system' -%}}{{%- set system = content(messages[0]){said} -%}}",
@@ -224,21 +224,20 @@ class Template:
             raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
         if not generation_prompt and last != "assistant":
             raise ValueError("the conversation ends with the user, so it has no answer to learn")
-        if self.pictures_only and (len(conversation.turns) > 2 or IMAGE_TOKEN not in conversation.turns[0].content):
+        if self.images_only and (len(conversation.turns) > 2 or IMAGE_TOKEN not in conversation.turns[0].content):
             raise ValueError(
-                f"template {self.name} takes a picture and its caption; this is a longer conversation, "
-                "or has no picture"
+                f"template {self.name} takes an image and its caption; this is a longer conversation, or has no image"
             )
 
     def _said(self, content: str) -> str:
         return content.strip() if self.strip else content
 
     def _asked(self, content: str) -> str:
-        return IMAGE_TOKEN * content.count(IMAGE_TOKEN) if self.pictures_only else self._said(content)
+        return IMAGE_TOKEN * content.count(IMAGE_TOKEN) if self.images_only else self._said(content)
 
 
 def ask(question: str, images: int = 1) -> str:
-    """A question about pictures, as a user's turn: the pictures first, each followed by a newline."""
+    """A question about images, as a user's turn: the images first, each followed by a newline."""
     return (f"{IMAGE_TOKEN}\n" * images + question).strip() if images else question
 
 
@@ -305,7 +304,7 @@ def _jinja(string: str) -> str:
     return "{{- " + " ~ ".join(pieces) + " -}}" if pieces else ""
 
 
-PLAIN = Template(name="plain", begin=BOS, end_of_turn="\n", pictures_only=True)
+PLAIN = Template(name="plain", begin=BOS, end_of_turn="\n", images_only=True)
 
 # The words of the two system prompts belong to the formats that Vicuna 1.x and LLaVA's LLaMA-2 models were trained on.
 VICUNA_V1 = Template(

@@ -65,7 +65,7 @@ class MergeResult:
     top1_agreement: float | None
     """Share of learned positions where both find the same token likeliest."""
     same_text: float | None
-    """Share of held-out rows that both answer greedily with the same text, as far as `Comparison` follows it."""
+    """Share of held-out samples that both answer greedily with the same text, as far as `Comparison` follows it."""
     verified: bool
     """Whether the result was read back and agrees with what was trained."""
 
@@ -225,7 +225,7 @@ def quantized_weights(model: Any) -> set[str]:
 
 
 def read_probes(run: Path) -> list[dict[str, Tensor]]:
-    """The held-out rows that a run kept: input_ids (S), labels (S), pixel_values (I, 3, H, W) where it has pictures."""
+    """Return the held-out samples that a run kept: input_ids (S), labels (S), pixel_values (I, 3, H, W) of images."""
     path = run / PROBES_FILE if (run / PROBES_FILE).is_file() else run.parent / PROBES_FILE
     try:
         tensors = load_file(path)
@@ -251,7 +251,7 @@ class Comparison:
     same_or_tie: float
     """The same, and where the first model prefers its own token by less than `TIE`."""
     same_text: float
-    """Share of rows whose greedy answer is the same, followed up to the token where it leaves the row's own answer."""
+    """Share of samples whose greedy answer is the same, followed until it leaves the reference answer."""
 
     @property
     def agrees(self) -> bool:
@@ -275,7 +275,7 @@ def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tup
 
 
 def compare(models: tuple[Any, Any], sources: tuple[Source, Source], probes: Sequence[dict[str, Tensor]]) -> Comparison:
-    """Two models on the same rows, one after the other.
+    """Two models on the same samples, one after the other.
 
     models: without weights. sources: where each has them from.
     """
@@ -326,7 +326,7 @@ def lost_by_choice(wanted: Tensor, found: Tensor) -> Tensor:
 
 
 def _first_answer(learned: Tensor) -> int:
-    """How many tokens the first answer of a row has. learned: (S,), which tokens are."""
+    """How many tokens the first answer of a sample has. learned: (S,), which tokens are."""
     begun = learned[int(learned.int().argmax()) :]
     return len(begun) if begun.all() else int(begun.int().argmin())
 
@@ -355,7 +355,7 @@ def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: st
         told.append("**It is not the model that was trained, and results below are not its own.**")
     if result.kl_per_token is not None:
         told.append(
-            f"Against the adapter model, on rows that the run kept: KL {result.kl_per_token:.2e} per token, same token "
-            f"{result.top1_agreement:.2%}, same greedy answer {result.same_text:.1%}."
+            f"Against the adapter model, on samples that the run kept: KL {result.kl_per_token:.2e} per token, same "
+            f"token {result.top1_agreement:.2%}, same greedy answer {result.same_text:.1%}."
         )
     return told

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qllava.config import NANO, InputError, expanded
+from qllava.config import NANO, RENAMED, InputError, expanded
 
 RUNS = Path("runs")
 """Where nano's runs are looked for: in the folder that a command is given in."""
@@ -145,7 +145,11 @@ class Run:
         return self.read_settings().get("model_name_or_path") == NANO
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the settings that the run began with. Raises InputError when they cannot be read."""
+        """Return the settings that the run began with, by their present names.
+
+        Raises:
+            InputError: The settings cannot be read.
+        """
         import yaml  # here, so that a command line that names no nano stays instant
 
         try:
@@ -155,7 +159,7 @@ class Run:
             raise InputError(f"{self.settings} cannot be read ({said}); repair or remove the run.") from error
         if not isinstance(read, dict):
             raise InputError(f"{self.settings} cannot be read (it holds no settings); repair or remove the run.")
-        return read
+        return {RENAMED.get(str(name), str(name)): value for name, value in read.items()}
 
     def checkpoints(self, after: Path | None = None) -> list[Path]:
         """Return the folders that bear a checkpoint's name, oldest first; they may be corrupt.

@@ -1,4 +1,4 @@
-"""Make nano's weights again: a tower trained with open_clip on drawn pictures, and a LLaMA trained on text alone.
+"""Make nano's weights again: a tower trained with open_clip on drawn images, and a LLaMA trained on text alone.
 
     python recipes/build_nano.py --out qllava/nano/weights
     python recipes/build_nano.py --out small --small

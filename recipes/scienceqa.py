@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 ORDERS: tuple[Order, ...] = ("answer-first", "reason-first")
 
 
-def write_rows(problems: Path, images: Path, split: str, out: Path) -> None:
+def write_records(problems: Path, images: Path, split: str, out: Path) -> None:
     """Write `OUT/answer-first.json` and `OUT/reason-first.json`.
 
-    Raises InputError for problems or pictures that cannot be used, and for a folder that cannot be written.
+    Raises InputError for problems or images that cannot be used, and for a folder that cannot be written.
     """
-    from qllava.evaluation.scienceqa import read_problems, training_rows
+    from qllava.evaluation.scienceqa import read_problems, training_records
 
     learned = read_problems(problems, split)
-    rows = {order: training_rows(learned, images, order) for order in ORDERS}
+    rows = {order: training_records(learned, images, order) for order in ORDERS}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for order in ORDERS:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    write_rows(given.problems, given.image_folder, given.split, given.out)
+    write_records(given.problems, given.image_folder, given.split, given.out)
     print(f"{', '.join(str(given.out / f'{order}.json') for order in ORDERS)}")
     return 0
 

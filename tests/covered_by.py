@@ -36,7 +36,7 @@ COVERED_BY: dict[str, str] = {
     "qllava/experiments/report.py": "tests/experiments/test_ablation.py",
     "qllava/export/tensors.py": "tests/export/test_gguf.py",
     "qllava/inference/about.py": "tests/inference/test_session.py",
-    "qllava/inference/pictures.py": "tests/inference/test_session.py",
+    "qllava/inference/kept_images.py": "tests/inference/test_session.py",
     "qllava/llm/address.py": "tests/llm/test_client.py",
     "qllava/llm/completions.py": "tests/llm/test_client.py",
     "qllava/llm/patience.py": "tests/llm/test_client.py",

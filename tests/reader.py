@@ -25,7 +25,7 @@ import pytest
 from qllava.nano import dataset as nano
 from tests.llm.server import Request, Said
 from tests.synthesis.teaching import good, read_lines, write_contexts
-from tests.tiny_models import make_picture, make_tiny_rows
+from tests.tiny_models import make_image, make_tiny_records
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_STEPS = [
@@ -33,7 +33,7 @@ FEW_STEPS = [
     "--eval_questions", "2", "--lora_r", "4", "--lora_alpha", "8",
 ]  # fmt: skip
 NANO_IS_SMALL = {
-    "PRETRAIN_PICTURES": 12, "TRAIN_PICTURES": 16, "NAMELESS_PICTURES": 4, "QUESTIONS_PER_PICTURE": 4,
+    "PRETRAIN_IMAGES": 12, "TRAIN_IMAGES": 16, "NAMELESS_IMAGES": 4, "QUESTIONS_PER_IMAGE": 4,
     "VALIDATION_QUESTIONS": 8, "TEST_QUESTIONS": 16, "UNSEEN_QUESTIONS": 8,
 }  # fmt: skip
 LCS = "blip_laion_cc_sbu_558k.json"
@@ -154,14 +154,14 @@ def own_data(folder: Path) -> None:
     """The files that the pages speak of, under the names that they have there."""
     photos = folder / "photos"
     photos.mkdir()
-    examples = json.loads(make_tiny_rows(photos).read_text(encoding="utf-8"))
+    examples = json.loads(make_tiny_records(photos).read_text(encoding="utf-8"))
     (photos / "rows.json").unlink()
-    make_picture("red", (96, 96)).save(folder / "photo.png")
-    make_picture("red", (96, 96)).save(folder / "photo.jpg")
-    make_picture("blue", (64, 48)).save(photos / "one.jpg")
+    make_image("red", (96, 96)).save(folder / "photo.png")
+    make_image("red", (96, 96)).save(folder / "photo.jpg")
+    make_image("blue", (64, 48)).save(photos / "one.jpg")
     for context in read_lines(write_contexts(folder / "contexts.jsonl", 8)):
-        make_picture("green").save(photos / context["image"])
-    for name in ("pretrain_pictures", "pictures", "images", "pretrain/images", "coco/train2017", "digits"):
+        make_image("green").save(photos / context["image"])
+    for name in ("pretrain_images", "images", "pretrain/images", "coco/train2017", "digits"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(photos, folder / name)
     held_out, mine = examples[:2], examples[2:]

@@ -110,7 +110,7 @@ import sys
 for name in ("peft", "bitsandbytes"):
     sys.modules[name] = None  # as if it were not installed
 from qllava.cli import main
-sys.exit(main(["check", "rows.json"]) or main(["inspect", "rows.json", "--json"]))
+sys.exit(main(["check", "examples.json"]) or main(["inspect", "examples.json", "--json"]))
 """
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = commands.run("-c", program, cwd=tmp_path, env=environment)

@@ -33,7 +33,7 @@ from qllava.data.formats import read_examples
 from qllava.data.packing import lay_out
 from qllava.image_layout import ImageLayout
 from qllava.inference import load
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 from tests.tiny_runs import Tiny
 
 KEYS = {
@@ -94,7 +94,7 @@ def test_a_mixture_has_its_mean_and_lengths_are_those_of_instruct(tmp_path):
     texts = make_texts(tmp_path, side=28, samples_per_image=1.95, samples_per_step=6, steps=60, seed=0)
     mean = sum(text.tokens for text in texts) / len(texts)
     assert 180 < mean < 220
-    assert 1.7 < len(texts) / len({text.picture for text in texts}) < 2.1
+    assert 1.7 < len(texts) / len({text.image for text in texts}) < 2.1
     learned = sum(len(text.answer.split()) for text in texts) / sum(text.tokens for text in texts)
     assert 0.4 < learned < 0.6
     with pytest.raises(ValueError, match="samples per image"):
@@ -107,16 +107,16 @@ def test_another_order_has_the_same_samples_in_each_step():
         moved = within_steps(texts, 3, order, seed=0)
         for start in (0, 3):
             assert sorted(map(str, moved[start : start + 3])) == sorted(map(str, texts[start : start + 3]))
-    assert [text.picture for text in within_steps(texts, 3, "sorted", seed=0)] == ["9", "3", "1", "8", "7", "2"]
+    assert [text.image for text in within_steps(texts, 3, "sorted", seed=0)] == ["9", "3", "1", "8", "7", "2"]
 
 
 # FLOPs
 
 
 def equal_texts(folder: Path, *, samples: int, text: int, learned: int) -> str:
-    """A file of samples of one length about one picture, two steps of them."""
-    picture = make_texts(folder / "pictures", side=28, samples_per_image=1, samples_per_step=1, steps=1, seed=0)[0]
-    made = Text(picture.picture, "w1 " * (text - learned - 5), "w2 " * (learned - 1))
+    """A file of samples of one length about one image, two steps of them."""
+    image = make_texts(folder / "pictures", side=28, samples_per_image=1, samples_per_step=1, steps=1, seed=0)[0]
+    made = Text(image.image, "w1 " * (text - learned - 5), "w2 " * (learned - 1))
     assert made.tokens == text
     write_texts(folder / "texts.json", [made] * samples * 2)
     return str(folder / "texts.json")
@@ -143,7 +143,7 @@ def test_flops_counted_on_fake_tensors_are_those_of_our_real_step(tmp_path, reco
     assert row.groups[0].prefix > 4
     with counter() as counted:
         system.trainer.train()
-    expected = flops.count_row(config, row, recompute=recompute, shortcuts=flops.Shortcuts(), lora_r=4)
+    expected = flops.count_pack(config, row, recompute=recompute, shortcuts=flops.Shortcuts(), lora_r=4)
     assert counted.get_total_flops() == pytest.approx(2 * expected, rel=0.001)
 
 
@@ -312,7 +312,7 @@ def test_few_shot_compares_the_ways_to_choose(tmp_path: Path) -> None:
     chat = load(str(make_tiny_llava(tmp_path / "model")))
     rows = []
     for number in range(8):
-        make_picture((30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        make_image((30 * number, 0, 0)).save(tmp_path / f"{number}.png")
         rows.append({"question": f"How red is {number}?", "image": f"{number}.png", "answer": "?", "type": "colour"})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     examples = read_examples(tmp_path / "rows.json")
@@ -328,7 +328,7 @@ def test_few_shot_compares_the_ways_to_choose(tmp_path: Path) -> None:
 # Rules beside captions
 
 
-def test_rows_of_both_systems_are_of_the_same_pictures(tmp_path: Path) -> None:
+def test_rows_of_both_systems_are_of_the_same_images(tmp_path: Path) -> None:
     files = [rules_vs_naive.make(kind, 0, 5, tmp_path) for kind in ("rules", "naive")]
     rules, naive = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     assert [row["image"] for row in rules] == [row["image"] for row in naive]

@@ -231,7 +231,7 @@ def qllava(command: str) -> None:
 
 @pytest.fixture
 def contexts(tmp_path: Path) -> Path:
-    """A folder with what is known of a few pictures, and the pictures."""
+    """A folder with what is known of a few images, and the images."""
     (tmp_path / "photos").mkdir()
     with (tmp_path / "contexts.jsonl").open("w") as file:
         for number in range(12):

@@ -82,7 +82,7 @@ def test_llama_2_puts_the_system_prompt_into_the_first_question() -> None:
     assert learned(LLAMA_2, TWO_ROUNDS) == [" A red bus. </s>", " Here. </s>"]
 
 
-def test_plain_keeps_of_the_question_only_the_picture() -> None:
+def test_plain_keeps_of_the_question_only_the_image() -> None:
     assert PLAIN.render(CAPTION).text == "<s><image>A red bus.\n"
     assert learned(PLAIN, CAPTION) == ["A red bus.\n"]
 
@@ -131,9 +131,9 @@ def test_the_last_turn_decides_what_can_be_rendered() -> None:
 
 
 def test_plain_refuses_what_is_no_caption() -> None:
-    with pytest.raises(ValueError, match="a picture and its caption"):
+    with pytest.raises(ValueError, match="an image and its caption"):
         PLAIN.render(TWO_ROUNDS)
-    with pytest.raises(ValueError, match="a picture and its caption"):
+    with pytest.raises(ValueError, match="an image and its caption"):
         PLAIN.render(Conversation((Turn("user", "Hi"), Turn("assistant", "Hello"))))
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower rows know nothing of higher ones; rooms of one row do not know each other.
 ROWS = (
     {"conversation", "config", "image_layout", "spelling", "surroundings"},
-    {"locks"},
+    {"locks", "workers"},
     {"files", "runs"},
     {"page", "arguments"},
     {"data", "models", "nano"},

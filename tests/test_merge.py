@@ -27,7 +27,7 @@ from qllava.models.vision import load_tower
 from qllava.training.run import finetune
 from tests import commands
 from tests.tiny_models import make_tiny_model, make_tiny_parts, make_tiny_processor
-from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_rows
+from tests.tiny_runs import Tiny, refusal, settings, stage2_settings, write_records
 
 QUESTION = "What colour is it?"
 # What any program does that knows transformers and has never heard of qllava.
@@ -35,12 +35,12 @@ READER = """
 import json, sys, torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder, picture, question, out = sys.argv[1:]
+folder, image, question, out = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder)
 model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-inputs = processor(images=Image.open(picture).convert("RGB"), text=prompt, return_tensors="pt")
+inputs = processor(images=Image.open(image).convert("RGB"), text=prompt, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -114,20 +114,20 @@ def run_merge(folder: Path, out: Path, **changes: Any) -> MergeResult:
     return merge(folder, out, **values)
 
 
-def read(folder: Path, picture: Path, out: Path) -> dict[str, Any]:
+def read(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     # Away from the clone, so that nothing of it can be imported.
-    done = commands.run("-c", READER, folder, picture, QUESTION, out, cwd=out.parent, env=commands.without_clone())
+    done = commands.run("-c", READER, folder, image, QUESTION, out, cwd=out.parent, env=commands.without_clone())
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 
 
-def ask_adapter(folder: Path, picture: Path) -> dict[str, Any]:
+def ask_adapter(folder: Path, image: Path) -> dict[str, Any]:
     """The same question to base and adapter."""
     model, processor = load_run(folder)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = processor(images=Image.open(picture).convert("RGB"), text=prompt, return_tensors="pt")
+    inputs = processor(images=Image.open(image).convert("RGB"), text=prompt, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -143,7 +143,7 @@ def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sure(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned its rows by heart.
+    """A run that has learned its examples by heart.
 
     A random model doubts every token: what rounding to 16 bit does to it is as large as what a fault would do.
     """
@@ -187,13 +187,13 @@ class TestTheMergedModel:
     def test_answers_without_qllava(
         self, tiny: Tiny, learned: Path, merged: tuple[Path, MergeResult], tmp_path: Path
     ) -> None:
-        picture = tiny.rows.parent / "1.png"
-        found = read(merged[0], picture, tmp_path / "found.pt")
-        expected = ask_adapter(learned, picture)
+        image = tiny.rows.parent / "1.png"
+        found = read(merged[0], image, tmp_path / "found.pt")
+        expected = ask_adapter(learned, image)
         assert found["text"] == expected["text"] and expected["text"]
         assert torch.equal(found["ids"], expected["ids"])
         assert (found["logits"] - expected["logits"]).abs().max() <= 1e-4
-        other = ask_adapter(tiny.stage2, picture)
+        other = ask_adapter(tiny.stage2, image)
         assert (found["logits"] - other["logits"]).abs().max() > 0.1, "the adapter has to matter here"
 
     def test_can_be_published(self, merged: tuple[Path, MergeResult]) -> None:
@@ -270,7 +270,7 @@ class TestTheMergedModel:
 class TestTheVerdict:
     """What rounding may do, and what no rounding does."""
 
-    # Two tokens of three: the first model prefers token 0 to token 1 by 0.01 nats in row 0, by 1 nat in row 1.
+    # Two tokens of three: the first model prefers token 0 to token 1 by 0.01 nats in example 0, by 1 nat in example 1.
     WANTED = torch.tensor([[1.00, 0.99, -3.0], [1.00, 0.00, -3.0]]).log_softmax(-1)
 
     def test_the_same(self) -> None:
@@ -327,7 +327,7 @@ class TestOtherRuns:
 
     def test_a_linear_projector(self, tiny: Tiny, tmp_path: Path) -> None:
         rows = [{"image": "0.png", "question": "<image>", "answer": "red"}]
-        captions = write_rows(tiny.rows.with_name("captions.json"), rows)
+        captions = write_records(tiny.rows.with_name("captions.json"), rows)
         chosen = settings(tiny, tmp_path / "run", projector_type="linear", pretrain_file=captions, max_steps=2)
         assert run_merge(finetune(chosen), tmp_path / "out").verified
         state = load_file(tmp_path / "out" / "model.safetensors")
@@ -337,7 +337,7 @@ class TestOtherRuns:
     def test_another_tower(self, tiny: Tiny, tmp_path: Path, kind: str) -> None:
         """One that is converted when it is loaded, and one without a class token and with a head."""
         tower = TOWERS[kind](tmp_path / "tower")
-        captions = write_rows(
+        captions = write_records(
             tiny.rows.with_name("captions.json"), [{"image": "0.png", "question": "<image>", "answer": "red"}]
         )
         chosen = settings(tiny, tmp_path / "run", vision_tower=tower, pretrain_file=captions, max_steps=2)

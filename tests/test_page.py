@@ -67,7 +67,7 @@ def points(chart: Html) -> list[list[tuple[float, float]]]:
 
 def full_page(text: str) -> str:
     """A page that uses every function, with the same text at every place that takes one."""
-    image = page.picture(Image.new("RGB", (8, 8), "red"), text)
+    image = page.image(Image.new("RGB", (8, 8), "red"), text)
     return page.page(
         text,
         text,
@@ -128,9 +128,9 @@ def test_light_dark_and_narrow_are_thought_of() -> None:
     assert "max-width: 34rem" in html
 
 
-def test_a_picture_comes_back_as_it_was() -> None:
+def test_a_image_comes_back_as_it_was() -> None:
     image = Image.effect_noise((40, 30), 50).convert("RGB")
-    html = page.picture(image, "noise")
+    html = page.image(image, "noise")
     data = re.search(r"base64,([^\"]+)", html)
     assert data is not None
     with Image.open(io.BytesIO(base64.b64decode(data.group(1)))) as back:
@@ -139,9 +139,9 @@ def test_a_picture_comes_back_as_it_was() -> None:
     assert 'class="pixels"' in html
 
 
-def test_a_large_picture_is_shrunk_and_the_original_left_alone() -> None:
+def test_a_large_image_is_shrunk_and_the_original_left_alone() -> None:
     image = Image.new("RGB", (1200, 600), "blue")
-    data = re.search(r"base64,([^\"]+)", page.picture(image, "blue", longest=480))
+    data = re.search(r"base64,([^\"]+)", page.image(image, "blue", longest=480))
     assert data is not None
     with Image.open(io.BytesIO(base64.b64decode(data.group(1)))) as back:
         assert back.size == (480, 240)
@@ -239,8 +239,8 @@ def test_right_and_wrong_are_marked_by_sign_too() -> None:
     assert "nothing" in html, "an empty answer is shown as one"
 
 
-def test_an_exhibit_without_pictures_leaves_no_room_for_them() -> None:
-    image = page.picture(Image.new("RGB", (8, 8)), "dark")
+def test_an_exhibit_without_images_leaves_no_room_for_them() -> None:
+    image = page.image(Image.new("RGB", (8, 8)), "dark")
     assert page.exhibit("t", [(image, "one"), (image, "two")]).count("<figure>") == 2
     assert "side" not in page.exhibit("t", [], page.paragraph("words"))
 

@@ -36,14 +36,14 @@ def planned(capsys: pytest.CaptureFixture[str], *line: str, status: int = 0) -> 
 
 def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_bytes((hf_layout / "config.json").read_bytes())
-    found = planned(capsys, "--model", str(tmp_path), "--lora-r", "4", "--tokens-per-row", "300")
+    found = planned(capsys, "--model", str(tmp_path), "--lora-r", "4", "--tokens-per-pack", "300")
     assert {"peak_bytes", "phases", "parts", "fits", "suggestion"} <= found.keys()
     phases = found["phases"]
     assert list(phases) == ["before", "step", "evaluation", "chat"] and found["peak_bytes"] == max(phases.values())
     assert phases["evaluation"] == 0 < phases["before"]  # eval_strategy is no
     assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == phases["step"]
     assert found["fits"] is None and found["suggestion"] == "A card of 4 GB is enough."
-    setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), Lora(4, 4), tokens_per_row=300)
+    setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), Lora(4, 4), tokens_per_pack=300)
     assert phases["step"] == memory.estimate(setup).peak_bytes
     alone = planned(capsys, "--model", str(tmp_path), "--lora-r", "0")
     assert alone["parts"]["LoRA"] == alone["phases"]["chat"] == 0  # a projector cannot be asked
@@ -51,7 +51,7 @@ def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_run_folder_is_planned_as_its_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     parts = ["--language-model", str(tiny.language_model), "--vision-tower", str(tiny.tower)]
-    flags = ["--lora-r", "4", "--tokens-per-row", "64"]
+    flags = ["--lora-r", "4", "--tokens-per-pack", "64"]
     assert planned(capsys, "--model", str(tiny.stage2), *flags) == planned(capsys, *parts, *flags)
 
 
@@ -59,9 +59,9 @@ def test_parts_and_a_limit(llama: str, capsys: pytest.CaptureFixture[str]) -> No
     line = ["--language-model", llama, "--vision-tower", L336, "--lora-r", "4"]
     found = planned(capsys, *line, "--fit", "4GB")
     assert found["fits"] is True and found["peak_bytes"] <= 4 << 30
-    assert found["tokens_per_row"] >= 2048 and "fit_memory" in found["suggestion"]
+    assert found["tokens_per_pack"] >= 2048 and "fit_memory" in found["suggestion"]
     assert found["parts"]["weights"] > 2 * 300e6  # the tower, in 16 bit
-    refused = planned(capsys, *line, "--fit", "1GB", "--tokens-per-row", "2048", status=1)
+    refused = planned(capsys, *line, "--fit", "1GB", "--tokens-per-pack", "2048", status=1)
     assert refused["fits"] is False and refused["peak_bytes"] > 1 << 30
     assert "more than the 1.0 GB" in refused["suggestion"]
 
@@ -74,8 +74,8 @@ def test_a_recipe_and_a_flag_above_it(llama: str, tmp_path: Path, capsys: pytest
     )
     found = planned(capsys, "--config", str(recipe))
     assert found["fits"] is True and found["recompute_layers"] == 1
-    more = planned(capsys, "--config", str(recipe), "--lora-r", "16", "--tokens-per-row", "700")
-    fewer = planned(capsys, "--config", str(recipe), "--tokens-per-row", "700")
+    more = planned(capsys, "--config", str(recipe), "--lora-r", "16", "--tokens-per-pack", "700")
+    fewer = planned(capsys, "--config", str(recipe), "--tokens-per-pack", "700")
     assert more["parts"]["LoRA"] == 2 * fewer["parts"]["LoRA"] > 0
 
 
@@ -97,13 +97,13 @@ def test_a_recipe_for_a_card_is_planned_for_a_card(
 
 
 def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--tokens-per-row", "200"]) == 0
+    assert cli.main(["plan", "--tokens-per-pack", "200"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in (*memory.PARTS, "before", "step", "evaluation", "chat", "peak"):
         (line,) = [line for line in lines if line.split()[0] == name]
         assert " MB" in line or " GB" in line
     assert any("###" in line for line in lines)
-    assert lines[-2].startswith("with rows of 200 tokens, 0 layers recomputed")  # nano's own settings
+    assert lines[-2].startswith("with packs of 200 tokens, 0 layers recomputed")  # nano's own settings
     assert lines[-1] == "A card of 4 GB is enough."
 
 
@@ -130,7 +130,7 @@ def test_errors(line: list[str], said: str, llama: str, tmp_path: Path, capsys: 
     assert captured.err.startswith("qllava: ") and captured.err.count("\n") == 1 and captured.err.endswith(".\n")
 
 
-@pytest.mark.parametrize("line", ["--lora-r -1", "--lora-r many", "--tokens-per-row 0"])
+@pytest.mark.parametrize("line", ["--lora-r -1", "--lora-r many", "--tokens-per-pack 0"])
 def test_a_wrong_command_line(line: str) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", *line.split()])

@@ -96,7 +96,7 @@ def test_a_preset_says_what_it_is_named_for(path: Path) -> None:
     assert model.lora_alpha == 2 * model.lora_r and model.load_in_4bit
     # The user's own, by flags; and what fit_memory and the card decide.
     left_out = {"train_file", "eval_file", "image_folder", "pretrain_file", "projector", "output_dir", "template"}
-    left_out |= {"tokens_per_row", "recompute_layers", "optim", "gradient_checkpointing", "bf16", "fp16"}
+    left_out |= {"tokens_per_pack", "recompute_layers", "optim", "gradient_checkpointing", "bf16", "fp16"}
     left_out |= {own.name for own in TRL if own.refused}
     assert not left_out & given(path).keys()
     assert train.activation_checkpointing, "nano's defaults are not a 7B's"
@@ -252,10 +252,10 @@ def setup_of(settings: Settings, stage: str) -> memory.Setup:
     ids=lambda value: value if isinstance(value, str) else value.stem,
 )
 def test_every_phase_of_a_preset_fits_its_card(path: Path, stage: str) -> None:
-    """With rows of max_length and all layers recomputed, which is among what fit_memory chooses from."""
+    """With packs of max_length and all layers recomputed, which is among what fit_memory chooses from."""
     settings = load(path)
     setup = setup_of(settings, stage)
-    assert setup.tokens_per_row == settings.train.max_length and not memory.settled(settings.train)
+    assert setup.tokens_per_pack == settings.train.max_length and not memory.settled(settings.train)
     limit = memory.parse_bytes(str(settings.train.fit_memory))
     found = memory.plan_of(
         setup,
@@ -293,7 +293,7 @@ def test_what_fit_memory_chooses_stays_under_the_limit(path: Path) -> None:
     asking = scores.asking_of(settings.train, Lora.of_settings(settings.model), held_out=True)
     fixed = memory.settled(settings.train)
     plan = memory.fit(setup_of(settings, "finetune"), limit, asking=asking, least_tokens=2048, fixed=fixed)
-    assert plan.fits and plan.peak_bytes <= limit and plan.tokens_per_row >= 2048
+    assert plan.fits and plan.peak_bytes <= limit and plan.tokens_per_pack >= 2048
 
 
 @pytest.mark.slow

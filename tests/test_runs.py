@@ -64,7 +64,7 @@ def test_the_nano_runs_that_finished_come_in_order(tmp_path: Path) -> None:
         os.utime(run.results, (100 - number, 100 - number))
     fill(tmp_path / "unfinished", (runs.ADAPTER_FILE,)).settings.write_text("model_name_or_path: nano\n")
     assert finished_nano_runs(tmp_path) == [tmp_path / "first", tmp_path / "later"]
-    assert Run(tmp_path / "first").read_settings() == {"model_name_or_path": "nano", "tokens_per_row": 900}
+    assert Run(tmp_path / "first").read_settings() == {"model_name_or_path": "nano", "tokens_per_pack": 900}
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list\n", ""])

@@ -23,7 +23,7 @@ from qllava.locks import locked_folder
 from qllava.training.main import main
 from qllava.training.run import finetune
 from qllava.voting.votes import Vote, VoteFile, read_votes
-from tests.tiny_models import make_tiny_rows
+from tests.tiny_models import make_tiny_records
 from tests.tiny_runs import Tiny, stage2_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +32,10 @@ JAPANESE = "\u732b\u306f\u3069\u3053\u3067\u3059\u304b"
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """The tiny rows with a question that neither ASCII nor cp1252 can say, in a folder that they cannot say either."""
+    """The tiny examples with a question that neither ASCII nor cp1252 can say, in a folder with such a name."""
     folder = tmp_path / JAPANESE
     folder.mkdir()
-    path = make_tiny_rows(folder)
+    path = make_tiny_records(folder)
     read = json.loads(path.read_text(encoding="utf-8"))
     for row in read:
         row["id"] = f"{JAPANESE}-{row['id']}"

@@ -63,7 +63,7 @@ def make_tiny_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_processor() -> LlavaProcessor:
-    """The processor of the tiny model: pads pictures to a square, 16 image tokens each, ChatML as the chat template."""
+    """The processor of the tiny model: pads images to a square, 16 image tokens each, ChatML as the chat template."""
     image_processor = LlavaImageProcessor(
         do_pad=True,
         size={"shortest_edge": IMAGE_SIZE},
@@ -101,7 +101,7 @@ def make_tiny_model(
             num_key_value_heads=2,
             vocab_size=len(tokenizer),
             max_position_embeddings=context,
-            initializer_range=0.3,  # larger than usual: answers then differ from picture to picture
+            initializer_range=0.3,  # larger than usual: answers then differ from image to image
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -147,11 +147,11 @@ def save_llava(
         write_settings(aside, model, processor, dtype=model.dtype, tied=tied)
 
 
-def make_picture(colour: str | tuple[int, int, int], size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
-    """A picture of one colour with a white square in its upper left corner, `size` = (width, height)."""
-    picture = Image.new("RGB", size, colour)
-    picture.paste("white", (2, 2, size[0] // 3, size[1] // 3))
-    return picture
+def make_image(colour: str | tuple[int, int, int], size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
+    """An image of one colour with a white square in its upper left corner, `size` = (width, height)."""
+    image = Image.new("RGB", size, colour)
+    image.paste("white", (2, 2, size[0] // 3, size[1] // 3))
+    return image
 
 
 def make_tiny_parts(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
@@ -168,13 +168,13 @@ def make_tiny_parts(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     return language_model, tower
 
 
-def make_tiny_rows(folder: Path, *, rows: int = 8) -> Path:
-    """Write pictures and a LLaVA JSON of conversations about them; returns the file."""
+def make_tiny_records(folder: Path, *, rows: int = 8) -> Path:
+    """Write images and a LLaVA JSON of conversations about them; returns the file."""
     colours = ("red", "green", "blue", "yellow")
     content = []
     for index in range(rows):
         colour = colours[index % len(colours)]
-        make_picture(colour, (32 + index, 40)).save(folder / f"{index}.png")
+        make_image(colour, (32 + index, 40)).save(folder / f"{index}.png")
         asked = "<image>\nWhat colour is it?" if index % 2 else "What colour is it?\n<image>"
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": colour}]
         if index % 3 == 0:

@@ -22,7 +22,7 @@ from qllava.training.run import finetune, pretrain
 from qllava.training.settings import Settings, parse
 from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
-from tests.tiny_models import make_tiny_parts, make_tiny_rows
+from tests.tiny_models import make_tiny_parts, make_tiny_records
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Tiny:
 
 
 def flags(tiny: Tiny, **fields: Any) -> list[str]:
-    """The command line of a recipe over the tiny parts: four steps of two rows, a checkpoint after the second."""
+    """The command line of a recipe over the tiny parts: four steps of two examples, a checkpoint after the second."""
     values: dict[str, Any] = {
         "language_model": tiny.language_model,
         "vision_tower": tiny.tower,
@@ -81,15 +81,15 @@ def stage1_settings(tiny: Tiny, folder: Path, **fields: Any) -> Settings:
 
 
 def stage2_settings(tiny: Tiny, folder: Path, **fields: Any) -> Settings:
-    """Stage 2 with held-out rows, as the fixture ran it."""
+    """Stage 2 with held-out examples, as the fixture ran it."""
     values = {"projector": tiny.stage1, "eval_file": tiny.rows, "eval_strategy": "steps", "eval_steps": 2, **fields}
     return settings(tiny, folder, **values)
 
 
 def make_tiny_runs(folder: Path) -> Tiny:
-    """Parts, rows and both stages."""
+    """Parts, examples and both stages."""
     language_model, tower = make_tiny_parts(folder)
-    tiny = Tiny(language_model, tower, make_tiny_rows(folder), folder / "stage1", folder / "stage2")
+    tiny = Tiny(language_model, tower, make_tiny_records(folder), folder / "stage1", folder / "stage2")
     pretrain(stage1_settings(tiny, tiny.stage1))
     finetune(stage2_settings(tiny, tiny.stage2))
     return tiny
@@ -105,7 +105,7 @@ def make_trainer(
     kept: dict[str, Any] | None = None,
     **fields: Any,
 ) -> LlavaTrainer:
-    """The trainer of one stage over the tiny rows, before its first step; evaluates on them, with an eval_strategy."""
+    """The trainer of one stage over the tiny examples, before its first step; it evaluates on them too, if asked."""
     values = {"learning_rate": 2e-4, "projector_lr": 2e-5, "lora_dropout": 0, "save_strategy": "no", **fields}
     chosen = settings(tiny, folder, **values)
     assembled = assemble(recipe or tiny.recipe())
@@ -119,7 +119,7 @@ def make_trainer(
 
 
 def encode(assembled: Assembled, rows: Path) -> Prepared:
-    """The rows, ready to be trained on."""
+    """The examples, ready to be trained on."""
     config = assembled.model.config
     encoder = Encoder(
         assembled.processor.tokenizer, assembled.template, config.image_token_index, ImageLayout.of_config(config)
@@ -146,7 +146,7 @@ def refusal(error: InputError) -> str:
     return text
 
 
-def write_rows(path: Path, rows: list[Any]) -> Path:
+def write_records(path: Path, rows: list[Any]) -> Path:
     """Write a data file."""
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path

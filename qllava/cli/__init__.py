@@ -5,7 +5,7 @@ verb prints one JSON object and nothing else on stdout; whatever a library print
 0 done, 1 something is wrong with the input or a verification failed, 2 the command line is wrong.
 
     qllava doctor
-    qllava check train.json --image-folder pictures --model llava-hf/llava-1.5-7b-hf
+    qllava check train.json --image-folder images --model llava-hf/llava-1.5-7b-hf
     qllava inspect train.json --rows 3 --html samples.html
     qllava plan --config recipes/llava15_7b_8gb.yaml
     qllava merge runs/finetune_lora merged

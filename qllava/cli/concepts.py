@@ -15,7 +15,7 @@ def add(verbs: Verbs) -> None:
         verbs, "filter", run_filter, "balance captions by concept: keep rare concepts whole, sample from frequent ones"
     )
     verb.add_argument(
-        "captions", metavar="CAPTIONS.json", type=file_path, help="LLaVA JSON or JSONL, or rows with a caption"
+        "captions", metavar="CAPTIONS.json", type=file_path, help="LLaVA JSON or JSONL, or examples with a caption"
     )
     verb.add_argument("out", metavar="OUT.json", type=file_path, help="JSON list of the examples that are kept")
     verb.add_argument(
@@ -40,7 +40,7 @@ def add(verbs: Verbs) -> None:
 
 
 def run_filter(arguments: argparse.Namespace) -> int:
-    """`qllava filter`: the rows that are kept as a file, and what that did to the distribution as tables."""
+    """`qllava filter`: the examples that are kept as a file, and what that did to the distribution as tables."""
     from qllava.synthesis.balance import as_text
     from qllava.synthesis.filtering import filter_captions
 

@@ -27,14 +27,14 @@ def add(verbs: Verbs) -> None:
     """Add `eval` and what it measures."""
     evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
-    vqa = add_verb(kinds, "vqa", run_eval_vqa, "short answers to questions about pictures, exact match")
+    vqa = add_verb(kinds, "vqa", run_eval_vqa, "short answers to questions about images, exact match")
     vqa.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
     vqa.add_argument(
-        "data", metavar="DATA", type=file_path, help="LLaVA JSON, or rows of question, image, answer and type"
+        "data", metavar="DATA", type=file_path, help="LLaVA JSON, or examples of question, image, answer and type"
     )
     vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
     vqa.add_argument("--out", metavar="FILE", type=file_path, help="write every question with its answer, as JSONL")
-    vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their pictures")
+    vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their images")
     vqa.add_argument(
         "--shots", metavar="K", type=rank, default=0, help="number of examples before each question (default: 0)"
     )
@@ -48,7 +48,7 @@ def add(verbs: Verbs) -> None:
         "--choose",
         choices=("random", "text", "picture"),
         default="random",
-        help="examples at random (default), with similar questions, or with similar pictures",
+        help="examples at random (default), with similar questions, or with similar images",
     )
     vqa.add_argument("--seed", metavar="N", type=int, default=0, help="of examples at random (default: 0)")
     vqa.add_argument(
@@ -138,7 +138,7 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
 
 
 def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
-    """`qllava eval scienceqa`: accuracy in all, with a picture and by group, and what could not be read."""
+    """`qllava eval scienceqa`: accuracy in all, with an image and by group, and what could not be read."""
     if arguments.model and not arguments.out:
         raise InputError("Name the file for the model's answers with --out.")
     if arguments.answers and (arguments.out or arguments.image_folder or arguments.batch_size):

@@ -60,9 +60,9 @@ def _add_judge(kinds: Verbs) -> None:
     )
     judge.add_argument("--reference", metavar="R.jsonl", type=file_path, help="the answers to be compared with")
     judge.add_argument("--answers", metavar="A.jsonl", type=file_path, help="the answers to be rated")
-    judge.add_argument("--contexts", metavar="C.jsonl", type=file_path, help="the pictures in captions and boxes")
+    judge.add_argument("--contexts", metavar="C.jsonl", type=file_path, help="the images in captions and boxes")
     judge.add_argument(
-        "--pictures", metavar="DIR", type=file_path, help="with --votes, for a judge that sees: kept pictures"
+        "--pictures", metavar="DIR", type=file_path, help="with --votes, for a judge that sees: kept images"
     )
     _judge_flags(judge)
     judge.add_argument("--out", metavar="J.jsonl", type=file_path, required=True, help="where every reply is written")
@@ -121,7 +121,7 @@ def run_eval_judge(arguments: argparse.Namespace) -> int:
     if arguments.questions and not (arguments.reference and arguments.answers):
         raise InputError("To rate answers, name them with --answers and what they are compared with by --reference.")
     if arguments.questions and arguments.pictures:
-        raise InputError("--pictures belongs to --votes; answers are rated by the pictures' --contexts.")
+        raise InputError("--pictures belongs to --votes; answers are rated by the images' --contexts.")
     judge = _judge(arguments)
 
     def run() -> Any:

@@ -61,7 +61,7 @@ def _add_export(verbs: Verbs) -> None:
 
 
 def _add_chat(verbs: Verbs) -> None:
-    chat = add_verb(verbs, "chat", run_chat, "ask a model about pictures")
+    chat = add_verb(verbs, "chat", run_chat, "ask a model about images")
     chat.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
     chat.add_argument(
         "--image", metavar="FILE", type=file_path, nargs="+", action="extend", default=[], help="show this first"

@@ -39,7 +39,7 @@ def _add_check(verbs: Verbs) -> None:
     check.add_argument("data", metavar="DATA", type=file_path, nargs="*", help="files or folders of one data set")
     reading_flags(check)
     check.add_argument(
-        "--eval-file", metavar="FILE", type=file_path, help="held-out rows: checked too, and looked for in DATA"
+        "--eval-file", metavar="FILE", type=file_path, help="held-out examples: checked too, and looked for in DATA"
     )
     check.add_argument(
         "--config", metavar="RECIPE.yaml", type=model_name, help="the data and model of a recipe, in place of the flags"
@@ -50,13 +50,13 @@ def _add_check(verbs: Verbs) -> None:
 
 def _add_inspect(verbs: Verbs) -> None:
     inspect = add_verb(
-        verbs, "inspect", run_inspect, "show samples as the model gets them: pictures, tokens, what is learned"
+        verbs, "inspect", run_inspect, "show samples as the model gets them: images, tokens, what is learned"
     )
-    inspect.add_argument("data", metavar="DATA", type=file_path, help="a file or folder of rows")
+    inspect.add_argument("data", metavar="DATA", type=file_path, help="a file or folder of examples")
     reading_flags(inspect)
     inspect.add_argument("--rows", metavar="N", type=positive, help="the first N (default: 8; with --json, all)")
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the pictures")
+    how.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the images")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
     looks(inspect, data=check_data, html=check_written)
 
@@ -75,8 +75,8 @@ def _add_plan(verbs: Verbs) -> None:
         "--vision-tower", metavar="V", type=model_name, help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder"
     )
     plan.add_argument("--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 for stage 1, the projector alone")
-    plan.add_argument("--tokens-per-row", metavar="N", type=positive, help="tokens that go through the model at once")
-    plan.add_argument("--fit", metavar="12GB", help="choose row size, recomputation and optimizer to stay under this")
+    plan.add_argument("--tokens-per-pack", metavar="N", type=positive, help="tokens that go through the model at once")
+    plan.add_argument("--fit", metavar="12GB", help="choose pack size, recomputation and optimizer to stay under this")
     base_flag(plan)
     json_flag(plan)
     parts = {"model": check_model, "language_model": check_model, "vision_tower": check_part}
@@ -106,7 +106,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """`qllava check`: status 1 when a row would not be learned as it is written."""
+    """`qllava check`: status 1 when an example would not be learned as it is written."""
     from qllava.training.data import Part
     from qllava.training.preview import Source, check_sources, reader_of, sources_of_recipe
 
@@ -129,9 +129,9 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    """`qllava inspect`: the first rows as the model gets them, in the terminal, as a page, or as JSON."""
+    """`qllava inspect`: the first examples as the model gets them, in the terminal, as a page, or as JSON."""
     from qllava.training.data import Part
-    from qllava.training.preview import Source, inspect_rows, reader_of
+    from qllava.training.preview import Source, inspect_examples, reader_of
 
     out = sys.stdout
 
@@ -140,7 +140,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         source = Source([Part(arguments.data, arguments.image_folder)], reader, arguments.max_length)
         write = (lambda found: print(json.dumps(found), file=out)) if arguments.json else None
         rows = arguments.rows or (None if arguments.json else 8)
-        inspect_rows(source, rows=rows, page=arguments.html, write=write)
+        inspect_examples(source, count=rows, page=arguments.html, write=write)
 
     quietly(run, arguments.json)
     return 0
@@ -157,7 +157,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
             language_model=arguments.language_model,
             vision_tower=arguments.vision_tower,
             lora_r=arguments.lora_r,
-            tokens_per_row=arguments.tokens_per_row,
+            tokens_per_pack=arguments.tokens_per_pack,
             limit=arguments.fit,
             base_model=arguments.base_model,
         ),

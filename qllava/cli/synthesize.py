@@ -50,14 +50,16 @@ def add(verbs: Verbs) -> None:
         type=model_name,
         help="JSONL of image, captions and boxes; COCO's annotations; nano",
     )
-    verb.add_argument("out", metavar="OUT", type=file_path, help="rows to write: .json, or .jsonl for a row a line")
+    verb.add_argument(
+        "out", metavar="OUT", type=file_path, help="examples to write: .json, or .jsonl for an example a line"
+    )
     verb.add_argument("--teacher", metavar="NAME", required=True, help="rules, or the name of a language model")
     verb.add_argument("--types", metavar="T,...", type=_types, help=f"of {', '.join(_TYPES)} (default: all but naive)")
     verb.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="part I of N, from 1/N to N/N")
     verb.add_argument(
-        "--report", metavar="FILE", type=file_path, help=f"page about the rows (default: {REPORT_FILE} by OUT)"
+        "--report", metavar="FILE", type=file_path, help=f"page about the examples (default: {REPORT_FILE} by OUT)"
     )
-    verb.add_argument("--image-folder", metavar="DIR", type=file_path, help="the pictures, for the report's samples")
+    verb.add_argument("--image-folder", metavar="DIR", type=file_path, help="the images, for the report's samples")
     rules = verb.add_argument_group("with --teacher rules")
     rules.add_argument("--seed", metavar="N", type=rank, help="of wording and choice (default: 0)")
     rules.add_argument("--brief", action="store_true", help="conversations with answers of a word or two")
@@ -173,14 +175,14 @@ def _job(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Job:
 
 
 def _write_report(arguments: argparse.Namespace, contexts: Sequence[Context]) -> Path:
-    from qllava.data.rows import read_rows
-    from qllava.synthesis.contexts import picture_folder
+    from qllava.data.records import read_records
+    from qllava.synthesis.contexts import image_folder
     from qllava.synthesis.report import write_report
 
     path: Path = arguments.report or arguments.out.with_name(REPORT_FILE)
-    rows = [row for _, row in read_rows(arguments.out)]
+    rows = [row for _, row in read_records(arguments.out)]
     try:
-        write_report(rows, contexts, path, arguments.image_folder or picture_folder(arguments.contexts))
+        write_report(rows, contexts, path, arguments.image_folder or image_folder(arguments.contexts))
     except OSError as error:
         raise InputError(f"{path}: the report cannot be written ({error.strerror}); name another --report.") from error
     return path
@@ -194,7 +196,9 @@ def _say(
         print(json.dumps({"out": str(arguments.out), "report": str(report), **as_json}))
     else:
         print(
-            "\n".join([counts.text(), *remarks, f"{arguments.out}: {as_json['rows']:,} rows. What they hold: {report}"])
+            "\n".join(
+                [counts.text(), *remarks, f"{arguments.out}: {as_json['rows']:,} examples. What they hold: {report}"]
+            )
         )
 
 
@@ -244,7 +248,7 @@ def _estimate_text(expected: dict[str, int], max_calls: int | None, max_tokens: 
         )
     tokens = expected["prompt_tokens"] + expected["completion_tokens"]
     return (
-        f"{expected['tasks']:,} rows to make; {expected['calls']:,} calls to ask, about {tokens:,} tokens "
+        f"{expected['tasks']:,} examples to make; {expected['calls']:,} calls to ask, about {tokens:,} tokens "
         f"({expected['prompt_tokens']:,} of prompts, {expected['completion_tokens']:,} of replies).\n"
         f"At most, if every reply is as long as allowed and must be written again: {expected['calls_at_most']:,} "
         f"calls, {expected['tokens_at_most']:,} tokens (one for each byte of a prompt). With every further attempt "

@@ -21,15 +21,15 @@ from qllava.config import InputError, expanded
 from qllava.data.images import open_image
 from qllava.inference.about import about
 from qllava.inference.chat import Chat
+from qllava.inference.kept_images import hash_of
 from qllava.inference.loading import has_base, load, same_model
-from qllava.inference.pictures import hash_of
 from qllava.inference.session import Session, Settings
 from qllava.models.recommended import recommendation
 from qllava.surroundings import user_name
 from qllava.voting.duel import Contender, Duel, contenders
 from qllava.voting.votes import Verdict, VoteFile
 
-HELP = """/image FILE      shows a picture with your next question
+HELP = """/image FILE      shows an image with your next question
 /again           asks the last question again
 /edit TEXT       asks it in other words
 /clear           begins a new conversation
@@ -93,7 +93,7 @@ def compare_loop(
     warm = tuple(_temperature(chat, settings) for chat in (first, second))
     cold = 0.0 if second is first else warm[0]
     pair = contenders((first, second), (cold, warm[1]))
-    _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows a picture, /quit leaves.")
+    _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows an image, /quit leaves.")
     _read_lines(_Comparison(pair, list(images), settings, file).handle)
     return 0
 
@@ -143,16 +143,16 @@ def _read_line(prompt: str) -> str | None:
         return None
 
 
-def _picture(argument: str) -> Path:
+def _image(argument: str) -> Path:
     path = Path(expanded(argument.strip().strip("'\"")))  # terminals quote a file that is dropped on them
     if not argument.strip() or path.is_dir():
-        raise InputError("/image takes the name of a picture's file.")
+        raise InputError("/image takes the name of an image's file.")
     open_image(path)
     return path
 
 
 class _Terminal:
-    """One conversation, the pictures that wait for the next question, and how to answer."""
+    """One conversation, the images that wait for the next question, and how to answer."""
 
     def __init__(self, chat: Chat, images: list[Path], settings: Settings) -> None:
         self.chat = chat
@@ -167,7 +167,7 @@ class _Terminal:
         if command == "/quit":
             return False
         if command == "/image":
-            self.waiting.append(_picture(argument))
+            self.waiting.append(_image(argument))
         elif command == "/clear":
             self.session.clear()
             self.waiting = []
@@ -250,9 +250,9 @@ class _Comparison:
         if command == "/quit":
             return False
         if command == "/image":
-            self.waiting.append(_picture(argument))
+            self.waiting.append(_image(argument))
         elif command.startswith("/"):
-            print("/image FILE shows a picture with the next question, /quit leaves")
+            print("/image FILE shows an image with the next question, /quit leaves")
         elif line:
             self._compare(line)
         return True
@@ -262,7 +262,7 @@ class _Comparison:
         growing = duel.answer(
             question,
             self.waiting,
-            hashes=[hash_of(picture) for picture in self.waiting],
+            hashes=[hash_of(image) for image in self.waiting],
             max_new_tokens=self.settings.max_new_tokens,
             system=self.settings.system,
         )

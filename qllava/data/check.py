@@ -1,11 +1,11 @@
 """The whole data set, before anything is trained: what is wrong with it, how long it is, what would be left out.
 
-    file --rows--> Place, row --formats--> Example --encode--> Sample --table--> samples.arrow
-                                                                  pictures ----> every one decoded, once
+    file --records--> Place, example --formats--> Example --encode--> Sample --table--> samples.arrow
+                                                                  images ----> every one decoded, once
 
-Every row goes the way that it goes in training, through the same code, in processes of its own when there are many.
+Every example goes the way that it goes in training, through the same code, in processes of its own when there are many.
 What comes out is kept in a folder, named by a hash of the file's bytes and of everything that decides what its samples
-are, so the training run, and a second check, find it done. Which pictures are sound is remembered for a whole folder of
+are, so the training run, and a second check, find it done. Which images are sound is remembered for a whole folder of
 them, so only those are decoded that are new or have changed, whatever was changed in the text.
 
 Memory does not grow with the examples: they are in an Arrow file, and problems in a JSONL file next to it.
@@ -18,12 +18,10 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from hashlib import blake2b, file_digest
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +32,24 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from qllava.config import InputError, cache_folder
-from qllava.data.decoded import at_their_rows, in_order, seen_in, uses_of
+from qllava.data.decoded import at_their_examples, in_order, seen_in, uses_of
 from qllava.data.encode import Encoder
-from qllava.data.formats import Example, Pictures, folder_of, no_rows, to_example
-from qllava.data.problems import Place, Problem, RowError
-from qllava.data.rows import read_rows, row_files
+from qllava.data.formats import Example, ImageFolder, folder_of, no_records, to_example
+from qllava.data.problems import Place, Problem, RecordError
+from qllava.data.records import read_records, record_files
 from qllava.data.table import Layout, batch_of, open_table, quantiles, writing
 from qllava.files import whole_folder
+from qllava.workers import pool
 
-_VERSION = 4
+_VERSION = 5
 """Raised whenever the same file would give another table, so that an old one is not taken for it."""
 _ROWS = 1_000
-_SAMPLES, _ROWS_BROKEN, _PICTURES_BROKEN = "samples.arrow", "rows.jsonl", "pictures.jsonl"
+_SAMPLES, _ROWS_BROKEN, _IMAGES_BROKEN = "samples.arrow", "rows.jsonl", "images.jsonl"
 # The key of a folder does not see what else is on the disk: an image that was missing may have been added.
-_UNSETTLED = ("picture missing", "file unreadable")
+_UNSETTLED = ("image missing", "file unreadable")
 _ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
 _ALONE = 6
-"""Chunks of rows after which it pays to start processes, which takes seconds."""
+"""Chunks of examples after which it pays to start processes, which takes seconds."""
 
 _MOST_KEYS, _OTHERS = 100, "\0"
 """Keys that are reported one by one; a file whose keys are ids may have a million."""
@@ -64,9 +63,9 @@ _Unread = dict[str, tuple[int, Place]]
 class Summary:
     """What a data file comes to.
 
-    rows: rows of the file that could be read, sound or not.
-    samples, images: what is learned from, and the distinct pictures of it.
-    shown: pictures of all samples together; divided by `images` it says how many samples share a picture.
+    rows: examples of the file that could be read, sound or not.
+    samples, images: what is learned from, and the distinct images of it.
+    shown: images of all samples together; divided by `images` it says how many samples share an image.
     tokens: length of a sample with its image tokens: least, median, 95th percentile, most.
     learned_tokens: of all samples together.
     counts: problems by kind.
@@ -105,7 +104,7 @@ class Checked:
         return open_table(self.folder / _SAMPLES)
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong, in the order of the rows; pictures come last."""
+        """What is wrong, in the order of the examples; images come last."""
         return _problems(self.folder)
 
 
@@ -114,7 +113,7 @@ def check(
     image_folder: Path | None,
     encoder: Encoder,
     *,
-    pictures: bool = True,
+    images: bool = True,
     progress: bool = True,
     workers: int | None = None,
 ) -> Checked:
@@ -124,7 +123,7 @@ def check(
         path: The file, or a folder that holds a data set.
         image_folder: The folder that image paths are relative to; None for that of the file.
         encoder: Makes samples of the examples.
-        pictures: Whether every image is decoded once.
+        images: Whether every image is decoded once.
         progress: Whether a bar is shown.
         workers: Number of processes that read a large file; None for one per core. The result is the same.
 
@@ -136,15 +135,15 @@ def check(
     try:
         if not _is_settled(folder):
             with whole_folder(folder, _is_settled) as aside:
-                reader = _Reader(encoder, Pictures(image_folder or folder_of(path)))
+                reader = _Reader(encoder, ImageFolder(image_folder or folder_of(path)))
                 _read(path, aside, reader, progress, workers or os.cpu_count() or 1)
         table = open_table(folder / _SAMPLES)
-        pictured = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
-        known = root / f"images-{pictured.hexdigest()}.json"
+        folder_hash = blake2b(os.fsencode(image_folder or folder_of(path)), digest_size=8)
+        known = root / f"images-{folder_hash.hexdigest()}.json"
         uses = uses_of(table)
-        seen = seen_in(list(uses), known, progress) if pictures else []
-        with (folder / _PICTURES_BROKEN).open("w", encoding="utf-8") as file:
-            _write(file, at_their_rows(table, seen, uses))
+        seen = seen_in(list(uses), known, progress) if images else []
+        with (folder / _IMAGES_BROKEN).open("w", encoding="utf-8") as file:
+            _write(file, at_their_examples(table, seen, uses))
     except OSError as error:
         raise InputError(
             f"What was found in {path} cannot be kept in {root} ({error.strerror or error}); make room there, "
@@ -155,7 +154,7 @@ def check(
 
 
 def _is_settled(folder: Path) -> bool:
-    """Whether the rows of a file were read into this folder, and would be read the same again."""
+    """Whether the examples of a file were read into this folder, and would be read the same again."""
     try:
         return bool(json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["unsettled"] == 0)
     except (FileNotFoundError, ValueError):  # a machine that loses its power can leave the file empty
@@ -163,7 +162,7 @@ def _is_settled(folder: Path) -> bool:
 
 
 def _problems(folder: Path) -> Iterator[Problem]:
-    for name in (_ROWS_BROKEN, _PICTURES_BROKEN):
+    for name in (_ROWS_BROKEN, _IMAGES_BROKEN):
         with (folder / name).open(encoding="utf-8") as file:
             for line in file:
                 fields = json.loads(line)
@@ -171,7 +170,7 @@ def _problems(folder: Path) -> Iterator[Problem]:
 
 
 def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
-    """A hash of the file's bytes and of everything else that decides its samples, the pictures excepted."""
+    """A hash of the file's bytes and of everything else that decides its samples, the images excepted."""
     core = encoder.tokenizer.backend_tokenizer.to_str()
     decides = (
         _VERSION, tokenizers.__version__,
@@ -180,34 +179,34 @@ def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
         encoder.image_token_id, encoder.image, encoder.max_length, encoder.positions, encoder.too_long,
     )  # fmt: skip
     digest = blake2b(repr(decides).encode(), digest_size=16)
-    for file in row_files(path):
+    for file in record_files(path):
         try:
             if not file.is_file():
                 raise FileNotFoundError
             with file.open("rb") as opened:
                 digest.update(os.fsencode(file.name) + file_digest(opened, "blake2b").digest())
-        except OSError:  # a Problem of `read_rows`
+        except OSError:  # a Problem of `read_records`
             digest.update(b"unreadable")
     return digest.hexdigest()
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- examples ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns a chunk of rows into a piece of the table; knows nothing of other chunks, so it works in any process."""
+    """Turns a chunk of examples into a piece of the table; it needs no other chunk, so it works in any process."""
 
     encoder: Encoder
-    pictures: Pictures
+    folder: ImageFolder
 
     def __call__(self, rows: list[_Row]) -> tuple[pa.RecordBatch, list[Problem], _Unread]:
         problems: list[Problem] = []
         examples = []
         for place, row in rows:
             try:
-                examples.append(to_example(row, place, self.pictures))
-            except RowError as error:
+                examples.append(to_example(row, place, self.folder))
+            except RecordError as error:
                 problems.append(error.problem)
         samples = self.encoder.encode_all(examples, problems.append)
         by_place = {example.place: example for example in examples}
@@ -276,25 +275,25 @@ def _pieces(
         return
     copy = aside / "reader.pickle"
     copy.write_bytes(pickle.dumps(reader))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from in_order(pool, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
+    with pool(workers, start="spawn") as processes:
+        yield from in_order(processes, partial(_read_elsewhere, copy), chain([first], chunks), ahead=workers + 1)
     copy.unlink()
 
 
 def _read(path: Path, folder: Path, reader: _Reader, progress: bool, workers: int) -> None:
-    """Read all rows into the table in `folder`, and what is wrong with them into the file beside it."""
+    """Read all examples into the table in `folder`, and what is wrong with them into the file beside it."""
     rows = unsettled = 0
     unread: list[Problem] = []
     keys: _Unread = {}
     with (
         writing(folder / _SAMPLES) as table,
         (folder / _ROWS_BROKEN).open("w", encoding="utf-8") as file,
-        tqdm(desc=f"Reading {path.name}", unit=" rows", disable=not progress) as bar,
+        tqdm(desc=f"Reading {path.name}", unit=" examples", disable=not progress) as bar,
     ):
 
         def counted() -> Iterator[_Row]:
             nonlocal rows
-            for row in read_rows(path, unread.append):
+            for row in read_records(path, unread.append):
                 rows += 1
                 yield row
 
@@ -304,7 +303,7 @@ def _read(path: Path, folder: Path, reader: _Reader, progress: bool, workers: in
             unsettled += _write(file, problems)
             bar.update(rows - bar.n)
         if not rows and not unread:
-            unread.append(no_rows(path).problem)
+            unread.append(no_records(path).problem)
         unsettled += _write(file, chain(unread, _not_read(keys)))
     (folder / _ROWS_DONE).write_text(json.dumps({"rows": rows, "unsettled": unsettled}), encoding="utf-8")
 
@@ -322,10 +321,10 @@ def _write(file: Any, problems: Iterable[Problem]) -> int:
 
 
 def numbers(table: Dataset, name: str) -> np.ndarray:
-    """A column of numbers, (rows,); the hashes of a column of lists one after the other."""
+    """A column of numbers, (examples,); the hashes of a column of lists one after the other."""
     column = table.data.column(name)
     is_list = pa.types.is_list(column.type)
-    # Of no rows too with the type of the others: a hash beside an empty column of int64 would become a float.
+    # Of no examples too with the type of the others: a hash beside an empty column of int64 would become a float.
     parts = [np.empty(0, dtype=(column.type.value_type if is_list else column.type).to_pandas_dtype())]
     for chunk in column.chunks:
         flat = chunk.flatten() if is_list else chunk.fill_null(0)

@@ -14,7 +14,7 @@ from qllava.data.unpacked import bytes_or_path, is_image, unpack
 Rows = Iterator[tuple[Place, Any]]
 
 _KNOWN = {*LEARNED, *REFUSED, *chain(*SPELLINGS.values())}
-_BATCH = 64  # rows that are Python objects at one time; each may hold pictures
+_BATCH = 64  # rows that are Python objects at one time; each may hold images
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -59,7 +59,7 @@ def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict
             schema = batches.schema
         if not can_be_records(schema.names):
             problem = "the table has none of the columns conversations, messages, question"
-            on_problem(Problem("not a row", problem, "see the formats in docs/data.md", Place(str(path))))
+            on_problem(Problem("not an example", problem, "see the formats in docs/data.md", Place(str(path))))
             return
         wanted = _wanted(schema)
         others = {name: True for name in schema.names if name not in wanted}

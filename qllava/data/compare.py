@@ -1,6 +1,6 @@
 """Examples compared with each other, by the hashes in their tables: twice the same, one id for two, leaks.
 
-Several files are one data set: rows are compared across them.
+Several files are one data set: examples are compared across them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from qllava.data.problems import OnProblem, Place, Problem
 
 
 def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
-    """Rows of one data set, of one or more files, that occur twice, and ids that name two different rows.
+    """Examples of one data set, of one or more files, that occur twice, and ids that name two different examples.
 
-    Several rows about one picture may bear its id, as LLaVA's own do; rows with the same words may not.
+    Several examples about one image may bear its id, as LLaVA's own do; examples with the same words may not.
     """
-    where = _Rows(parts)
-    contents, ids, shown = (where.column(name) for name in ("content_hash", "id_hash", "pictures_hash"))
+    where = _Records(parts)
+    contents, ids, shown = (where.column(name) for name in ("content_hash", "id_hash", "images_hash"))
     order = np.lexsort((np.arange(len(contents)), contents))
     same = order[1:][contents[order[1:]] == contents[order[:-1]]]
     first_of = _firsts(contents, order)
     for index in np.sort(same):
         earlier = where.place(first_of[contents[index]])
-        problem = f"the row says the same about the same pictures as {earlier}"
+        problem = f"the example says the same about the same images as {earlier}"
         on_problem(where.problem(index, "duplicate", problem, "remove one, unless it shall count twice", "note"))
     order = np.lexsort((np.arange(len(ids)), ids))
     first_of = _firsts(ids, order)
     for index in np.sort(order[1:][(ids[order[1:]] == ids[order[:-1]]) & (ids[order[1:]] != 0)]):
         first = first_of[ids[index]]
-        about_one_picture = shown[index] == shown[first] != 0 and contents[index] != contents[first]
-        if not about_one_picture:
+        about_one_image = shown[index] == shown[first] != 0 and contents[index] != contents[first]
+        if not about_one_image:
             problem = f"{where.place(first)} has the same id"
-            on_problem(where.problem(index, "duplicate id", problem, "give each row an id of its own", "warning"))
+            on_problem(where.problem(index, "duplicate id", problem, "give each example an id of its own", "warning"))
 
 
 def _firsts(values: np.ndarray, order: np.ndarray) -> dict[int, int]:
@@ -47,11 +47,11 @@ def _firsts(values: np.ndarray, order: np.ndarray) -> dict[int, int]:
 
 
 def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: OnProblem) -> None:
-    """Rows in which a question of the evaluation rows is asked about the same pictures and answered the same."""
+    """Examples in which a question of the evaluation examples is asked about the same images and answered the same."""
     held_out = np.concatenate([numbers(part.table, "round_hashes") for part in evaluation])
     for part in parts:
         offset = 0
-        where = _Rows([part])
+        where = _Records([part])
         for chunk in part.table.data.column("round_hashes").chunks:
             owner = np.repeat(np.arange(len(chunk)), chunk.value_lengths().to_numpy(zero_copy_only=False))
             found = np.isin(chunk.flatten().to_numpy(zero_copy_only=False), held_out)
@@ -62,8 +62,8 @@ def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: 
             offset += len(chunk)
 
 
-class _Rows:
-    """The rows of several tables, numbered through."""
+class _Records:
+    """The examples of several tables, numbered through."""
 
     def __init__(self, parts: Sequence[Checked]) -> None:
         self.tables = [part.table for part in parts]
@@ -72,14 +72,14 @@ class _Rows:
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([numbers(table, name) for table in self.tables])
 
-    def _row(self, index: int) -> tuple[dict[str, Any], Place]:
+    def _record(self, index: int) -> tuple[dict[str, Any], Place]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        row = self.tables[part][int(index - self.starts[part])]
-        return row, Place(row["file"], row["line"], row["row"])
+        record = self.tables[part][int(index - self.starts[part])]
+        return record, Place(record["file"], record["line"], record["row"])
 
     def place(self, index: int) -> Place:
-        return self._row(index)[1]
+        return self._record(index)[1]
 
     def problem(self, index: int, kind: str, problem: str, hint: str, severity: Any) -> Problem:
-        row, place = self._row(index)
-        return Problem(kind, problem, hint, place, row["id"], severity)
+        record, place = self._record(index)
+        return Problem(kind, problem, hint, place, record["id"], severity)

@@ -21,15 +21,15 @@ from qllava.data.columns import END_OF_STREAM, read_columns
 from qllava.data.problems import FORMATS, OnProblem, Place, Problem
 from qllava.data.webdataset import read_tar
 
-Rows = Iterator[tuple[Place, Any]]
+Records = Iterator[tuple[Place, Any]]
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 _SHARDS = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "tar"}
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
 
-def read_container(path: Path, head: bytes, on_problem: OnProblem) -> Rows:
-    """The rows of a binary file, recognized by its first 512 bytes. What is broken ends it with a problem."""
+def read_container(path: Path, head: bytes, on_problem: OnProblem) -> Records:
+    """The examples of a binary file, recognized by its first 512 bytes. What is broken ends it with a problem."""
     if head.startswith(b"PAR1"):
         yield from read_columns(path, "Parquet file", on_problem)
     elif head.startswith((b"ARROW1", END_OF_STREAM[:4])):
@@ -43,8 +43,8 @@ def read_container(path: Path, head: bytes, on_problem: OnProblem) -> Rows:
         on_problem(Problem("not a data file", problem, hint, Place(str(path))))
 
 
-def read_folder(path: Path, on_problem: OnProblem) -> Rows:
-    """The rows of a saved Hugging Face dataset, or of a folder of Parquet, Arrow or tar files, by name."""
+def read_folder(path: Path, on_problem: OnProblem) -> Records:
+    """The examples of a saved Hugging Face dataset, or of a folder of Parquet, Arrow or tar files, by name."""
     for shard in _shards(path, on_problem):
         try:
             with shard.open("rb") as file:

@@ -23,13 +23,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from qllava.data.images import open_image
-from qllava.data.problems import Place, Problem, RowError
+from qllava.data.problems import Place, Problem, RecordError
 from qllava.data.table import lists
 from qllava.files import write_whole
 
 _AT_ONCE = 64
 _SKETCH = (32, 32)
-"""Pixels of an image that are looked at first, in rows and columns: hashing all would double the time of decoding."""
+"""Rows and columns of pixels that are looked at first: hashing all would double the time of decoding."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Seen:
 
 def uses_of(table: Dataset) -> dict[str, int]:
     """Return every image of a table of samples, and how many samples show it."""
-    chunks = table.data.column("pictures").chunks
+    chunks = table.data.column("image_files").chunks
     counts = pc.value_counts(pa.chunked_array([chunk.flatten() for chunk in chunks], pa.string()))
     return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
 
@@ -73,7 +73,7 @@ def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
     seen = {name: Seen(name, *kept[name][2:]) for name in names if name in kept and kept[name][:2] == states[name]}
     changed = [name for name in names if name not in seen]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        with tqdm(total=len(changed), desc="Decoding pictures", disable=not progress or not changed) as bar:
+        with tqdm(total=len(changed), desc="Decoding images", disable=not progress or not changed) as bar:
             for one in in_order(pool, _decode, changed, ahead=_AT_ONCE):
                 seen[one.name] = one
                 bar.update()
@@ -106,7 +106,7 @@ _ABSENT = "check the name, and the folder that names are relative to (--image-fo
 def _decode(name: str) -> Seen:
     try:
         image = open_image(Path(name))
-    except RowError as error:
+    except RecordError as error:
         return Seen(name, problem=error.problem if Path(name).exists() else replace(error.problem, hint=_ABSENT))
     some = image.resize(_SKETCH, Image.Resampling.NEAREST)
     colour = None
@@ -124,7 +124,7 @@ def _hash_of_all(name: str) -> str | None:
     """A hash of all pixels; takes as long as decoding, so it is asked for only where sketches are equal."""
     try:
         image = open_image(Path(name))
-    except RowError:  # removed meanwhile
+    except RecordError:  # removed meanwhile
         return None
     return _hash(image, image)
 
@@ -133,15 +133,15 @@ def _hash(image: Image.Image, shown: Image.Image) -> str:
     return blake2b(repr(image.size).encode() + shown.tobytes(), digest_size=12).hexdigest()
 
 
-def at_their_rows(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]) -> Iterator[Problem]:
+def at_their_examples(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]) -> Iterator[Problem]:
     """Yield what there is to say of images, each at the first record that shows it."""
     about = dict(_about(seen))
     missing = set(about)
-    for index, names in enumerate(lists(table, "pictures")) if missing else ():
+    for index, names in enumerate(lists(table, "image_files")) if missing else ():
         for name in missing.intersection(names):
             missing.discard(name)
             row, problem = table[index], about[name]
-            said = f"{name}: {problem.problem}" + (f" ({uses[name]} rows show it)" if uses[name] > 1 else "")
+            said = f"{name}: {problem.problem}" + (f" ({uses[name]} examples show it)" if uses[name] > 1 else "")
             yield replace(problem, problem=said, place=Place(row["file"], row["line"], row["row"]), id=row["id"])
 
 
@@ -169,7 +169,7 @@ def in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> 
         item, future = waiting.popleft()
         try:
             return future.result()
-        except RecursionError:  # a row that is nested as deeply as json reads it cannot be sent
+        except RecursionError:  # an example that is nested as deeply as json reads it cannot be sent
             return work(item)
 
     for item in items:

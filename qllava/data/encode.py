@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from qllava.config import InputError
 from qllava.conversation import EOS, IMAGE_TOKEN, Conversation, Rendered, Template
 from qllava.data.formats import Example, count_of
-from qllava.data.problems import OnProblem, Place, Problem, RowError, stop
+from qllava.data.problems import OnProblem, Place, Problem, RecordError, stop
 from qllava.image_layout import ImageLayout
 
 IGNORE_INDEX = -100
@@ -71,7 +71,7 @@ class Encoder:
     image: the tokens of an image.
     max_length: the most tokens of a sample, image tokens counted.
     positions: how many the language model reads, which bounds `max_length`; None where no model is known.
-    too_long: a longer one is an error; or it is dropped; or it loses whole turns at its end, never a picture and
+    too_long: a longer one is an error; or it is dropped; or it loses whole turns at its end, never an image and
         never a part of an answer, and is dropped where that does not suffice.
 
     Raises InputError when tokenizer and template do not fit together.
@@ -112,7 +112,7 @@ class Encoder:
         return frozenset({*special, *(vocabulary[control] for control in self.template.controls), self.image_token_id})
 
     def encode(self, example: Example) -> Sample | None:
-        """One sample; None when the policy drops it. Raises RowError like `encode_all`."""
+        """One sample; None when the policy drops it. Raises RecordError like `encode_all`."""
         samples = self.encode_all([example])
         return samples[0] if samples else None
 
@@ -120,8 +120,8 @@ class Encoder:
         """The samples of examples, in order. They are in memory at once: call it per part of a large data set.
 
         Left out, and handed to `on_problem`, is an example that is too long under the policy, spells a control token,
-        does not suit the template, has other pictures than `<image>`, or teaches nothing; one that is trimmed is
-        handed to it too. `stop`, the default, raises a RowError for what is an error, and lets the policy be.
+        does not suit the template, has other images than `<image>`, or teaches nothing; one that is trimmed is
+        handed to it too. `stop`, the default, raises a RecordError for what is an error, and lets the policy be.
         """
         samples: list[Sample] = []
         for example, rendered, tokens in self._tokenized(examples, on_problem):
@@ -130,14 +130,14 @@ class Encoder:
                 end = self._end(example, rendered, tokens, on_problem)
                 if end is not None:
                     samples.append(self._sample(example, rendered, tokens, end))
-            except RowError as error:
+            except RecordError as error:
                 on_problem(error.problem)
         return samples
 
     def encode_prompt(self, conversation: Conversation, *, images: int | None = None) -> list[int]:
         """The ids up to where the answer begins, image tokens expanded.
 
-        images: the number of pictures, where it shall be compared with the number of `<image>`.
+        images: the number of images, where it shall be compared with the number of `<image>`.
         Raises InputError when they differ, the words spell a control token, or the last turn is not the user's.
         """
         try:
@@ -149,7 +149,7 @@ class Encoder:
         if images is not None and tokens.ids.count(self.image_token_id) != images:
             raise InputError(
                 f"The prompt holds {tokens.ids.count(self.image_token_id)} {IMAGE_TOKEN} for {images} "
-                "pictures; make them equal."
+                "images; make them equal."
             )
         return self._expand(tokens.ids, tokens.ids)
 
@@ -172,7 +172,7 @@ class Encoder:
                     texts.append(self._render(example.conversation))
                     batch.append(example)
                 except ValueError as error:
-                    hint = "choose another template, or drop the row"
+                    hint = "choose another template, or drop the example"
                     on_problem(example.problem("template", str(error), hint).problem)
             yield from zip(batch, texts, self._tokens([rendered.text for rendered in texts]), strict=True)
 
@@ -200,21 +200,21 @@ class Encoder:
                         "control token",
                         f"the words {rendered.text[start:end][:40]!r} ... contain {token}, which is a control token of "
                         "this model",
-                        "spell it differently or drop the row",
+                        "spell it differently or drop the example",
                     )
 
     def _end(self, example: Example, rendered: Rendered, tokens: _Tokens, on_problem: OnProblem) -> int | None:
         """How many tokens (before expansion) are kept; None when the example is dropped."""
-        pictures = tokens.ids.count(self.image_token_id)
-        if pictures != len(example.images):
-            problem = f"the text holds {pictures} {IMAGE_TOKEN} for {count_of(len(example.images))}"
-            raise example.problem("pictures", problem, "make them equal")
+        images = tokens.ids.count(self.image_token_id)
+        if images != len(example.images):
+            problem = f"the text holds {images} {IMAGE_TOKEN} for {count_of(len(example.images))}"
+            raise example.problem("images", problem, "make them equal")
         most, limit, hint = self._limit
-        spare = most + pictures - sum(self._image_tokens(pictures))
+        spare = most + images - sum(self._image_tokens(images))
         if len(tokens.ids) <= spare:
             return len(tokens.ids)
         length = len(tokens.ids) - spare + most
-        too_long = f"{length} tokens ({count_of(pictures)} of {self.image.tokens}) are more than {limit}"
+        too_long = f"{length} tokens ({count_of(images)} of {self.image.tokens}) are more than {limit}"
         if self.too_long == "error":
             raise example.problem("too long", too_long, f"{hint}, or set too_long to drop or trim")
         if self.too_long == "trim":
@@ -230,7 +230,7 @@ class Encoder:
                     lost = f"{too_long}, so {len(rendered.spans) - rounds} of {len(rendered.spans)} answers are lost"
                     on_problem(replace(self._changed(example, lost), kind="trimmed"))
                     return kept
-        on_problem(self._changed(example, f"{too_long}, so the row is dropped"))
+        on_problem(self._changed(example, f"{too_long}, so the example is dropped"))
         return None
 
     @property

@@ -14,7 +14,7 @@ Two rules are LLaVA's own: `<image>` moves to the start of its turn, is followed
 outer white space; a leading turn that is not the human's is dropped (a system prompt is kept as such). Where one
 turn holds several images, they stay where they are: their places may mean something ("is <image> left of <image>?").
 
-Everything else that is wrong is a `RowError` with file, line or row, id, what was expected and what to do.
+Everything else that is wrong is a `RecordError` with file, line or example, id, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from urllib.request import url2pathname
 
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
 from qllava.data.keys import KINDS, Keys, images_named, is_said, keys_of, obey
-from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode, is_unicode
-from qllava.data.rows import is_folder, read_rows
+from qllava.data.problems import Place, Problem, RecordError, Unusable, check_unicode, is_unicode
+from qllava.data.records import is_folder, read_records
 from qllava.data.turns import Said, alpaca, caption, conversation, kind_of, listed, question
 from qllava.data.unpacked import bytes_or_path, unpack
 
@@ -42,13 +42,13 @@ _COMMON = ("id", "image", "system", "type")
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data file, checked.
+    """One example of a data file, checked.
 
-    id: the row's own, or its place in the file.
-    images: the pictures in the order of their `<image>`; each exists.
+    id: the example's own, or its place in the file.
+    images: the images in the order of their `<image>`; each exists.
     conversation: begins with the user, ends with the assistant; every answer says something.
-    place: where it stands, for messages: "train.json, row 3".
-    type: the kind of question, where the row tells it.
+    place: where it stands, for messages: "train.json, example 3".
+    type: the kind of question, where the example tells it.
     lost: a leading turn that was not the human's, and was dropped.
     unread: keys of the record that say something and are not read, in order.
     """
@@ -66,45 +66,51 @@ class Example:
         """The place and the id, as messages begin."""
         return f"{self.place}, id {self.id}"
 
-    def problem(self, kind: str, problem: str, hint: str) -> RowError:
-        """An error of this row."""
-        return RowError(Problem(kind, problem, hint, self.place, self.id))
+    def problem(self, kind: str, problem: str, hint: str) -> RecordError:
+        """An error of this example."""
+        return RecordError(Problem(kind, problem, hint, self.place, self.id))
 
 
 def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]:
     """Read a data file; images are in `image_folder`, or in the folder of the file.
 
-    Raises InputError for the first row that cannot be used.
+    Raises InputError for the first example that cannot be used.
     """
-    pictures = Pictures(image_folder if image_folder is not None else folder_of(path))
-    examples = [to_example(row, place, pictures) for place, row in read_rows(path)]
+    folder = ImageFolder(image_folder if image_folder is not None else folder_of(path))
+    examples = [to_example(record, place, folder) for place, record in read_records(path)]
     if not examples:
-        raise no_rows(path)
+        raise no_records(path)
     return examples
 
 
 def read_these(path: Path, image_folder: Path | None, wanted: Collection[int]) -> list[Example]:
-    """The rows of a file with these numbers, from 0, in the file's order."""
-    pictures = Pictures(image_folder if image_folder is not None else folder_of(path))
-    return [to_example(row, place, pictures) for number, (place, row) in enumerate(read_rows(path)) if number in wanted]
+    """The examples of a file with these numbers, from 0, in the file's order."""
+    folder = ImageFolder(image_folder if image_folder is not None else folder_of(path))
+    return [
+        to_example(record, place, folder)
+        for number, (place, record) in enumerate(read_records(path))
+        if number in wanted
+    ]
 
 
 def folder_of(path: Path) -> Path:
-    """Where the pictures of a data file lie when nothing else is said: beside it, or in the folder that it is."""
+    """Where the images of a data file lie when nothing else is said: beside it, or in the folder that it is."""
     return path if is_folder(path) else path.parent
 
 
-def count_of(pictures: int) -> str:
-    """A number of pictures in words: "1 picture"."""
-    return f"{pictures} picture" if pictures == 1 else f"{pictures} pictures"
+def count_of(images: int) -> str:
+    """A number of images in words: "1 image"."""
+    return f"{images} image" if images == 1 else f"{images} images"
 
 
-def no_rows(path: Path) -> RowError:
+def no_records(path: Path) -> RecordError:
     """The error of a file that holds nothing."""
-    return RowError(Problem("no rows", "the file holds no rows", "give it at least one conversation", Place(str(path))))
+    return RecordError(
+        Problem("no examples", "the file holds no examples", "give it at least one conversation", Place(str(path)))
+    )
 
 
-class Pictures:
+class ImageFolder:
     """A folder of images, which no name may leave."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,8 +133,8 @@ class Pictures:
         if isinstance(name, Path):
             return name
         if not isinstance(name, str) or not name:
-            problem = "the picture must be a file name or a list of file names"
-            raise Unusable("picture names", problem, "write it as text")
+            problem = "the image must be a file name or a list of file names"
+            raise Unusable("image names", problem, "write it as text")
         if name in self._present:
             return self._present[name]
         if name.startswith("data:"):
@@ -136,18 +142,18 @@ class Pictures:
         shown = repr(name if len(name) <= 200 else name[:200] + "...")
         path = url2pathname(urlsplit(name).path) if name.startswith("file:///") else name
         if "://" in path:
-            raise Unusable("picture missing", f"the picture {shown} is an address", "download it, and name the file")
+            raise Unusable("image missing", f"the image {shown} is an address", "download it, and name the file")
         # By the letters of the path only: a link inside the folder that points elsewhere was put there by its owner.
         full = Path(os.path.normpath(Path(self._root, path)))
         if not is_unicode(str(full)):
-            raise Unusable("picture missing", f"the path of the picture {shown} is not UTF-8", "rename what is not")
+            raise Unusable("image missing", f"the path of the image {shown} is not UTF-8", "rename what is not")
         if not full.is_relative_to(self._root):
-            problem = f"the picture {shown} lies outside the image folder {self._root}"
-            raise Unusable("picture outside", problem, "name it relative to it")
+            problem = f"the image {shown} lies outside the image folder {self._root}"
+            raise Unusable("image outside", problem, "name it relative to it")
         found = full if _is_file(full) else self._spelled_otherwise(full)
         if found is None:
-            problem = f"the picture {shown} is not in the image folder {self._root}"
-            raise Unusable("picture missing", problem, "add it or give the right folder")
+            problem = f"the image {shown} is not in the image folder {self._root}"
+            raise Unusable("image missing", problem, "add it or give the right folder")
         return self._present.setdefault(name, found)
 
     def has(self, name: str) -> Path | None:
@@ -185,33 +191,33 @@ def _data_of(url: str) -> bytes:
             raise ValueError
         return base64.b64decode(data, validate=True) if head.endswith(";base64") else unquote_to_bytes(data)
     except (ValueError, binascii.Error):
-        raise Unusable("picture names", f"the data URL {url[:40]!r}... cannot be decoded", "write it again") from None
+        raise Unusable("image names", f"the data URL {url[:40]!r}... cannot be decoded", "write it again") from None
 
 
-def to_example(row: Any, place: Place, pictures: Pictures) -> Example:
-    """Check one record and bring it into the one form. Raises RowError."""
+def to_example(record: Any, place: Place, folder: ImageFolder) -> Example:
+    """Check one record and bring it into the one form. Raises RecordError."""
     id: str | None = None
     try:
-        if not isinstance(row, dict):
-            problem = f"a row is a JSON object, not {kind_of(row)}"
-            raise Unusable("not a row", problem, "see the formats in docs/data.md")
-        keys = keys_of(row)
+        if not isinstance(record, dict):
+            problem = f"an example is a JSON object, not {kind_of(record)}"
+            raise Unusable("not an example", problem, "see the formats in docs/data.md")
+        keys = keys_of(record)
         id = _id(keys.get("id"))
-        obeyed = obey(row)
+        obeyed = obey(record)
         said, read = _said(keys)
-        images = tuple(pictures.find(image) for image in _images(keys, said))
+        images = tuple(folder.find(image) for image in _images(keys, said))
         conversation = _checked(_system(keys, said), said.turns, len(images))
         type = keys.get("type")
         if type is not None and not isinstance(type, str):
             raise Unusable("type", f"the type is {kind_of(type)}", "give it as text")
         check_unicode(type or "", "the type", "type")
         unread = {key: v for key, v in keys.unread(read).items() if key not in obeyed} | said.unread
-        _check_unread(unread, images, pictures, place)
+        _check_unread(unread, images, folder, place)
     except Unusable as error:
-        raise RowError(Problem(error.kind, error.problem, error.hint, place, id)) from None
+        raise RecordError(Problem(error.kind, error.problem, error.hint, place, id)) from None
     except ValueError as error:  # of Conversation itself
         problem, _, hint = str(error).partition("; ")
-        raise RowError(Problem("turns", problem, hint, place, id)) from None
+        raise RecordError(Problem("turns", problem, hint, place, id)) from None
     name = place.within if id is None else id
     return Example(name, images, conversation, place, type, said.lost, tuple(unread))
 
@@ -231,7 +237,7 @@ def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
     told = [kind for kind in KINDS if kind in keys.values and (kind != "question" or keys.spelled[kind] == "question")]
     found = [kind for kind in told if keys.get(kind) is not None] or told
     if len(found) > 1:
-        raise _not_a_row(" and ".join(found))
+        raise _not_a_record(" and ".join(found))
     if found and found[0] != "question":
         return conversation(keys.get(found[0]), found[0], keys.spelled[found[0]]), (*_COMMON, found[0])
     images = len(_listed(keys))
@@ -243,18 +249,18 @@ def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
     asks = (keys.spelled.get("caption"), keys.spelled.get("id")) == ("text", "question_id")
     if "caption" in keys.values and images and not asks:
         return caption(keys, images), (*_COMMON, "caption")
-    raise _not_a_row("none of them")
+    raise _not_a_record("none of them")
 
 
-def _not_a_row(had: str) -> Unusable:
-    problem = f"a row has one of the keys {', '.join(KINDS)}, this one has {had}"
-    return Unusable("not a row", problem, "see the formats in docs/data.md")
+def _not_a_record(had: str) -> Unusable:
+    problem = f"an example has one of the keys {', '.join(KINDS)}, this one has {had}"
+    return Unusable("not an example", problem, "see the formats in docs/data.md")
 
 
 def _listed(keys: Keys) -> list[Any]:
     """What the record names as its images, as a list; null, "" and [] are none."""
     if keys.spelled.get("image") == "image" and "images" in keys.rest:
-        raise Unusable("picture names", "the row has both image and images", "keep one")
+        raise Unusable("image names", "the example has both image and images", "keep one")
     given = listed(keys.get("image"))
     if not is_said(given):
         return []
@@ -266,7 +272,7 @@ def _images(keys: Keys, said: Said) -> list[Any]:
     listed = _listed(keys)
     if listed and said.images:
         problem = f"the images are named under {keys.spelled['image']} and in the content parts"
-        raise Unusable("picture names", problem, "keep one")
+        raise Unusable("image names", problem, "keep one")
     return listed or said.images
 
 
@@ -283,12 +289,12 @@ def _system(keys: Keys, said: Said) -> str | None:
     return system
 
 
-def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], pictures: Pictures, place: Place) -> None:
+def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], folder: ImageFolder, place: Place) -> None:
     """Refuse a key that is not read and names an image that the record does not show otherwise."""
     for key, value in unread.items():
         for name in images_named(value):
-            beside = Pictures(Path(place.file).parent)
-            found = name if isinstance(name, Path) else pictures.has(name) or beside.has(name)
+            beside = ImageFolder(Path(place.file).parent)
+            found = name if isinstance(name, Path) else folder.has(name) or beside.has(name)
             if found is not None and found not in images:
                 what = "holds an image" if isinstance(name, Path) else f"names the image {name[:200]!r}"
                 problem = f"the key {key!r} is not read and {what}"
@@ -308,20 +314,20 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
         check_unicode(turn.content, f"turn {number}")
         if not turn.content.strip():
             what = "question" if turn.role == "user" else "answer"
-            raise Unusable("empty", f"turn {number} is an empty {what}", "write it or drop the row")
+            raise Unusable("empty", f"turn {number} is an empty {what}", "write it or drop the example")
         if turn.role == "assistant" and IMAGE_TOKEN in turn.content:
             problem = f"turn {number} is an answer with {IMAGE_TOKEN} in it"
-            raise Unusable("pictures", problem, "pictures belong into questions")
+            raise Unusable("images", problem, "images belong into questions")
     if system is not None:
         check_unicode(system, "the system prompt")
         if IMAGE_TOKEN in system:
-            raise Unusable("pictures", f"the system prompt holds {IMAGE_TOKEN}", "pictures belong into questions")
+            raise Unusable("images", f"the system prompt holds {IMAGE_TOKEN}", "images belong into questions")
     if not any(turn.learned for turn in placed if turn.role == "assistant"):
         raise Unusable("nothing learned", "no answer of the conversation is learned", "remove the record")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)
     if marks != images:
-        problem = f"the questions hold {marks} {IMAGE_TOKEN}, the row names {count_of(images)}"
-        raise Unusable("pictures", problem, "make them equal")
+        problem = f"the questions hold {marks} {IMAGE_TOKEN}, the example names {count_of(images)}"
+        raise Unusable("images", problem, "make them equal")
     return conversation
 
 

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from qllava.data.problems import Place, Problem, RowError
+from qllava.data.problems import Place, Problem, RecordError
 
-# The longest side of a picture, and how many times it may be as long as the other one: image processors make a square
+# The longest side of an image, and how many times it may be as long as the other one: image processors make a square
 # of it, and need 1 GB for one of 12,000 x 60 pixels.
 _LONGEST = 12_000
 _SLENDER = 200
 _TOO_LONG = f"more than {_LONGEST:,} pixels"
 
 # What to do for each value of the EXIF tag Orientation; 1 is upright. `ImageOps.exif_transpose` does the same, but it
-# also writes the EXIF block again, and fails there on pictures whose other tags are damaged.
+# also writes the EXIF block again, and fails there on images whose other tags are damaged.
 _ORIENTATION = 0x0112
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,9 +47,9 @@ _DEPTHS = (8, 10, 12, 14, 16, 24, 32)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a picture of any kind that Pillow itself decodes, as upright RGB, completely decoded.
+    """Read an image of any kind that Pillow itself decodes, as upright RGB, completely decoded.
 
-    Raises RowError, which names the file, when it is missing, broken, cut off or no picture.
+    Raises RecordError, which names the file, when it is missing, broken, cut off or no image.
     """
     try:
         with Image.open(path) as image:
@@ -57,17 +57,17 @@ def open_image(path: Path) -> Image.Image:
                 raise _broken(path, "EPS is a program and not an image, and it is not run", "convert it to PNG")
             _check_sides(path, *image.size)
             return as_rgb(image)
-    except RowError:
+    except RecordError:
         raise
     except FileNotFoundError:
         raise _broken(path, "the image does not exist", "check the name") from None
     except UnidentifiedImageError:
         raise _broken(path, "this is not an image that can be read", "replace it, or remove its examples") from None
     except Image.DecompressionBombError:  # Pillow refuses what has more pixels than a square of this side
-        raise _broken(path, f"a side of the picture has {_TOO_LONG}", "make it smaller, or cut it") from None
+        raise _broken(path, f"a side of the image has {_TOO_LONG}", "make it smaller, or cut it") from None
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to (SyntaxError, struct.error)
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
-        reason = f"the picture cannot be decoded ({said})"
+        reason = f"the image cannot be decoded ({said})"
         raise _broken(path, reason, "replace it, or remove its examples") from error
 
 
@@ -122,11 +122,11 @@ def _from_lab(image: Image.Image) -> Image.Image:
 def _check_sides(path: Path, width: int, height: int) -> None:
     longest, shortest = max(width, height), max(1, min(width, height))
     if longest > _LONGEST:
-        raise _broken(path, f"a side of the picture has {_TOO_LONG}", "make it smaller, or cut it")
+        raise _broken(path, f"a side of the image has {_TOO_LONG}", "make it smaller, or cut it")
     if longest > _SLENDER * shortest:
-        slender = f"the picture has {width} x {height} pixels, one side over {_SLENDER} times the other"
+        slender = f"the image has {width} x {height} pixels, one side over {_SLENDER} times the other"
         raise _broken(path, slender, "cut it, or remove its examples")
 
 
-def _broken(path: Path, problem: str, hint: str) -> RowError:
-    return RowError(Problem("picture broken", problem, hint, Place(str(path))))
+def _broken(path: Path, problem: str, hint: str) -> RecordError:
+    return RecordError(Problem("image broken", problem, hint, Place(str(path))))

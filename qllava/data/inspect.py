@@ -1,7 +1,7 @@
-"""Samples as the model gets them: every token, the learned ones marked, and the pictures after the image processor.
+"""Samples as the model gets them: every token, the learned ones marked, and the images after the image processor.
 
 What is shown is read back from the ids and labels of a `Sample`, which are what a batch is made of; the text of the
-row is not looked at. A space that a tokenizer puts in, or a capital that it does not keep, is seen for that reason.
+example is not looked at. A space that a tokenizer puts in, or a capital that it does not keep, is seen for that reason.
 
     shown = show(example, encoder, image_processor)
     print(terminal(shown, colour=sys.stdout.isatty()))
@@ -27,7 +27,7 @@ from qllava.data.formats import Example
 from qllava.data.images import open_image
 from qllava.page import Html
 
-IMAGE_INDEX = -200  # a picture in `as_json`: LLaVA's own number for it
+IMAGE_INDEX = -200  # an image in `as_json`: LLaVA's own number for it
 
 _BROKEN = "\ufffd"  # what a part of a character reads as
 _RETURN = "\u21b5"
@@ -37,7 +37,7 @@ _RETURN = "\u21b5"
 class Piece:
     """A token; or the few that make up one character, or the many of one image.
 
-    text: what it reads as; `<image>` for a picture.
+    text: what it reads as; `<image>` for an image.
     ids: of its tokens.
     learned: whether they are.
     images: the number of image tokens; 0 for text.
@@ -55,35 +55,35 @@ class Shown:
 
     sample: as it goes into a batch.
     pieces: all of its tokens in order.
-    pictures: in the order of their tokens, padded, cropped and resized as the model sees them.
+    images: in the order of their tokens, padded, cropped and resized as the model sees them.
     """
 
     sample: Sample
     pieces: tuple[Piece, ...]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
 def show(example: Example, encoder: Encoder, image_processor: BaseImageProcessor | None) -> Shown | None:
     """Encode an example and read it back; None when the length policy drops it.
 
-    image_processor: the model's; without one, pictures are shown as they were opened.
-    Raises InputError, with place and id, for a row that the encoder refuses or a picture that cannot be read.
+    image_processor: the model's; without one, images are shown as they were opened.
+    Raises InputError, with place and id, for an example that the encoder refuses or an image that cannot be read.
     """
     sample = encoder.encode(example)
     if sample is None:
         return None
     try:
-        pictures = [open_image(path) for path in sample.images]
+        images = [open_image(path) for path in sample.images]
     except InputError as error:
         raise InputError(f"{sample.place}, id {sample.id}: {error}") from error
-    if image_processor is not None and pictures:
-        values = image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        pictures = [_restored(value, image_processor) for value in values]
-    return Shown(sample, tuple(_pieces(sample, encoder)), tuple(pictures))
+    if image_processor is not None and images:
+        values = image_processor(images=images, return_tensors="pt")["pixel_values"]
+        images = [_restored(value, image_processor) for value in values]
+    return Shown(sample, tuple(_pieces(sample, encoder)), tuple(images))
 
 
 def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
-    """A picture from its pixel values (3, H, W): what the processor did to the colours is undone."""
+    """An image from its pixel values (3, H, W): what the processor did to the colours is undone."""
     values = values.float()
     if processor.do_normalize:
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (processor.image_mean, processor.image_std))
@@ -94,26 +94,26 @@ def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
 
 
 def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
-    """All tokens of a sample, in order, those of a character or a picture folded into one piece."""
-    ids, labels, picture = sample.input_ids, sample.labels, encoder.image_token_id
+    """All tokens of a sample, in order, those of a character or an image folded into one piece."""
+    ids, labels, image = sample.input_ids, sample.labels, encoder.image_token_id
     image_tokens = iter(sample.image_tokens)
     at = 0
     while at < len(ids):
         learned = labels[at] != IGNORE_INDEX
-        if ids[at] == picture:
+        if ids[at] == image:
             tokens = next(image_tokens)
             end = at + tokens
             yield Piece(IMAGE_TOKEN, tuple(ids[at:end]), learned, tokens)
             at = end
             continue
         end = at + 1
-        text = _read(encoder.tokenizer, picture, ids[at:end])
+        text = _read(encoder.tokenizer, image, ids[at:end])
         # Part of a character reads as U+FFFD, and so does its next part; a token that begins a new character does not.
         while text.endswith(_BROKEN) and end < len(ids) and (labels[end] != IGNORE_INDEX) == learned:
-            if not _read(encoder.tokenizer, picture, ids[end : end + 1]).startswith(_BROKEN):
+            if not _read(encoder.tokenizer, image, ids[end : end + 1]).startswith(_BROKEN):
                 break
             end += 1
-            text = _read(encoder.tokenizer, picture, ids[at:end])
+            text = _read(encoder.tokenizer, image, ids[at:end])
         yield Piece(text, tuple(ids[at:end]), learned)
         at = end
 
@@ -136,10 +136,10 @@ def terminal(shown: Shown, *, colour: bool) -> str:
     """
     sample = shown.sample
     how = "green" if colour else "in \u27e6 \u27e7"
-    seen = ", ".join(f"{path.name} {_size(image)}" for path, image in zip(sample.images, shown.pictures, strict=True))
+    seen = ", ".join(f"{path.name} {_size(image)}" for path, image in zip(sample.images, shown.images, strict=True))
     head = _visible(
         f"{sample.place}, id {sample.id}: {_count(len(sample.input_ids), 'token')}, "
-        f"{_learned(shown):,} learned ({how}), {seen or 'no picture'}"
+        f"{_learned(shown):,} learned ({how}), {seen or 'no image'}"
     )
     if colour:
         return f"\x1b[1m{head}\x1b[0m\n{_coloured(shown.pieces)}"
@@ -167,7 +167,7 @@ def _plain(pieces: Sequence[Piece]) -> str:
 
 
 def as_json(shown: Shown) -> dict[str, Any]:
-    """`id`, `input_ids` and `labels`, of equal length: a picture is one IMAGE_INDEX, and not learned."""
+    """`id`, `input_ids` and `labels`, of equal length: an image is one IMAGE_INDEX, and not learned."""
     input_ids: list[int] = []
     labels: list[int] = []
     for piece in shown.pieces:
@@ -187,7 +187,7 @@ def html(shown: Sequence[Shown], *, title: str, about: Sequence[tuple[str, str]]
     learned = sum(map(_learned, shown))
     figures = [("Samples", f"{len(shown):,}"), ("Tokens", f"{tokens:,}"), ("Learned tokens", f"{learned:,}")]
     figures += [("Learned share", page.percent(learned / tokens))] if tokens else []
-    lead = "Training samples exactly as the model gets them: the pictures, every token, and which tokens it learns."
+    lead = "Training samples exactly as the model gets them: the images, every token, and which tokens it learns."
     origin = [(Html('<span class="muted">{}</span>').format(label), value) for label, value in about]
     samples = [_exhibit(one) for one in shown] or [page.paragraph("There are no samples to show.", muted=True)]
     sections = [
@@ -206,7 +206,7 @@ def _explanation(tokens_per_image: int) -> Html:
         (_boxes([read]), "Read only: the model sees this token, and is not trained to write it."),
         (
             _boxes([Piece(IMAGE_TOKEN, (), False, tokens_per_image)]),
-            "A picture, and the number of tokens that it takes.",
+            "An image, and the number of tokens that it takes.",
         ),
         (
             _boxes([Piece("\n", (), False)]),
@@ -217,14 +217,14 @@ def _explanation(tokens_per_image: int) -> Html:
         "How to read this",
         page.paragraph(
             "A language model reads tokens: words, parts of words, single signs. Each box is a token; a space before "
-            "a word is often part of it. Only a character that takes several tokens, and a picture, which takes many, "
+            "a word is often part of it. Only a character that takes several tokens, and an image, which takes many, "
             "are drawn as one box. The model knows each token by a number: point at a box, or open the list below a "
             "sample, to see it."
         ),
         page.paragraph(
             "In training the model guesses each token from those before it, and is corrected where a token is "
             "learned. Learned are the answers and the sign that ends them, so the model gets to know what to say and "
-            "when to stop. Questions, pictures and the words around them are what it answers to: it reads them, but "
+            "when to stop. Questions, images and the words around them are what it answers to: it reads them, but "
             "being corrected there would only teach it to ask."
         ),
         page.legend(marks),
@@ -233,13 +233,13 @@ def _explanation(tokens_per_image: int) -> Html:
 
 def _exhibit(shown: Shown) -> Html:
     sample = shown.sample
-    named = list(zip(sample.images, shown.pictures, strict=True))
-    pictures = [
-        (page.picture(image, _visible(path.name)), _visible(f"{path.name}, {_size(image)}")) for path, image in named
+    named = list(zip(sample.images, shown.images, strict=True))
+    exhibits = [
+        (page.image(image, _visible(path.name)), _visible(f"{path.name}, {_size(image)}")) for path, image in named
     ]
-    images = sum(piece.images for piece in shown.pieces)
+    image_tokens = sum(piece.images for piece in shown.pieces)
     numbers = f"{_count(len(sample.input_ids), 'token')}: {_learned(shown):,} learned"
-    numbers += f", {images:,} for {_count(len(named), 'picture')}" if images else ", no picture"
+    numbers += f", {image_tokens:,} for {_count(len(named), 'image')}" if image_tokens else ", no image"
     rows: list[tuple[str | float, ...]] = []
     at = 0
     for piece in shown.pieces:
@@ -248,7 +248,7 @@ def _exhibit(shown: Shown) -> Html:
         at += len(piece.ids)
     table = page.details("Every token with its number", page.table(("Position", "Token", "Id", ""), rows))
     title = _visible(f"{sample.place}, id {sample.id}")
-    return page.exhibit(title, pictures, page.paragraph(numbers, muted=True), _boxes(shown.pieces), table)
+    return page.exhibit(title, exhibits, page.paragraph(numbers, muted=True), _boxes(shown.pieces), table)
 
 
 def _boxes(pieces: Sequence[Piece]) -> Html:

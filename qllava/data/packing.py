@@ -1,8 +1,8 @@
 """Samples -> packs: what samples share is there once, and packs are full. Pure functions on lengths and ids.
 
-Samples about the same picture(s) that begin with the same tokens become one group: the longest common prefix once
+Samples about the same image(s) that begin with the same tokens become one group: the longest common prefix once
 (every image token is in it), then the rest of each sample as a branch, whose positions go on from the prefix. Two
-questions about a picture of 4 tokens, and a text, in one row:
+questions about an image of 4 tokens, and a text, in one pack:
 
     index         0    1 2 3 4  5  |  6     7  8  9   |  10     11  12  13  |  14  15  16
     token         <s>  P P P P  \\n |  What  ?  A  </s> |  Where  ?   B   </s> |  <s> Hi  </s>
@@ -21,7 +21,7 @@ token before it is repeated in each branch, and if it is an image token, its fea
     feature            0 1 2  |  3              |  3
     shift_labels  -           |  a  cat \\n  -   |  two cats \\n -
 
-S tokens of a row, N samples.
+S tokens of a pack, N samples.
 
 Packing is ours: TRL refuses to pack samples with images, cuts samples that are longer than a pack, and repeats what
 samples share. Shared prefixes are ours too: in training neither TRL nor transformers computes them once.
@@ -45,7 +45,7 @@ _WINDOW = 256
 class Group:
     """Where the samples of a group are in a pack.
 
-    start: of the prefix, an index into the row.
+    start: of the prefix, an index into the pack.
     prefix: tokens that they share; 0 for a sample alone.
     branches: tokens of each one's rest, one after the other behind the prefix.
     """
@@ -61,13 +61,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Row:
+class Pack:
     """Tokens that go through the model at once; see the head of this file.
 
     input_ids, position_ids, shift_labels: (S,) each.
     image_places: (P,) where the image tokens stand.
-    features: (P,) which feature is there: an index into the features of `pictures`, one picture after the other.
-    pictures: the distinct pictures of the row.
+    features: (P,) which feature is there: an index into the features of `images`, one image after the other.
+    images: the distinct images of the pack.
     groups: who stands where.
     ids: of the samples, in the order of the branches.
     """
@@ -77,7 +77,7 @@ class Row:
     shift_labels: np.ndarray
     image_places: np.ndarray
     features: np.ndarray
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     groups: tuple[Group, ...]
     ids: tuple[str, ...]
 
@@ -97,42 +97,42 @@ def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_
         other = np.asarray(ids[:length])
         different = np.flatnonzero(other != first[: len(other)])
         length = min(length, len(other), int(different[0]) if len(different) else len(other))
-    pictures = max(int((np.asarray(ids) == image_token_id).sum()) for ids, _ in samples)
+    images = max(int((np.asarray(ids) == image_token_id).sum()) for ids, _ in samples)
     shared = int((first[:length] == image_token_id).sum())
-    return length if length > 0 and shared >= max(pictures - 1, 0) else 0
+    return length if length > 0 and shared >= max(images - 1, 0) else 0
 
 
-def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Row:
-    """Lay samples out in one row; those about the same images become a group.
+def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Pack:
+    """Lay samples out in one pack; those about the same images become a group.
 
-    samples: {"id", "input_ids", "labels", "pictures": paths of its images, "image_tokens": how many each of them takes}
+    samples: {"id", "input_ids", "labels", "images": paths of its images, "image_tokens": how many each of them takes}
     """
-    return rows_of(samples, image_token_id, tokens_per_row=None, share=share)[0]
+    return packs_of(samples, image_token_id, tokens_per_pack=None, share=share)[0]
 
 
-def rows_of(
-    samples: Sequence[dict[str, Any]], image_token_id: int, *, tokens_per_row: int | None, share: bool = True
-) -> list[Row]:
-    """The same samples in rows of at most `tokens_per_row` tokens; None: in one row.
+def packs_of(
+    samples: Sequence[dict[str, Any]], image_token_id: int, *, tokens_per_pack: int | None, share: bool = True
+) -> list[Pack]:
+    """The same samples in packs of at most `tokens_per_pack` tokens; None: in one pack.
 
     A group that is longer is cut between branches, and its prefix repeated. A sample that is longer alone is a pack of
     its own.
     """
     parts = [
-        part for members in _by_pictures(samples, share) for part in _parts(members, image_token_id, tokens_per_row)
+        part for members in _by_images(samples, share) for part in _parts(members, image_token_id, tokens_per_pack)
     ]
-    rows = [parts]
-    if tokens_per_row is not None:
+    packs = [parts]
+    if tokens_per_pack is not None:
         sizes = [prefix + _rest(members, prefix) for prefix, members in parts]
-        rows = [[parts[k] for k in sorted(row)] for row in best_fit(sizes, tokens_per_row)]
-    return [_row(row, image_token_id) for row in rows]
+        packs = [[parts[k] for k in sorted(pack)] for pack in best_fit(sizes, tokens_per_pack)]
+    return [_pack(pack, image_token_id) for pack in packs]
 
 
-def _by_pictures(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict[str, Any]]]:
+def _by_images(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict[str, Any]]]:
     shown: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for number, sample in enumerate(samples):
-        # A text shares no picture: it is a group of its own, whatever else is in the row.
-        key = tuple(sample["pictures"]) if share and sample["pictures"] else ("", str(number))
+        # A text shares no image: it is a group of its own, whatever else is in the pack.
+        key = tuple(sample["image_files"]) if share and sample["image_files"] else ("", str(number))
         shown.setdefault(key, []).append(sample)
     return list(shown.values())
 
@@ -140,7 +140,7 @@ def _by_pictures(samples: Sequence[dict[str, Any]], share: bool) -> list[list[di
 def _parts(
     members: list[dict[str, Any]], image_token_id: int, limit: int | None
 ) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Samples about the same pictures as groups (prefix, members) that are no longer than the limit."""
+    """Samples about the same images as groups (prefix, members) that are no longer than the limit."""
     prefix = shared_prefix([(m["input_ids"], m["labels"]) for m in members], image_token_id)
     if not prefix:
         return [(0, [member]) for member in members]
@@ -171,22 +171,22 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _row(parts: list[tuple[int, list[dict[str, Any]]]], image_token_id: int) -> Row:
+def _pack(parts: list[tuple[int, list[dict[str, Any]]]], image_token_id: int) -> Pack:
     tokens = {
         name: count
         for _, members in parts
         for m in members
-        for name, count in zip(m["pictures"], m["image_tokens"], strict=True)
+        for name, count in zip(m["image_files"], m["image_tokens"], strict=True)
     }
     starts = np.cumsum([0, *tokens.values()]).tolist()
     builder = _Builder(image_token_id, dict(zip(tokens, map(range, starts, starts[1:]), strict=True)))
     for prefix, members in parts:
         builder.add(members, prefix)
-    return builder.row(tuple(tokens))
+    return builder.pack(tuple(tokens))
 
 
 class _Builder:
-    """A row that grows by groups.
+    """A pack that grows by groups.
 
     features: which features are those of an image, by its path.
     """
@@ -216,7 +216,7 @@ class _Builder:
         ids = np.asarray(sample["input_ids"], dtype=np.int64)
         images = np.flatnonzero(ids == self.image_token_id)
         if len(images):
-            of = np.concatenate([self.features_of[name] for name in sample["pictures"]])
+            of = np.concatenate([self.features_of[name] for name in sample["image_files"]])
             here = (images >= start) & (images < end)
             self.features.append(of[here])
         shifted = np.append(np.asarray(sample["labels"], dtype=np.int64)[1:], IGNORE_INDEX)[start:end]
@@ -225,35 +225,35 @@ class _Builder:
         self.labels.append(shifted)
         self.length += end - start
 
-    def row(self, pictures: tuple[str, ...]) -> Row:
-        """What was appended, as one row."""
+    def pack(self, images: tuple[str, ...]) -> Pack:
+        """What was appended, as one pack."""
         features = np.concatenate(self.features) if self.features else np.empty(0, dtype=np.int64)
         ids = np.concatenate(self.ids)
-        return Row(
+        return Pack(
             ids,
             np.concatenate(self.positions),
             np.concatenate(self.labels),
             np.flatnonzero(ids == self.image_token_id),
             features,
-            pictures,
+            images,
             tuple(self.groups),
             tuple(self.samples),
         )
 
 
 def steps_of(
-    pictures: np.ndarray, samples_per_step: int, *, seed: int, epoch: int, share: bool = True
+    images: np.ndarray, samples_per_step: int, *, seed: int, epoch: int, share: bool = True
 ) -> Iterator[np.ndarray]:
     """The samples of each optimizer step of an epoch, (samples_per_step,) indices each; the last may be shorter.
 
-    pictures: (N,) a hash of each sample's pictures, 0 for none.
+    images: (N,) a hash of each sample's images, 0 for none.
 
-    Samples about the same pictures come in one step, as far as they fit: groups are shuffled, and a step takes the
+    Samples about the same images come in one step, as far as they fit: groups are shuffled, and a step takes the
     next ones; what its last place has no room for waits, and if nothing in sight fits, the next group is cut. The same
     seed and epoch give the same steps.
     """
     rng = np.random.default_rng([seed, epoch])
-    groups = _groups(pictures, rng) if share else [np.array([k]) for k in rng.permutation(len(pictures))]
+    groups = _groups(images, rng) if share else [np.array([k]) for k in rng.permutation(len(images))]
     step: list[np.ndarray] = []
     room = samples_per_step
     waiting: list[np.ndarray] = []
@@ -277,16 +277,16 @@ def steps_of(
         yield np.concatenate(step)
 
 
-def shares_of(step: np.ndarray, pictures: np.ndarray, count: int) -> list[np.ndarray]:
+def shares_of(step: np.ndarray, images: np.ndarray, count: int) -> list[np.ndarray]:
     """A step's samples in `count` shares of the same size, or one more in the first ones; indices as in `steps_of`.
 
-    pictures: (N,) a hash of each sample's pictures, 0 for none; samples about the same ones stay together as far
+    images: (N,) a hash of each sample's images, 0 for none; samples about the same ones stay together as far
     as they fit. Where there are fewer samples than shares, the last shares are empty.
     """
     room = [len(step) // count + (number < len(step) % count) for number in range(count)]
     groups: dict[Any, list[int]] = {}
     for place, index in enumerate(step.tolist()):
-        groups.setdefault(int(pictures[index]) or ("alone", index), []).append(place)
+        groups.setdefault(int(images[index]) or ("alone", index), []).append(place)
     shares: list[list[int]] = [[] for _ in room]
     for group in sorted(groups.values(), key=len, reverse=True):
         while group:
@@ -299,12 +299,12 @@ def shares_of(step: np.ndarray, pictures: np.ndarray, count: int) -> list[np.nda
     return [step[sorted(places)] for places in shares]
 
 
-def _groups(pictures: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Samples by their pictures, in a shuffled order, and shuffled within; a text is a group of its own."""
-    order = rng.permutation(len(pictures))
-    alone = pictures[order] == 0
+def _groups(images: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Samples by their images, in a shuffled order, and shuffled within; a text is a group of its own."""
+    order = rng.permutation(len(images))
+    alone = images[order] == 0
     # Images are known by the first sample about them: by hashes of paths, a folder that moves would change the order.
-    _, first, of = np.unique(pictures, return_index=True, return_inverse=True)
+    _, first, of = np.unique(images, return_index=True, return_inverse=True)
     keys = first[of][order]
     by_key = np.argsort(keys[~alone], kind="stable")
     sorted_keys = keys[~alone][by_key]

@@ -1,6 +1,6 @@
 """What is wrong with a data file, and where: `Place`, `Problem`, and the two ways to report one.
 
-A reader hands every problem to an `OnProblem`. `stop` raises the first error as a `RowError`; a list's `append`
+A reader hands every problem to an `OnProblem`. `stop` raises the first error as a `RecordError`; a list's `append`
 collects them all. Text that is not Unicode is found here too, by one function for every reader.
 """
 
@@ -16,11 +16,11 @@ from qllava.config import InputError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands.
+    """Where an example stands.
 
     file: the path, as it was given.
     line: where it begins, in a file that has lines.
-    row: its number, in a file whose rows are counted; both begin at 1.
+    row: its number, in a file whose examples are counted; both begin at 1.
     """
 
     file: str
@@ -34,12 +34,12 @@ class Place:
     def __str__(self) -> str:
         name = _plain(PurePath(self.file).name)
         if self.row is not None:
-            return f"{name}, row {self.row}"
+            return f"{name}, example {self.row}"
         return f"{name}, line {self.line}" if self.line is not None else _plain(self.file)
 
     @property
     def within(self) -> str:
-        """The place inside its file: "row 3"; it replaces an id that an example does not have."""
+        """The place inside its file: "example 3"; it replaces an id that an example does not have."""
         return str(self).rpartition(", ")[2]
 
 
@@ -50,9 +50,9 @@ class Problem:
     kind: a few words that all problems of one sort share.
     problem, hint: what is wrong and what to do about it; no capital letter, no full stop.
     place: where.
-    id: of the row, where it could be read.
+    id: of the example, where it could be read.
     severity: an `error` cannot be learned from, and ends a run before it begins; a `warning` fails a check, but not a
-        run: the row is dropped or trimmed as asked, loses a turn, or measures nothing; a `note` fails neither.
+        run: the example is dropped or trimmed as asked, loses a turn, or measures nothing; a `note` fails neither.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Problem:
     severity: Literal["error", "warning", "note"] = "error"
 
     def __post_init__(self) -> None:
-        if self.id == self.place.within:  # a row without an id goes by its place
+        if self.id == self.place.within:  # an example without an id goes by its place
             object.__setattr__(self, "id", None)
         # File names, and the words of the libraries that read broken files, may hold anything.
         object.__setattr__(self, "problem", _plain(self.problem))
@@ -81,7 +81,7 @@ def _plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class RowError(InputError):
+class RecordError(InputError):
     """A problem as an exception, for the readers that end at the first one."""
 
     def __init__(self, problem: Problem) -> None:
@@ -101,12 +101,14 @@ OnProblem = Callable[[Problem], None]
 
 
 def stop(problem: Problem) -> None:
-    """The `OnProblem` of readers that end at the first error: raises it as a RowError."""
+    """The `OnProblem` of readers that end at the first error: raises it as a RecordError."""
     if problem.severity == "error":
-        raise RowError(problem)
+        raise RecordError(problem)
 
 
-FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+FORMATS = (
+    "a data file is a JSON list of examples, one example per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+)
 
 
 def is_unicode(text: str) -> bool:

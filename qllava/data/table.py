@@ -1,7 +1,7 @@
 """Samples on disk: an Arrow file that is memory-mapped, so that a data set of any size takes no memory.
 
 The tokens of an image are in it once, and what is learned as pairs of positions; both are unfolded when a row is
-taken out. For one picture of 4 tokens:
+taken out. For one image of 4 tokens:
 
     tokens     [10, <image>, 11, 12, 13]     learned  [3, 5]
     input_ids  [10, <image>, <image>, <image>, <image>, 11, 12, 13]
@@ -34,15 +34,15 @@ SCHEMA = pa.schema(
         "learned": pa.list_(pa.int32()),
         "length": pa.int32(),  # of input_ids
         "learned_tokens": pa.int32(),
-        "pictures": pa.list_(pa.string()),
+        "image_files": pa.list_(pa.string()),
         "image_tokens": pa.list_(pa.int32()),  # of each of them
         "file": pa.string(),
         "line": pa.int64(),
         "row": pa.int64(),
-        # Hashes, by which rows are compared without being read: of the id, the pictures, pictures and conversation,
-        # and for each learned answer of pictures, question and answer.
+        # Hashes, by which rows are compared without being read: of the id, the images, images and conversation,
+        # and for each learned answer of images, question and answer.
         "id_hash": pa.uint64(),
-        "pictures_hash": pa.uint64(),
+        "images_hash": pa.uint64(),
         "content_hash": pa.uint64(),
         "round_hashes": pa.list_(pa.uint64()),
     }
@@ -66,7 +66,7 @@ class Layout:
             "id": rows["id"],
             "input_ids": [ids for ids, _ in unfolded],
             "labels": [labels for _, labels in unfolded],
-            "pictures": rows["pictures"],
+            "image_files": rows["image_files"],
             "image_tokens": rows["image_tokens"],
         }
 
@@ -97,22 +97,22 @@ def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Lay
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for example, sample in zip(examples, samples, strict=True):
         tokens, learned = layout.fold(sample)
-        pictures = [str(path) for path in sample.images]
+        images = [str(path) for path in sample.images]
         rounds = _rounds(example.conversation)
-        shown = _hash(*pictures) if pictures else 0
+        shown = _hash(*images) if images else 0
         values = {
             "id": sample.id,
             "tokens": tokens.astype(np.int32),
             "learned": learned.astype(np.int32),
             "length": len(sample.input_ids),
             "learned_tokens": int((learned[1::2] - learned[::2]).sum()),
-            "pictures": pictures,
+            "image_files": images,
             "image_tokens": list(sample.image_tokens),
             "file": sample.place.file,
             "line": sample.place.line,
             "row": sample.place.row,
             "id_hash": _hash(sample.id) if sample.id != sample.place.within else None,
-            "pictures_hash": shown,
+            "images_hash": shown,
             "content_hash": _hash(str(shown), *(words for pair in rounds for words in pair)),
             "round_hashes": [
                 _hash(str(shown), question, answer)
@@ -126,7 +126,7 @@ def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Lay
 
 
 def _rounds(conversation: Conversation) -> list[tuple[str, str]]:
-    """Questions without their pictures, and answers."""
+    """Questions without their images, and answers."""
     said = [turn.content.replace(IMAGE_TOKEN, "").strip() for turn in conversation.turns]
     return list(zip(said[::2], said[1::2], strict=True))
 

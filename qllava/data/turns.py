@@ -60,7 +60,7 @@ def conversation(value: Any, kind: str, key: str) -> Said:
         said.turns.pop(0)
     if said.images and said.bare:
         problem = "some image parts name their image and some do not"
-        raise Unusable("picture names", problem, "name all of them in the parts, or all under images")
+        raise Unusable("image names", problem, "name all of them in the parts, or all under images")
     return said
 
 
@@ -140,7 +140,7 @@ def _joined(said: Said, parts: list[Any], number: int, key: str) -> str:
             raise Unusable(
                 "turns",
                 f'turn {number} has a part that is neither {{"type": "image"}} nor {{"type": "text", "text": ...}}',
-                "write it as one of them, and name the pictures under images",
+                "write it as one of them, and name the images under images",
             )
         said.not_read(key, part, ("type", "text", *_SOURCES))
     return joined(pieces)

@@ -31,7 +31,7 @@ def bytes_or_path(value: Any) -> Any:
 
 
 def unpack(data: bytes) -> Path:
-    """Write the bytes of a picture into the cache, where they are not there yet; the same bytes are the same file.
+    """Write the bytes of an image into the cache, where they are not there yet; the same bytes are the same file.
 
     Returns its absolute path. Processes may do so at the same time. Raises InputError when the cache cannot be written.
     """
@@ -47,7 +47,7 @@ def unpack(data: bytes) -> Path:
             aside.write_bytes(data)
     except OSError as error:
         raise InputError(
-            f"{folder.parent}: the pictures of the data file cannot be unpacked here ({error.strerror}); "
+            f"{folder.parent}: the images of the data file cannot be unpacked here ({error.strerror}); "
             "make room, or set QLLAVA_CACHE to another folder."
         ) from error
     return path

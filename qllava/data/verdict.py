@@ -25,7 +25,7 @@ class Verdict:
 
     parts: its files.
     evaluation: held-out files that it was compared with.
-    compared: what comes out only when rows are compared with rows.
+    compared: what comes out only when examples are compared with examples.
     """
 
     parts: Sequence[Checked]
@@ -34,7 +34,7 @@ class Verdict:
 
     @classmethod
     def over(cls, parts: Sequence[Checked], evaluation: Sequence[Checked] = ()) -> Verdict:
-        """Compare the rows of all files with each other, and with those of the held-out files."""
+        """Compare the examples of all files with each other, and with those of the held-out files."""
         compared: list[Problem] = []
         repeated(parts, compared.append)
         if evaluation:
@@ -49,7 +49,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is learned as it is written, from pictures that can be read, and no answer leaks."""
+        """Whether every example is learned as it is written, from images that can be read, and no answer leaks."""
         failing = sum(part.summary.failing for part in (*self.parts, *self.evaluation))
         return failing == 0 and all(problem.severity == "note" for problem in self.compared)
 
@@ -84,13 +84,13 @@ class Verdict:
 
     def _verdict(self) -> str:
         if self.ok:
-            return "Ready: every row is learned as it is written."
+            return "Ready: every example is learned as it is written."
         if self.errors:
             return (
                 f"Not ready: {self.errors:,} of these problems {'is an error' if self.errors == 1 else 'are errors'}; "
                 "fix them before training."
             )
-        return "A run would go on, but not every row is learned as it is written, or is worth what it seems."
+        return "A run would go on, but not every example is learned as it is written, or is worth what it seems."
 
 
 def _fields(problem: Problem) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def _fields(problem: Problem) -> dict[str, Any]:
 def _line(part: Checked) -> str:
     s = part.summary
     shared = f", each in {s.shown / s.images:.1f} samples" if s.images else ""
-    pictures = f"{s.images:,} picture{'s' if s.images != 1 else ''}{shared}"
+    images = f"{s.images:,} image{'s' if s.images != 1 else ''}{shared}"
     tokens = f"tokens median {s.tokens['median']:,}, most {s.tokens['max']:,}; " if s.tokens else ""
     file = Place(str(part.path))
-    return f"{file}: {s.rows:,} rows, {s.samples:,} samples, {pictures}; {tokens}learned {s.learned_tokens:,}"
+    return f"{file}: {s.rows:,} examples, {s.samples:,} samples, {images}; {tokens}learned {s.learned_tokens:,}"
 
 
 def _histogram(parts: Sequence[Checked]) -> list[str]:

@@ -14,7 +14,7 @@ from qllava.data.keys import IMAGE_SUFFIXES, KINDS, keys_of
 from qllava.data.problems import DAMAGE, OnProblem, Place, Problem, broken
 from qllava.data.unpacked import unpack
 
-Rows = Iterator[tuple[Place, Any]]
+Records = Iterator[tuple[Place, Any]]
 
 # The parts that say what a sample is about; of others it is only said that they are not read, or refused.
 _NOT_SHOWN = dict.fromkeys((".mp4", ".webm", ".avi", ".mov", ".mkv"), "video")
@@ -38,7 +38,7 @@ class _Broken(Exception):
     """The tar cannot be read on."""
 
 
-def read_tar(path: Path, on_problem: OnProblem) -> Rows:
+def read_tar(path: Path, on_problem: OnProblem) -> Records:
     """Yield the records of a tar; what is corrupt ends it with a problem."""
     number = 0
     try:
@@ -97,8 +97,8 @@ def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProblem) -> Rows:
-    """The row of one sample; nothing, and a problem, where it has none."""
+def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProblem) -> Records:
+    """The example of one sample; nothing, and a problem, where it has none."""
 
     def report(problem: str, hint: str) -> None:
         on_problem(Problem("sample", problem, hint, place, key))
@@ -108,35 +108,37 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     files = [(member.suffix, member.part, member.data) for member in members if member.data is not None]
     if len(files) < len(members):
         return report("the sample holds a link, or a sparse file", "pack the file itself")
-    rows, captions = ([data for suffix, _, data in files if suffix == wanted] for wanted in (".json", ".txt"))
-    pictures = [(part, data) for suffix, part, data in files if suffix in IMAGE_SUFFIXES]
-    if all(re.fullmatch("[0-9]{1,9}", part) for part, _ in pictures):  # else in the order of the tar
-        pictures.sort(key=lambda picture: int(picture[0]))
-    if len(rows) > 1 or len(captions) > 1:
+    records, captions = ([data for suffix, _, data in files if suffix == wanted] for wanted in (".json", ".txt"))
+    images = [(part, data) for suffix, part, data in files if suffix in IMAGE_SUFFIXES]
+    if all(re.fullmatch("[0-9]{1,9}", part) for part, _ in images):  # else in the order of the tar
+        images.sort(key=lambda image: int(image[0]))
+    if len(records) > 1 or len(captions) > 1:
         return report("the sample has several .json or .txt files", "keep one of each")
-    if not rows and not captions:
-        problem = "the sample has neither a .json that holds its row nor a .txt that holds its caption"
-        return report(problem, "pack one of them directly beside its pictures")
+    if not records and not captions:
+        problem = "the sample has neither a .json that holds its example nor a .txt that holds its caption"
+        return report(problem, "pack one of them directly beside its images")
     try:
-        row = json.loads(rows[0]) if rows else {}
+        record = json.loads(records[0]) if records else {}
         caption = captions[0].decode("utf-8-sig").strip() if captions else ""
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-        what = "caption" if isinstance(error, UnicodeDecodeError) and not rows else ".json"
-        return report(f"the sample's {what} cannot be read ({reason})", "write a row as JSON, all text in UTF-8")
-    if not isinstance(row, dict):
-        yield place, row  # `formats` says what is wrong with it
+        what = "caption" if isinstance(error, UnicodeDecodeError) and not records else ".json"
+        return report(f"the sample's {what} cannot be read ({reason})", "write an example as JSON, all text in UTF-8")
+    if not isinstance(record, dict):
+        yield place, record  # `formats` says what is wrong with it
         return
-    keys = keys_of(row)
+    keys = keys_of(record)
     if keys.get("id") is None:
-        row = row | {"id": key}
+        record = record | {"id": key}
     if captions and keys.spelled.keys() & {*KINDS}:
-        row[".txt"] = caption
+        record[".txt"] = caption
     elif captions:  # a .json beside a caption may tell other things of the image
-        if not pictures:
-            return report("the sample has a caption and no picture", "pack it directly beside its picture")
-        row = {name: value for name, value in row.items() if name not in ("caption", "text")} | {"caption": caption}
-    if pictures:
-        row.pop("image", None)
-        row["images"] = [unpack(data) for _, data in pictures]
-    yield place, row | {_NOT_SHOWN.get(suffix, suffix): True for suffix in others}
+        if not images:
+            return report("the sample has a caption and no image", "pack it directly beside its image")
+        record = {name: value for name, value in record.items() if name not in ("caption", "text")} | {
+            "caption": caption
+        }
+    if images:
+        record.pop("image", None)
+        record["images"] = [unpack(data) for _, data in images]
+    yield place, record | {_NOT_SHOWN.get(suffix, suffix): True for suffix in others}

@@ -10,7 +10,7 @@ The judge saw each pair in both orders. What it says twice is its verdict; where
 so the verdict is `tie`, and the vote is counted as inconsistent. A vote of which one order is missing or could not be
 read has no verdict and is left out, counted.
 
-Intervals are of a bootstrap that draws questions (with their pictures), not votes. The ceiling is how people agree
+Intervals are of a bootstrap that draws questions (with their images), not votes. The ceiling is how people agree
 with each other where two of them voted on the same answers to the same question; who comes first of the two means
 nothing, so each such pair of votes is taken both ways. A figure that is undefined (kappa of two that always say the
 same, a correlation with a constant) is given as undefined with the reason.
@@ -181,7 +181,7 @@ def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: 
 
 
 def measure(a: Codes, b: Codes, asked: Sequence[Hashable], *, resamples: int = RESAMPLES) -> Agreement:
-    """All measures of two columns of verdicts (as places in VERDICTS), and of which question each row is."""
+    """All measures of two columns of verdicts (as places in VERDICTS), and of which question each example is."""
 
     def estimate(statistic: Callable[[Codes, Codes], float | None], reason: str) -> Estimate:
         return bootstrap(lambda drawn: statistic(a[drawn], b[drawn]), asked, reason=reason, resamples=resamples)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qllava.config import InputError
-from qllava.data.problems import Place, Problem, RowError
-from qllava.data.rows import read_rows, row_id, row_text
+from qllava.data.problems import Place, Problem, RecordError
+from qllava.data.records import read_records, record_id, record_text
 from qllava.files import ForeignEndError, Journal
 
 _HEAD = b'{"question_id": '  # every line that is written here begins so
@@ -27,19 +27,19 @@ _HEAD = b'{"question_id": '  # every line that is written here begins so
 def read_answers(path: Path) -> dict[str, str]:
     """The answers of a file by their questions' ids. Raises InputError for a line that is none, or a second answer."""
     answers: dict[str, str] = {}
-    for place, row in read_rows(path):
-        id, text = _answer(row, place)
+    for place, record in read_records(path):
+        id, text = _answer(record, place)
         if id in answers:
-            raise RowError(Problem("answer twice", "this question has an answer already", "keep one", place, id))
+            raise RecordError(Problem("answer twice", "this question has an answer already", "keep one", place, id))
         answers[id] = text
     if not answers:
         raise InputError(f"{path} holds no answers; give it lines with question_id and text.")
     return answers
 
 
-def _answer(row: Any, place: Place) -> tuple[str, str]:
-    id = row_id(row, place, "question_id")
-    return id, row_text(row, "text", place, id)
+def _answer(record: Any, place: Place) -> tuple[str, str]:
+    id = record_id(record, place, "question_id")
+    return id, record_text(record, "text", place, id)
 
 
 def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> dict[str, str]:
@@ -72,31 +72,31 @@ def _checked(
     for number, line in enumerate(journal.lines(), start=1):
         place = Place(str(path), line=number)
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            row = None
-        if not isinstance(row, dict):
+            record = None
+        if not isinstance(record, dict):
             raise InputError(f"{place}: this is not an answer; name another file for --out.")
-        if other := _other(row, settings, asked):
+        if other := _other(record, settings, asked):
             raise InputError(f"{place}: {other}; name another file for --out.")
-        yield _answer(row, place)
+        yield _answer(record, place)
 
 
-def _other(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, str]) -> str:
+def _other(record: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, str]) -> str:
     """Why a line is not one that these settings have written; empty where it is."""
-    if "fingerprint" not in row:
+    if "fingerprint" not in record:
         return "the answer does not say which model gave it (an older qllava went by the model's path)"
     for name, value in settings.items():
-        if name == "model" or row.get(name) == value:
+        if name == "model" or record.get(name) == value:
             continue
         if name == "fingerprint":
             return (
-                f"another model gave this answer (fingerprint {row[name]}, called {row.get('model')}; now {value}, "
-                f"called {settings.get('model')})"
+                f"another model gave this answer (fingerprint {record[name]}, called {record.get('model')}; "
+                f"now {value}, called {settings.get('model')})"
             )
-        return f"the answer was given with {name} {row.get(name)}, and this run has {name} {value}"
-    if row.get("asked") != asked.get(str(row.get("question_id"))):
-        return f"question {row.get('question_id')} was asked in other words, or with another image"
+        return f"the answer was given with {name} {record.get(name)}, and this run has {name} {value}"
+    if record.get("asked") != asked.get(str(record.get("question_id"))):
+        return f"question {record.get('question_id')} was asked in other words, or with another image"
     return ""
 
 

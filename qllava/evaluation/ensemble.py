@@ -111,7 +111,7 @@ class EnsembleResult:
     def text(self) -> str:
         """The figures for the terminal."""
         lines = [f"{name:<20}{result.total}" for name, result in self._members()]
-        lines += [f"{f'{name}, picture':<20}{result.with_image}" for name, result in self._members()]
+        lines += [f"{f'{name}, image':<20}{result.with_image}" for name, result in self._members()]
         lines.append(f"gain                {self.gain}, McNemar's p = {self.mcnemar:.3g}")
         lines.append(f"{self.changed} answers changed: {len(self.helped)} helped, {len(self.hurt)} hurt, by group")
         for name in GROUPS:
@@ -227,6 +227,6 @@ def _decide(
 
 def _case(problem: ScienceProblem, one: str, other: str) -> str:
     """The problem in words and the two answers, one after the other."""
-    picture = "\nThe question shows a picture, which you cannot see." if problem.image else ""
+    image = "\nThe question shows a picture, which you cannot see." if problem.image else ""
     answers = "\n\n".join(f"[Student {n}]\n{said.strip() or '(no answer)'}" for n, said in ((1, one), (2, other)))
-    return f"{problem.words()}{picture}\n\n{answers}"
+    return f"{problem.words()}{image}\n\n{answers}"

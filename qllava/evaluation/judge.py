@@ -4,13 +4,13 @@
         --contexts contexts.jsonl --judge NAME --base-url http://127.0.0.1:8000/v1 --out ratings.jsonl
 
 Any list of questions will do: {"question_id", "text", "category", "image"}; reference and answers are {"question_id",
-"text"}, contexts the data engine's (captions, and boxes). The judge sees the context of the question's picture in
+"text"}, contexts the data engine's (captions, and boxes). The judge sees the context of the question's image in
 words, the question, and both answers, and gives each a score from 1 to 10, as one JSON object {"first": 8, "second":
 7} or as two numbers in the first line, as LLaVA-Bench's own judge does.
 
 What is done otherwise than there: every question is asked in both orders, because judges favour a place, and has the
 mean of both; a reply without two scores is counted and dropped, where the original averages it as -1; and every score
-has an interval, of a bootstrap over pictures. A question of which one order could be read keeps that order's scores: to
+has an interval, of a bootstrap over images. A question of which one order could be read keeps that order's scores: to
 leave it out would move the score of the others.
 
     relative score = 100 * mean(scores of the answers) / mean(scores of the reference)
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qllava.config import InputError
-from qllava.data.rows import read_rows, row_id, row_text
+from qllava.data.records import read_records, record_id, record_text
 from qllava.evaluation.answers import read_answers
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
 from qllava.evaluation.intervals import Estimate, bootstrap
@@ -58,7 +58,7 @@ class Case:
     text: str
     category: str
     image: str | None
-    context: str  # the picture in words; empty without a context of it
+    context: str  # the image in words; empty without a context of it
     reference: str
     answer: str
 
@@ -124,7 +124,7 @@ class JudgeResult:
     failed: int  # replies without two scores
     one_order: int  # questions of which one reply could be read
     left_out: int  # questions of which none could
-    without_context: int  # questions whose picture the judge knew nothing of
+    without_context: int  # questions whose image the judge knew nothing of
     first_place: Estimate  # points for standing first: 0 without bias
     ratings: tuple[Rating, ...]
     answered: Answered
@@ -153,7 +153,7 @@ class JudgeResult:
                 f"the scores of one order, {self.left_out} are left out."
             )
         if self.without_context:
-            lines.append(f"Of {self.without_context} questions the judge knew nothing of the picture.")
+            lines.append(f"Of {self.without_context} questions the judge knew nothing of the image.")
         lines.append(
             f"Judge: {cost['name']}, {cost['calls']} calls, {cost['prompt_tokens']:,} tokens read, "
             f"{cost['completion_tokens']:,} written."
@@ -181,8 +181,8 @@ def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path |
     given = {"reference": read_answers(reference), "answer": read_answers(answers)}
     known = {context.image: shown(context, "detail") for context in read_contexts(contexts)} if contexts else {}
     cases: dict[str, Case] = {}
-    for place, row in read_rows(questions):
-        id = row_id(row, place, "question_id")
+    for place, row in read_records(questions):
+        id = record_id(row, place, "question_id")
         for (what, texts), path in zip(given.items(), (reference, answers), strict=True):
             if id not in texts:
                 raise InputError(f"{path} has no {what} to question {id} of {questions}; add it.")
@@ -191,7 +191,7 @@ def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path |
         image = row.get("image")
         cases[id] = Case(
             id=id,
-            text=row_text(row, "text", place, id),
+            text=record_text(row, "text", place, id),
             category=str(row.get("category", "all")),
             image=None if image is None else str(image),
             context=known.get(str(image), ""),
@@ -222,7 +222,7 @@ def rate(cases: Sequence[Case], judge: Judge) -> JudgeResult:
         one_order=len(read) - len(both),
         left_out=len(ratings) - len(read),
         without_context=sum(not case.context for case in cases),
-        first_place=bootstrap(lambda drawn: float(places[drawn].mean()), _pictures(both), reason=""),
+        first_place=bootstrap(lambda drawn: float(places[drawn].mean()), _images(both), reason=""),
         ratings=ratings,
         answered=answered,
     )
@@ -254,14 +254,14 @@ def _scores(ratings: Sequence[Rating]) -> Scores:
         reference, answer = both[drawn].sum(0)
         return float(100 * answer / reference)
 
-    estimate = bootstrap(relative, _pictures(ratings), reason="")
+    estimate = bootstrap(relative, _images(ratings), reason="")
     means = [float(mean) for mean in both.mean(0)] if len(both) else [None, None]
     return Scores(len(both), estimate, means[0], means[1])
 
 
-def _pictures(ratings: Sequence[Rating]) -> list[str]:
-    """Questions about one picture are drawn together."""
-    return [f"picture {rating.case.image}" if rating.case.image else f"question {rating.case.id}" for rating in ratings]
+def _images(ratings: Sequence[Rating]) -> list[str]:
+    """Questions about one image are drawn together."""
+    return [f"image {rating.case.image}" if rating.case.image else f"question {rating.case.id}" for rating in ratings]
 
 
 def _lines(result: JudgeResult) -> list[dict[str, Any]]:

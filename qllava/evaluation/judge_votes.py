@@ -3,8 +3,8 @@
     qllava eval judge --votes votes.jsonl --judge NAME --base-url http://127.0.0.1:8000/v1 --out judgments.jsonl
     qllava eval agreement --votes votes.jsonl --judgments judgments.jsonl
 
-What the judge knows of the pictures: the pictures themselves, where it can see and they were kept (`--pictures`, the
-folder of the demo's --keep-pictures, in which a picture's name begins with its hash); else their captions and boxes
+What the judge knows of the images: the images themselves, where it can see and they were kept (`--pictures`, the
+folder of the demo's --keep-pictures, in which an image's name begins with its hash); else their captions and boxes
 (`--contexts`, whose ids are the hashes); else nothing, which is counted.
 """
 
@@ -39,7 +39,7 @@ class Voted:
 
     judgments: tuple[Judgment, ...]
     votes: int
-    blind: int  # votes about pictures of which the judge knew nothing
+    blind: int  # votes about images of which the judge knew nothing
     answered: Answered
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Voted:
                 f"{cost['name']} judged {found['n']} votes in both orders: {cost['calls']} calls, "
                 f"{cost['prompt_tokens']:,} tokens read, {cost['completion_tokens']:,} written.",
                 f"{found['inconsistent']} verdicts changed with the order, {found['failed']} replies had no verdict.",
-                *([f"Of {self.blind} it knew nothing of the pictures."] if self.blind else []),
+                *([f"Of {self.blind} it knew nothing of the images."] if self.blind else []),
                 "Now: qllava eval agreement",
             ]
         )

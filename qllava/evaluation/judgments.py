@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qllava.config import InputError
-from qllava.data.problems import Place, Problem, RowError
-from qllava.data.rows import read_rows, row_id
+from qllava.data.problems import Place, Problem, RecordError
+from qllava.data.records import read_records, record_id
 from qllava.voting.votes import ONE_OF, VERDICTS, Verdict
 
 JudgeOrder = Literal["left-first", "right-first"]
@@ -43,11 +43,11 @@ def read_judgments(path: Path) -> list[Judgment]:
     for a second judge, and for no judgments.
     """
     judgments: dict[tuple[str, str], Judgment] = {}
-    for place, row in read_rows(path):
-        found = _judgment(row, place)
+    for place, record in read_records(path):
+        found = _judgment(record, place)
         if (found.id, found.order) in judgments:
             problem = f"this vote has a judgment {found.order} already"
-            raise RowError(Problem("judged twice", problem, "keep one of them", place, found.id))
+            raise RecordError(Problem("judged twice", problem, "keep one of them", place, found.id))
         judgments[found.id, found.order] = found
     judges = sorted({found.judge for found in judgments.values()})
     if not judges:
@@ -57,12 +57,12 @@ def read_judgments(path: Path) -> list[Judgment]:
     return list(judgments.values())
 
 
-def _judgment(row: Any, place: Place) -> Judgment:
-    id = row_id(row, place, "id")
-    if row.get("order") not in ORDERS:
-        problem = f"the order is {row.get('order')!r}"
-        raise RowError(Problem("order", problem, f"expected {' or '.join(ORDERS)}", place, id))
-    if "vote" not in row or (row["vote"] is not None and row["vote"] not in VERDICTS):
-        problem = f"the vote is {row.get('vote', 'missing')!r}"
-        raise RowError(Problem("vote", problem, f"expected {ONE_OF}, or null where it could not be read", place, id))
-    return Judgment(id, row["order"], row["vote"], str(row.get("judge", "")), str(row.get("reply", "")))
+def _judgment(record: Any, place: Place) -> Judgment:
+    id = record_id(record, place, "id")
+    if record.get("order") not in ORDERS:
+        problem = f"the order is {record.get('order')!r}"
+        raise RecordError(Problem("order", problem, f"expected {' or '.join(ORDERS)}", place, id))
+    if "vote" not in record or (record["vote"] is not None and record["vote"] not in VERDICTS):
+        problem = f"the vote is {record.get('vote', 'missing')!r}"
+        raise RecordError(Problem("vote", problem, f"expected {ONE_OF}, or null where it could not be read", place, id))
+    return Judgment(id, record["order"], record["vote"], str(record.get("judge", "")), str(record.get("reply", "")))

@@ -1,7 +1,7 @@
-r"""ScienceQA (Lu et al. 2022): questions of school with up to five choices, half of them with a picture.
+r"""ScienceQA (Lu et al. 2022): questions of school with up to five choices, half of them with an image.
 
     qllava eval scienceqa --problems problems.json --answers answers.jsonl
-    qllava eval scienceqa --problems problems.json --model MODEL --image-folder pictures --order reason-first \
+    qllava eval scienceqa --problems problems.json --model MODEL --image-folder images --order reason-first \
         --out answers.jsonl
 
 The problems are in the original format, one JSON object from id to problem. A letter is read from an answer by the
@@ -15,7 +15,7 @@ The third rule takes any character behind the letter, as the released scorer doe
 answer is C, because ..." is read, and so is the D of "The answer is Dover". "The answer is C" at the end of a line,
 without a full stop, is not.
 
-Besides the accuracy in all there is the one on questions with a picture (what the later papers call SQA-IMG), and one
+Besides the accuracy in all there is the one on questions with an image (what the later papers call SQA-IMG), and one
 by subject, context and grade, as in the table of the first paper.
 """
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn, ask
-from qllava.data.rows import is_folder
+from qllava.data.records import is_folder
 from qllava.evaluation.answers import answered_before, append_answers, read_answers
 from qllava.evaluation.intervals import Share
 
@@ -64,7 +64,7 @@ class ScienceProblem:
     choices: tuple[str, ...]
     answer: int  # the place of the right choice
     hint: str  # the context in words; empty for none
-    image: str | None  # the picture's file name inside the problem's folder
+    image: str | None  # the image's file name inside the problem's folder
     subject: str  # NAT, SOC or LAN
     grade: int  # 1 to 12
     split: str
@@ -130,7 +130,7 @@ class ScienceResult:
     def text(self) -> str:
         """The figures for the terminal, a line each."""
         image = self.with_image if self.with_image.n else f"undefined: {NO_IMAGES}"
-        shares = {"all": self.total, "with a picture": image, **self.groups}
+        shares = {"all": self.total, "with an image": image, **self.groups}
         notes = [f"{self.unparsed} of {self.total.n} answers could not be read, and count as wrong."]
         if self.unanswered:
             notes.append(f"{self.unanswered} of these were not given at all.")
@@ -159,14 +159,14 @@ def read_problems(path: Path, split: str = "test") -> list[ScienceProblem]:
     Raises InputError for a file of another kind, a problem that cannot be asked, or a split without problems.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its name.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give ScienceQA's own problems.json.") from error
-    if not isinstance(rows, dict):
+    if not isinstance(records, dict):
         raise InputError(f"{path} must be one JSON object from id to problem, as ScienceQA's problems.json is.")
-    problems = [_problem(id, row, path) for id, row in rows.items()]
+    problems = [_problem(id, record, path) for id, record in records.items()]
     wanted = [problem for problem in problems if problem.split == split]
     if not wanted:
         there = ", ".join(sorted({problem.split for problem in problems})) or "none"
@@ -217,14 +217,14 @@ def answer_problems(
 ) -> ScienceResult:
     """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
 
-    Raises InputError for a model, problem or picture that cannot be used, or an `out` whose answers another model gave,
+    Raises InputError for a model, problem or image that cannot be used, or an `out` whose answers another model gave,
     or the same one when it was asked otherwise.
     """
     from qllava.inference import MOST, Room, fingerprint_of, load
 
     asked = read_problems(problems, split)
     if image_folder is None and any(problem.image for problem in asked):
-        raise InputError("Some problems have pictures; name their folder with --image-folder.")
+        raise InputError("Some problems have images; name their folder with --image-folder.")
     images = find_images(asked, image_folder or problems.parent)
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
@@ -245,23 +245,23 @@ def answer_problems(
     return score(asked, answers)
 
 
-def training_rows(problems: Sequence[ScienceProblem], image_folder: Path, order: Order) -> list[dict[str, Any]]:
+def training_records(problems: Sequence[ScienceProblem], image_folder: Path, order: Order) -> list[dict[str, Any]]:
     """Problems as LLaVA's JSON: asked as `answer_problems` asks, answered in the same order.
 
-    Pictures are named relative to `image_folder`. Raises InputError for the first that is missing.
+    Images are named relative to `image_folder`. Raises InputError for the first that is missing.
     """
-    images, rows = find_images(problems, image_folder), []
+    images, records = find_images(problems, image_folder), []
     for problem in problems:
         shown = [images[problem.id]] if problem.id in images else []
         turns = [("human", ask(problem.prompt(order), len(shown))), ("gpt", problem.response(order))]
         said = [{"from": who, "value": value} for who, value in turns]
-        picture = {"image": str(shown[0].relative_to(image_folder))} if shown else {}
-        rows.append({"id": problem.id, **picture, "conversations": said})
-    return rows
+        image = {"image": str(shown[0].relative_to(image_folder))} if shown else {}
+        records.append({"id": problem.id, **image, "conversations": said})
+    return records
 
 
 def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, Path]:
-    """The pictures by id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as ScienceQA unpacks them.
+    """The images by id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as ScienceQA unpacks them.
 
     Raises InputError for the first that is missing, so that nothing is asked in vain.
     """
@@ -305,17 +305,17 @@ def _ask(
     return {problem.id: text for problem, text in zip(problems, said, strict=True)}
 
 
-def _problem(id: str, row: Any, path: Path) -> ScienceProblem:
+def _problem(id: str, record: Any, path: Path) -> ScienceProblem:
     """Check one problem; what is not used (lecture, solution, topic) may be missing."""
-    if not isinstance(row, dict):
+    if not isinstance(record, dict):
         raise InputError(f"{path}, problem {id}: expected an object with question, choices and answer.")
 
     def text(key: str) -> str:
-        if not isinstance(row.get(key), str):
+        if not isinstance(record.get(key), str):
             raise InputError(f"{path}, problem {id}: expected a text under {key!r}; write it there.")
-        return str(row[key])
+        return str(record[key])
 
-    choices, answer, image = row.get("choices"), row.get("answer"), row.get("image")
+    choices, answer, image = record.get("choices"), record.get("answer"), record.get("image")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise InputError(f"{path}, problem {id}: expected a list of texts under 'choices'; write it there.")
     if not 2 <= len(choices) <= len(LETTERS):
@@ -339,5 +339,5 @@ def _problem(id: str, row: Any, path: Path) -> ScienceProblem:
         SUBJECTS[subject],
         int(grade[5:]),
         text("split"),
-        " ".join(part for key in ("lecture", "solution") if isinstance(part := row.get(key), str) and part),
+        " ".join(part for key in ("lecture", "solution") if isinstance(part := record.get(key), str) and part),
     )

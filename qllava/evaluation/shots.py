@@ -1,4 +1,4 @@
-"""In-context learning: examples from a pool stand before a question, with their pictures and answers.
+"""In-context learning: examples from a pool stand before a question, with their images and answers.
 
     qllava eval vqa MODEL questions.json --shots 2 --pool train.json --choose picture
 
@@ -6,10 +6,10 @@ Which examples: drawn `random`ly (by a seed and the question's place), or those 
 directly before it.
 
     text      cosine of TF-IDF vectors of the last questions: words in lower case, weight (1 + log tf) * idf with
-              idf = log(N / df) + 1 over the N rows of the pool
-    picture   cosine of the tower's own features, as the projector gets them, averaged over the patches and the pictures
+              idf = log(N / df) + 1 over the N examples of the pool
+    image   cosine of the tower's own features, as the projector gets them, averaged over the patches and the images
 
-A row of the pool that shows a picture of the question (or asks the same, where it has none) is never among its
+An example of the pool that shows an image of the question (or asks the same, where it has none) is never among its
 examples, so that a pool may overlap with the questions and still tell no answer.
 """
 
@@ -38,7 +38,7 @@ from qllava.image_layout import ImageLayout
 from qllava.inference import Chat, attempt
 
 Choose = Literal["random", "text", "picture"]
-_PICTURES = 32  # that go through the tower at once
+_IMAGES = 32  # that go through the tower at once
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class Shots:
 def with_shots(examples: Sequence[Example], shots: Shots, chat: Chat | None = None) -> list[Example]:
     """The examples with their shots before them, as longer conversations; ids, places and types stay.
 
-    `chat` is the model whose tower is asked when the choice is by picture. Raises InputError when the pool is too small
-    for a question, or has no pictures to choose by.
+    `chat` is the model whose tower is asked when the choice is by image. Raises InputError when the pool is too small
+    for a question, or has no images to choose by.
     """
     pool = shots.pool
     near = _nearness(examples, shots, chat)
-    pictures = [set(row.images) for row in pool]
-    asked = [last_question(row) for row in pool]
+    images = [set(one.images) for one in pool]
+    asked = [last_question(one) for one in pool]
     out = []
     for index, example in enumerate(examples):
         mine, question = set(example.images), last_question(example)
-        ranked = (int(row) for row in near(index))
-        allowed = (row for row in ranked if (not mine & pictures[row] if mine else question != asked[row]))
-        chosen = [row for row, _ in zip(allowed, range(shots.count), strict=False)]
+        ranked = (int(number) for number in near(index))
+        allowed = (n for n in ranked if (not mine & images[n] if mine else question != asked[n]))
+        chosen = [number for number, _ in zip(allowed, range(shots.count), strict=False)]
         if len(chosen) < shots.count:
-            problem = f"the pool has {len(chosen)} examples for this question that do not show its picture"
+            problem = f"the pool has {len(chosen)} examples for this question that do not show its image"
             raise InputError(f"{example.where}: {problem}, expected {shots.count}; give a larger --pool.")
-        out.append(_joined([pool[row] for row in reversed(chosen)], example))
+        out.append(_joined([pool[number] for number in reversed(chosen)], example))
     return out
 
 
@@ -80,20 +80,20 @@ def last_question(example: Example) -> str:
 
 
 def _nearness(examples: Sequence[Example], shots: Shots, chat: Chat | None) -> Callable[[int], Iterable[int]]:
-    """A function from the number of a question to the rows of the pool, the best example first."""
+    """A function from the number of a question to the examples of the pool, the best example first."""
     if shots.choose == "random":
         return lambda index: _drawn(random.Random(f"{shots.seed}-{index}"), len(shots.pool))
     if shots.choose == "text":
-        words = Words([last_question(row) for row in shots.pool])
+        words = Words([last_question(one) for one in shots.pool])
         return lambda index: _best_first(words.similarity(last_question(examples[index])))
     if chat is None:
-        raise ValueError("to choose by picture a model is needed, whose tower looks at them")
-    without = next((row for row in (*shots.pool, *examples) if not row.images), None)
+        raise ValueError("to choose by image a model is needed, whose tower looks at them")
+    without = next((one for one in (*shots.pool, *examples) if not one.images), None)
     if without is not None:
-        raise InputError(f"{without.where}: the row has no picture to choose by; use --choose text or random.")
-    paths = list(dict.fromkeys(path for row in (*shots.pool, *examples) for path in row.images))
-    seen = dict(zip(paths, embed_pictures(chat, paths), strict=True))
-    pool = np.stack([_mean([seen[path] for path in row.images]) for row in shots.pool])
+        raise InputError(f"{without.where}: the example has no image to choose by; use --choose text or random.")
+    paths = list(dict.fromkeys(path for one in (*shots.pool, *examples) for path in one.images))
+    seen = dict(zip(paths, embed_images(chat, paths), strict=True))
+    pool = np.stack([_mean([seen[path] for path in one.images]) for one in shots.pool])
     return lambda index: _best_first(pool @ _mean([seen[path] for path in examples[index].images]))
 
 
@@ -139,14 +139,14 @@ class Words:
         return sparse.csr_matrix((values / (length or 1.0), ([0] * len(columns), columns)), shape=shape)
 
 
-def embed_pictures(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
+def embed_images(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
     """(N, D) what the tower sees: the features that the projector gets, averaged over the patches, of length 1.
 
-    Raises InputError for a picture that cannot be opened, or when memory does not suffice for one.
+    Raises InputError for an image that cannot be opened, or when memory does not suffice for one.
     """
     model = chat.model.base_model.model if hasattr(chat.model, "peft_config") else chat.model
-    out, done, size = [], 0, _PICTURES
-    with torch.no_grad(), tqdm(total=len(paths), desc="pictures", disable=None) as bar:
+    out, done, size = [], 0, _IMAGES
+    with torch.no_grad(), tqdm(total=len(paths), desc="images", disable=None) as bar:
         while done < len(paths):
             some = paths[done : done + size]
             found = attempt(partial(_embed, model, chat.processor.image_processor, some))
@@ -162,7 +162,7 @@ def embed_pictures(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
 
 
 def _embed(model: Any, image_processor: Any, paths: Sequence[Path]) -> NDArray[np.float32]:
-    """`embed_pictures`, for as many as go through the tower at once."""
+    """`embed_images`, for as many as go through the tower at once."""
     tower, config = model.model.vision_tower, model.config
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
@@ -182,7 +182,7 @@ def _mean(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def _best_first(similarity: NDArray[Any]) -> NDArray[np.intp]:
-    """The rows by falling similarity, rounded so that the order holds anywhere; equal ones in the pool's order."""
+    """The examples by falling similarity, rounded so that the order holds anywhere; equal ones in the pool's order."""
     return np.argsort(-np.round(similarity, 6), kind="stable")
 
 
@@ -191,7 +191,7 @@ def _words(text: str) -> list[str]:
 
 
 def _joined(before: Sequence[Example], example: Example) -> Example:
-    turns = tuple(turn for row in before for turn in row.conversation.turns)
-    images = tuple(image for row in before for image in row.images)
+    turns = tuple(turn for one in before for turn in one.conversation.turns)
+    images = tuple(image for one in before for image in one.images)
     conversation = Conversation((*turns, *example.conversation.turns), example.conversation.system)
     return replace(example, images=(*images, *example.images), conversation=conversation)

@@ -1,6 +1,6 @@
 """Visual questions with one right answer: exact match after the usual VQA normalization.
 
-Run it with `qllava eval vqa MODEL DATA`. A row of the data is LLaVA JSON (the last answer is the truth, the
+Run it with `qllava eval vqa MODEL DATA`. An example of the data is LLaVA JSON (the last answer is the truth, the
 conversation up to the last question is the prompt) or `{"question", "image", "answer", "type"}`.
 
 The normalization is the one of the VQA challenge (Antol et al. 2015), and gives what the challenge's evaluation code
@@ -143,10 +143,10 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
 
 
 def truth(example: Example) -> str:
-    """The right answer: the last turn. Raises InputError when the row does not end with an answer."""
+    """The right answer: the last turn. Raises InputError when the example does not end with an answer."""
     turns = example.conversation.turns
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
-        raise InputError(f"{example.where}: the row does not end with a question and its answer; add them.")
+        raise InputError(f"{example.where}: the example does not end with a question and its answer; add them.")
     return turns[-1].content
 
 
@@ -159,11 +159,11 @@ def question(example: Example) -> Conversation:
 def evaluate(chat: Chat | AnswerFn, examples: Sequence[Example], *, batch_size: int = MOST) -> VqaResult:
     """Ask every question greedily and score the answers.
 
-    All rows are looked at before the first question is asked. Progress goes to stderr.
+    All examples are looked at before the first question is asked. Progress goes to stderr.
 
     Args:
         chat: A loaded model, or any function from a batch of examples to their answers (a baseline, a test).
-        examples: Rows that end with a question and its answer.
+        examples: Examples that end with a question and its answer.
         batch_size: The most questions that are asked at once; fewer where memory does not suffice.
     """
     for example in examples:
@@ -203,19 +203,19 @@ def evaluate_file(
     examples of the `pool` stand before each question (see `shots`). With `read`, the answer is what this pattern finds
     in what is said (see `reader`), and `unread` counts where it finds none.
 
-    Raises InputError for unreadable data, a row without an answer, a missing picture, a question that does not fit
+    Raises InputError for unreadable data, an example without an answer, a missing image, a question that does not fit
     into the model, or a file that cannot be written.
     """
     pattern = reader(read) if read is not None else None
     examples = read_examples(data, image_folder)
-    rows = read_examples(pool, image_folder) if pool is not None else []
-    for example in (*examples, *rows):
+    drawn_from = read_examples(pool, image_folder) if pool is not None else []
+    for example in (*examples, *drawn_from):
         truth(example)
     for path in (out, html):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist. Create it first.")
     chat = load(model, base_model=base_model)
-    asked = with_shots(examples, Shots(shots, rows, choose, seed), chat) if shots else examples
+    asked = with_shots(examples, Shots(shots, drawn_from, choose, seed), chat) if shots else examples
     result = evaluate(chat, asked, batch_size=batch_size or MOST)
     said, unread = result.answers, {}
     if pattern is not None:
@@ -254,7 +254,7 @@ def read_answer(pattern: re.Pattern[str], said: str) -> str | None:
 
 
 def _told(shots: int, choose: Choose) -> str:
-    how = {"random": "drawn at random", "text": "chosen by similar text", "picture": "chosen by similar picture"}
+    how = {"random": "drawn at random", "text": "chosen by similar text", "picture": "chosen by similar image"}
     return f"{shots} examples before each question, {how[choose]}." if shots else "No examples before a question."
 
 
@@ -273,7 +273,7 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
             if len(prompt.input_ids) + ANSWER_TOKENS > context:
                 long = f"the question has {len(prompt.input_ids)} tokens with all that stands before it"
                 space = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"
-                raise InputError(f"{example.where}: {long}, and {space}; give fewer --shots or a shorter row.")
+                raise InputError(f"{example.where}: {long}, and {space}; give fewer --shots or a shorter example.")
             prompts.append(prompt)
         names = [f"the question at {example.where}" for example in examples]
         return chat.complete(prompts, max_new_tokens=ANSWER_TOKENS, room=room, names=names, done=done)
@@ -282,7 +282,7 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
 
 
 def failures_page(examples: Sequence[Example], result: VqaResult, title: str, note: str) -> str:
-    """Accuracy by type with intervals, and the questions that were answered wrong, with their pictures."""
+    """Accuracy by type with intervals, and the questions that were answered wrong, with their images."""
     types = [(name, share.count / share.n, *share.ci95) for name, share in result.types.items()]
     wrong = [
         (example, answer)
@@ -293,7 +293,7 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
     shown = wrong[::step]
     cards = [
         page.card(
-            page.join(page.picture(open_image(path), path.name, longest=320) for path in example.images),
+            page.join(page.image(open_image(path), path.name, longest=320) for path in example.images),
             page.paragraph(last_question(example)),
             page.verdicts([("said", answer, False), ("right", truth(example), None)]),
         )
@@ -325,7 +325,7 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
 
 
 def _line(example: Example, answer: str, said: str, by: dict[str, Any]) -> str:
-    row = {
+    record = {
         "id": example.id,
         "question": last_question(example),
         "images": [str(image) for image in example.images],
@@ -336,4 +336,4 @@ def _line(example: Example, answer: str, said: str, by: dict[str, Any]) -> str:
         "type": example.type,
         **by,
     }
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -5,9 +5,9 @@ adds a variant for each combination of values. A variant is compared with the fi
 `against`; it may have a `measure` of its own, with which only variants of the same should be compared.
 
     seeds: [1, 2, 3]
-    measure: vqa {model} test.json --image-folder pictures
-    pretrain: {train_file: captions.json, image_folder: pictures}
-    finetune: {train_file: train.json, image_folder: pictures, language_model: parts/llama, vision_tower: parts/tower}
+    measure: vqa {model} test.json --image-folder images
+    pretrain: {train_file: captions.json, image_folder: images}
+    finetune: {train_file: train.json, image_folder: images, language_model: parts/llama, vision_tower: parts/tower}
     variants:
       as it is: {}
       last layer: {vision_feature_layer: -1}

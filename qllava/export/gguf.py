@@ -87,11 +87,11 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
     text, vision = source.config.text_config, source.config.vision_config
     check_sizes(weights, text, vision)
     language = language_tensors(weights, text, kind)
-    pictures = tower_tensors(weights, vision, source.feature_layer, kind_beside)
-    pictures += projector_tensors(weights, source.config.projector_hidden_act, kind_beside)
+    images = tower_tensors(weights, vision, source.feature_layer, kind_beside)
+    images += projector_tensors(weights, source.config.projector_hidden_act, kind_beside)
     tied = bool(text.tie_word_embeddings)
-    check_nothing_is_lost(weights, language + pictures, vision, source.feature_layer, tied)
-    total = sum(planned.nbytes for planned in language + pictures)
+    check_nothing_is_lost(weights, language + images, vision, source.feature_layer, tied)
+    total = sum(planned.nbytes for planned in language + images)
     with (
         write_aside(out) as aside,
         tqdm(total=total, unit="B", unit_scale=True, desc="Writing GGUF", leave=False) as bar,
@@ -101,7 +101,7 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
         _write(writer, language, bar.update)
         writer = GGUFWriter(aside / names[1], "clip")
         _projector_header(writer, source, file_type_beside)
-        _write(writer, pictures, bar.update)
+        _write(writer, images, bar.update)
         (aside / "Modelfile").write_text(_modelfile(source, *names), encoding="utf-8")
     return [out / names[0], out / names[1], out / "Modelfile"]
 
@@ -199,8 +199,8 @@ def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weight
 
 
 def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> None:
-    """Sizes of the tower, and how its pictures are normalized."""
-    vision, pictures = source.config.vision_config, source.processor.image_processor
+    """Sizes of the tower, and how its images are normalized."""
+    vision, images = source.config.vision_config, source.processor.image_processor
     writer.add_type("mmproj")
     writer.add_name(source.name)
     writer.add_file_type(file_type)
@@ -219,8 +219,8 @@ def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> No
     writer.add_vision_block_count(source.feature_layer)
     # Without this key llama.cpp leaves out one more block than the file has left out already.
     writer.add_array("clip.vision.feature_layer", [source.feature_layer])
-    writer.add_vision_image_mean(list(pictures.image_mean))
-    writer.add_vision_image_std(list(pictures.image_std))
+    writer.add_vision_image_mean(list(images.image_mean))
+    writer.add_vision_image_std(list(images.image_std))
 
 
 def _write(writer: GGUFWriter, plan: list[Planned], done: Callable[[int], Any]) -> None:

@@ -1,8 +1,8 @@
 """How a prompt is written by the programs that load a GGUF pair: llama.cpp by a chat template, Ollama by a Modelfile.
 
-llama.cpp and what is built on it know nothing of `<image>`. For each picture they put a marker `<__media...__>` into
+llama.cpp and what is built on it know nothing of `<image>`. For each image they put a marker `<__media...__>` into
 the text of a turn, wherever the client had it, and hand the template one string (or a list of texts). So the template
-that was saved with the model gets another way to read a turn: pictures come first, each followed by a newline, as in
+that was saved with the model gets another way to read a turn: images come first, each followed by a newline, as in
 training. All else of it stays. A template that is not ours stays as it is.
 """
 
@@ -13,16 +13,16 @@ import re
 from qllava.conversation import BOS, EOS, TEMPLATES, Template
 
 _READ_TURN = r"""{%- macro content(message) -%}
-{%- set said = namespace(whole='', text='', pictures='') -%}
+{%- set said = namespace(whole='', text='', images='') -%}
 {%- if message['content'] is string -%}{%- set said.whole = message['content'] -%}
 {%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}
 {%- set said.whole = said.whole ~ part['text'] -%}{%- endfor -%}{%- endif -%}
 {%- for piece in said.whole.split('<__media') -%}
 {%- if loop.first -%}{%- set said.text = piece -%}
 {%- else -%}{%- set end = piece.split('__>') -%}
-{%- set said.pictures = said.pictures ~ '<__media' ~ end[0] ~ '__>\n' -%}
+{%- set said.images = said.images ~ '<__media' ~ end[0] ~ '__>\n' -%}
 {%- set said.text = said.text ~ (end[1:] | join('__>')) -%}{%- endif -%}{%- endfor -%}
-{{- (said.pictures ~ (said.text | trim)) if said.pictures else said.text -}}
+{{- (said.images ~ (said.text | trim)) if said.images else said.text -}}
 {%- endmacro -%}"""
 
 

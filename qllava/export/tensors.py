@@ -7,7 +7,7 @@
 Chosen: every tensor of the folder is either written or named here as left out; one that is neither is an error, so
 nothing that was trained is lost on the way.
 
-D width of the tower, H width of the language model, P patches of a picture.
+D width of the tower, H width of the language model, P patches of an image.
 """
 
 from __future__ import annotations

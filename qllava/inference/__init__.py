@@ -1,4 +1,4 @@
-"""Load a model, ask it about pictures, stream what it says: used by chat, demo, evaluation and during training.
+"""Load a model, ask it about images, stream what it says: used by chat, demo, evaluation and during training.
 
     import qllava
     chat = qllava.load("nano")                      # or a merged folder, a run folder, a hub name
@@ -14,10 +14,10 @@ from qllava.inference.about import about, label
 from qllava.inference.batches import MOST, Room, attempt
 from qllava.inference.chat import Chat
 from qllava.inference.generate import answer_prompts
-from qllava.inference.given import Picture
+from qllava.inference.given import GivenImage
 from qllava.inference.identity import fingerprint_of
+from qllava.inference.kept_images import keep_image
 from qllava.inference.loading import has_base, load, same_model
-from qllava.inference.pictures import keep_picture
 from qllava.inference.prompts import Prompt, user_turn
 from qllava.inference.session import Exchange, Session, Settings
 
@@ -25,7 +25,7 @@ __all__ = [
     "MOST",
     "Chat",
     "Exchange",
-    "Picture",
+    "GivenImage",
     "Prompt",
     "Room",
     "Session",
@@ -35,7 +35,7 @@ __all__ = [
     "attempt",
     "fingerprint_of",
     "has_base",
-    "keep_picture",
+    "keep_image",
     "label",
     "load",
     "same_model",

@@ -21,7 +21,7 @@ from qllava.runs import ADAPTER_CONFIG_FILE, MERGE_FILE, RECORD_FILE, is_checkpo
 _SCORES = {
     "stage2": "Held-out questions",
     "unseen_pairs": "Unseen pairs",
-    "eval_exact_match": "Held-out rows, exact match",
+    "eval_exact_match": "Held-out examples, exact match",
     "eval_loss": "Held-out loss",
 }
 
@@ -44,7 +44,7 @@ def about(chat: Chat) -> dict[str, str]:
     facts = {
         "Model": label(chat),
         "Size": f"{_short(parameters)} parameters, {text.num_hidden_layers} layers of {text.hidden_size}",
-        "Pictures": f"{vision.image_size} x {vision.image_size} pixels, {image.tokens} tokens each",
+        "Images": f"{vision.image_size} x {vision.image_size} pixels, {image.tokens} tokens each",
         "Context": f"{positions_of(text):,} tokens",
         "Computes in": f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}",
     }

@@ -1,6 +1,6 @@
-"""`Chat`: a loaded model and its processor, asked in words and pictures.
+"""`Chat`: a loaded model and its processor, asked in words and images.
 
-The prompt is made by the chat template that was saved with the model and the picture by its own processor, so that
+The prompt is made by the chat template that was saved with the model and the image by its own processor, so that
 what is asked here looks exactly like what was learned. Greedy by default.
 """
 
@@ -23,7 +23,7 @@ from qllava.inference.generate import (
     continue_prompts,
     generation_settings,
 )
-from qllava.inference.given import Picture, as_list
+from qllava.inference.given import GivenImage, as_list
 from qllava.inference.prompts import Prompt, prompt_of, user_turn
 from qllava.models.recommended import Decoding, recommended
 
@@ -39,20 +39,20 @@ class Chat:
 
     def answer(
         self,
-        images: Picture | Sequence[Picture] | None,
+        images: GivenImage | Sequence[GivenImage] | None,
         question: str,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         system: str | None = None,
     ) -> str:
-        """Answer one question about no, one or several pictures. Raises InputError for a broken picture or question."""
+        """Answer one question about no, one or several images. Raises InputError for a broken image or question."""
         prompt = self.prompt(*_asked(images, question, system))
         return self.complete([prompt], max_new_tokens=max_new_tokens, temperature=temperature)[0]
 
     def stream(
         self,
-        images: Picture | Sequence[Picture] | None,
+        images: GivenImage | Sequence[GivenImage] | None,
         question: str,
         *,
         max_new_tokens: int = 256,
@@ -66,7 +66,7 @@ class Chat:
     def reply(
         self,
         conversation: Conversation,
-        images: Sequence[Picture],
+        images: Sequence[GivenImage],
         *,
         max_new_tokens: int = 256,
         temperature: float | None = None,
@@ -75,7 +75,7 @@ class Chat:
     ) -> Iterator[str]:
         """Stream the next answer of a conversation that ends with a question.
 
-        `images` are the pictures of all its turns, in order, one for each `<image>`. Input is checked at the call,
+        `images` are the images of all its turns, in order, one for each `<image>`. Input is checked at the call,
         before the first piece is asked for. The model works in a thread of its own; closing the iterator (or leaving
         the loop by an exception) stops it at the next token, and so does `stop`, set by anyone, even if nobody reads
         on. An error in the thread is raised here. Above temperature 0, the same `seed` gives the same answer whatever
@@ -98,20 +98,20 @@ class Chat:
 
     def answer_batch(
         self,
-        pairs: Sequence[tuple[Picture | Sequence[Picture] | None, str]],
+        pairs: Sequence[tuple[GivenImage | Sequence[GivenImage] | None, str]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = MOST,
         system: str | None = None,
     ) -> list[str]:
-        """Answer many (pictures, question) pairs greedily, in order; in fp32 the same text as one by one.
+        """Answer many (images, question) pairs greedily, in order; in fp32 the same text as one by one.
 
         As many at once as fit into memory, and at most `batch_size`.
         """
         prompts = [self.prompt(*_asked(images, question, system)) for images, question in pairs]
         return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
 
-    def prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
+    def prompt(self, conversation: Conversation, images: Sequence[GivenImage]) -> Prompt:
         """What the model reads: ids with the image tokens expanded, and the pixels. See `prompt_of`."""
         return prompt_of(self.processor, conversation, images)
 
@@ -178,8 +178,8 @@ class Chat:
 
 
 def _asked(
-    images: Picture | Sequence[Picture] | None, question: str, system: str | None
-) -> tuple[Conversation, list[Picture]]:
+    images: GivenImage | Sequence[GivenImage] | None, question: str, system: str | None
+) -> tuple[Conversation, list[GivenImage]]:
     """One question as a conversation, and its images."""
-    pictures = as_list(images)
-    return Conversation((user_turn(question, len(pictures)),), system), pictures
+    given = as_list(images)
+    return Conversation((user_turn(question, len(given)),), system), given

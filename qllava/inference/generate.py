@@ -2,7 +2,7 @@
 
 Shapes in this file:
 
-    B prompts in a batch, S tokens (padded on the left), I pictures, H x W pixels
+    B prompts in a batch, S tokens (padded on the left), I images, H x W pixels
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def continue_prompts(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    pixels = [picture for picture in pixel_values if picture is not None]
+    pixels = [image for image in pixel_values if image is not None]
     if pixels:
         inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower takes them to its own dtype
     criteria = StoppingCriteriaList([StopOn(*stop)] if stop else [])

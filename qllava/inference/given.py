@@ -21,15 +21,15 @@ from PIL import Image
 
 from qllava.config import InputError
 from qllava.data.images import as_rgb, open_image
-from qllava.data.problems import RowError
+from qllava.data.problems import RecordError
 
-Picture: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Image | np.ndarray
+GivenImage: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Image | np.ndarray
 """One image, in any of these forms."""
 
 _EXPECTED = "give a path, the bytes of an image file, a binary file object, a PIL image, or a NumPy array"
 
 
-def as_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
+def as_list(images: GivenImage | Sequence[GivenImage] | None) -> list[GivenImage]:
     """The images of a call that takes none, one, or several.
 
     Raises:
@@ -39,10 +39,10 @@ def as_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
         return []
     if isinstance(images, list | tuple):
         return list(images)
-    return [images]  # type: ignore[list-item]  # `open_picture` says what is wrong with another type
+    return [images]  # type: ignore[list-item]  # `open_given` says what is wrong with another type
 
 
-def open_picture(image: Picture) -> Image.Image:
+def open_given(image: GivenImage) -> Image.Image:
     """One image as upright RGB.
 
     Raises:
@@ -79,7 +79,7 @@ def _of_bytes(content: bytes) -> Image.Image:
         raise InputError("An image given as bytes is empty; give the content of an image file.")
     try:
         return open_image(io.BytesIO(content))  # type: ignore[arg-type]  # Pillow reads from it as from a path
-    except RowError as error:
+    except RecordError as error:
         raise InputError(
             f"An image given as {len(content):,} bytes cannot be used: {error.problem.problem}; give the content of an "
             "image file, such as a PNG or JPEG."

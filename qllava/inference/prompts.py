@@ -18,7 +18,7 @@ from transformers import LlavaProcessor
 
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn, ask
-from qllava.inference.given import Picture, open_picture
+from qllava.inference.given import GivenImage, open_given
 from qllava.models.errors import one_line
 
 BREAK = "\ufdd0"
@@ -36,11 +36,11 @@ class Prompt:
     """(I, 3, H, W), None without images."""
 
 
-def user_turn(question: str, pictures: int) -> Turn:
+def user_turn(question: str, images: int) -> Turn:
     """A question after its images, as a turn; an `<image>` in it is text. Raises InputError for an empty one."""
     if not question.strip():
         raise InputError("The question is empty; write what you want to know.")
-    return Turn(role="user", content=ask(as_text(question, [IMAGE_TOKEN]), pictures))
+    return Turn(role="user", content=ask(as_text(question, [IMAGE_TOKEN]), images))
 
 
 def as_text(text: str, tokens: Sequence[str]) -> str:
@@ -51,7 +51,7 @@ def as_text(text: str, tokens: Sequence[str]) -> str:
     return text
 
 
-def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
+def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Sequence[GivenImage]) -> Prompt:
     """What the model reads: ids with the image tokens expanded, and the pixels.
 
     Args:
@@ -74,7 +74,7 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
     special = not (bos and text.startswith(bos))  # else a template that writes BOS gets two
     encoded = processor(
         text=[text],
-        images=[open_picture(image) for image in images] or None,
+        images=[open_given(image) for image in images] or None,
         add_special_tokens=special,
         return_tensors="pt",
     )

@@ -32,10 +32,10 @@ class Settings:
 
 @dataclass
 class Exchange:
-    """A question with its pictures, and what came of it."""
+    """A question with its images, and what came of it."""
 
     question: str
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     answer: str = ""
     trouble: str = ""  # why no answer came, for people
     begun: bool = False  # somebody computes the answer, or has
@@ -56,10 +56,10 @@ class Session:
     exchanges: list[Exchange] = field(default_factory=list)
     _claiming: threading.Lock = field(default_factory=threading.Lock)
 
-    def ask(self, question: str, pictures: Sequence[Path] = ()) -> Exchange:
+    def ask(self, question: str, images: Sequence[Path] = ()) -> Exchange:
         """Add a question, which `answer` then answers; an answer that is under way is stopped."""
         self.stop()
-        self.exchanges.append(Exchange(question, tuple(pictures)))
+        self.exchanges.append(Exchange(question, tuple(images)))
         return self.exchanges[-1]
 
     def ask_again(self, index: int = -1, question: str | None = None) -> Exchange:
@@ -71,7 +71,7 @@ class Session:
         old = self.exchanges[index]
         self.stop()
         del self.exchanges[index:]
-        return self.ask(old.question if question is None else question, old.pictures)
+        return self.ask(old.question if question is None else question, old.images)
 
     def clear(self) -> None:
         """Start a new conversation; an answer in progress is stopped."""
@@ -105,11 +105,11 @@ class Session:
         before = [done for done in self.exchanges if done.answered and done is not exchange]
         turns: list[Turn] = []
         for done in before:
-            turns += [user_turn(done.question, len(done.pictures)), Turn(role="assistant", content=done.answer)]
-        turns.append(user_turn(exchange.question, len(exchange.pictures)))
+            turns += [user_turn(done.question, len(done.images)), Turn(role="assistant", content=done.answer)]
+        turns.append(user_turn(exchange.question, len(exchange.images)))
         pieces = chat.reply(
             Conversation(turns=tuple(turns), system=settings.system or None),
-            [picture for done in (*before, exchange) for picture in done.pictures],
+            [image for done in (*before, exchange) for image in done.images],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed,

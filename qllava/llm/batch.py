@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from qllava.config import InputError
 from qllava.data.problems import Place
-from qllava.data.rows import read_rows
+from qllava.data.records import read_records
 from qllava.files import aside, move, unwritable
 from qllava.llm.completions import error_of, read_json, read_reply
 from qllava.llm.store import Call, Reply, Store
@@ -194,7 +194,7 @@ def _request(call: Call) -> dict[str, Any]:
 
 def _results(path: Path) -> Iterator[tuple[str, Any]]:
     """Key and body of every result; None for a body where the request failed."""
-    for place, row in read_rows(path):
+    for place, row in read_records(path):
         yield _result(row, place)
 
 

@@ -125,7 +125,7 @@ def load_llava(
     """Load a LLaVA and its processor from a folder or a hub name, in llava-hf's layout or in transformers' own.
 
     `dtype` is that of the weights that are not quantized; `quantization_config` and `device_map` are transformers' own.
-    The model comes in eval mode. A processor that does not say how many image tokens a picture takes (old llava-hf
+    The model comes in eval mode. A processor that does not say how many image tokens an image takes (old llava-hf
     files) is completed from the model.
 
     Raises InputError when it is not a LLaVA, or files are missing, cut off, or do not belong together.
@@ -313,7 +313,7 @@ def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source:
     written = ImageLayout.of_processor(processor, vision.image_size, vision.image_size)
     if written.tokens != layout.tokens:
         raise InputError(
-            f"The processor of {source} writes {written.tokens} image tokens for a picture and the model has "
+            f"The processor of {source} writes {written.tokens} image tokens for an image and the model has "
             f"{layout.tokens} features; correct patch_size, vision_feature_select_strategy and "
             "num_additional_image_tokens in its processor_config.json."
         )

@@ -1,4 +1,4 @@
-"""How a model reads: tokenizer, template, image tokens and pictures, without its weights.
+"""How a model reads: tokenizer, template, image tokens and images, without its weights.
 
 This is all that `qllava check` and `qllava inspect` need, so a data set for a 7B is looked at on a laptop.
 """
@@ -101,7 +101,7 @@ def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAsp
 def read_tokenizer(path: Path) -> Reader:
     """The reader of a tokenizer alone: a folder, a tokenizer.json or a sentencepiece tokenizer.model.
 
-    A picture is taken for LLaVA-1.5's. Raises InputError when it cannot be read.
+    An image is taken for LLaVA-1.5's. Raises InputError when it cannot be read.
     """
     if not path.is_file():
         return _alone(load_tokenizer(str(path)))

@@ -4,7 +4,7 @@ Every probe goes through a layer before the next one is read. Two models are com
 program would load it (`Stored`), and a base with its adapter as it was trained (`Adapted`), which is made of
 bitsandbytes' and peft's own layers and knows nothing of how a delta is added to a weight.
 
-S tokens, D width, I pictures.
+S tokens, D width, I images.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tens
     """(positions that predict a learned token, D) of each probe, before the head.
 
     model: a LlavaForConditionalGeneration on the meta device.
-    probes: input_ids (S), labels (S), pixel_values (I, 3, H, W) where there are pictures.
+    probes: input_ids (S), labels (S), pixel_values (I, 3, H, W) where there are images.
     title: of the progress bar.
     """
     language_model = model.model.language_model
@@ -153,21 +153,21 @@ def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tens
 
 
 def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """(1, S, D) of each probe: its tokens, and its pictures in their places."""
+    """(1, S, D) of each probe: its tokens, and its images in their places."""
     table = source.filled("language_model.model.embed_tokens", model.model.language_model.embed_tokens)
     hidden = [table(probe["input_ids"].to(source.device))[None] for probe in probes]
     del table
     config = model.config
-    pictured = [number for number, probe in enumerate(probes) if "pixel_values" in probe]
-    pixels = [probes[number]["pixel_values"].to(source.device, source.dtype) for number in pictured]
-    if not pictured:
+    imaged = [number for number, probe in enumerate(probes) if "pixel_values" in probe]
+    pixels = [probes[number]["pixel_values"].to(source.device, source.dtype) for number in imaged]
+    if not imaged:
         return hidden
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
     features = features_at(
         tower, pixels, config.vision_feature_layer, lambda name, part: source.filled(f"{TOWER}.{name}", part)
     )
     projector = source.filled("multi_modal_projector", model.model.multi_modal_projector)
-    for number, seen in zip(pictured, features, strict=True):
+    for number, seen in zip(imaged, features, strict=True):
         seen = seen[:, ImageLayout.of_config(config).first :]
         places = (probes[number]["input_ids"] == config.image_token_index).to(source.device)
         hidden[number][0, places] = projector(seen).flatten(0, 1).to(source.dtype)
@@ -186,7 +186,7 @@ def features_at(
     """
     embeddings = filled("embeddings", tower.embeddings)
     dtype = embeddings.patch_embedding.weight.dtype
-    hidden = [embeddings(picture.to(dtype)) for picture in pixels]
+    hidden = [embeddings(image.to(dtype)) for image in pixels]
     if hasattr(tower, "pre_layrnorm"):  # CLIP's, spelt so; SigLIP has none
         norm = filled("pre_layrnorm", tower.pre_layrnorm)
         hidden = [norm(states) for states in hidden]

@@ -139,7 +139,7 @@ def square(sides: Any, source: str) -> int:
     """Return the side of a square, given as one number or as (height, width)."""
     height, width = sides if isinstance(sides, Sequence) else (sides, sides)
     if height != width:
-        raise InputError(f"{source} takes pictures or patches of {height} x {width}; LLaVA needs square ones.")
+        raise InputError(f"{source} takes images or patches of {height} x {width}; LLaVA needs square ones.")
     return int(height)
 
 

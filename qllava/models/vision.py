@@ -5,7 +5,7 @@ export and serving know one layout only. Chosen: the source's parameters are ren
 account for every one of them; a tower with a part that the target has no place for is refused, never approximated.
 
     tower = load_tower("open_clip:ViT-L-14-336-quickgelu/openai")
-    pixels = tower.image_processor(picture, return_tensors="pt")["pixel_values"]          # (1, 3, S, S)
+    pixels = tower.image_processor(image, return_tensors="pt")["pixel_values"]          # (1, 3, S, S)
     features = tower.model(pixels, output_hidden_states=True).hidden_states[-2]           # (1, layout.outputs, D)
 
 Shapes: S image side in pixels, P patches = tokens per image, D width of the tower, N layers.
@@ -82,7 +82,7 @@ class Tower:
     model: VisionModel
     """The vision model in fp32 and eval mode; `hidden_states[layer]` has shape (images, layout.outputs, D)."""
     image_processor: BaseImageProcessor
-    """Picture to pixels (3, S, S), as the tower was trained; any program with transformers can reload it."""
+    """Image to pixels (3, S, S), as the tower was trained; any program with transformers can reload it."""
     layout: ImageLayout
     """The tokens of an image."""
     source: str
@@ -94,12 +94,12 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = 
 
     `spec` is `open_clip:ARCH/PRETRAINED` (PRETRAINED: one of open_clip's tags, or a file of weights),
     `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder that holds a CLIP or SigLIP vision model (or
-    a full CLIP or SigLIP model) as transformers saves it. `image_aspect` says what happens to a picture that is not
+    a full CLIP or SigLIP model) as transformers saves it. `image_aspect` says what happens to an image that is not
     square: "pad" fills it up to a square with the mean colour, "crop" scales the shorter side to S and cuts out the
     centre. "squash" changes its proportions, as SigLIP's own preprocessing does.
 
     A file of weights does not say how it was trained: name the architecture with `-quickgelu` if it was so; its
-    pictures are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.
+    images are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.
 
     Raises InputError when the name is unknown, files are missing or broken, or the tower is of another kind.
     """
@@ -198,7 +198,7 @@ def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Towe
         mean, std, resample = list(saved.image_mean), list(saved.image_std), int(saved.resample)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(
-            f"The vision tower {folder} has no readable preprocessor_config.json, which says how its pictures are "
+            f"The vision tower {folder} has no readable preprocessor_config.json, which says how its images are "
             "normalized; copy it from where the weights came from."
         ) from error
     vision = model.vision_model if kind in ("clip", "siglip") else model
@@ -221,7 +221,7 @@ def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
 def _tower(
     model: VisionModel, mean: list[float], std: list[float], resample: int, image_aspect: ImageAspect, source: str
 ) -> Tower:
-    """Put the parts together; how many tokens a picture takes follows from the model's own sizes."""
+    """Put the parts together; how many tokens an image takes follows from the model's own sizes."""
     size = square(model.config.image_size, source)
     square(model.config.patch_size, source)
     values: dict[str, Any] = {

@@ -1,15 +1,15 @@
-"""nano's pictures and questions on disk, in the formats of anybody's own data.
+"""nano's images and questions on disk, in the formats of anybody's own data.
 
 They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`) and are the same bytes everywhere:
 
     images/train-000000.png ...      96 x 96
-    pretrain.json                    LLaVA JSON: a picture and the caption that names everything in it
-    train.json                       LLaVA JSON: a conversation of about ten questions a picture, now and then a
-                                     description or reasons; and pictures in colours without a name, whose questions
+    pretrain.json                    LLaVA JSON: an image and the caption that names everything in it
+    train.json                       LLaVA JSON: a conversation of about ten questions per image, now and then a
+                                     description or reasons; and images in colours without a name, whose questions
                                      speak of none
     validation.json                  question, image, answer, type: looked at during the run
     test.json                        the same: the table, every type alike often
-    unseen.json                      the same, about shapes whose pair of colour and form no training picture shows
+    unseen.json                      the same, about shapes whose pair of colour and form no training image shows
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from qllava import workers
 from qllava.config import cache_folder
 from qllava.files import whole_folder
 from qllava.nano import language
@@ -33,16 +34,16 @@ from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_col
 
 VERSION = 2
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
-PRETRAIN_PICTURES = 6_000
-TRAIN_PICTURES = 7_000
-NAMELESS_PICTURES = 3_000
-QUESTIONS_PER_PICTURE = 10
+PRETRAIN_IMAGES = 6_000
+TRAIN_IMAGES = 7_000
+NAMELESS_IMAGES = 3_000
+QUESTIONS_PER_IMAGE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000
 UNSEEN_QUESTIONS = 400
 _CHUNK = 250
-_Row = Callable[[int, random.Random], tuple[Image.Image, dict[str, Any]]]
-"""What makes a row: its number and randomness of its own -> its picture, and the fields beside id and image."""
+_Record = Callable[[int, random.Random], tuple[Image.Image, dict[str, Any]]]
+"""What makes an example: its number and randomness of its own -> its image, and the fields beside id and image."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class NanoData:
     """Where the files lie."""
 
     folder: Path
-    """Pictures are named relative to it."""
+    """Images are named relative to it."""
 
     @property
     def pretrain(self) -> Path:
@@ -74,7 +75,7 @@ class NanoData:
 
     @property
     def unseen(self) -> Path:
-        """Questions about pairs that no training picture shows."""
+        """Questions about pairs that no training image shows."""
         return self.folder / "unseen.json"
 
 
@@ -85,58 +86,58 @@ def prepare(folder: Path | None = None) -> NanoData:
         return NanoData(folder)
     with whole_folder(folder, Path.is_dir) as aside:
         (aside / "images").mkdir()
-        with ProcessPoolExecutor() as pool:
-            train = _draw(pool, aside, "train", TRAIN_PICTURES, _conversation_row)
-            nameless = _draw(pool, aside, "nameless", NAMELESS_PICTURES, _nameless_row)
+        with workers.pool() as pool:
+            train = _draw(pool, aside, "train", TRAIN_IMAGES, _conversation_record)
+            nameless = _draw(pool, aside, "nameless", NAMELESS_IMAGES, _nameless_record)
             _write(aside / "train.json", train + nameless)
-            # Stage 1 sees the first of the same pictures: nothing is drawn for it that stage 2 does not use.
-            _write(aside / "pretrain.json", [_caption_row(one["id"]) for one in train[:PRETRAIN_PICTURES]])
-            held_out: dict[str, tuple[int, _Row]] = {
-                "validation": (VALIDATION_QUESTIONS, partial(_question_row, split="validation", unseen=False)),
-                "test": (TEST_QUESTIONS, partial(_question_row, split="test", unseen=False)),
-                "unseen": (UNSEEN_QUESTIONS, partial(_question_row, split="test", unseen=True)),
+            # Stage 1 sees the first of the same images: nothing is drawn for it that stage 2 does not use.
+            _write(aside / "pretrain.json", [_caption_record(one["id"]) for one in train[:PRETRAIN_IMAGES]])
+            held_out: dict[str, tuple[int, _Record]] = {
+                "validation": (VALIDATION_QUESTIONS, partial(_question_record, split="validation", unseen=False)),
+                "test": (TEST_QUESTIONS, partial(_question_record, split="test", unseen=False)),
+                "unseen": (UNSEEN_QUESTIONS, partial(_question_record, split="test", unseen=True)),
             }
-            for name, (count, row) in held_out.items():
-                _write(aside / f"{name}.json", _draw(pool, aside, name, count, row))
+            for name, (count, record) in held_out.items():
+                _write(aside / f"{name}.json", _draw(pool, aside, name, count, record))
     return NanoData(folder)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps(rows), encoding="utf-8")
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(records), encoding="utf-8")
 
 
-def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, row: _Row) -> list[dict[str, Any]]:
-    """Draw `count` pictures and make a row of each, in parallel, in order."""
+def _draw(pool: ProcessPoolExecutor, folder: Path, name: str, count: int, record: _Record) -> list[dict[str, Any]]:
+    """Draw `count` images and make an example of each, in parallel, in order."""
     chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    bar: Iterable[list[dict[str, Any]]] = pool.map(partial(_draw_chunk, folder, name, row), chunks)
-    rows = tqdm(bar, total=len(chunks), desc=f"Drawing {name}", unit_scale=_CHUNK, unit=" pictures")
-    return [one for part in rows for one in part]
+    bar: Iterable[list[dict[str, Any]]] = pool.map(partial(_draw_chunk, folder, name, record), chunks)
+    records = tqdm(bar, total=len(chunks), desc=f"Drawing {name}", unit_scale=_CHUNK, unit=" images")
+    return [one for part in records for one in part]
 
 
-def _draw_chunk(folder: Path, name: str, row: _Row, bounds: tuple[int, int]) -> list[dict[str, Any]]:
+def _draw_chunk(folder: Path, name: str, record: _Record, bounds: tuple[int, int]) -> list[dict[str, Any]]:
     out = []
     for index in range(*bounds):
         id_ = f"{name}-{index:06d}"
-        picture, fields = row(index, random.Random(f"nano-{id_}"))
-        picture.save(folder / "images" / f"{id_}.png", compress_level=1)
+        image, fields = record(index, random.Random(f"nano-{id_}"))
+        image.save(folder / "images" / f"{id_}.png", compress_level=1)
         out.append({"id": id_, "image": f"images/{id_}.png", **fields})
     return out
 
 
 def scene_of(id_: str) -> Scene:
-    """The scene of a training picture, by its id."""
+    """The scene of a training image, by its id."""
     return sample_scene(random.Random(f"nano-{id_}"))
 
 
-def _caption_row(id_: str) -> dict[str, Any]:
+def _caption_record(id_: str) -> dict[str, Any]:
     said = language.full_caption(scene_of(id_))
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": said}]
     return {"id": id_, "image": f"images/{id_}.png", "conversations": turns}
 
 
-def _conversation_row(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
+def _conversation_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
     scene = sample_scene(rng)
-    pairs = [(q.text, q.answer) for q in language.questions(scene, rng, QUESTIONS_PER_PICTURE)]
+    pairs = [(q.text, q.answer) for q in language.questions(scene, rng, QUESTIONS_PER_IMAGE)]
     if index % 12 == 0:
         pairs = [language.detail(scene, rng), *pairs[:6]]
     elif index % 12 == 1:
@@ -144,22 +145,22 @@ def _conversation_row(index: int, rng: random.Random) -> tuple[Image.Image, dict
     return render(scene), {"conversations": _turns(pairs)}
 
 
-def _nameless_row(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture in colours that have no name, and questions that need none.
+def _nameless_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
+    """An image in colours that have no name, and questions that need none.
 
     Forms are learned from them apart from colours: a form is known by them in a colour that it was never seen in.
     """
     pairs: list[tuple[str, str]] = []
     while len(pairs) < 4:
         scene = sample_scene(rng)
-        asked = language.questions(scene, rng, 4 * QUESTIONS_PER_PICTURE)
+        asked = language.questions(scene, rng, 4 * QUESTIONS_PER_IMAGE)
         pairs = [(q.text, q.answer) for q in asked if not COLOURS.keys() & {*q.text.split(), q.answer}]
-    picture = render(scene, [nameless_colour(rng) for _ in scene.shapes])
-    return picture, {"conversations": _turns(pairs[:QUESTIONS_PER_PICTURE])}
+    image = render(scene, [nameless_colour(rng) for _ in scene.shapes])
+    return image, {"conversations": _turns(pairs[:QUESTIONS_PER_IMAGE])}
 
 
 def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Questions and answers as LLaVA's turns; the first has the picture."""
+    """Questions and answers as LLaVA's turns; the first has the image."""
     turns = []
     for number, (asked, answered) in enumerate(pairs):
         turns.append({"from": "human", "value": f"<image>\n{asked}" if number == 0 else asked})
@@ -167,8 +168,10 @@ def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-def _question_row(index: int, rng: random.Random, *, split: Split, unseen: bool) -> tuple[Image.Image, dict[str, Any]]:
-    """One question about one picture; types take turns, so that each is asked equally often."""
+def _question_record(
+    index: int, rng: random.Random, *, split: Split, unseen: bool
+) -> tuple[Image.Image, dict[str, Any]]:
+    """One question about one image; types take turns, so that each is asked equally often."""
     type_ = language.TYPES[index % len(language.TYPES)]
     question = None
     while question is None:

@@ -30,7 +30,7 @@ _LOOK = ("What do you see?", "Describe the picture.", "What is in the picture?",
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture with one right answer."""
+    """A question about an image with one right answer."""
 
     type: str
     """One of `TYPES`."""
@@ -55,7 +55,7 @@ def full_caption(scene: Scene, *, colours: bool = True) -> str:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions such as five people would write: each leaves something out (COCO has five a picture)."""
+    """Five captions such as five people would write: each leaves something out (COCO has five per image)."""
     shapes = list(scene.shapes)
     kinds: list[Callable[[Shape], str]] = [
         lambda s: article(f"{s.size} {s.colour} {s.form}"),
@@ -84,9 +84,9 @@ def map_words() -> list[str]:
 
 
 def scene_map(scene: Scene) -> list[str]:
-    """The picture as `MAP_SIDE` x `MAP_SIDE` words in reading order: who covers most of each patch, else a blank.
+    """The image as `MAP_SIDE` x `MAP_SIDE` words in reading order: who covers most of each patch, else a blank.
 
-    It is to a text what the tower's tokens are to a picture, so a LLaMA that has read maps knows what to do with them.
+    It is to a text what the tower's tokens are to an image, so a LLaMA that has read maps knows what to do with them.
     """
     patch = 3 * CELL / MAP_SIDE
     out = []

@@ -1,10 +1,10 @@
 """The tiny LLaMA of nano and its tokenizer, trained on text alone: written scenes, and questions about them.
 
-It never meets a picture. Three things that it reads make it easy to give eyes afterwards:
+It never meets an image. Three things that it reads make it easy to give eyes afterwards:
 
 - Scenes as sentences, in any order, and questions about them: language and the forms of questions and answers.
 - Scenes as maps (`language.scene_map`): 6 x 6 words in reading order, one word for each patch, as the tower will give
-  one token for each patch. A word such as "largeredcircletopleft" is a single token and holds all that a picture's
+  one token for each patch. A word such as "largeredcircletopleft" is a single token and holds all that an image's
   token will hold. A LLaMA that has only read sentences looks a shape up over eight tokens and has no circuit for one
   token that says it all.
 - The loss counts what is answered, not what is given: the facts are random, and learning their noise drowns the
@@ -187,7 +187,7 @@ SMALL_ROUND = Round(
 def text(rng: random.Random, tokenizer: Tokenizer, round_: Round = ROUNDS[0]) -> tuple[list[int], list[int]]:
     """One text to learn from: ids and, where something is answered, the same ids as labels; -100 elsewhere.
 
-    A map takes the place that the tokens of a picture will take: where `<image>` stands.
+    A map takes the place that the tokens of an image will take: where `<image>` stands.
     """
     if round_.copies and rng.random() < round_.copies:
         return _with_labels(CHATML.render(copying(rng)), tokenizer)
@@ -195,7 +195,7 @@ def text(rng: random.Random, tokenizer: Tokenizer, round_: Round = ROUNDS[0]) ->
     kind = rng.random()
     words = tokenizer.encode(" " + " ".join(language.scene_map(scene))).ids
     if kind < round_.captions:
-        # As stage 1 will ask: after the picture comes the caption that names everything, and a line's end.
+        # As stage 1 will ask: after the image comes the caption that names everything, and a line's end.
         given = tokenizer.encode(END_OF_TEXT).ids + words
         said = tokenizer.encode(language.full_caption(scene) + "\n").ids
         return given + said, [-100] * len(given) + said

@@ -1,13 +1,13 @@
-"""What ablations on nano need beside nano's own files: fewer rows, and answers with their reasons in both orders.
+"""What ablations on nano need beside nano's own files: fewer examples, and answers with their reasons in both orders.
 
-They are made once into the cache folder, beside nano's pictures, which they name:
+They are made once into the cache folder, beside nano's images, which they name:
 
-    short.json            every fifth row of nano's training rows
+    short.json            every fifth example of nano's training examples
     answer-first.json     "The answer is red. There is a large red circle at the top."
     reason-first.json     "There is a large red circle at the top. The answer is red."
     test.json             nano's test questions, asked in the words of these two
 
-Both orders are about the same pictures, ask the same questions and say the same words. The LLaMA has read reasons
+Both orders are about the same images, ask the same questions and say the same words. The LLaMA has read reasons
 before answers in its texts, though in other words than these.
 """
 
@@ -25,10 +25,10 @@ from qllava.nano import dataset, language
 VERSION = 1
 """Raised whenever the files would come out different."""
 EVERY = 5
-"""One row of so many is kept."""
-PICTURES = 1_400
-"""How many pictures are asked about with reasons."""
-QUESTIONS_PER_PICTURE = 5
+"""One example of so many is kept."""
+IMAGES = 1_400
+"""How many images are asked about with reasons."""
+QUESTIONS_PER_IMAGE = 5
 ANSWER = "The answer is {}."
 
 
@@ -39,12 +39,12 @@ def prepare() -> Path:
     if folder.is_dir():
         return folder
     with whole_folder(folder, Path.is_dir) as aside:
-        rows = json.loads(nano.train.read_text(encoding="utf-8"))
-        files = {"short": rows[::EVERY]}
+        records = json.loads(nano.train.read_text(encoding="utf-8"))
+        files = {"short": records[::EVERY]}
         for name, reason_first in (("answer-first", False), ("reason-first", True)):
-            files[name] = [reasoned_row(f"train-{i:06d}", reason_first=reason_first) for i in range(PICTURES)]
+            files[name] = [reasoned_record(f"train-{i:06d}", reason_first=reason_first) for i in range(IMAGES)]
         test = json.loads(nano.test.read_text(encoding="utf-8"))
-        files["test"] = [{**row, "question": ask(row["question"])} for row in test]
+        files["test"] = [{**record, "question": ask(record["question"])} for record in test]
         for name, wanted in files.items():
             (aside / f"{name}.json").write_text(json.dumps(wanted), encoding="utf-8")
     return folder
@@ -55,10 +55,10 @@ def ask(question: str) -> str:
     return f"{question} Say why."
 
 
-def reasoned_row(id_: str, *, reason_first: bool) -> dict[str, Any]:
-    """A conversation about a training picture in which every answer comes with its reason; equal questions for both."""
+def reasoned_record(id_: str, *, reason_first: bool) -> dict[str, Any]:
+    """A conversation about a training image in which every answer comes with its reason; equal questions for both."""
     turns: list[dict[str, str]] = []
-    asked = language.questions(dataset.scene_of(id_), random.Random(f"orders-{id_}"), QUESTIONS_PER_PICTURE)
+    asked = language.questions(dataset.scene_of(id_), random.Random(f"orders-{id_}"), QUESTIONS_PER_IMAGE)
     for question in asked:
         mark = "" if turns else "<image>\n"
         parts = [ANSWER.format(question.answer), question.reason]

@@ -1,6 +1,6 @@
-"""The world of nano: small pictures of coloured shapes, drawn from a seed.
+"""The world of nano: small images of coloured shapes, drawn from a seed.
 
-A scene is a 96 x 96 picture of two to five shapes. The picture is thought of as nine places of 32 x 32 pixels; a shape
+A scene is a 96 x 96 image of two to five shapes. The image is thought of as nine places of 32 x 32 pixels; a shape
 stands somewhere inside one of them and each place holds at most one, so that "top left" is never a matter of taste:
 
     top left    | top    | top right
@@ -10,7 +10,7 @@ stands somewhere inside one of them and each place holds at most one, so that "t
     bottom left | bottom | bottom right
 
 Within a scene no two shapes share both colour and form: "the red circle" always names one shape. A few colour-form
-pairs (`UNSEEN_PAIRS`) are drawn only where `unseen=True` asks for them; no training picture shows one.
+pairs (`UNSEEN_PAIRS`) are drawn only where `unseen=True` asks for them; no training image shows one.
 
 Everything follows from the seed; the splits cannot meet because a scene belongs to a split by the hash of its layout.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 96
-"""Width and height of a picture in pixels."""
+"""Width and height of an image in pixels."""
 CELL = SIZE // 3
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -71,9 +71,9 @@ class Shape:
     cell: int
     """Which of the nine places, an index into `PLACES`, in reading order."""
     x: float
-    """Centre, in pixels from the left edge of the picture."""
+    """Centre, in pixels from the left edge of the image."""
     y: float
-    """Centre, in pixels from the top edge of the picture."""
+    """Centre, in pixels from the top edge of the image."""
     angle: float
     """Rotation in degrees; small, so that a square is never a diamond."""
 
@@ -101,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; its shapes in reading order."""
+    """What an image shows; its shapes in reading order."""
 
     shapes: tuple[Shape, ...]
     background: int
@@ -153,7 +153,7 @@ def _place(rng: random.Random, colour: str, form: str, cell: int) -> Shape:
 
 
 def render(scene: Scene, colours: Sequence[tuple[int, int, int]] | None = None) -> Image.Image:
-    """The picture of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes.
+    """The image of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes.
 
     `colours` paints the shapes, in their order, in other colours than their own.
     """

@@ -1,17 +1,16 @@
 """The tiny tower of nano, trained with open_clip's own CoCa model and loss on drawn scenes and their captions.
 
-Why CoCa and not CLIP alone: the contrastive loss is content to tell pictures apart by colour and place and lets go of
+Why CoCa and not CLIP alone: the contrastive loss is content to tell images apart by colour and place and lets go of
 the form (a linear probe on such a tower read 0.46 of the forms). A caption that must name every shape cannot be written
 without it.
 
-Shapes in the comments: B pictures, T caption tokens, P patches (36), D width (128).
+Shapes in the comments: B images, T caption tokens, P patches (36), D width (128).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -22,6 +21,7 @@ from open_clip.loss import CoCaLoss
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from qllava import workers
 from qllava.nano.language import full_caption
 from qllava.nano.scenes import SIZE, nameless_colour, render, sample_scene
 
@@ -40,19 +40,19 @@ def draw(seeds: list[int], nameless: float = 0.0) -> tuple[np.ndarray, list[str]
 
     A share of `nameless` is painted in colours that have no name, and its captions say none.
     """
-    pictures, captions = [], []
+    images, captions = [], []
     for seed in seeds:
         rng = random.Random(f"tower-{seed}")
         scene = sample_scene(rng)
         odd = rng.random() < nameless
-        pictures.append(np.asarray(render(scene, [nameless_colour(rng) for _ in scene.shapes] if odd else None)))
+        images.append(np.asarray(render(scene, [nameless_colour(rng) for _ in scene.shapes] if odd else None)))
         captions.append(full_caption(scene, colours=not odd))
-    return np.stack(pictures), captions
+    return np.stack(images), captions
 
 
-def pixels(pictures: np.ndarray) -> torch.Tensor:
+def pixels(images: np.ndarray) -> torch.Tensor:
     """(B, SIZE, SIZE, 3) bytes -> (B, 3, SIZE, SIZE) normalized floats, as the image processor gives them."""
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
@@ -112,14 +112,14 @@ def build(vocab_size: int) -> CoCa:
 
 
 def _batches(
-    pictures: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator
+    images: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         if len(order) < size:
-            order = np.concatenate([order, rng.permutation(len(pictures))])
+            order = np.concatenate([order, rng.permutation(len(images))])
         chosen, order = order[:size], order[size:]
-        yield pixels(pictures[chosen]), text[chosen]
+        yield pixels(images[chosen]), text[chosen]
 
 
 @dataclass(frozen=True)
@@ -156,24 +156,24 @@ def train(
     model = build(len(ids) + 2)
     drawn = 0
     for round_ in rounds:
-        pictures, text = _draw_all(range(drawn, drawn + round_.scenes), ids, round_.nameless)
+        images, text = _draw_all(range(drawn, drawn + round_.scenes), ids, round_.nameless)
         drawn += round_.scenes
-        train_round(model, pictures, text, round_, batch=batch, seed=seed, log=log)
+        train_round(model, images, text, round_, batch=batch, seed=seed, log=log)
     return model.eval()
 
 
 def _draw_all(seeds: range, ids: dict[str, int], nameless: float) -> tuple[np.ndarray, torch.Tensor]:
-    """The pictures and tokenized captions of scenes, drawn in parallel."""
+    """The images and tokenized captions of scenes, drawn in parallel."""
     chunks = [list(seeds[k : k + 500]) for k in range(0, len(seeds), 500)]
-    with ProcessPoolExecutor() as pool:
+    with workers.pool() as pool:
         drawn = list(tqdm(pool.map(draw, chunks, repeat(nameless)), total=len(chunks), desc="scenes"))
-    pictures = np.concatenate([p for p, _ in drawn])
-    return pictures, tokens([caption for _, part in drawn for caption in part], ids)
+    images = np.concatenate([p for p, _ in drawn])
+    return images, tokens([caption for _, part in drawn for caption in part], ids)
 
 
 def train_round(
     model: CoCa,
-    pictures: np.ndarray,
+    images: np.ndarray,
     text: torch.Tensor,
     round_: Round,
     *,
@@ -185,7 +185,7 @@ def train_round(
     loss_of = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=_PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, round_.lr, total_steps=round_.steps, pct_start=0.05)
-    batches = _batches(pictures, text, batch, round_.steps, np.random.default_rng(seed))
+    batches = _batches(images, text, batch, round_.steps, np.random.default_rng(seed))
     for step, (x, y) in enumerate(tqdm(batches, total=round_.steps, desc="tower")):
         # torch's flash attention on the CPU takes ten times as long backwards as the plain product at this size.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):

@@ -1,6 +1,6 @@
-"""One self-contained HTML page from text, tables, charts and pictures.
+"""One self-contained HTML page from text, tables, charts and images.
 
-Everything is inline: one style sheet (light and dark, narrow and wide), charts as SVG, pictures as data URIs; no
+Everything is inline: one style sheet (light and dark, narrow and wide), charts as SVG, images as data URIs; no
 script, no font and no address outside the file, so a page can be mailed or kept beside a checkpoint for years.
 
 Two kinds of string keep the escaping right (`markupsafe`). A plain `str` is text; `Html` is markup that a function of
@@ -48,7 +48,7 @@ __all__ = [
     "page",
     "paragraph",
     "percent",
-    "picture",
+    "image",
     "section",
     "table",
     "tiles",
@@ -156,8 +156,8 @@ def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
     return Html('<div class="bars">\n{}\n</div>').format(join(rows))
 
 
-def picture(image: Image, alt: str, *, longest: int = 480) -> Html:
-    """A picture inside the page, as PNG; a larger one is shrunk until its longer side has `longest` pixels.
+def image(image: Image, alt: str, *, longest: int = 480) -> Html:
+    """An image inside the page, as PNG; a larger one is shrunk until its longer side has `longest` pixels.
 
     Small drawings keep their hard pixels when the page enlarges them, photographs are smoothed.
     """
@@ -172,7 +172,7 @@ def picture(image: Image, alt: str, *, longest: int = 480) -> Html:
 
 
 def card(image: Html, *parts: Html) -> Html:
-    """A picture with what belongs to it; a `gallery` holds cards."""
+    """An image with what belongs to it; a `gallery` holds cards."""
     form = Html('<article class="card"><div class="frame">{}</div><div class="text">{}</div></article>')
     return form.format(image, join(parts))
 
@@ -188,14 +188,14 @@ def legend(marks: Sequence[tuple[Html, str]]) -> Html:
     return Html('<dl class="legend">{}</dl>').format(Html("").join(line.format(*pair) for pair in marks))
 
 
-def exhibit(title: str, pictures: Sequence[tuple[Html, str]], *parts: Html) -> Html:
-    """One thing to look at closely: what belongs to it, and (picture, caption) beside it, or above on a narrow screen.
+def exhibit(title: str, images: Sequence[tuple[Html, str]], *parts: Html) -> Html:
+    """One thing to look at closely: what belongs to it, and (image, caption) beside it, or above on a narrow screen.
 
-    Without pictures the parts take the whole width.
+    Without images the parts take the whole width.
     """
     figure = Html("<figure>{}<figcaption>{}</figcaption></figure>")
-    figures = Html("").join(figure.format(*pair) for pair in pictures)
-    side = Html('<div class="side">{}</div>').format(figures) if pictures else ""
+    figures = Html("").join(figure.format(*pair) for pair in images)
+    side = Html('<div class="side">{}</div>').format(figures) if images else ""
     form = '<article class="exhibit"><h3>{}</h3><div class="halves">{}<div>{}</div></div></article>'
     return Html(form).format(title, side, join(parts))
 

@@ -49,7 +49,7 @@ class Compare:
         if visitor.duel is not None:
             visitor.duel.stopped.set()
         exchange = begin(Session(), self.visitors, visitor, message)
-        visitor.question, visitor.pictures = exchange.question, exchange.pictures
+        visitor.question, visitor.images = exchange.question, exchange.images
         visitor.trouble, visitor.duel = exchange.trouble, None
         visitor.tidy()
         if not visitor.trouble:
@@ -69,9 +69,9 @@ class Compare:
         duel = visitor.duel
         if duel is not None and not duel.stopped.is_set():
             try:
-                hashes = [picture.stem for picture in visitor.pictures]
+                hashes = [image.stem for image in visitor.images]
                 growing = duel.answer(
-                    visitor.question, visitor.pictures, hashes=hashes, max_new_tokens=int(length), system=system or None
+                    visitor.question, visitor.images, hashes=hashes, max_new_tokens=int(length), system=system or None
                 )
                 for _ in growing:
                     yield self._view(visitor, gr.skip())
@@ -91,14 +91,14 @@ class Compare:
     def vote(self, verdict: Verdict, request: gr.Request) -> View:
         """A vote; it is on the disk before the names are told."""
         visitor = visitor_of(self.visitors, request)
-        duel, pictures = visitor.duel, visitor.pictures
+        duel, images = visitor.duel, visitor.images
         if duel is None:
             raise gr.Error("Ask both a question first.")
         try:
             vote = duel.vote(verdict, visitor.rater)
             try:
-                for picture in pictures if self.keep is not None else ():
-                    self._keep(picture)
+                for image in images if self.keep is not None else ():
+                    self._keep(image)
                 self.votes.append(vote)
             except InputError:
                 duel.voted = False
@@ -108,12 +108,12 @@ class Compare:
             raise gr.Error(str(error)) from error
         return self._view(visitor, gr.skip())
 
-    def _keep(self, picture: Path) -> None:
+    def _keep(self, image: Path) -> None:
         assert self.keep is not None
         try:
-            shutil.copyfile(picture, self.keep / picture.name)
+            shutil.copyfile(image, self.keep / image.name)
         except OSError as error:
-            raise InputError(f"The picture could not be kept ({error.strerror}); the vote was not counted.") from error
+            raise InputError(f"The image could not be kept ({error.strerror}); the vote was not counted.") from error
 
     def _view(self, visitor: Visitor, textbox: Any) -> View:
         duel = visitor.duel
@@ -157,7 +157,7 @@ def tally_bar(found: Tally, names: tuple[str, str]) -> str:
 def _asked(visitor: Visitor) -> list[Any]:
     """The question with its images, and why it cannot be answered."""
     trouble = [not_answered(visitor.trouble)] if visitor.trouble else []
-    return [asked(visitor.question, visitor.pictures), *trouble]
+    return [asked(visitor.question, visitor.images), *trouble]
 
 
 def _answers(visitor: Visitor) -> tuple[list[Any], list[Any]]:

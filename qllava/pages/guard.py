@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from qllava.config import InputError
 from qllava.pages.access import MAX_NEW, Cookies, Hosts
-from qllava.pages.uploads import EXAMPLES, MAX_PICTURES, MAX_UPLOAD, TooMuch, Uploads
+from qllava.pages.uploads import EXAMPLES, MAX_IMAGES, MAX_UPLOAD, TooMuch, Uploads
 
 MAX_MESSAGE = 2 * 2**20
 """Bytes of a request other than an upload."""
@@ -79,12 +79,12 @@ class Guard:
         """Status and reason for a request that is refused without a look into its body."""
         path = scope["path"]
         uploading = path.endswith("/upload")
-        limit = MAX_PICTURES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # what a form adds to its files
+        limit = MAX_IMAGES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # what a form adds to its files
         sent = headers.get("content-length", "0")
         if "chunked" in headers.get("transfer-encoding", "") or not sent.isdigit():
             return 411, "Say first how many bytes you send."
         if int(sent) > limit:
-            most = f"{MAX_PICTURES} images of {MAX_UPLOAD // 2**20} MB" if uploading else f"{MAX_MESSAGE // 2**20} MB"
+            most = f"{MAX_IMAGES} images of {MAX_UPLOAD // 2**20} MB" if uploading else f"{MAX_MESSAGE // 2**20} MB"
             return 413, f"This is too large: at most {most}."
         if "/deep_link" in path:  # Gradio would keep the conversation on disk, under an address for anybody
             return 403, "Conversations are not kept here."

@@ -214,11 +214,11 @@ def _camera(textbox: gr.MultimodalTextbox) -> None:
             elem_id=f"{textbox.elem_id}-camera", sources=["webcam"], show_label=False, height=280, buttons=[]
         )
 
-    def taken(picture: dict[str, Any] | None, message: dict[str, Any] | None) -> Any:
-        if picture is None:
+    def taken(image: dict[str, Any] | None, message: dict[str, Any] | None) -> Any:
+        if image is None:
             return gr.skip()
         said = message or {}
-        return {"text": said.get("text") or "", "files": [*(said.get("files") or []), picture]}
+        return {"text": said.get("text") or "", "files": [*(said.get("files") or []), image]}
 
     # Gradio is not to open the image: it was decoded when it was uploaded, as any other.
     camera.input(taken, [camera, textbox], textbox, queue=False, preprocess=False, postprocess=False, **HIDDEN)

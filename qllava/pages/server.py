@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qllava.inference import Chat
 
 SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
-through a server of Gradio's. Pictures and questions of others reach this machine."""
+through a server of Gradio's. Images and questions of others reach this machine."""
 OPEN = "Without --auth it has no password."
 
 
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     chat, other = _load_both(options)
     if options.share:
         print(SHARED if passwords else f"{SHARED} {OPEN}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the pictures are deleted then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images are deleted then, too
     with tempfile.TemporaryDirectory(prefix="qllava-demo-", ignore_cleanup_errors=True) as folder:
         # Gradio reads them when a page is built. Its own default keeps uploads for ever in a folder that all share.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -173,7 +173,7 @@ def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
 
 
 def _parser() -> Parser:
-    parser = Parser(description="Chat about pictures in the browser.")
+    parser = Parser(description="Chat about images in the browser.")
     parser.add_argument("--model", metavar="MODEL", type=model_name, default=NANO, help=MODEL_HELP)
     parser.add_argument(
         "--compare", metavar="MODEL", type=model_name, help="a second model (default: the same at two temperatures)"
@@ -182,7 +182,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
     )
-    parser.add_argument("--keep-pictures", metavar="DIR", type=file_path, help="keep the pictures of votes here")
+    parser.add_argument("--keep-pictures", metavar="DIR", type=file_path, help="keep the images of votes here")
     parser.add_argument("--auth", metavar="FILE", type=file_path, help="ask for a password; lines of NAME:PASSWORD")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's server")
     parser.add_argument(
@@ -235,4 +235,4 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be a folder for pictures ({error.strerror}); choose another.") from error
+        raise InputError(f"{path} cannot be a folder for images ({error.strerror}); choose another.") from error

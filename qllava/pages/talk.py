@@ -106,7 +106,7 @@ def begin(session: Session, visitors: Visitors, visitor: Visitor, message: dict[
     text, files = message.get("text") or "", [_path(file) for file in message.get("files") or []]
     exchange = session.ask(text[:MAX_QUESTION])
     try:
-        exchange.pictures = visitors.take(visitor, files)
+        exchange.images = visitors.take(visitor, files)
         _check_length(text)
     except InputError as error:
         exchange.trouble = str(error)
@@ -117,7 +117,7 @@ def messages(session: Session) -> list[Any]:
     """A conversation as Gradio's chatbot shows it: two messages an exchange, so that their places can be told."""
     shown: list[Any] = []
     for exchange in session.exchanges:
-        shown.append(asked(exchange.question, exchange.pictures))
+        shown.append(asked(exchange.question, exchange.images))
         if exchange.trouble:
             shown.append(not_answered(exchange.trouble))
         elif exchange.answer:
@@ -127,9 +127,9 @@ def messages(session: Session) -> list[Any]:
     return shown
 
 
-def asked(question: str, pictures: Sequence[Path]) -> dict[str, Any]:
+def asked(question: str, images: Sequence[Path]) -> dict[str, Any]:
     """A question with those of its images that are still there, as Gradio's chatbot shows it."""
-    there = [{"path": str(picture)} for picture in pictures if picture.is_file()]
+    there = [{"path": str(image)} for image in images if image.is_file()]
     return {"role": "user", "content": [*there, as_text(question)]}
 
 
@@ -142,7 +142,7 @@ def in_words(error: Exception) -> str:
     """What went wrong, for the page; the kind of error and the whole of it go to the terminal."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     if out_of_memory(error):
-        return "The machine has not enough memory for this question; begin a new conversation, or use fewer pictures."
+        return "The machine has not enough memory for this question; begin a new conversation, or use fewer images."
     return f"The model failed ({type(error).__name__}); the terminal in which the demo was started says more."
 
 

@@ -34,11 +34,11 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from qllava.config import InputError
-from qllava.inference import keep_picture
+from qllava.inference import keep_image
 
 MAX_UPLOAD = 20 * 2**20
 """Bytes of a file."""
-MAX_PICTURES = 8
+MAX_IMAGES = 8
 """Images of one question, and files of one upload."""
 MAX_SECONDS = 300
 """How long one upload may take."""
@@ -134,7 +134,7 @@ class Uploads:
         kept: list[Path] = []
         try:
             with self._arrives(owner, size):
-                async with asyncio.timeout(MAX_SECONDS), request.form(max_files=MAX_PICTURES, max_fields=8) as form:
+                async with asyncio.timeout(MAX_SECONDS), request.form(max_files=MAX_IMAGES, max_fields=8) as form:
                     files = [file for file in form.getlist("files") if isinstance(file, UploadFile)]
                     for file in files:
                         kept.append(await run_in_threadpool(self._keep, owner, file))
@@ -221,7 +221,7 @@ class Uploads:
         try:
             with self._one_image:  # decoded one after the other, so that many visitors need no more memory than one
                 _copy(file.file, sent)
-                path = keep_picture(sent, place, name)
+                path = keep_image(sent, place, name)
             sent.unlink()
         except BaseException:
             self._drop(sent)

@@ -1,4 +1,4 @@
-"""Who is here: one visitor for each open page, with a conversation, a comparison, and a folder of pictures."""
+"""Who is here: one visitor for each open page, with a conversation, a comparison, and a folder of images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import gradio as gr
 
 from qllava.config import InputError
-from qllava.inference import Session, keep_picture
+from qllava.inference import Session, keep_image
 from qllava.pages.access import Cookies
-from qllava.pages.uploads import EXAMPLES, MAX_PICTURES, PAGELESS, Uploads
+from qllava.pages.uploads import EXAMPLES, MAX_IMAGES, PAGELESS, Uploads
 from qllava.voting.duel import Duel
 
 IDLE = 3600
@@ -31,14 +31,14 @@ class Visitor:
     folder: Path
     session: Session = field(default_factory=Session)
     duel: Duel | None = None
-    question: str = ""  # of the comparison, with its pictures
-    pictures: tuple[Path, ...] = ()
+    question: str = ""  # of the comparison, with its images
+    images: tuple[Path, ...] = ()
     trouble: str = ""
     voted: Duel | None = None  # the comparison whose vote is on the disk
     seen: float = field(default_factory=time.monotonic)
 
     def leave(self) -> None:
-        """Stop what is computed and delete the pictures."""
+        """Stop what is computed and delete the images."""
         self.session.clear()
         if self.duel is not None:
             self.duel.stopped.set()
@@ -46,7 +46,7 @@ class Visitor:
 
     def tidy(self) -> None:
         """Delete the images that neither the conversation nor the comparison shows any more."""
-        shown = {path for exchange in self.session.exchanges for path in exchange.pictures} | set(self.pictures)
+        shown = {path for exchange in self.session.exchanges for path in exchange.images} | set(self.images)
         for path in self.folder.glob("*"):
             if path not in shown:
                 path.unlink(missing_ok=True)
@@ -124,12 +124,12 @@ class Visitors:
         paths = [Path(file).resolve() for file in files]
         if not all(path.is_relative_to(mine) or path.is_relative_to(examples) for path in paths):
             raise InputError("This image is not yours; upload it again.")
-        if len(paths) > MAX_PICTURES:
-            raise InputError(f"{len(paths)} images are too many for one question; at most {MAX_PICTURES}.")
+        if len(paths) > MAX_IMAGES:
+            raise InputError(f"{len(paths)} images are too many for one question; at most {MAX_IMAGES}.")
         visitor.folder.mkdir(parents=True, exist_ok=True)
         return tuple(
             self.uploads.take(visitor.owner, path, visitor.folder)
             if path.is_relative_to(mine)
-            else keep_picture(path, visitor.folder, path.name)
+            else keep_image(path, visitor.folder, path.name)
             for path in paths
         )

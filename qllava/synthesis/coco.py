@@ -1,4 +1,4 @@
-"""COCO's annotations -> rows of captions and boxes, one a picture.
+"""COCO's annotations -> examples of captions and boxes, one an image.
 
     captions_val2014.json     images:      {id, file_name, width, height}
                               annotations: {image_id, caption}
@@ -24,7 +24,7 @@ from qllava.config import InputError
 from qllava.data.problems import OnProblem, Place, Problem
 
 _EDGE = 1.0
-"""COCO's outlines may end so many pixels behind the picture's edge; that is cut, more is an error."""
+"""COCO's outlines may end so many pixels behind the image's edge; that is cut, more is an error."""
 _MALFORMED = (KeyError, TypeError, ValueError, ZeroDivisionError)
 
 
@@ -33,8 +33,8 @@ def is_coco(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".json" and path.name.startswith(("captions_", "instances_")))
 
 
-def read_rows(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """The pictures of a pair of files, or of a folder that holds one pair: {id, image, captions, boxes}, unchecked.
+def read_records(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The images of a pair of files, or of a folder that holds one pair: {id, image, captions, boxes}, unchecked.
 
     An entry that cannot be read is handed to `on_problem`. Raises InputError where a whole file cannot be used.
     """
@@ -47,7 +47,7 @@ def read_rows(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dict[s
         try:
             names[image["id"]], sizes[image["id"]] = image["file_name"], (image["width"], image["height"])
         except _MALFORMED as error:
-            on_problem(_malformed("picture", number, error, at, "id, file_name, width, height"))
+            on_problem(_malformed("image", number, error, at, "id, file_name, width, height"))
     captions: dict[Any, list[Any]] = defaultdict(list)
     for number, one in enumerate(said["annotations"], start=1):
         try:
@@ -62,7 +62,7 @@ def read_rows(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dict[s
 def _boxes(
     marked: dict[str, Any], sizes: dict[Any, tuple[float, float]], at: Place, on_problem: OnProblem
 ) -> dict[Any, list[dict[str, Any]]]:
-    """The boxes of each picture that has captions; those of others are not wanted."""
+    """The boxes of each image that has captions; those of others are not wanted."""
     boxes: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     try:
         categories = {one["id"]: one["name"] for one in marked["categories"]}
@@ -80,7 +80,7 @@ def _boxes(
 
 
 def _corners(bbox: list[float], across: float, down: float) -> list[float]:
-    """x, y, width and height in pixels -> x1, y1, x2, y2 of the picture's width and height."""
+    """x, y, width and height in pixels -> x1, y1, x2, y2 of the image's width and height."""
     x, y, width, height = bbox
     x2, y2 = x + width, y + height
     x2, y2 = (min(x2, across) if x2 <= across + _EDGE else x2), (min(y2, down) if y2 <= down + _EDGE else y2)

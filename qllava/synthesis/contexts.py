@@ -1,4 +1,4 @@
-"""What a teacher is told of a picture: captions and boxes.
+"""What a teacher is told of an image: captions and boxes.
 
     Context
       id        "000000296284"
@@ -26,7 +26,7 @@ from typing import Any
 
 from qllava.config import NANO, InputError
 from qllava.data.problems import Place, Problem, Unusable, is_unicode
-from qllava.data.rows import read_rows
+from qllava.data.records import read_records
 from qllava.nano import dataset, language, scenes
 from qllava.synthesis import coco
 
@@ -45,10 +45,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Context:
-    """One picture in words; the teacher sees nothing else of it."""
+    """One image in words; the teacher sees nothing else of it."""
 
     id: str
-    image: str  # the file's name, relative to the folder of the pictures
+    image: str  # the file's name, relative to the folder of the images
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
     complete: bool = False  # whether the boxes are all that there is to see, so that what has none is not there
@@ -69,19 +69,19 @@ def read_contexts(source: str | Path) -> list[Context]:
         return [_of_scene(f"train-{number:06d}") for number in range(scenes)]
     path = Path(source)
     problems: list[Problem] = []
-    read = coco.read_rows if coco.is_coco(path) else read_rows
+    read = coco.read_records if coco.is_coco(path) else read_records
     contexts: dict[str, Context] = {}
-    for place, row in read(path, problems.append):
+    for place, record in read(path, problems.append):
         try:
-            context = _context(row)
+            context = _context(record)
             if context.id in contexts:
-                raise Unusable("id", "another picture has the same id", "give each picture an id of its own")
+                raise Unusable("id", "another image has the same id", "give each image an id of its own")
             contexts[context.id] = context
         except Unusable as error:
-            problems.append(Problem(error.kind, error.problem, error.hint, place, _said_id(row)))
+            problems.append(Problem(error.kind, error.problem, error.hint, place, _said_id(record)))
     if not contexts and not problems:
-        problem, hint = "there are no pictures in it", "give it captions and boxes of at least one picture"
-        problems.append(Problem("no rows", problem, hint, Place(str(path))))
+        problem, hint = "there are no images in it", "give it captions and boxes of at least one image"
+        problems.append(Problem("no contexts", problem, hint, Place(str(path))))
     if problems:
         more = len(problems) - _SHOWN
         lines = [str(problem) for problem in problems[:_SHOWN]]
@@ -89,8 +89,8 @@ def read_contexts(source: str | Path) -> list[Context]:
     return list(contexts.values())
 
 
-def picture_folder(source: str | Path) -> Path:
-    """Where the pictures of a source lie when nothing else is said: beside its file; nano's are drawn if need be."""
+def image_folder(source: str | Path) -> Path:
+    """Where the images of a source lie when nothing else is said: beside its file; nano's are drawn if need be."""
     if _nano_scenes(str(source)) is not None:
         return dataset.prepare().folder
     return Path(source) if Path(source).is_dir() else Path(source).parent
@@ -102,9 +102,9 @@ def _nano_scenes(source: str) -> int | None:
     if name != NANO:
         return None
     if not colon:
-        return dataset.TRAIN_PICTURES
-    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= dataset.TRAIN_PICTURES):
-        most = f"{dataset.TRAIN_PICTURES:,}"
+        return dataset.TRAIN_IMAGES
+    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= dataset.TRAIN_IMAGES):
+        most = f"{dataset.TRAIN_IMAGES:,}"
         raise InputError(f"{source}: nano has from 1 to {most} training scenes; write nano:100 for the first 100.")
     return int(number)
 
@@ -120,18 +120,18 @@ def _of_scene(id_: str) -> Context:
     return Context(id_, f"images/{id_}.png", captions, tuple(boxes), complete=True)
 
 
-def _said_id(row: Any) -> str | None:
-    """The id of a row that may be anything, for messages."""
-    id_ = row.get("id") if isinstance(row, dict) else None
+def _said_id(record: Any) -> str | None:
+    """The id of a record that may be anything, for messages."""
+    id_ = record.get("id") if isinstance(record, dict) else None
     return str(id_) if isinstance(id_, str | int) else None
 
 
-def _context(row: Any) -> Context:
-    """Check one row. Raises Unusable with everything that is wrong with it."""
-    if not isinstance(row, dict):
-        raise Unusable("not a row", "a picture is a JSON object", "write image, captions and boxes")
+def _context(record: Any) -> Context:
+    """Check one context. Raises Unusable with everything that is wrong with it."""
+    if not isinstance(record, dict):
+        raise Unusable("not a context", "a context is a JSON object", "write image, captions and boxes")
     wrong: list[str] = []
-    image, id_ = row.get("image"), row.get("id")
+    image, id_ = record.get("image"), record.get("id")
     if not isinstance(image, str) or not _names_a_file(image):
         wrong.append("image must be the name of a file")
         image = ""
@@ -139,14 +139,14 @@ def _context(row: Any) -> Context:
         id_ = str(PurePosixPath(image).with_suffix("")) if image else "of the image"
     if isinstance(id_, bool) or not isinstance(id_, str | int) or str(id_) == "":
         wrong.append("id must be text or a whole number")
-    captions = row.get("captions")
+    captions = record.get("captions")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         wrong.append("captions must be a list of at least one text")
         captions = []
-    complete = row.get("complete", False)
+    complete = record.get("complete", False)
     if not isinstance(complete, bool):
         wrong.append("complete must be true or false")
-    boxes, crowds = _boxes(row, wrong)
+    boxes, crowds = _boxes(record, wrong)
     said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes), *crowds]
     wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
@@ -160,10 +160,10 @@ def _names_a_file(image: str) -> bool:
     return bool(last.strip()) and last not in (".", "..") and "\0" not in image
 
 
-def _boxes(row: dict[str, Any], wrong: list[str]) -> tuple[list[Box], tuple[str, ...]]:
-    """The boxes of a row, and the categories of its crowds; what is wrong with them is added to `wrong`."""
-    keys = [key for key in ("boxes", "instances") if key in row]
-    given = row[keys[0]] if len(keys) == 1 else None
+def _boxes(record: dict[str, Any], wrong: list[str]) -> tuple[list[Box], tuple[str, ...]]:
+    """The boxes of a context, and the categories of its crowds; what is wrong with them is added to `wrong`."""
+    keys = [key for key in ("boxes", "instances") if key in record]
+    given = record[keys[0]] if len(keys) == 1 else None
     if not isinstance(given, list):
         twice = "boxes and instances are two names of one list"
         wrong.append(twice if len(keys) > 1 else "boxes must be a list, empty where nothing was marked")

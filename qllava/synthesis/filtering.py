@@ -1,12 +1,12 @@
 """`qllava filter`: a file of captions -> the balanced part of it, with figures of what that did.
 
-A row is LLaVA's, whose caption is the last answer, or has its caption under `caption`:
+An example is LLaVA's, whose caption is the last answer, or has its caption under `caption`:
 
     {"id": "1", "image": "1.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": "A red bus."}]}
     {"id": "1", "image": "1.jpg", "caption": "A red bus."}
 
-in a JSON list, or one per line. The file is read twice, once for its phrases and once for its rows, so that memory
-holds no row, only numbers and each distinct phrase. Neither pictures nor torch are touched.
+in a JSON list, or one per line. The file is read twice, once for its phrases and once for its examples, so that memory
+holds no example, only numbers and each distinct phrase. Neither images nor torch are touched.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qllava.config import InputError
-from qllava.data.formats import no_rows
-from qllava.data.problems import Place, Problem, RowError, Unusable, check_unicode
-from qllava.data.rows import read_rows, row_files
+from qllava.data.formats import no_records
+from qllava.data.problems import Place, Problem, RecordError, Unusable, check_unicode
+from qllava.data.records import read_records, record_files
 from qllava.files import whole_file
 from qllava.page import write_page
 from qllava.synthesis.balance import Balance, Settings, balance_of, html
 from qllava.synthesis.concepts import index_phrases, select
 from qllava.synthesis.phrases import chunker
 
-_FORM = 'a row is {"id", "image", "caption"}, or LLaVA\'s with conversations'
+_FORM = 'an example is {"id", "image", "caption"}, or LLaVA\'s with conversations'
 
 
 def filter_captions(
@@ -43,22 +43,22 @@ def filter_captions(
     concepts: Literal["spacy", "simple"] | None = None,
     page: Path | None = None,
 ) -> Balance:
-    """Write the rows that `concepts.select` keeps to `out`, a JSON list, as they stood and in their order.
+    """Write the examples that `concepts.select` keeps to `out`, a JSON list, as they stood and in their order.
 
     concepts: how phrases are found; None takes spaCy where it and its model are installed.
     page: where to write the figures as HTML.
-    Raises InputError for a file or row that cannot be read, a file that changes meanwhile, and a place that cannot be
-    written; `out` then is what it was, or whole.
+    Raises InputError for a file or example that cannot be read, a file that changes meanwhile, and a place that
+    cannot be written; `out` is then unchanged, or complete.
     """
     _check_places(captions, out, page)
     found = chunker(concepts)
     before = _stamps(captions)
     index = index_phrases(found.phrases(_read_captions(captions)))
     if not index.captions:
-        raise no_rows(captions)
+        raise no_records(captions)
     kept = select(index, min_count=min_count, max_per_concept=max_per_concept, seed=seed)
     figures = balance_of(index, kept, Settings(found.name, found.about, min_count, max_per_concept, seed))
-    _write_rows(captions, out, kept, before)
+    _write_records(captions, out, kept, before)
     if page is not None:
         try:
             write_page(page, html(figures, captions.name))
@@ -67,30 +67,32 @@ def filter_captions(
     return figures
 
 
-def caption_of(row: Any, place: Place) -> str:
-    """The caption of a row. Raises RowError where there is none, or more than one place for it."""
-    id = row.get("id") if isinstance(row, dict) else None
+def caption_of(record: Any, place: Place) -> str:
+    """The caption of an example. Raises RecordError where there is none, or more than one place for it."""
+    id = record.get("id") if isinstance(record, dict) else None
     said = str(id) if isinstance(id, str | int) else None
 
-    def wrong(kind: str, problem: str, hint: str) -> RowError:
-        return RowError(Problem(kind, problem, hint, place, said))
+    def wrong(kind: str, problem: str, hint: str) -> RecordError:
+        return RecordError(Problem(kind, problem, hint, place, said))
 
-    if not isinstance(row, dict):
-        raise wrong("not a row", "a row is a JSON object, this is none", _FORM)
-    if any(isinstance(name, Path) for key in ("image", "images") for name in _listed(row.get(key))):
-        raise wrong("pictures inside", "the pictures lie inside the data file", "write them as files, and name these")
-    keys = [key for key in ("caption", "conversations") if row.get(key) is not None]
+    if not isinstance(record, dict):
+        raise wrong("not an example", "an example is a JSON object, this is none", _FORM)
+    if any(isinstance(name, Path) for key in ("image", "images") for name in _listed(record.get(key))):
+        raise wrong("images inside", "the images lie inside the data file", "write them as files, and name these")
+    keys = [key for key in ("caption", "conversations") if record.get(key) is not None]
     if len(keys) != 1:
         had = "both" if keys else "neither"
-        raise wrong("not a row", f"a row has one of the keys caption and conversations, this one has {had}", _FORM)
-    caption = row[keys[0]]
+        raise wrong(
+            "not an example", f"an example has one of the keys caption and conversations, this one has {had}", _FORM
+        )
+    caption = record[keys[0]]
     if keys == ["conversations"]:
         last = caption[-1] if isinstance(caption, list) and caption else None
         if not isinstance(last, dict) or last.get("from") not in ("gpt", "assistant"):
             raise wrong("turns", "the conversation does not end with an answer of gpt", "the caption belongs there")
         caption = last.get("value")
     if not isinstance(caption, str):
-        raise wrong("no text", "the caption is not text", "write it as text, or drop the row")
+        raise wrong("no text", "the caption is not text", "write it as text, or drop the example")
     try:
         check_unicode(caption, "the caption")
     except Unusable as error:
@@ -103,23 +105,25 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _read_captions(path: Path) -> Iterator[str]:
-    for place, row in tqdm(read_rows(path), desc="captions", unit=" captions", unit_scale=True, disable=None):
-        yield caption_of(row, place)
+    for place, record in tqdm(read_records(path), desc="captions", unit=" captions", unit_scale=True, disable=None):
+        yield caption_of(record, place)
 
 
-def _write_rows(captions: Path, out: Path, kept: NDArray[np.bool_], before: list[tuple[int, int]]) -> None:
-    """Write the rows that are kept, all or none."""
-    rows = tqdm(read_rows(captions), desc="rows", total=len(kept), unit=" rows", unit_scale=True, disable=None)
+def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: list[tuple[int, int]]) -> None:
+    """Write the examples that are kept, all or none."""
+    records = tqdm(
+        read_records(captions), desc="examples", total=len(kept), unit=" examples", unit_scale=True, disable=None
+    )
     separator = "\n"
     try:
         with whole_file(out) as aside:
             with aside.open("w", encoding="utf-8") as file:
                 file.write("[")
                 # Not strict: where the file changed meanwhile, the stamps tell so in words.
-                for (_, row), keep in zip(rows, kept.tolist(), strict=False):
+                for (_, record), keep in zip(records, kept.tolist(), strict=False):
                     if keep:
-                        # As ASCII: other fields of a row may hold halves of characters, which UTF-8 cannot.
-                        file.write(separator + json.dumps(row))
+                        # As ASCII: other fields of an example may hold halves of characters, which UTF-8 cannot.
+                        file.write(separator + json.dumps(record))
                         separator = ",\n"
                 file.write("\n]\n")
             if _stamps(captions) != before:
@@ -129,9 +133,9 @@ def _write_rows(captions: Path, out: Path, kept: NDArray[np.bool_], before: list
 
 
 def _stamps(path: Path) -> list[tuple[int, int]]:
-    """Size and time of change of each file of the data; nothing for what cannot be seen, which `read_rows` tells."""
+    """Size and time of change of each file of the data; nothing for what cannot be seen, which `read_records` tells."""
     try:
-        return [(file.stat().st_size, file.stat().st_mtime_ns) for file in row_files(path)]
+        return [(file.stat().st_size, file.stat().st_mtime_ns) for file in record_files(path)]
     except OSError:
         return []
 
@@ -148,4 +152,4 @@ def _check_places(captions: Path, out: Path, page: Path | None) -> None:
         if path.exists() and captions.exists() and path.samefile(captions):
             raise InputError(f"{path} is the file of the captions itself; name another to write.")
     if page is not None and page.absolute() == out.absolute():
-        raise InputError(f"{out} was named for the rows and for the page; name two files.")
+        raise InputError(f"{out} was named for the examples and for the page; name two files.")

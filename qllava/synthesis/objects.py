@@ -1,6 +1,6 @@
 """Which objects a text names, of the eighty that COCO's annotators knew.
 
-It finds lies about a picture: an object that the teacher's answer names, and no caption and no box. The idea and its
+It finds lies about an image: an object that the teacher's answer names, and no caption and no box. The idea and its
 limits are those of CHAIR (Rohrbach et al. 2018): only these eighty are looked for, a word is taken by its letters (no
 grammar), and what a caption says in other words counts as named. Where a word means too many other things (an orange
 cat, a remote island), only some of its forms are looked for, so that an honest answer is not refused.

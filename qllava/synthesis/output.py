@@ -1,6 +1,6 @@
-"""What a run leaves: the rows, what was left out and why, and the count of every outcome.
+"""What a run leaves: the examples, what was left out and why, and the count of every outcome.
 
-    OUT.json             LLaVA's rows, in the order of the pictures, then of the types; OUT.jsonl: a row a line
+    OUT.json             LLaVA's examples, in the order of the images, then of the types; OUT.jsonl: an example a line
     OUT.left_out.jsonl   {"id", "type", "outcome", "reason", "reply"} of every other task; no file where there is none
     OUT.calls.jsonl      the replies (see `llm.store`)
 
@@ -82,8 +82,8 @@ def beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}.{name}.jsonl")
 
 
-def llava_row(task: Task, turns: Turns) -> dict[str, Any]:
-    """A row in LLaVA's form, the picture first."""
+def llava_record(task: Task, turns: Turns) -> dict[str, Any]:
+    """An example in LLaVA's form, the image first."""
     said = [
         {"from": side, "value": value}
         for number, (question, answer) in enumerate(turns)
@@ -95,11 +95,11 @@ def llava_row(task: Task, turns: Turns) -> dict[str, Any]:
 def write_output(
     out: Path, tasks: Iterable[Task], end_of: Callable[[Task], Needed | Settled | None], failed: Mapping[str, str]
 ) -> Counts:
-    """Write the rows and what was left out.
+    """Write the examples and what was left out.
 
     Args:
-        out: Where the rows go.
-        tasks: What the rows are of, in order.
+        out: Where the examples go.
+        tasks: What the examples are of, in order.
         end_of: The end of a task; None where a fault keeps it from having one, whose reason is then in `failed`.
         failed: The reasons of tasks that failed, by their ids.
 
@@ -113,25 +113,25 @@ def write_output(
     left_out = beside(out, "left_out")
     start, between, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[", ",\n", "]\n")
     try:
-        # The rows get their name first: the contexts end in the reverse order.
+        # The examples get their name first: the contexts end in the reverse order.
         with (
             whole_file(left_out) as others,
             whole_file(out) as kept,
-            kept.open("w", encoding="utf-8") as rows,
+            kept.open("w", encoding="utf-8") as records,
             others.open("w", encoding="utf-8") as rest,
         ):
-            rows.write(start)
+            records.write(start)
             written = 0
             for task in tasks:
                 step = end_of(task)
                 outcome = outcome_of(step, task.id in failed)
                 counts.add(task, outcome, step)
                 if isinstance(step, Settled) and step.reason is None:
-                    rows.write((between if written else "") + _line(llava_row(task, step.turns)))
+                    records.write((between if written else "") + _line(llava_record(task, step.turns)))
                     written += 1
                 else:
                     rest.write(_line(_left_out(task, outcome, step, failed.get(task.id))) + "\n")
-            rows.write(end if written or start else "")
+            records.write(end if written or start else "")
         if counts.total("accepted") + counts.total("repaired") == sum(n.total() for n in counts.by_type.values()):
             left_out.unlink()
     except OSError as error:
@@ -146,5 +146,5 @@ def _left_out(task: Task, outcome: Outcome, end: Needed | Settled | None, failur
     return {**about, "reason": failure or "not asked yet"}
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)

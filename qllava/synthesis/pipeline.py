@@ -88,7 +88,9 @@ def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
         open_tasks = _in_turn(job, _kept_in(store))
 
         async def ask() -> dict[str, str]:
-            with tqdm(total=len(job.tasks), initial=len(job.tasks) - len(open_tasks), unit="row", disable=None) as bar:
+            with tqdm(
+                total=len(job.tasks), initial=len(job.tasks) - len(open_tasks), unit="example", disable=None
+            ) as bar:
                 async with Client(store, base_url, **limits) as teacher:
                     return await ask_all(open_tasks, job.asking, teacher, lambda _: bar.update())
 
@@ -97,17 +99,17 @@ def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
 
 
 def run_rules(tasks: Sequence[Task], out: Path, *, seed: int = 0, brief: bool = False) -> Counts:
-    """Write what rules make of the pictures; a task that too little is known for is dropped."""
+    """Write what rules make of the images; a task that too little is known for is dropped."""
 
     def end_of(task: Task) -> Settled:
-        rows = rules.write(task.context, (task.type,), seed=seed, brief=brief)
-        if not rows:
+        records = rules.write(task.context, (task.type,), seed=seed, brief=brief)
+        if not records:
             return Settled((), TOO_LITTLE)
-        said = [turn["value"] for turn in rows[0]["conversations"]]
+        said = [turn["value"] for turn in records[0]["conversations"]]
         said[0] = said[0].replace(IMAGE_TOKEN, "").strip()
         return Settled(tuple(zip(said[::2], said[1::2], strict=True)))
 
-    return write_output(out, tqdm(tasks, unit="row", disable=None), end_of, {})
+    return write_output(out, tqdm(tasks, unit="example", disable=None), end_of, {})
 
 
 def import_batch(job: Job, results: Sequence[Path]) -> Result:

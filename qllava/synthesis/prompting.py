@@ -51,7 +51,7 @@ class Prompt:
     turns: tuple[int, int] | None  # fewest and most questions of a reply; None: the reply is a text
 
     def messages(self, context: Context, *, schema: bool) -> tuple[Message, ...]:
-        """The messages that ask about a picture; `schema`: for a reply in JSON, otherwise as blocks."""
+        """The messages that ask about an image; `schema`: for a reply in JSON, otherwise as blocks."""
         return (*_opening(self, schema), {"role": "user", "content": shown(context, self.type)})
 
 
@@ -103,7 +103,7 @@ class Prompts:
         return Prompt(type_, version, system, tuple(zip(seen, replies, strict=True)), turns)
 
     def question(self, type_: str, context: Context) -> str:
-        """The question of a detailed description or a naive row, drawn by the picture's id."""
+        """The question of a detailed description or a naive example, drawn by the image's id."""
         path = self._path(_QUESTIONS[type_])
         questions = [line.strip() for line in _read(path).splitlines() if line.strip()]
         if not questions:
@@ -116,7 +116,7 @@ class Prompts:
 
 
 def shown(context: Context, type_: str) -> str:
-    """What the teacher sees of a picture: captions, and boxes except for a conversation."""
+    """What the teacher sees of an image: captions, and boxes except for a conversation."""
     captions = "\n".join(context.captions)
     if type_ == "conversation" or not context.boxes:
         return captions

@@ -1,11 +1,11 @@
 """The quality of instruction data as one page: types, lengths, openings, objects, duplicates and samples.
 
-    write_report(rows, contexts, Path("report.html"), image_folder)
+    write_report(examples, contexts, Path("report.html"), image_folder)
 
-The hallucination rate is CHAIR's (Rohrbach et al. 2018) over answers: of the objects that the answers of a row name,
-each counted once a row, the share that neither a caption nor a box of its picture names. What counts as an object and
-as its name is `objects`: COCO's eighty, by their words. A sentence that denies something ("No dog is there.") names
-nothing. Rows of a picture without a context are left out of it, and counted.
+The hallucination rate is CHAIR's (Rohrbach et al. 2018) over answers: of the objects that the answers of an example
+name, each counted once per example, the share that neither a caption nor a box of its image names. What counts as an
+object and as its name is `objects`: COCO's eighty, by their words. A sentence that denies something ("No dog is
+there.") names nothing. Examples of an image without a context are left out of it, and counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qllava.synthesis.objects import CATEGORIES, named, unsupported
 SAMPLES = 20
 _OPENING = 3  # words of a question
 _SHOWN = 15
-_PICTURE = 320  # pixels of the longer side of a sample
+_IMAGE = 320  # pixels of the longer side of a sample
 _LENGTHS = (1, 3, 7, 15, 31, 63, 127)
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*")
 _DENIAL = re.compile(r"\b(no|not|none|neither|nor|without|never|nothing|nobody|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
@@ -38,29 +38,29 @@ _DENIAL = re.compile(r"\b(no|not|none|neither|nor|without|never|nothing|nobody|c
 
 @dataclass
 class Quality:
-    """What was counted over rows."""
+    """What was counted over examples."""
 
     rows: int = 0
-    pictures: int = 0
+    images: int = 0
     answers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # words of each answer, by type
-    rows_of: Counter[str] = field(default_factory=Counter)  # by type
+    examples_of: Counter[str] = field(default_factory=Counter)  # by type
     openings: Counter[str] = field(default_factory=Counter)  # the first words of questions
-    named: Counter[str] = field(default_factory=Counter)  # rows that name an object, by object
+    named: Counter[str] = field(default_factory=Counter)  # examples that name an object, by object
     unsupported: Counter[str] = field(default_factory=Counter)  # of these, where nothing says that it is there
-    present: Counter[str] = field(default_factory=Counter)  # pictures in which captions or boxes name it
-    lying: int = 0  # rows that name at least one unsupported object
+    present: Counter[str] = field(default_factory=Counter)  # images in which captions or boxes name it
+    lying: int = 0  # examples that name at least one unsupported object
     without_context: int = 0
-    repeated_rows: int = 0  # the same words about the same picture as an earlier row
-    repeated_questions: int = 0  # asked about a picture before, in the same words
+    repeated_rows: int = 0  # the same words about the same image as an earlier example
+    repeated_questions: int = 0  # asked about an image before, in the same words
 
     @property
     def questions(self) -> int:
-        """Questions of all rows."""
+        """Questions of all examples."""
         return sum(self.openings.values())
 
     @property
     def hallucination_rate(self) -> float | None:
-        """Unsupported among named objects, each once a row; None where no object is named."""
+        """Unsupported among named objects, each once an example; None where no object is named."""
         total = sum(self.named.values())
         return sum(self.unsupported.values()) / total if total else None
 
@@ -68,9 +68,9 @@ class Quality:
         """The headline figures."""
         return {
             "rows": self.rows,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "questions": self.questions,
-            "types": dict(self.rows_of),
+            "types": dict(self.examples_of),
             "objects_named": sum(self.named.values()),
             "hallucination_rate": self.hallucination_rate,
             "rows_with_hallucination": self.lying,
@@ -80,7 +80,7 @@ class Quality:
 
 
 def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Quality:
-    """Count over LLaVA rows, with the contexts that they were made from (found by the name of the picture)."""
+    """Count over LLaVA examples, with the contexts that they were made from (found by the name of the image)."""
     quality = Quality()
     by_image = {context.image: context for context in contexts}
     seen_rows: set[tuple[object, ...]] = set()
@@ -88,7 +88,7 @@ def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Q
     for row in rows:
         pairs, image = _pairs(row), str(row.get("image", ""))
         quality.rows += 1
-        quality.rows_of[_type(row)] += 1
+        quality.examples_of[_type(row)] += 1
         quality.answers[_type(row)] += [len(answer.split()) for _, answer in pairs]
         quality.openings.update(" ".join(question.split()[:_OPENING]) for question, _ in pairs)
         quality.repeated_rows += (image, *pairs) in seen_rows
@@ -101,7 +101,7 @@ def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Q
         else:
             _objects(quality, " ".join(answer for _, answer in pairs), context)
     used = {str(row.get("image", "")) for row in rows}
-    quality.pictures = len(used)
+    quality.images = len(used)
     for image in used & by_image.keys():
         context = by_image[image]
         boxes = {*context.categories} & set(CATEGORIES)
@@ -122,7 +122,7 @@ def _type(row: Mapping[str, Any]) -> str:
 
 
 def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions without their picture, and answers."""
+    """Questions without their image, and answers."""
     said = [str(turn["value"]).replace(IMAGE_TOKEN, "").strip() for turn in row["conversations"]]
     return list(zip(said[::2], said[1::2], strict=False))
 
@@ -132,8 +132,8 @@ def write_report(
 ) -> Quality:
     """Write the page and return its figures.
 
-    rows: in LLaVA's form. image_folder: where pictures of the samples are looked for; those that are not there are left
-    out. Raises OSError when the page cannot be written; what was there before is then still there.
+    rows: examples in LLaVA's form. image_folder: where images of the samples are looked for; missing ones are left out.
+    Raises OSError when the page cannot be written; what was there before is then still there.
     """
     quality = measure(rows, contexts)
     sections = [
@@ -143,7 +143,7 @@ def write_report(
         _objects_section(quality),
         page.section("Samples", *_samples(rows, {one.image: one for one in contexts}, image_folder)),
     ]
-    lead = "What the rows hold, how they are worded, and whether they name what is not in the picture."
+    lead = "What the examples hold, how they are worded, and whether they name what is not in the image."
     page.write_page(path, page.page("Instruction data", lead, sections, footer="Written by qllava synthesize."))
     return quality
 
@@ -151,11 +151,11 @@ def write_report(
 def _figures(quality: Quality) -> list[tuple[str, str]]:
     rate = quality.hallucination_rate
     return [
-        ("Rows", f"{quality.rows:,}"),
-        ("Pictures", f"{quality.pictures:,}"),
+        ("Examples", f"{quality.rows:,}"),
+        ("Images", f"{quality.images:,}"),
         ("Questions", f"{quality.questions:,}"),
         ("Hallucination rate", "none named" if rate is None else page.percent(rate)),
-        ("Repeated rows", f"{quality.repeated_rows:,}"),
+        ("Repeated examples", f"{quality.repeated_rows:,}"),
         ("Repeated questions", f"{quality.repeated_questions:,}"),
     ]
 
@@ -163,12 +163,14 @@ def _figures(quality: Quality) -> list[tuple[str, str]]:
 def _warnings(quality: Quality) -> list[Html]:
     out = []
     if quality.without_context:
-        text = f"{quality.without_context:,} rows are of pictures without a context: their objects were not looked at."
+        text = (
+            f"{quality.without_context:,} examples are of images without a context: their objects were not looked at."
+        )
         out.append(page.callout(text, "warning"))
     out.append(
         page.paragraph(
-            "A repeated row has the same words about the same picture as an earlier one; a repeated question was asked "
-            "about its picture before, in the same words.",
+            "A repeated example has the same words about the same image as an earlier one; a repeated question was "
+            "asked about its image before, in the same words.",
             muted=True,
         )
     )
@@ -176,9 +178,9 @@ def _warnings(quality: Quality) -> list[Html]:
 
 
 def _types(quality: Quality) -> Html:
-    head = ("Type", "Rows", "Questions", "Words of an answer: median", "95 % have at most", "longest")
+    head = ("Type", "Examples", "Questions", "Words of an answer: median", "95 % have at most", "longest")
     lines = []
-    for type_, count in sorted(quality.rows_of.items()):
+    for type_, count in sorted(quality.examples_of.items()):
         words = sorted(quality.answers[type_]) or [0]
         p95 = words[round(0.95 * (len(words) - 1))]
         lines.append((type_, count, len(quality.answers[type_]), statistics.median(words), p95, words[-1]))
@@ -208,14 +210,14 @@ def _openings(quality: Quality) -> Html:
 def _objects_section(quality: Quality) -> Html:
     total, wrong = sum(quality.named.values()), sum(quality.unsupported.values())
     text = (
-        "Objects are COCO's eighty, found by their words. One counts as named where an answer of a row says it, once a "
-        "row, sentences that deny something left out; and as unsupported where no caption and no box of the picture "
-        "says it. The hallucination rate is the share of unsupported among named: "
-        f"{wrong:,} of {total:,}, in {quality.lying:,} rows."
+        "Objects are COCO's eighty, found by their words. One counts as named where an answer of an example says it, "
+        "once per example, sentences that deny something left out; and as unsupported where no caption and no box of "
+        "the image says it. The hallucination rate is the share of unsupported among named: "
+        f"{wrong:,} of {total:,}, in {quality.lying:,} examples."
     )
     order = sorted(quality.named, key=lambda one: (-quality.unsupported[one], -quality.named[one], one))
     lines = [(one, quality.present[one], quality.named[one], quality.unsupported[one]) for one in order[: 2 * _SHOWN]]
-    head = ("Object", "Pictures that hold it", "Rows that name it", "Unsupported")
+    head = ("Object", "Images that hold it", "Examples that name it", "Unsupported")
     never = sorted(set(quality.present) - set(quality.named))
     parts = [page.paragraph(text)]
     parts += [page.table(head, lines)] if lines else [page.callout("No answer names one of these objects.")]
@@ -227,24 +229,24 @@ def _objects_section(quality: Quality) -> Html:
 def _samples(
     rows: Sequence[Mapping[str, Any]], contexts: Mapping[str, Context], image_folder: Path | None
 ) -> list[Html]:
-    """Rows drawn at random, the same ones each time: even distances would meet one type again and again."""
+    """Examples drawn at random, the same ones each time: even distances would meet one type again and again."""
     chosen = [rows[at] for at in sorted(random.Random(0).sample(range(len(rows)), min(SAMPLES, len(rows))))]
     return [_exhibit(row, contexts.get(str(row.get("image", ""))), image_folder) for row in chosen] or [
-        page.paragraph("There are no rows.", muted=True)
+        page.paragraph("There are no examples.", muted=True)
     ]
 
 
 def _exhibit(row: Mapping[str, Any], context: Context | None, image_folder: Path | None) -> Html:
-    pictures, name = [], str(row.get("image", ""))
+    images, name = [], str(row.get("image", ""))
     if image_folder is not None and name and (image_folder / name).is_file():
         try:
-            pictures.append((page.picture(open_image(image_folder / name), name, longest=_PICTURE), name))
+            images.append((page.image(open_image(image_folder / name), name, longest=_IMAGE), name))
         except InputError:  # the check of the data names it; here it is one sample less
-            pictures = []
+            images = []
     said = [page.verdicts([("Question", question, None), ("Answer", answer, None)]) for question, answer in _pairs(row)]
     if context is not None:
         known = [page.paragraph(caption) for caption in context.captions]
         boxes = [(box.category, *(f"{value:.3f}" for value in box.bbox)) for box in context.boxes]
         known += [page.table(("Category", "x1", "y1", "x2", "y2"), boxes)] if boxes else []
-        said.append(page.details("What was known of the picture", *known))
-    return page.exhibit(f"{row.get('id', name)}: {_type(row)}", pictures, *said)
+        said.append(page.details("What was known of the image", *known))
+    return page.exhibit(f"{row.get('id', name)}: {_type(row)}", images, *said)

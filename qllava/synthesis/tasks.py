@@ -1,4 +1,4 @@
-"""One row to be made, the calls that it needs, and its end: a pure function of the replies that are kept.
+"""One example to be made, the calls that it needs, and its end: a pure function of the replies that are kept.
 
     settle(task, asking, known)
       -> Needed     a call that has no reply yet: the first one, or the one that repairs the first
@@ -29,7 +29,7 @@ PARAMETERS: Mapping[str, Any] = {"temperature": 0.7, "max_tokens": 1024}
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be made."""
+    """One example to be made."""
 
     context: Context
     type: str
@@ -37,7 +37,7 @@ class Task:
 
     @property
     def id(self) -> str:
-        """Of the row: "000000296284-detail"."""
+        """Of the example: "000000296284-detail"."""
         return f"{self.context.id}-{self.type}"
 
 
@@ -54,7 +54,7 @@ class Settled:
     """The end of a task."""
 
     turns: Turns  # empty when it is dropped
-    reason: str | None = None  # the rule that the last reply breaks; None when there is a row
+    reason: str | None = None  # the rule that the last reply breaks; None when there is an example
     first: str | None = None  # the rule that the first reply breaks
     said: str = ""  # the last reply of a task that is dropped
 
@@ -94,7 +94,7 @@ class Asking:
 
 
 def make_tasks(contexts: Sequence[Context], types: Sequence[str], styles: Sequence[str] = ()) -> list[Task]:
-    """Every picture with every type; of several styles a picture gets one, by its id."""
+    """Every image with every type; of several styles an image gets one, by its id."""
     return [
         Task(context, type_, styles[draw(f"style {context.id}", len(styles))] if styles else None)
         for context in contexts
@@ -103,7 +103,7 @@ def make_tasks(contexts: Sequence[Context], types: Sequence[str], styles: Sequen
 
 
 def of_shard(contexts: Sequence[Context], number: int, count: int) -> list[Context]:
-    """The pictures of shard `number` (from 1) of `count`, by their ids: the same on every machine."""
+    """The images of shard `number` (from 1) of `count`, by their ids: the same on every machine."""
     return [context for context in contexts if draw(f"shard {context.id}", count) == number - 1]
 
 

@@ -1,7 +1,7 @@
-"""Which held-out rows a run asks as questions: some evenly spaced, and at its end some drawn by the seed.
+"""Which held-out examples a run asks as questions: some evenly spaced, and at its end some drawn by the seed.
 
-Only rows that became whole samples are asked. A row that was dropped as too long may have a prompt that is longer than
-the model's context, and one that was trimmed has lost its last question.
+Only examples that became complete samples are asked. An example that was dropped as too long may have a prompt that
+exceeds the model's context, and one that was trimmed has lost its last question.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from qllava.data.check import Checked, numbers
 from qllava.data.formats import Example, read_these
-from qllava.data.rows import read_rows
+from qllava.data.records import read_records
 from qllava.training.data import Part, Prepared
 
 
 class HeldOut:
-    """The held-out rows that can be asked, by their numbers in their files."""
+    """The held-out examples that can be asked, by their numbers in their files."""
 
     def __init__(self, parts: Sequence[Part], prepared: Prepared | None) -> None:
         """Find them.
 
         Args:
             parts: The held-out files.
-            prepared: Their samples, or None where no rows are held out.
+            prepared: Their samples, or None where no examples are held out.
         """
         self.parts = parts if prepared else ()
         self.rows = (
@@ -32,14 +32,14 @@ class HeldOut:
         )
 
     def spaced(self, count: int) -> list[Example]:
-        """Return at most `count` rows, evenly spaced, about the same number from each file."""
+        """Return at most `count` examples, evenly spaced, about the same number from each file."""
         if not self.parts or not count:
             return []
         each = -(-count // len(self.parts))
         return self._read([rows[:: max(1, -(-len(rows) // each))] for rows in self.rows])
 
     def drawn(self, count: int, seed: int) -> list[Example]:
-        """Return at most `count` rows, drawn over all files."""
+        """Return at most `count` examples, drawn over all files."""
         every = [(part, number) for part, rows in enumerate(self.rows) for number in rows]
         places = random.Random(seed).sample(range(len(every)), min(count, len(every)))
         chosen: list[list[int]] = [[] for _ in self.rows]
@@ -48,13 +48,13 @@ class HeldOut:
         return self._read(chosen)
 
     def _read(self, chosen: Sequence[Sequence[int]]) -> list[Example]:
-        """The rows with these numbers of each file, in the order of the files."""
+        """The examples with these numbers of each file, in the order of the files."""
         pairs = zip(self.parts, chosen, strict=True)
         return [e for part, wanted in pairs if wanted for e in read_these(part.path, part.image_folder, set(wanted))]
 
 
 def _askable(part: Part, found: Checked) -> Sequence[int]:
-    """Numbers, from 0, of the rows of a file that became whole samples."""
+    """Numbers, from 0, of the examples of a file that became whole samples."""
     trimmed = {
         (Path(p.place.file).name, p.place.line or 0, p.place.row or 0) for p in found.problems() if p.kind == "trimmed"
     }
@@ -62,11 +62,11 @@ def _askable(part: Part, found: Checked) -> Sequence[int]:
         return range(found.summary.rows)
     table = found.table
     files = (Path(str(name)).name for name in table.data.column("file").to_pylist())
-    # Samples are in the order of their rows. Paths are compared by their names: the cache may know another spelling.
+    # Samples are in the order of their examples. Paths are compared by name: the cache may know another spelling.
     places = zip(files, numbers(table, "line").tolist(), numbers(table, "row").tolist(), strict=True)
     expected = next(places, None)
     rows = []
-    for number, (place, _) in enumerate(read_rows(part.path)):
+    for number, (place, _) in enumerate(read_records(part.path)):
         if expected is None:
             break
         if (Path(place.file).name, place.line or 0, place.row or 0) == expected:

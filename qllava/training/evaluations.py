@@ -1,4 +1,4 @@
-"""When a stage measures its held-out rows, and what depends on that."""
+"""When a stage measures its held-out examples, and what depends on that."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
         if count:
             config.eval_steps = -(-total_steps(config, len(train.lengths)) // count)
         else:
-            print("One evaluation would cost more than the training: the held-out rows are measured at the end alone.")
+            print(
+                "One evaluation would cost more than the training: the held-out examples are measured at the end alone."
+            )
             config.eval_strategy = "no"
 
 

@@ -21,7 +21,7 @@ from qllava.training.step.kernels import computing_in
 
 
 def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = None) -> tuple[Stage, list[str]]:
-    """Row size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
+    """Pack size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
 
     start: the checkpoint that is continued from, whose optimizer stays too: the state of another is of no use to it.
     Raises InputError when nothing fits.
@@ -54,15 +54,15 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         most_tokens=max(int(lengths[-config.per_device_train_batch_size :].sum()), int(lengths[-1])),
         fixed=fixed,
     )
-    config.tokens_per_row, config.recompute_layers, config.optim = (
-        plan.tokens_per_row,
+    config.tokens_per_pack, config.recompute_layers, config.optim = (
+        plan.tokens_per_pack,
         plan.recompute_layers,
         plan.optim,
     )
     # From here on `recompute_layers` decides.
     config.gradient_checkpointing = config.activation_checkpointing = False
     line = (
-        f"memory: {format_bytes(plan.peak_bytes)} of {format_bytes(limit)} expected, with rows of "
-        f"{plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
+        f"memory: {format_bytes(plan.peak_bytes)} of {format_bytes(limit)} expected, with packs of "
+        f"{plan.tokens_per_pack:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
     )
     return stage, [line]

@@ -1,6 +1,6 @@
 """The folder of a run: opened, begun and finished. What is in it decides whether a command goes on or is refused.
 
-run.yaml, data.json           what the run began with: settings, and the rows by their bytes
+run.yaml, data.json           what the run began with: settings, and the examples by their bytes
 results.json                  written last: a folder that has it holds a finished run
 """
 
@@ -115,7 +115,7 @@ def _clear(folder: Path) -> None:
 def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
     """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
 
-    Writes `data.json` (the rows by their bytes: model cards name them) and `run.yaml`.
+    Writes `data.json` (the examples by their bytes: model cards name them) and `run.yaml`.
     """
     hashes, pretrain_file = hashes_of(files), settings.data.pretrain_file
     captions = hashes_of(parts_of(pretrain_file, images(settings), "pretrain_file")) if pretrain_file else []
@@ -148,13 +148,13 @@ def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> l
     if given is not None:
         return parts_of(given, images(settings), field)
     if not settings.model.is_nano:
-        raise InputError(f"The setting {field} is missing: give a file of rows (nano alone brings its own).")
+        raise InputError(f"The setting {field} is missing: give a file of examples (nano alone brings its own).")
     data = processes.main_first(nano.prepare)
     return [Part(getattr(data, nano_file), data.folder)]
 
 
 def held_out(settings: Settings, *, stage1: bool = False) -> list[Part]:
-    """The held-out rows of a run; nano has its own for stage 2, for its own training rows."""
+    """The held-out examples of a run; nano has its own for stage 2, for its own training examples."""
     if settings.data.eval_file:
         return parts_of(settings.data.eval_file, images(settings), "eval_file")
     if settings.nanos_own and not stage1:

@@ -39,7 +39,7 @@ class Measures:
         self._after: Sequence[str] = ()
 
     def add(self, name: str, model: nn.Module) -> None:
-        """Measure a row of the table, where there is one, with the model as it is now."""
+        """Measure an example of the table, where there is one, with the model as it is now."""
         if self.table:
             self.table.measure(name, model)
 

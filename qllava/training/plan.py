@@ -26,7 +26,7 @@ def plan(
     language_model: str | None = None,
     vision_tower: str | None = None,
     lora_r: int | None = None,
-    tokens_per_row: int | None = None,
+    tokens_per_pack: int | None = None,
     limit: str | None = None,
     base_model: Sequence[str] = (),
 ) -> memory.Plan:
@@ -43,7 +43,7 @@ def plan(
         "language_model": language_model,
         "vision_tower": vision_tower,
         "lora_r": lora_r,
-        "tokens_per_row": tokens_per_row,
+        "tokens_per_pack": tokens_per_pack,
         "fit_memory": limit,
     }
     for name, value in given.items():
@@ -62,7 +62,7 @@ def plan(
             setup,
             memory.parse_bytes(train.fit_memory),
             asking=asking,
-            least_tokens=setup.tokens_per_row,
+            least_tokens=setup.tokens_per_pack,
             fixed=memory.settled(train),
         )
     except memory.DoesNotFit as refusal:
@@ -71,7 +71,7 @@ def plan(
 
 def as_json(plan: memory.Plan) -> dict[str, Any]:
     """The object that `--json` prints."""
-    chosen = {name: getattr(plan, name) for name in ("tokens_per_row", "recompute_layers", "optim")}
+    chosen = {name: getattr(plan, name) for name in ("tokens_per_pack", "recompute_layers", "optim")}
     found = {"peak_bytes": plan.peak_bytes, "phases": plan.phases, "parts": plan.estimate.parts}
     return {**found, **chosen, "fits": plan.fits, "suggestion": plan.suggestion}
 
@@ -82,8 +82,8 @@ def as_text(plan: memory.Plan) -> str:
     lines.append(f"{'peak':<12} {memory.format_bytes(plan.peak_bytes):>9}")
     verdict = {None: "", True: "It fits. ", False: "It does not fit. "}[plan.fits]
     lines.append(
-        f"with rows of {plan.tokens_per_row:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; GB are "
-        "2^30 bytes, as cards are sold"
+        f"with packs of {plan.tokens_per_pack:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; GB "
+        "are 2^30 bytes, as cards are sold"
     )
     return "\n".join([*lines, f"{verdict}{plan.suggestion}"])
 

@@ -15,8 +15,8 @@ from qllava.conversation import PLAIN, TEMPLATES
 from qllava.data import inspect
 from qllava.data.check import check
 from qllava.data.encode import Encoder
-from qllava.data.formats import Pictures, folder_of, no_rows, to_example
-from qllava.data.rows import read_rows
+from qllava.data.formats import ImageFolder, folder_of, no_records, to_example
+from qllava.data.records import read_records
 from qllava.data.verdict import Verdict
 from qllava.models.reading import Reader, read_model, read_parts, read_tokenizer
 from qllava.page import write_page
@@ -39,7 +39,7 @@ class Source:
     too_long: str = "error"
 
     def encoder(self) -> Encoder:
-        """What makes samples of the rows."""
+        """What makes samples of the examples."""
         reader = self.reader
         return Encoder(
             reader.tokenizer,
@@ -59,7 +59,7 @@ def reader_of(model: str, tokenizer: Path | None, template: str | None) -> Reade
 
 
 def check_sources(sources: Sequence[Source], evaluation: Sequence[Source] = ()) -> Verdict:
-    """Check all files, and compare their rows with each other and with the held-out ones."""
+    """Check all files, and compare their examples with each other and with the held-out ones."""
 
     def checked(some: Sequence[Source]) -> list[Any]:
         return [check(p.path, p.image_folder, s.encoder()) for s in some for p in s.parts]
@@ -68,7 +68,7 @@ def check_sources(sources: Sequence[Source], evaluation: Sequence[Source] = ()) 
 
 
 def sources_of_recipe(config: str) -> tuple[list[Source], list[Source]]:
-    """What a recipe would train on, captions included, and its held-out rows."""
+    """What a recipe would train on, captions included, and its held-out examples."""
     settings = parse(["--config", config], output_dir="unused", nano={}, elsewhere=True)
     reader = _reader_of_recipe(settings)
     data, folder = settings.data, settings.data.image_folder
@@ -93,14 +93,18 @@ def _reader_of_recipe(settings: Settings) -> Reader:
     return replace(reader, template=TEMPLATES[model.template]) if model.template else reader
 
 
-def inspect_rows(
-    source: Source, *, rows: int | None, page: Path | None = None, write: Callable[[dict[str, Any]], None] | None = None
+def inspect_examples(
+    source: Source,
+    *,
+    count: int | None,
+    page: Path | None = None,
+    write: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Show the first rows of a file (all with None): on a page, one JSON object after the other, or in the terminal."""
+    """Show the first `count` examples of a file (None: all): on a page, as JSON objects, or in the terminal."""
     encoder = source.encoder()
     (part,) = source.parts
-    pictures = Pictures(part.image_folder or folder_of(part.path))
-    examples = (to_example(row, place, pictures) for place, row in islice(read_rows(part.path), rows))
+    folder = ImageFolder(part.image_folder or folder_of(part.path))
+    examples = (to_example(record, place, folder) for place, record in islice(read_records(part.path), count))
     shown = (inspect.show(example, encoder, source.reader.image_processor) for example in examples)
     kept = (one for one in shown if one is not None)
     if write is not None:
@@ -109,14 +113,14 @@ def inspect_rows(
         return
     first = next(kept, None)
     if first is None:
-        raise no_rows(part.path)
+        raise no_records(part.path)
     if page is None:
         for one in chain([first], kept):
             print(inspect.terminal(one, colour=sys.stdout.isatty()) + "\n" + "-" * shutil.get_terminal_size().columns)
         return
     exhibits = [first, *kept]
     about = [("data", str(part.path)), ("template", encoder.template.name)]
-    about.append(("tokens per picture", str(encoder.image.tokens)))
+    about.append(("tokens per image", str(encoder.image.tokens)))
     try:
         write_page(page, inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about))
     except OSError as error:

@@ -10,10 +10,10 @@ of a run:
 | `results.json` | headline figures, the ladder from guessing to stage 2, accuracy by question type | own data |
 | `metrics.jsonl` | loss, exact match, gradient norm and learning rate of each stage | nothing was logged yet |
 | `spikes.jsonl` | marks on the loss, and a list of the samples of these steps | no loss jumped |
-| `samples.json` | pictures with question, truth, and the answers before and after | no samples |
+| `samples.json` | images with question, truth, and the answers before and after | no samples |
 | `ledger.txt`, `run.yaml` | as they stand | absent |
 
-A report is written at the end of hours of training, so a damaged line or a picture that is gone is said in the page and
+A report is written at the end of hours of training, so a damaged line or an image that is gone is said in the page and
 never raised.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 
 from qllava import page
 from qllava.data.images import open_image
-from qllava.data.problems import RowError
+from qllava.data.problems import RecordError
 from qllava.evaluation.vqa import is_correct
 from qllava.files import read_json
 from qllava.page import Bar, Html, Series
@@ -38,11 +38,11 @@ from qllava.training.durable.numbers import shown
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
 LADDER = (
     ("frequent_answer", "Most frequent answer", "the commonest training answer to each question text"),
-    ("blind", "Blind", "the trained model, looking at another picture"),
+    ("blind", "Blind", "the trained model, looking at another image"),
     ("untrained", "Untrained", "the same parts before the first step"),
     ("stage1", "After stage 1", "the projector alone has learned"),
     ("stage2", "After stage 2", "projector and LoRA have learned"),
-    ("unseen_pairs", "Unseen pairs", "colour and form pairs that no training picture shows"),
+    ("unseen_pairs", "Unseen pairs", "colour and form pairs that no training image shows"),
 )
 STAGES = {"pretrain": "Stage 1: the projector learns", "finetune": "Stage 2: projector and LoRA learn"}
 
@@ -225,28 +225,28 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _samples_section(folder: Path, samples: Any) -> list[Html]:
-    """Sample pictures, each once, with its questions and the answers before and after."""
+    """Sample images, each once, with its questions and the answers before and after."""
     if not isinstance(samples, list):
         return []
-    by_picture: dict[str, list[Mapping[str, Any]]] = {}
+    by_image: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         if isinstance(sample, dict):
-            by_picture.setdefault(str(sample.get("image") or ""), []).append(sample)
-    if not by_picture:
+            by_image.setdefault(str(sample.get("image") or ""), []).append(sample)
+    if not by_image:
         return []
-    cards = [page.card(_picture(folder, name), *map(_answers, group)) for name, group in by_picture.items()]
-    remark = page.paragraph("Held-out pictures: the answer before training and after it.", muted=True)
+    cards = [page.card(_image(folder, name), *map(_answers, group)) for name, group in by_image.items()]
+    remark = page.paragraph("Held-out images: the answer before training and after it.", muted=True)
     return [page.section("Sample answers", remark, page.gallery(cards))]
 
 
-def _picture(folder: Path, name: str) -> Html:
-    """The picture of a sample; a relative name is looked up in the run's folder first, then from where one stands."""
+def _image(folder: Path, name: str) -> Html:
+    """The image of a sample; a relative name is looked up in the run's folder first, then from where one stands."""
     if not name:
-        return page.paragraph("No picture: a question of text alone.", muted=True)
+        return page.paragraph("No image: a question of text alone.", muted=True)
     inside = folder / name
     try:
-        return page.picture(open_image(inside if inside.exists() else Path(name)), Path(name).name)
-    except RowError:
+        return page.image(open_image(inside if inside.exists() else Path(name)), Path(name).name)
+    except RecordError:
         return page.paragraph(f"{name} cannot be opened any more.", muted=True)
 
 

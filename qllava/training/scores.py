@@ -3,9 +3,9 @@
 | row | measured how |
 |---|---|
 | most frequent answer | to each test question the commonest training answer to the same text, or first two words |
-| blind | the trained model, each question with the picture of another |
+| blind | the trained model, each question with the image of another |
 | untrained, stage 1, stage 2 | the same parts before the first step, with the projector alone trained, and with LoRA |
-| unseen pairs | the trained model on shapes whose pair of colour and form no training picture shows |
+| unseen pairs | the trained model on shapes whose pair of colour and form no training image shows |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qllava.models.lora import Lora
 from qllava.nano import dataset as nano
 from qllava.runs import SCORES_FILE, Run
 from qllava.training.durable import processes
-from qllava.training.memory import CONTEXT, ROWS, Asking, parse_bytes
+from qllava.training.memory import CONTEXT, PACK_SIZES, Asking, parse_bytes
 from qllava.training.settings import Settings, TrainConfig, name_of
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ SHOWN = 12
 
 
 class _Pixels(Sequence[torch.Tensor | None]):
-    """The pictures of questions as tensors, opened when they are asked for: a whole set is never in memory."""
+    """The images of questions as tensors, opened when they are asked for: a whole set is never in memory."""
 
     def __init__(self, examples: Sequence[Example], processor: Any) -> None:
         self.examples, self.processor = examples, processor
@@ -54,10 +54,8 @@ class _Pixels(Sequence[torch.Tensor | None]):
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        pictures = [open_image(path) for path in self.examples[index].images]
-        return (
-            self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
-        )
+        images = [open_image(path) for path in self.examples[index].images]
+        return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"] if images else None
 
 
 def room_for(config: TrainConfig) -> Room:
@@ -78,7 +76,7 @@ def shown(train: TrainConfig) -> int:
 
 
 def evaluates(train: TrainConfig) -> bool:
-    """Return whether held-out rows are measured during the run too, and not at its end alone."""
+    """Return whether held-out examples are measured during the run too, and not at its end alone."""
     return name_of(train.eval_strategy) != "no"
 
 
@@ -89,11 +87,11 @@ def asking_of(train: TrainConfig, lora: Lora | None, *, held_out: bool) -> Askin
         train: The loop's settings. `eval_strategy no` leaves out the evaluations during the run alone: at its end the
             held-out loss is computed and questions are answered all the same.
         lora: None for stage 1, which answers nothing.
-        held_out: Whether rows are held out.
+        held_out: Whether examples are held out.
     """
     if not held_out:
         return Asking()
-    tokens = train.per_device_eval_batch_size * (train.max_length or ROWS[0])
+    tokens = train.per_device_eval_batch_size * (train.max_length or PACK_SIZES[0])
     if lora is None:
         return Asking(held_out_tokens=tokens)
     # The questions that are shown are answered once more when training has ended.
@@ -102,9 +100,9 @@ def asking_of(train: TrainConfig, lora: Lora | None, *, held_out: bool) -> Askin
 
 
 def expects_held_out(settings: Settings) -> bool:
-    """Return whether a plan of these settings counts held-out rows.
+    """Return whether a plan of these settings counts held-out examples.
 
-    nano has its own for its own rows. A preset that evaluates leaves `eval_file` to the command line.
+    nano has its own for its own examples. A preset that evaluates leaves `eval_file` to the command line.
     """
     return bool(settings.data.eval_file) or settings.nanos_own or evaluates(settings.train)
 
@@ -112,12 +110,12 @@ def expects_held_out(settings: Settings) -> bool:
 def answers(
     model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room, *, title: str = "Answering"
 ) -> list[str]:
-    """Return the model's greedy answers to the last question of each row.
+    """Return the model's greedy answers to the last question of each example.
 
     Args:
         model: The model as it is now.
         assembled: Its tokenizer, image processor and template.
-        examples: Rows that end with a question and its answer.
+        examples: Examples that end with a question and its answer.
         room: What `room_for` returned; the same for all answers of a run.
         title: What the progress bar says.
     """
@@ -145,17 +143,17 @@ def answers(
 
 
 def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room) -> vqa.VqaResult:
-    """Score the answers to the last question of each row, by exact match with the row's own answer."""
+    """Score the answers to the last question of each example, by exact match with the example's own answer."""
     return vqa.score(examples, answers(model, assembled, examples, room, title="Evaluating"))
 
 
 def spaced(rows: Sequence[T], count: int) -> list[T]:
-    """At most `count` rows, evenly spaced."""
+    """At most `count` examples, evenly spaced."""
     return list(rows[:: max(1, -(-len(rows) // count))]) if count else []
 
 
 def asked(example: Example) -> str:
-    """The last question of a row, without marks of pictures."""
+    """The last question of an example, without marks of images."""
     return vqa.question(example).turns[-1].content.replace("<image>", "").strip()
 
 
@@ -166,11 +164,11 @@ class Table:
     folder: Path
     """The run's folder."""
     assembled: Assembled
-    """Tokenizer, pictures and template for the questions."""
+    """Tokenizer, images and template for the questions."""
     test: list[Example]
     """Held-out questions, every type alike often."""
     unseen: list[Example]
-    """Questions about pairs that no training picture shows."""
+    """Questions about pairs that no training image shows."""
     room: Room
     """How much memory the answers may take."""
     found: dict[str, Any] = field(default_factory=dict)
@@ -190,10 +188,10 @@ class Table:
             self._keep(name, vqa.score(self.test, self._answers(model, self.test, name)).accuracy)
 
     def finish(self, model: nn.Module) -> dict[str, Any]:
-        """The rows that need the trained model; returns the whole table."""
+        """The rows of the table that need the trained model; returns the whole table."""
         data = nano.prepare()
         result = vqa.score(self.test, self._answers(model, self.test, "stage2"))
-        # A shift by half the set gives every question the picture of another, of the same type of question or not.
+        # A shift by half the set gives every question the image of another, of the same type of question or not.
         half = len(self.test) // 2
         swapped = [replace(e, images=self.test[(i + half) % len(self.test)].images) for i, e in enumerate(self.test)]
         self.found |= {
@@ -252,7 +250,7 @@ def format_table(found: dict[str, Any]) -> str:
     """The table for a terminal."""
     rows = [
         ("most frequent answer", "frequent_answer"),
-        ("blind (another picture)", "blind"),
+        ("blind (another image)", "blind"),
         ("untrained", "untrained"),
         ("after stage 1", "stage1"),
         ("after stage 2", "stage2"),

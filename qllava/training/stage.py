@@ -144,7 +144,7 @@ def _write_before(stage: Stage, trainer: LlavaTrainer, memory: list[str]) -> Non
     """Print and write what is known before the first step, once its files fit on the disk."""
     assembled = trainer.assembled
     if halved := trainer.pack_step.halved:
-        memory = [*memory, f"rows have at most {halved:,} tokens, as they were halved to when memory ran out"]
+        memory = [*memory, f"packs have at most {halved:,} tokens, as they were halved to when memory ran out"]
     text = "\n".join([*_ledger_lines(stage, trainer), *memory])
     print(f"\n{text}\n")
     need = disk.needed(trainer.model, stage.config, assembled.processor.tokenizer, len(stage.train.lengths))
@@ -160,11 +160,11 @@ def _open(stage: Stage, assembled: Assembled, text: str) -> None:
 
 
 def _check_lengths(stage: Stage, assembled: Assembled) -> None:
-    """A sample has to fit into a row, and into what the language model sees. Raises InputError."""
-    longest, most = int(stage.train.lengths.max()), stage.config.tokens_per_row
+    """A sample has to fit into a pack, and into what the language model sees. Raises InputError."""
+    longest, most = int(stage.train.lengths.max()), stage.config.tokens_per_pack
     if most is not None and longest > most:
         raise InputError(
-            f"The longest sample has {longest} tokens and tokens_per_row is {most}; raise it to {longest}, or lower "
+            f"The longest sample has {longest} tokens and tokens_per_pack is {most}; raise it to {longest}, or lower "
             "max_length and choose too_long."
         )
     window = getattr(assembled.model.config.text_config, "sliding_window", None)
@@ -195,12 +195,12 @@ def _start(folder: Path, assembled: Assembled) -> Path | None:
     return found
 
 
-def save_probes(path: Path, rows: Dataset, assembled: Assembled) -> None:
-    """Keep rows as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
+def save_probes(path: Path, samples: Dataset, assembled: Assembled) -> None:
+    """Keep samples as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
     collator = Collator(assembled.processor.tokenizer.pad_token_id, assembled.processor.image_processor)
     tensors: dict[str, torch.Tensor] = {}
-    for number, index in enumerate(scores.spaced(range(len(rows)), PROBES)):
-        batch = collator([rows[index]])
+    for number, index in enumerate(scores.spaced(range(len(samples)), PROBES)):
+        batch = collator([samples[index]])
         for key in ("input_ids", "labels"):
             tensors[f"{number}.{key}"] = batch[key][0]
         if "pixel_values" in batch:

@@ -35,7 +35,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from qllava.data.collate import RowCollator
+from qllava.data.collate import PackCollator
 from qllava.data.encode import IGNORE_INDEX
 from qllava.evaluation.vqa import VqaResult
 from qllava.files import Journal
@@ -44,7 +44,7 @@ from qllava.runs import LEDGER_FILE, SPIKES_FILE
 from qllava.training.durable import processes
 from qllava.training.durable.contents import Contents
 from qllava.training.durable.numbers import Alone, Guard, Spikes, check_weights
-from qllava.training.durable.order import InOrder, PictureOrder, loader
+from qllava.training.durable.order import ImageOrder, InOrder, loader
 from qllava.training.durable.writer import CheckpointWriter
 from qllava.training.durable.zero import read_tensors_only
 from qllava.training.evaluations import of_samples, same_draws
@@ -56,7 +56,7 @@ from qllava.training.objectives.supervised import supervised
 from qllava.training.settings import TrainConfig
 from qllava.training.stages import Stage
 from qllava.training.step.attention import looking_at
-from qllava.training.step.exact import compile_layers, take_shortcuts, teach_rows
+from qllava.training.step.exact import compile_layers, take_shortcuts, teach_packs
 from qllava.training.step.kernels import settle
 from qllava.training.step.packs import PackStep, prepare_for_packs
 
@@ -100,14 +100,14 @@ class LlavaTrainer(SFTTrainer):
         self.contents = Contents(assembled, adapter=stage.kind.adapter)
         self.writer = CheckpointWriter(folder, stage.begun_with)
         self.guard = Guard(Spikes(folder / SPIKES_FILE, stage.kind.name), self._alone)
-        self._order = PictureOrder(stage.train.pictures, config)
+        self._order = ImageOrder(stage.train.images, config)
         llava: Any = assembled.model
         self._looking = partial(looking_at, llava.model.language_model)
-        collator = RowCollator(
+        collator = PackCollator(
             llava.config.image_token_index,
             assembled.processor.image_processor,
             config.share_image_prefix,
-            min((n for n in (config.tokens_per_row, kept.get("halved")) if n), default=None),
+            min((n for n in (config.tokens_per_pack, kept.get("halved")) if n), default=None),
         )
         prepare_for_packs(config)
         super().__init__(
@@ -125,7 +125,7 @@ class LlavaTrainer(SFTTrainer):
         self.pack_step.halved = kept.get("halved")
         self.kernels = settle(llava, config, kept)
         # After TRL, which puts a forward pass of its own on the instance.
-        teach_rows(llava, self.kernels.attention.kernel)
+        teach_packs(llava, self.kernels.attention.kernel)
         take_shortcuts(llava, config)
         if self.kernels.layers.kernel == "compiled":
             compile_layers(llava.model.language_model)
@@ -153,7 +153,7 @@ class LlavaTrainer(SFTTrainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """This process's share of every step; samples about one picture come together, so that they can share it."""
+        """This process's share of every step; samples about one image come together, so that they can share it."""
         return loader(self.train_dataset, self._order, self.data_collator, self.args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -195,7 +195,9 @@ class LlavaTrainer(SFTTrainer):
     def _alone(self, sample: Mapping[str, Any], gradient: bool) -> Alone:
         """One sample alone: its loss, or its gradient, which is thrown away."""
         batch = self.data_collator([dict(sample)])
-        pixels = all(bool(torch.isfinite(row["pixel_values"]).all()) for row in batch["rows"] if "pixel_values" in row)
+        pixels = all(
+            bool(torch.isfinite(pack["pixel_values"]).all()) for pack in batch["packs"] if "pixel_values" in pack
+        )
         if not gradient:
             return Alone(pixels, math.isfinite(self.sums(self.model, batch)["loss"]))
         self.model.zero_grad(set_to_none=True)
@@ -253,7 +255,7 @@ class LlavaTrainer(SFTTrainer):
             InputError: One sample, or the state of the optimizer, does not fit.
         """
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
-        lengths, images = self.stage.train.lengths, self.stage.train.pictures
+        lengths, images = self.stage.train.lengths, self.stage.train.images
         held = moments(self.args.optimizer, self.optimizer, self.model, self.args.device)
         for longest in largest(lengths, images, self.args.per_device_train_batch_size):
             batch = self.data_collator([self.train_dataset[index] for index in longest])  # type: ignore[index]

@@ -1,7 +1,7 @@
 """Two models answer one question, and nobody knows which is which until they are judged.
 
 duel = Duel(contenders((chat, other), (0.0, 0.0)), seed=7)    # the seed decides who is on the left
-for left, right in duel.answer("What is this?", [picture]):
+for left, right in duel.answer("What is this?", [image]):
     show(left, right)
 file.append(duel.vote("left", rater="anna"))
 """
@@ -21,7 +21,7 @@ from qllava.config import InputError
 from qllava.conversation import Conversation, ask
 from qllava.inference.about import label
 from qllava.inference.chat import Chat
-from qllava.inference.given import Picture
+from qllava.inference.given import GivenImage
 from qllava.inference.prompts import user_turn
 from qllava.voting.votes import Side, Verdict, Vote
 
@@ -73,7 +73,7 @@ class Duel:
     def answer(
         self,
         question: str,
-        images: Sequence[Picture],
+        images: Sequence[GivenImage],
         *,
         hashes: Sequence[str] = (),
         max_new_tokens: int = 256,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from qllava.config import InputError
-from qllava.data.problems import Place, Problem, RowError
-from qllava.data.rows import read_rows, row_id, row_text
+from qllava.data.problems import Place, Problem, RecordError
+from qllava.data.records import read_records, record_id, record_text
 from qllava.files import ForeignEndError, Journal
 
 Verdict: TypeAlias = Literal["left", "right", "tie", "both_bad"]
@@ -36,7 +36,7 @@ class Vote:
     id: str
     time: str = ""  # ISO 8601, with its zone
     question: str
-    pictures: tuple[str, ...] = ()  # SHA-256 of each picture's file, as `--keep-pictures` would keep it
+    pictures: tuple[str, ...] = ()  # SHA-256 of each image's file, as `--keep-pictures` would keep it
     conversation: tuple[dict[str, str], ...] = ()  # what both models were asked: role and content
     answers: dict[Side, str]
     models: dict[Side, str] = field(default_factory=dict)  # names, with the temperature where it is not 0
@@ -53,7 +53,7 @@ class Vote:
 
     @property
     def asked(self) -> tuple[str, tuple[str, ...], str]:
-        """What was asked about which pictures: votes that share it are not independent of each other."""
+        """What was asked about which images: votes that share it are not independent of each other."""
         return self.question, self.pictures, self.context
 
 
@@ -94,10 +94,10 @@ class VoteFile:
 def read_votes(path: Path) -> list[Vote]:
     """The votes of a file. Raises InputError for a line that is none, for a second one of its id, and for no votes."""
     votes: dict[str, Vote] = {}
-    for place, row in read_rows(path):
-        vote = _vote(row, place)
+    for place, record in read_records(path):
+        vote = _vote(record, place)
         if vote.id in votes:
-            raise RowError(Problem("vote twice", "another vote has this id", "keep one of them", place, vote.id))
+            raise RecordError(Problem("vote twice", "another vote has this id", "keep one of them", place, vote.id))
         votes[vote.id] = vote
     if not votes:
         raise InputError(f"{path} holds no votes; collect some with the demo's --votes.")
@@ -126,26 +126,28 @@ def tally(votes: Sequence[Vote], names: tuple[str, str]) -> Tally:
     )
 
 
-def _vote(row: Any, place: Place) -> Vote:
-    id = row_id(row, place, "id")
-    answers, pictures, rater = row.get("answers"), row.get("pictures", []), row.get("rater")
+def _vote(record: Any, place: Place) -> Vote:
+    id = record_id(record, place, "id")
+    answers, pictures, rater = record.get("answers"), record.get("pictures", []), record.get("rater")
     if not isinstance(answers, dict):
-        raise RowError(Problem("no answers", "'answers' holds no object", "give it left and right", place, id))
+        raise RecordError(Problem("no answers", "'answers' holds no object", "give it left and right", place, id))
     if not isinstance(pictures, list) or not all(isinstance(picture, str) for picture in pictures):
-        raise RowError(Problem("pictures", "'pictures' is not a list of texts", "give the pictures' hashes", place, id))
-    if row.get("vote") not in VERDICTS:
-        raise RowError(Problem("vote", f"the vote is {row.get('vote')!r}", f"expected {ONE_OF}", place, id))
-    conversation, models, seed = row.get("conversation"), row.get("models"), row.get("seed")
+        raise RecordError(
+            Problem("pictures", "'pictures' is not a list of texts", "give the images' hashes", place, id)
+        )
+    if record.get("vote") not in VERDICTS:
+        raise RecordError(Problem("vote", f"the vote is {record.get('vote')!r}", f"expected {ONE_OF}", place, id))
+    conversation, models, seed = record.get("conversation"), record.get("models"), record.get("seed")
     turns = conversation if isinstance(conversation, list) else []
     return Vote(
         id=id,
-        time=str(row.get("time", "")),
-        question=row_text(row, "question", place, id),
+        time=str(record.get("time", "")),
+        question=record_text(record, "question", place, id),
         pictures=tuple(pictures),
         conversation=tuple(turn for turn in turns if isinstance(turn, dict)),
-        answers={"left": row_text(answers, "left", place, id), "right": row_text(answers, "right", place, id)},
+        answers={"left": record_text(answers, "left", place, id), "right": record_text(answers, "right", place, id)},
         models=models if isinstance(models, dict) and set(models) == {"left", "right"} else {},
-        vote=row["vote"],
+        vote=record["vote"],
         rater=None if rater in (None, "") else str(rater),
         seed=seed if isinstance(seed, int) else None,
     )

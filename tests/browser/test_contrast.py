@@ -14,7 +14,7 @@ from qllava.pages.compare import tally_bar
 from qllava.pages.page import STYLE
 from qllava.voting.votes import Tally
 from tests.pages.server import ARTIFACTS, served, wait_until
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 pytestmark = pytest.mark.browser
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 780}
@@ -189,7 +189,7 @@ def fits(page: Any) -> bool:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with every part that `qllava.page` can make."""
-    image = pages.picture(make_picture("red", (60, 40)), "a red picture")
+    image = pages.image(make_image("red", (60, 40)), "a red image")
     lines = [Series("training", [(1, 2.5), (2, 1.9)]), Series("held out", [(1, 2.6), (2, 2.0)])]
     said = [("before", "blue", False), ("after", "red", True), ("asked", "", None)]
     parts = [

@@ -15,7 +15,7 @@ from qllava.pages.talk import TROUBLE
 from qllava.voting.votes import VoteFile
 from tests.commands import Command
 from tests.pages.server import ARTIFACTS, computes, endless_model, kept_by, served, wait_until
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 pytestmark = pytest.mark.browser
 ANSWER = "#chat .bot.message"
@@ -46,13 +46,13 @@ def photograph(tmp_path: Path) -> Path:
     """A JPEG with the size and the turn of a phone's."""
     turned = Image.Exif()
     turned[0x0112] = 6
-    make_picture("red", (1600, 1200)).save(tmp_path / "photo.jpg", exif=turned)
+    make_image("red", (1600, 1200)).save(tmp_path / "photo.jpg", exif=turned)
     return tmp_path / "photo.jpg"
 
 
-def ask(page: Any, text: str, picture: Path | None = None, box: str = "#question") -> None:
-    if picture is not None:
-        page.set_input_files(f"{box} input[type=file]", picture)
+def ask(page: Any, text: str, image: Path | None = None, box: str = "#question") -> None:
+    if image is not None:
+        page.set_input_files(f"{box} input[type=file]", image)
         page.locator(f"{box} .thumbnail-item").first.wait_for()
     page.locator(f"{box} textarea").fill(text)
     page.locator(f"{box} textarea").press("Enter")
@@ -91,8 +91,8 @@ def test_a_photograph_is_answered(
     ask(page, "What colour is it?", photograph)
     wait_until(lambda: letters(expected) == letters(page.locator(ANSWER).last.inner_text()), 60)
     assert "tokens" in page.locator("#pace").inner_text()
-    picture = page.locator("#chat .user img").first
-    assert picture.evaluate("i => [i.naturalWidth, i.naturalHeight]") == [1200, 1600], "shown upright"
+    image = page.locator("#chat .user img").first
+    assert image.evaluate("i => [i.naturalWidth, i.naturalHeight]") == [1200, 1600], "shown upright"
     # Nothing stands out of the window, and what is typed into can be reached without scrolling sideways.
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
     box = page.locator("#question textarea").bounding_box()
@@ -103,7 +103,7 @@ def test_a_photograph_is_answered(
     page.close()
 
 
-def test_what_is_no_picture_is_said_in_words_and_the_chat_goes_on(browser: Any, demo: str, tmp_path: Path) -> None:
+def test_what_is_no_image_is_said_in_words_and_the_chat_goes_on(browser: Any, demo: str, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     page = browser.new_page()
     page.goto(demo)
@@ -151,9 +151,9 @@ def test_a_file_that_is_too_large_is_said_in_words(browser: Any, demo: str, tmp_
     page.close()
 
 
-def test_a_picture_is_pasted(browser: Any, demo: str) -> None:
+def test_a_image_is_pasted(browser: Any, demo: str) -> None:
     data = io.BytesIO()
-    make_picture("blue", (200, 100)).save(data, "png")
+    make_image("blue", (200, 100)).save(data, "png")
     page = browser.new_page()
     page.goto(demo)
     page.locator("#question textarea").evaluate(

@@ -13,7 +13,7 @@ from qllava.cli.terminal import chat_loop, compare_loop
 from qllava.config import InputError
 from qllava.inference import Chat, Settings
 from qllava.voting.votes import read_votes
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 
 SHORT = Settings(max_new_tokens=8)
 
@@ -27,8 +27,8 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    make_picture("red").save(tmp_path / "red.png")
+def image(tmp_path: Path) -> Path:
+    make_image("red").save(tmp_path / "red.png")
     return tmp_path / "red.png"
 
 
@@ -37,30 +37,30 @@ def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, images: list[Path] |
     return chat_loop("tiny", images=images or [], prompt=None, settings=SHORT, load_in_4bit=False, dtype=None)
 
 
-def test_prompt_answers_once(chat: Chat, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = chat_loop("tiny", images=[picture], prompt="What?", settings=SHORT, load_in_4bit=False, dtype=None)
+def test_prompt_answers_once(chat: Chat, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = chat_loop("tiny", images=[image], prompt="What?", settings=SHORT, load_in_4bit=False, dtype=None)
     assert status == 0
-    assert capsys.readouterr().out == chat.answer(picture, "What?", max_new_tokens=8) + "\n"
+    assert capsys.readouterr().out == chat.answer(image, "What?", max_new_tokens=8) + "\n"
 
 
-def test_pictures_commands_and_mistakes(
-    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_images_commands_and_mistakes(
+    chat: Chat, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["/image missing.png", f"/image '{picture}'", "What?", "/clear", "", "What?", "/fly", "/quit", "never"]
+    lines = ["/image missing.png", f"/image '{image}'", "What?", "/clear", "", "What?", "/fly", "/quit", "never"]
     assert talk(lines, monkeypatch) == 0
     captured = capsys.readouterr()
-    with_picture = chat.answer(picture, "What?", max_new_tokens=8)
+    with_image = chat.answer(image, "What?", max_new_tokens=8)
     without = chat.answer(None, "What?", max_new_tokens=8)
-    assert with_picture != without
+    assert with_image != without
     out = captured.out
-    assert out.startswith(f"{with_picture}\n{without}\nunknown command /fly")
+    assert out.startswith(f"{with_image}\n{without}\nunknown command /fly")
     assert "missing.png" in captured.err
 
 
 def test_the_conversation_is_remembered(
-    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat: Chat, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk(["What?", "What?"], monkeypatch, [picture])
+    talk(["What?", "What?"], monkeypatch, [image])
     first, second = capsys.readouterr().out.splitlines()
     assert first != second
 
@@ -78,7 +78,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
     assert capsys.readouterr().out == "Once upon [stopped]\nOnce upon [stopped]\n"
 
 
-def test_a_missing_picture_is_noticed_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_image_is_noticed_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.png"):
         chat_loop(
             "no/model/at/all",
@@ -113,12 +113,12 @@ def test_a_question_is_asked_again_in_other_words_and_with_other_settings(
 
 
 def test_two_models_are_compared_and_the_vote_kept(
-    chat: Chat, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    chat: Chat, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("What?\nhm\nl\nWhat?\ns\n"))
     votes = tmp_path / "votes.jsonl"
     settings = Settings(max_new_tokens=8, temperature=0.7)
-    compare_loop(("a", "a"), images=[picture], votes=votes, settings=settings, load_in_4bit=False, dtype=None)
+    compare_loop(("a", "a"), images=[image], votes=votes, settings=settings, load_in_4bit=False, dtype=None)
     (vote,) = read_votes(votes)
     out = capsys.readouterr().out
     assert vote.vote == "left" and set(vote.models.values()) == {"tiny", "tiny (temperature 0.7)"}

@@ -1,4 +1,4 @@
-"""What the tests of `check` share: a folder of images, rows about them, and what a check of them gives."""
+"""What the tests of `check` share: a folder of images, examples about them, and what a check of them gives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encoder(**more: Any) -> Encoder:
     return Encoder(tokenizer, CHATML, image, IMAGE_LAYOUT, **{"max_length": 512, **more})
 
 
-def pictures_in(folder: Path) -> Path:
+def images_in(folder: Path) -> Path:
     """Make a folder for data files with red.png, blue.png and deep/green.png."""
     (folder / "deep").mkdir(parents=True)
     for name, colour in (("red.png", "red"), ("blue.png", "blue"), ("deep/green.png", "green")):
@@ -74,7 +74,7 @@ LIST, PRETTY = json.dumps(ROWS), json.dumps(ROWS, indent=4, ensure_ascii=False)
 
 
 def learned(checked: Checked) -> list[Any]:
-    """What the trainer takes, pictures by their bytes."""
+    """What the trainer takes, images by their bytes."""
     rows = checked.table.with_transform(checked.layout)[:]
-    pictures = [[Path(name).read_bytes() for name in names] for names in rows["pictures"]]
-    return list(zip(rows["id"], rows["input_ids"], rows["labels"], pictures, strict=True))
+    images = [[Path(name).read_bytes() for name in names] for names in rows["image_files"]]
+    return list(zip(rows["id"], rows["input_ids"], rows["labels"], images, strict=True))

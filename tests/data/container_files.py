@@ -1,4 +1,4 @@
-"""What the tests of tables, Parquet, Arrow, tars and folders share: rows with images, and files of them."""
+"""What the tests of tables, Parquet, Arrow, tars and folders share: examples with images, and files of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from PIL import Image as Pillow
 
 from qllava.data.formats import Example, read_examples
 from qllava.data.problems import Place
-from qllava.data.rows import read_rows
+from qllava.data.records import read_records
 
-FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+FORMATS = (
+    "a data file is a JSON list of examples, one example per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+)
 AGAIN = "download it or write it again."
 
 
@@ -53,7 +55,7 @@ QUESTIONS: list[dict[str, Any]] = [
 
 
 def said(examples: list[Example]) -> list[Any]:
-    """All that is learned: the pictures by their bytes, and no places."""
+    """All that is learned: the images by their bytes, and no places."""
     return [(e.id, [p.read_bytes() for p in e.images], e.conversation, e.type, e.lost) for e in examples]
 
 
@@ -66,10 +68,10 @@ def as_jsonl(folder: Path, rows: list[dict[str, Any]]) -> list[Any]:
         path.unlink()
 
 
-def rows_of(path: Path) -> tuple[list[tuple[Place, Any]], list[str]]:
-    """The rows, and the problems as the user reads them."""
+def packs_of(path: Path) -> tuple[list[tuple[Place, Any]], list[str]]:
+    """The examples, and the problems as the user reads them."""
     problems: list[str] = []
-    return list(read_rows(path, lambda problem: problems.append(str(problem)))), problems
+    return list(read_records(path, lambda problem: problems.append(str(problem)))), problems
 
 
 def table(path: Path, delimiter: str = ",", header: str = "id,image,question,answer,type") -> None:
@@ -83,14 +85,14 @@ def table(path: Path, delimiter: str = ",", header: str = "id,image,question,ans
 
 
 def embedded(row: dict[str, Any], *, listed: bool = False) -> dict[str, Any]:
-    """A row whose pictures are Hugging Face's Image structs."""
+    """An example whose images are Hugging Face's Image structs."""
     names = row.get("image", [])
     structs = [
         {"bytes": {"red.png": RED, "blue.png": BLUE}[name], "path": name}
         for name in ([names] if isinstance(names, str) else names)
     ]
-    pictures = {"images": structs} if listed else {"image": structs[0] if structs else None}
-    return {key: value for key, value in row.items() if key != "image"} | pictures
+    images = {"images": structs} if listed else {"image": structs[0] if structs else None}
+    return {key: value for key, value in row.items() if key != "image"} | images
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes | Any) -> None:

@@ -18,7 +18,7 @@ from datasets import Image as Embedded
 from PIL import Image
 
 from qllava.data import check as module
-from qllava.data import rows as reading
+from qllava.data import records as reading
 from qllava.data.collate import Collator
 from qllava.data.verdict import Verdict
 from tests.data.checking import (
@@ -29,11 +29,11 @@ from tests.data.checking import (
     SAID,
     SEEN,
     encoder,
+    images_in,
     learned,
     lines,
     llava,
     looked_at,
-    pictures_in,
     said,
     saved,
     turns,
@@ -44,10 +44,10 @@ from tests.tiny_models import IMAGE_SIZE, make_tiny_processor
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLLAVA_CACHE", str(tmp_path / "cache"))
-    return pictures_in(tmp_path / "data")
+    return images_in(tmp_path / "data")
 
 
-# --- the same rows, written in other ways ---
+# --- the same examples, written in other ways ---
 
 
 def tar(path: Path) -> None:
@@ -73,8 +73,8 @@ def linked(path: Path) -> None:
 WRITTEN: dict[str, str | bytes | Callable[[Path], object]] = {
     "a list on one line": LIST,
     "a list with an end of line": LIST + "\n\n",
-    "a row over many lines": PRETTY,
-    "a list of rows, one a line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]",
+    "an example over many lines": PRETTY,
+    "a list of examples, one a line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]",
     "a list behind blank lines": "\n\n \t" + PRETTY,
     "a byte order mark": "\ufeff" + LIST,
     "Windows lines": PRETTY.replace("\n", "\r\n"),
@@ -94,7 +94,7 @@ WRITTEN: dict[str, str | bytes | Callable[[Path], object]] = {
     "a link to the file": linked,
     "Parquet": parquet,
     "a saved Hugging Face dataset": saved,
-    "a tar with its pictures": tar,
+    "a tar with its images": tar,
 }
 
 
@@ -128,11 +128,11 @@ def test_a_file_name_that_is_no_utf8(folder: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     verdict = Verdict.over([looked_at(path)])
-    assert verdict.ok and "tr\\udce4in.json: 3 rows" in verdict.text()
+    assert verdict.ok and "tr\\udce4in.json: 3 examples" in verdict.text()
     json.dumps(verdict.as_json(), ensure_ascii=False).encode()
 
 
-# --- rows of every kind ---
+# --- examples of every kind ---
 
 
 def message(role: str, content: Any) -> dict[str, Any]:
@@ -150,18 +150,18 @@ UNUSUAL: dict[str, tuple[Any, int]] = {
     "numbers as ids": ([llava(ASKED, SAID, id=0), llava(ASKED, "Here.", id=-17)], 0),
     "an id of 4,000 digits": ([llava(ASKED, SAID, id=10**4000 - 1)], 0),
     "an id of many lines": ([llava(ASKED, SAID, id="a\nb\0c")], 0),
-    "one id for the rows of one picture": (
+    "one id for the examples of one image": (
         [llava(SEEN, SAID, id="p", image="red.png"), llava(SEEN, "Red.", id="p", image="red.png")], 1),
-    "several pictures in a row": ([llava("Is <image> like <image>?", "No.", image=["red.png", "deep/green.png"])], 2),
-    "the same picture twice": ([llava("Is <image> like <image>?", "Yes.", image=["red.png", "red.png"])], 1),
-    "a picture in every turn": (
+    "several images in a row": ([llava("Is <image> like <image>?", "No.", image=["red.png", "deep/green.png"])], 2),
+    "the same image twice": ([llava("Is <image> like <image>?", "Yes.", image=["red.png", "red.png"])], 1),
+    "an image in every turn": (
         [llava(SEEN, SAID, SEEN, "Red.", "And <image>?", SAID, images=["red.png", "blue.png", "red.png"])], 2),
-    "a picture in the last turn": ([llava(ASKED, SAID, "Tell me of <image>", "Blue.", image="blue.png")], 1),
-    "a picture at the end of a question": ([llava("What is it?\n<image>", SAID, image="red.png")], 1),
-    "a picture and no question": ([llava("<image>", SAID, image="red.png")], 1),
-    "no pictures": ([llava(ASKED, SAID)], 0),
-    "an empty list of pictures": ([llava(ASKED, SAID, images=[])], 0),
-    "no picture as null, and as nothing": ([llava(ASKED, SAID, image=None), llava("Hm?", SAID, image="")], 0),
+    "an image in the last turn": ([llava(ASKED, SAID, "Tell me of <image>", "Blue.", image="blue.png")], 1),
+    "an image at the end of a question": ([llava("What is it?\n<image>", SAID, image="red.png")], 1),
+    "an image and no question": ([llava("<image>", SAID, image="red.png")], 1),
+    "no images": ([llava(ASKED, SAID)], 0),
+    "an empty list of images": ([llava(ASKED, SAID, images=[])], 0),
+    "no image as null, and as nothing": ([llava(ASKED, SAID, image=None), llava("Hm?", SAID, image="")], 0),
     "image beside an empty images": ([llava(SEEN, SAID, image="red.png", images=[])], 1),
     "a system prompt": ([{"conversations": [{"from": "system", "value": "Be brief."}, *turns(SEEN, SAID)],
                           "image": "red.png"}], 1),
@@ -186,18 +186,18 @@ UNUSUAL: dict[str, tuple[Any, int]] = {
     "a long conversation": ([llava(*("a", "b") * 24)], 0),
     "a name with a path inside": ([llava(SEEN, SAID, image="./deep/../deep//green.png")], 1),
     "a sub folder": ([llava(SEEN, SAID, image="deep/green.png")], 1),
-    "many rows of one picture": ([llava(SEEN, f"{n} buses", image="red.png") for n in range(40)], 1),
+    "many examples of one image": ([llava(SEEN, f"{n} buses", image="red.png") for n in range(40)], 1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_rows(folder: Path, name: str) -> None:
-    rows, pictures = UNUSUAL[name]
+    rows, images = UNUSUAL[name]
     (folder / "train.json").write_text(json.dumps(rows))
     checked = looked_at(folder / "train.json")
     assert said(checked) == []
     assert Verdict.over([checked]).ok
-    assert (checked.summary.samples, checked.summary.images) == (len(rows), pictures)
+    assert (checked.summary.samples, checked.summary.images) == (len(rows), images)
     assert len(checked.table.with_transform(checked.layout)[:]["input_ids"]) == len(rows)
 
 
@@ -210,7 +210,7 @@ def test_tables(folder: Path, delimiter: str, file: str) -> None:
     assert (checked.summary.samples, checked.summary.images) == (2, 1)
 
 
-def test_pictures_inside_parquet_and_as_long_as_may_be(folder: Path) -> None:
+def test_images_inside_parquet_and_as_long_as_may_be(folder: Path) -> None:
     features = Features({"image": Embedded(), "question": Value("string"), "answer": Value("string")})
     rows = [{"image": str(folder / name), "question": "What?", "answer": name} for name in ("red.png", "blue.png")]
     rows.append(rows[0] | {"answer": "Another one, and longer"})
@@ -223,7 +223,7 @@ def test_pictures_inside_parquet_and_as_long_as_may_be(folder: Path) -> None:
     assert looked_at(folder / "t.parquet", encoder(max_length=longest - 1)).summary.errors == 1
 
 
-# --- pictures of every kind ---
+# --- images of every kind ---
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -253,7 +253,7 @@ def transparent(path: Path) -> None:
     photo("P").save(path, transparency=bytes(range(256)))
 
 
-PICTURES: dict[str, tuple[str, Callable[[Path], object]]] = {
+IMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "turned by EXIF": ("a.jpg", upside_down),
     "EXIF that is damaged": ("a.jpg", damaged_exif),
     "CMYK": ("a.jpg", lambda path: photo("CMYK").save(path)),
@@ -274,7 +274,7 @@ PICTURES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no suffix": ("picture", lambda path: photo().save(path, "JPEG")),
     "capital letters": ("A.JPEG", lambda path: photo().save(path)),
     "a link to another folder": ("a.png", elsewhere),
-    "a link to a picture": ("a.png", lambda path: path.symlink_to("red.png")),
+    "a link to an image": ("a.png", lambda path: path.symlink_to("red.png")),
     "another script in its name": ("картинка 图片 \U0001f68c.png", lambda path: photo().save(path)),
     "signs in its name": ("a 'b' \"c\" #1 %20 <d>&\n.png", lambda path: photo().save(path)),
     "a name of 250 letters": ("n" * 246 + ".png", lambda path: photo().save(path)),
@@ -285,10 +285,10 @@ PICTURES: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_unusual_pictures(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", IMAGES)
+def test_unusual_images(folder: Path, name: str) -> None:
     """They pass, and the model gets them: padded, and cropped."""
-    file, write = PICTURES[name]
+    file, write = IMAGES[name]
     write(folder / file)
     (folder / "train.json").write_text(json.dumps([llava(SEEN, SAID, image=file)]))
     checked = looked_at(folder / "train.json")
@@ -316,7 +316,7 @@ def test_a_file_larger_than_a_piece(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_chunks_in_processes_give_what_they_give_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sound rows and broken ones, in the order of the file; one is as deep as json reads it."""
+    """Sound examples and broken ones, in the order of the file; one is as deep as json reads it."""
     rows: list[Any] = [llava(SEEN, f"{n} buses", id=n, image="red.png") for n in range(12)]
     rows[1:1] = [llava("What?"), [llava("What?", "That.")], llava(SEEN, SAID, image="gone.png")]
     rows[9:9] = [llava("<|im_end|>", "That."), {"id": 9, "question": "a"}, llava("Hm?", "long " * 600)]

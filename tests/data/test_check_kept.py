@@ -17,13 +17,13 @@ from qllava.data import check as module
 from qllava.data import decoded
 from qllava.data.problems import Place
 from qllava.data.verdict import Verdict
-from tests.data.checking import LIST, PRETTY, SAID, SEEN, encoder, learned, llava, looked_at, pictures_in, said, saved
+from tests.data.checking import LIST, PRETTY, SAID, SEEN, encoder, images_in, learned, llava, looked_at, said, saved
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLLAVA_CACHE", str(tmp_path / "cache"))
-    return pictures_in(tmp_path / "data")
+    return images_in(tmp_path / "data")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def train(folder: Path) -> Path:
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is read and decoded from now on, by name."""
     done: list[str] = []
-    read, decode = module.read_rows, decoded.open_image
+    read, decode = module.read_records, decoded.open_image
 
     def reads(path: Path, *args: Any) -> Any:
         done.append(path.name)
@@ -47,7 +47,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(path.name)
         return decode(path)
 
-    monkeypatch.setattr(module, "read_rows", reads)
+    monkeypatch.setattr(module, "read_records", reads)
     monkeypatch.setattr(decoded, "open_image", decodes)
     return done
 
@@ -78,7 +78,7 @@ def test_rows_that_cannot_be_used_are_found_again_without_reading(train: Path, w
     assert list(looked_at(train).problems()) == list(first.problems())
 
 
-def test_text_that_changed_is_read_again_and_its_pictures_are_known(train: Path, work: list[str]) -> None:
+def test_text_that_changed_is_read_again_and_its_images_are_known(train: Path, work: list[str]) -> None:
     looked_at(train)
     train.write_text(PRETTY.replace("bus", "car"), encoding="utf-8")
     assert again(train, work) == ["train.json"]
@@ -99,39 +99,41 @@ def test_a_file_that_was_only_touched_is_not_read(train: Path, work: list[str]) 
     assert again(train, work) == []
 
 
-def test_a_picture_that_changed_is_decoded_again_alone(train: Path, work: list[str]) -> None:
+def test_a_image_that_changed_is_decoded_again_alone(train: Path, work: list[str]) -> None:
     looked_at(train)
     Image.new("RGB", (9, 9)).save(train.parent / "red.png")
     assert again(train, work) == ["red.png"]
     assert again(train, work) == []
 
 
-def test_a_picture_that_broke_is_found_though_the_rows_are_known(train: Path, work: list[str]) -> None:
+def test_a_image_that_broke_is_found_though_the_rows_are_known(train: Path, work: list[str]) -> None:
     looked_at(train)
     whole = (train.parent / "red.png").read_bytes()
-    (train.parent / "red.png").write_bytes(b"no picture")
+    (train.parent / "red.png").write_bytes(b"no image")
     for _ in range(2):  # and found again by the next check
         assert again(train, work) == ["red.png"]
         (problem,) = looked_at(train).problems()
-        assert (problem.kind, problem.id, problem.place) == ("picture broken", "one", Place(str(train), line=1, row=1))
+        assert (problem.kind, problem.id, problem.place) == ("image broken", "one", Place(str(train), line=1, row=1))
         assert not Verdict.over([looked_at(train)]).ok
-    assert looked_at(train, pictures=False).summary.errors == 0
+    assert looked_at(train, images=False).summary.errors == 0
     (train.parent / "red.png").write_bytes(whole)
     assert again(train, work) == ["red.png"]
     assert Verdict.over([looked_at(train)]).ok
 
 
-def test_a_picture_that_went_missing_is_found(train: Path, work: list[str]) -> None:
+def test_a_image_that_went_missing_is_found(train: Path, work: list[str]) -> None:
     looked_at(train)
     (train.parent / "blue.png").unlink()
     assert again(train, work) == ["blue.png"]
     name = train.parent / "blue.png"
     (told,) = said(looked_at(train))
-    assert told.startswith(f"train.json, row 3, id three: {name}: the image does not exist; check the name, and the fo")
+    assert told.startswith(
+        f"train.json, example 3, id three: {name}: the image does not exist; check the name, and the fo"
+    )
     assert "(--image-folder; image_folder in a recipe)" in told
 
 
-def test_a_missing_picture_that_was_added_makes_it_sound(train: Path, work: list[str]) -> None:
+def test_a_missing_image_that_was_added_makes_it_sound(train: Path, work: list[str]) -> None:
     (train.parent / "blue.png").rename(train.parent / "away.png")
     assert looked_at(train).summary.errors == 1
     (train.parent / "away.png").rename(train.parent / "blue.png")
@@ -147,7 +149,7 @@ def test_a_missing_file_that_was_added_is_read(train: Path) -> None:
     assert Verdict.over([looked_at(train)]).ok
 
 
-def test_pictures_are_known_from_another_file_of_their_folder(train: Path, work: list[str]) -> None:
+def test_images_are_known_from_another_file_of_their_folder(train: Path, work: list[str]) -> None:
     looked_at(train)
     other = train.parent / "test.json"
     other.write_text(json.dumps([llava(SEEN, SAID, image=name) for name in ("red.png", "deep/green.png")]))
@@ -155,13 +157,13 @@ def test_pictures_are_known_from_another_file_of_their_folder(train: Path, work:
     assert again(train, work) == again(other, work) == []
 
 
-def test_without_pictures_none_is_decoded(train: Path, work: list[str]) -> None:
-    (train.parent / "red.png").write_bytes(b"no picture")
-    assert again(train, work, pictures=False) == ["train.json"]
+def test_without_images_none_is_decoded(train: Path, work: list[str]) -> None:
+    (train.parent / "red.png").write_bytes(b"no image")
+    assert again(train, work, images=False) == ["train.json"]
     assert again(train, work) == ["blue.png", "red.png"]
 
 
-def test_the_pictures_in_the_folder_of_a_data_set_are_no_part_of_it(folder: Path, work: list[str]) -> None:
+def test_the_images_in_the_folder_of_a_data_set_are_no_part_of_it(folder: Path, work: list[str]) -> None:
     saved(folder / "set")
     looked_at(folder / "set")
     Image.new("RGB", (5, 5)).save(folder / "set" / "red.png")
@@ -181,7 +183,7 @@ def test_what_a_loss_of_power_left_empty_is_made_again(train: Path, work: list[s
 def test_nothing_else_is_left_behind(train: Path) -> None:
     kept = looked_at(train).folder
     assert sorted(path.name for path in kept.iterdir()) == [
-        "pictures.jsonl",
+        "images.jsonl",
         "rows.json",
         "rows.jsonl",
         "samples.arrow",
@@ -228,9 +230,9 @@ def test_a_full_disk(train: Path, small_files: Callable[[int], None], work: list
     assert again(train, work) == ALL
 
 
-def test_a_disk_that_is_full_for_the_pictures(train: Path, small_files: Callable[[int], None], work: list[str]) -> None:
-    """The rows are kept already; a list of pictures is none that half of it was written of."""
-    looked_at(train, pictures=False)
+def test_a_disk_that_is_full_for_the_images(train: Path, small_files: Callable[[int], None], work: list[str]) -> None:
+    """The examples are kept already; a list of images is none that half of it was written of."""
+    looked_at(train, images=False)
     small_files(50)
     try:
         with pytest.raises(InputError, match="cannot be kept in"):

@@ -35,7 +35,7 @@ FEW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthC
 
 @dataclass(repr=False)
 class Workshop:
-    """A folder of pictures, sound ones and broken ones, and a model that learns from what was passed.
+    """A folder of images, sound ones and broken ones, and a model that learns from what was passed.
 
     steps: how often it did.
     """
@@ -68,16 +68,22 @@ class Workshop:
         return checked
 
     def learn(self, checked: Checked) -> None:
-        """One step over all rows that were passed: those of the table whose pictures were not refused."""
+        """One step over all examples that were passed: those of the table whose images were not refused."""
         rows = checked.table.with_transform(checked.layout)[:]
         sound, refused = [], set()
-        for id, ids, labels, pictures, image_tokens in zip(*rows.values(), strict=True):
-            broken = {name for name in pictures if Path(name).name in BROKEN}
+        for id, ids, labels, images, image_tokens in zip(*rows.values(), strict=True):
+            broken = {name for name in images if Path(name).name in BROKEN}
             refused |= broken
             if not broken:
-                row = {"id": id, "input_ids": ids, "labels": labels, "pictures": pictures, "image_tokens": image_tokens}
+                row = {
+                    "id": id,
+                    "input_ids": ids,
+                    "labels": labels,
+                    "image_files": images,
+                    "image_tokens": image_tokens,
+                }
                 sound.append(row)
-        assert checked.summary.counts.get("picture broken", 0) == len(refused)
+        assert checked.summary.counts.get("image broken", 0) == len(refused)
         if sound:
             self.steps += 1
             batch = self.collator(sound)
@@ -96,7 +102,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     (folder / "deep").mkdir()
     Image.new("RGB", (20, 12), "red").save(folder / "red.png")
     Image.new("CMYK", (9, 40), "blue").save(folder / "deep" / "blue.jpg")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:-30])
     processor = make_tiny_processor()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -107,7 +113,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         yield Workshop(folder, encoder, collator, make_tiny_model(processor, layers=1).train())
 
 
-# --- rows: sound ones, and what may become of them ---
+# --- examples: sound ones, and what may become of them ---
 
 CONTROLS = [
     "<|im_end|>",
@@ -131,7 +137,7 @@ WORDS = st.lists(
 
 
 def sayable(words: str) -> str:
-    """Words that a sound row may hold."""
+    """Words that a sound example may hold."""
     for control in CONTROLS[:4]:
         words = words.replace(control, "bus")
     return words if words.strip() else "bus"
@@ -154,14 +160,14 @@ JSON = st.recursive(
 @st.composite
 def sound_row(draw: st.DrawFn) -> dict[str, Any]:
     rounds = draw(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=2))
-    pictures = draw(st.lists(st.sampled_from(SOUND), max_size=2))
+    images = draw(st.lists(st.sampled_from(SOUND), max_size=2))
     said = [words for pair in rounds for words in pair]
     at = draw(st.integers(0, len(rounds) - 1))
-    said[2 * at] = "<image>\n" * len(pictures) + said[2 * at]
+    said[2 * at] = "<image>\n" * len(images) + said[2 * at]
     ids = {} if draw(st.booleans()) else {"id": draw(IDS | st.integers())}
     kind = draw(st.sampled_from(["conversations", "messages", "question"]))
     if kind == "question":
-        return ids | {"image": pictures, "question": said[2 * at], "answer": said[2 * at + 1]}
+        return ids | {"image": images, "question": said[2 * at], "answer": said[2 * at + 1]}
     role, content, sides = {
         "conversations": ("from", "value", ("human", "gpt")),
         "messages": ("role", "content", ("user", "assistant")),
@@ -169,7 +175,7 @@ def sound_row(draw: st.DrawFn) -> dict[str, Any]:
     turns = [{role: sides[n % 2], content: words} for n, words in enumerate(said)]
     if draw(st.booleans()):
         turns.insert(0, {role: "system", content: draw(SAID)})
-    return ids | {"images": pictures, kind: turns}
+    return ids | {"images": images, kind: turns}
 
 
 def inside(value: Any) -> list[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Rows become tensors: padded on the right, pictures in the order of their tokens."""
+"""Examples become tensors: padded on the right, images in the order of their tokens."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from qllava.config import InputError
 from qllava.data.collate import Collator
 from qllava.data.images import open_image
-from tests.tiny_models import make_picture
+from tests.tiny_models import make_image
 
 PAD = 9
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[str]:
+def images(tmp_path: Path) -> list[str]:
     paths = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
     for path, size in zip(paths, [(40, 40), (50, 20), (10, 30)], strict=True):
-        make_picture(path.stem, size).save(path)
+        make_image(path.stem, size).save(path)
     return [str(path) for path in paths]
 
 
-def rows(*pictures: list[str]) -> list[dict[str, object]]:
+def rows(*images: list[str]) -> list[dict[str, object]]:
     return [
-        {"id": f"x{n}", "input_ids": list(range(1, 3 + n)), "labels": [-100, *range(2, 3 + n)], "pictures": names}
-        for n, names in enumerate(pictures)
+        {"id": f"x{n}", "input_ids": list(range(1, 3 + n)), "labels": [-100, *range(2, 3 + n)], "image_files": names}
+        for n, names in enumerate(images)
     ]
 
 
@@ -46,13 +46,13 @@ def test_padding_is_on_the_right_and_never_learned() -> None:
     assert len(batch["ids"]) == 3
 
 
-def test_without_pictures_there_are_no_pixels() -> None:
+def test_without_images_there_are_no_pixels() -> None:
     assert "pixel_values" not in collator()(rows([], []))
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_pixels_are_in_the_order_of_the_rows(pad: bool, pictures: list[str]) -> None:
-    red, green, blue = pictures
+def test_pixels_are_in_the_order_of_the_rows(pad: bool, images: list[str]) -> None:
+    red, green, blue = images
     made = collator(pad=pad)
     pixels = made(rows([blue], [], [red, green], [blue]))["pixel_values"]
     alone = [
@@ -64,7 +64,7 @@ def test_pixels_are_in_the_order_of_the_rows(pad: bool, pictures: list[str]) -> 
     assert not torch.equal(pixels[0], pixels[1])
 
 
-def test_a_broken_picture_is_named_with_its_row(pictures: list[str]) -> None:
-    Path(pictures[1]).write_bytes(b"no picture")
+def test_a_broken_image_is_named_with_its_row(images: list[str]) -> None:
+    Path(images[1]).write_bytes(b"no image")
     with pytest.raises(InputError, match=r"id x1: .*green\.png: this is not an image"):
-        collator()(rows([pictures[0]], [pictures[1]]))
+        collator()(rows([images[0]], [images[1]]))

@@ -1,4 +1,4 @@
-"""Rows compared with rows: over several files, in tables of several pieces, as a reader of them all would."""
+"""Examples compared with examples: over several files, in tables of several pieces, as a reader of them all would."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encoder() -> Encoder:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_ROWS", 2)  # rows of a piece
+    monkeypatch.setattr(module, "_ROWS", 2)  # examples of a piece
     monkeypatch.setattr(module, "_ALONE", 1_000_000)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4), "red").save(tmp_path / name)
@@ -79,20 +79,20 @@ class TestRepeated:
     def test_each_is_compared_with_the_first(self, folder: Path) -> None:
         bus, car = ("What?", "A bus."), ("What?", "A car.")
         rows = [row(None, *said) for said in (car, bus, bus, ("Hello", "Ho"), car, bus)]
-        said = "duplicate: t.jsonl, line {}, None: the row says the same about the same pictures as t.jsonl, line {}"
+        said = "duplicate: t.jsonl, line {}, None: the example says the same about the same images as t.jsonl, line {}"
         assert again(checked(folder, "t.jsonl", *rows)) == [said.format(n, of) for n, of in ((3, 2), (5, 1), (6, 2))]
 
     def test_rows_of_two_files(self, folder: Path) -> None:
         first = checked(folder, "1.jsonl", row("x", "What?", "A bus."), row("y", "Who?", "I."))
         second = checked(folder, "2.jsonl", row("z", "Who?", "You."), row("y", "Why?", "So."), row("w", "Who?", "I."))
         assert again(first, second) == [
-            "duplicate: 2.jsonl, line 3, w: the row says the same about the same pictures as 1.jsonl, line 2",
+            "duplicate: 2.jsonl, line 3, w: the example says the same about the same images as 1.jsonl, line 2",
             "duplicate id: 2.jsonl, line 2, y: 1.jsonl, line 2 has the same id",
         ]
         assert again(first) == again(second) == []
 
-    def test_rows_about_one_picture_may_bear_its_id(self, folder: Path) -> None:
-        """As LLaVA's do; one about another picture, or about none, may not."""
+    def test_rows_about_one_image_may_bear_its_id(self, folder: Path) -> None:
+        """As LLaVA's do; one about another image, or about none, may not."""
         seen = ("<image>\nWhat?", "<image>\nWhere?", "<image>\nWho?")
         about = [row("p1", asked, "That.", image="a.png") for asked in seen]
         assert again(checked(folder, "t.jsonl", *about)) == []
@@ -140,7 +140,7 @@ class TestLeaked:
             "1.jsonl, line 3, id 2: a question with its images and answer is in the evaluation file too; "
             "remove it from one of the two, or the evaluation measures what was learned by heart."
         )
-        assert "A run would go on, but not every row" in verdict.text()
+        assert "A run would go on, but not every example" in verdict.text()
         assert Verdict.over([first, second]).ok
 
     def test_problems_of_held_out_rows_count(self, folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_as_whoever_reads_all_rows_would_find(folder: Path, files: list[list[Any
         for line, (id, image, rounds) in enumerate(rows, start=1):
             at, content = f"{n}.jsonl, line {line}", (image, tuple(rounds))
             if content in contents:
-                same.append(f"duplicate: {at}, {id}: the row says the same about the same pictures as "
+                same.append(f"duplicate: {at}, {id}: the example says the same about the same images as "
                             f"{contents[content]}")  # fmt: skip
             contents.setdefault(content, at)
             first, shown, what = ids.setdefault(id, (at, image, content))

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from qllava.data.formats import read_examples
 from qllava.data.problems import Place
-from qllava.data.rows import read_rows
+from qllava.data.records import read_records
 from tests.data.container_files import (
     FORMATS,
     KINDS,
@@ -22,7 +22,7 @@ from tests.data.container_files import (
     add,
     as_jsonl,
     embedded,
-    rows_of,
+    packs_of,
     said,
     table,
     write_columns,
@@ -42,13 +42,13 @@ class TestFolders:
         data.save_to_disk(folder / "saved", num_shards=shards)
         (folder / "saved" / "cache-0123.arrow").write_bytes(b"what `map` leaves there")
         assert said(read_examples(folder / "saved")) == as_jsonl(folder, ROWS)
-        last = list(read_rows(folder / "saved"))[-1][0]
-        assert str(last) == f"data-0000{shards - 1}-of-0000{shards}.arrow, row {4 if shards == 1 else 1}"
+        last = list(read_records(folder / "saved"))[-1][0]
+        assert str(last) == f"data-0000{shards - 1}-of-0000{shards}.arrow, example {4 if shards == 1 else 1}"
 
     def test_splits_are_named(self, folder: Path) -> None:
         data = Dataset.from_list(QUESTIONS)
         DatasetDict({"train": data, "test": data}).save_to_disk(folder / "saved")
-        assert rows_of(folder / "saved") == (
+        assert packs_of(folder / "saved") == (
             [],
             [f"{folder}/saved: the folder holds several datasets (test, train); name the folder of one of them."],
         )
@@ -66,14 +66,14 @@ class TestFolders:
             else:
                 write_columns(path, [row], "parquet" if kind == "parquet" else "arrow stream")
         (folder / "s" / "notes.md").write_text("x")
-        rows, problems = rows_of(folder / "s")
+        rows, problems = packs_of(folder / "s")
         assert not problems
         assert [(str(place), row["answer"]) for place, row in rows] == [
-            (f"train-{number}.{kind}, row 1", str(number)) for number in (1, 2)
+            (f"train-{number}.{kind}, example 1", str(number)) for number in (1, 2)
         ]
 
     def test_nothing_in_it(self, folder: Path) -> None:
-        assert rows_of(folder)[1] == [
+        assert packs_of(folder)[1] == [
             f"{folder}: this is a folder without data files; "
             f"name a file, or a folder of Parquet, Arrow or tar files: {FORMATS}."
         ]
@@ -90,13 +90,13 @@ class TestFolders:
     def test_files_that_do_not_belong_together(self, folder: Path, names: list[str], problem: str) -> None:
         for name in names:
             (folder / name).touch()
-        assert rows_of(folder) == ([], [f"{folder}: {problem}."])
+        assert packs_of(folder) == ([], [f"{folder}: {problem}."])
 
     def test_shards_that_are_broken_are_said_and_the_rest_is_read(self, folder: Path) -> None:
         (folder / "1.parquet").symlink_to("1.parquet")
         (folder / "2.parquet").touch()
         write_columns(folder / "3.parquet", QUESTIONS, "parquet")
-        rows, problems = rows_of(folder)
+        rows, problems = packs_of(folder)
         assert len(rows) == 3
         assert problems == [
             f"{folder}/1.parquet: the data file cannot be read (Too many levels of symbolic links); check its folder.",
@@ -106,7 +106,7 @@ class TestFolders:
     @pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": 3}]}'])
     def test_a_state_that_is_broken(self, folder: Path, state: str) -> None:
         (folder / "state.json").write_text(state)
-        assert rows_of(folder)[1] == [
+        assert packs_of(folder)[1] == [
             f"{folder}/state.json: this does not name the files of a saved dataset; save it again."
         ]
 
@@ -116,7 +116,7 @@ class TestFolders:
     def test_a_state_that_names_what_is_not_there(self, folder: Path, name: str, reason: str) -> None:
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
         place = Place(str(folder / Path(name).name))
-        assert rows_of(folder)[1] == [f"{place}: the data file cannot be read ({reason}); check its folder."]
+        assert packs_of(folder)[1] == [f"{place}: the data file cannot be read ({reason}); check its folder."]
 
 
 class TestOtherBytes:
@@ -132,12 +132,12 @@ class TestOtherBytes:
     )
     def test_they_are_refused(self, folder: Path, data: bytes, problem: str) -> None:
         (folder / "train.json").write_bytes(data)
-        assert rows_of(folder / "train.json") == ([], [f"{folder}/train.json: {problem}."])
+        assert packs_of(folder / "train.json") == ([], [f"{folder}/train.json: {problem}."])
 
     def test_a_compressed_tar_is_refused(self, folder: Path) -> None:
         with tarfile.open(folder / "t.tar.gz", "w:gz") as tar:
             add(tar, "a.json", ROWS[1])
-        assert rows_of(folder / "t.tar.gz")[1] == [
+        assert packs_of(folder / "t.tar.gz")[1] == [
             f"{folder}/t.tar.gz: the file is compressed (gzip); unpack it first: {FORMATS}."
         ]
 
@@ -157,5 +157,5 @@ class TestOtherBytes:
             for _ in range(dice.choice((1, 1, 4, 40))):
                 data[dice.randrange(len(data))] = dice.choice((0, 1, 34, 44, 127, 128, 255, dice.randrange(256)))
             path.write_bytes(data[: dice.choice((len(data), len(data), dice.randrange(len(data))))])
-            noticed += bool(rows_of(path)[1])
+            noticed += bool(packs_of(path)[1])
         assert noticed > 50

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qllava.data.formats import read_examples
-from qllava.data.problems import Place, RowError
-from tests.data.container_files import FORMATS, QUESTIONS, as_jsonl, rows_of, said, table
+from qllava.data.problems import Place, RecordError
+from tests.data.container_files import FORMATS, QUESTIONS, as_jsonl, packs_of, said, table
 
 
 class TestTables:
@@ -24,7 +24,7 @@ class TestTables:
 
     def test_places_are_the_lines_where_records_begin(self, folder: Path) -> None:
         (folder / "t.csv").write_bytes(b'\r\nquestion,answer,other\r\na,"b\r\nb",1\r\n\r\nc,d,2\r\n')
-        assert rows_of(folder / "t.csv") == (
+        assert packs_of(folder / "t.csv") == (
             [
                 (Place(str(folder / "t.csv"), line=3), {"question": "a", "answer": "b\nb", "other": "1"}),
                 (Place(str(folder / "t.csv"), line=6), {"question": "c", "answer": "d", "other": "2"}),
@@ -34,7 +34,7 @@ class TestTables:
 
     def test_space_before_a_quote_is_no_part_of_the_cell(self, folder: Path) -> None:
         (folder / "t.csv").write_text('question, answer, image\n"a, b", " c", \n')
-        assert [row for _, row in rows_of(folder / "t.csv")[0]] == [{"question": "a, b", "answer": " c"}]
+        assert [row for _, row in packs_of(folder / "t.csv")[0]] == [{"question": "a, b", "answer": " c"}]
 
     @pytest.mark.parametrize(
         "text",
@@ -42,7 +42,7 @@ class TestTables:
     )
     def test_other_text_is_refused(self, folder: Path, text: str) -> None:
         (folder / "t.csv").write_text(text)
-        rows, problems = rows_of(folder / "t.csv")
+        rows, problems = packs_of(folder / "t.csv")
         assert not rows
         assert problems == [
             f"{folder}/t.csv: the file is neither JSON nor a table with the columns question and answer; {FORMATS}."
@@ -70,14 +70,14 @@ class TestTables:
         self, folder: Path, text: str, problem: str, left: int
     ) -> None:
         (folder / "t.csv").write_text(text)
-        rows, problems = rows_of(folder / "t.csv")
+        rows, problems = packs_of(folder / "t.csv")
         assert problems == ([f"t.csv, {problem}."] if problem else [])
         assert len(rows) == left
 
     def test_a_field_beyond_any_limit_is_told_as_such(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("qllava.data.delimited._LONGEST", 5000)
         (folder / "t.csv").write_text(f"question,answer\na,{'x' * 6000}\nc,d")
-        rows, problems = rows_of(folder / "t.csv")
+        rows, problems = packs_of(folder / "t.csv")
         assert [row["question"] for _, row in rows] == ["c"]
         assert problems == [
             "t.csv, line 2: a field is longer than 5,000 characters; a quote that is not closed takes everything "
@@ -86,6 +86,6 @@ class TestTables:
 
     def test_words_that_are_missing_are_an_error_of_the_row(self, folder: Path) -> None:
         (folder / "t.csv").write_text("question,answer\na,b\nc, \n")
-        with pytest.raises(RowError) as error:
+        with pytest.raises(RecordError) as error:
             read_examples(folder / "t.csv")
-        assert str(error.value) == "t.csv, line 3: turn 2 is an empty answer; write it or drop the row."
+        assert str(error.value) == "t.csv, line 3: turn 2 is an empty answer; write it or drop the example."

@@ -20,7 +20,7 @@ from qllava.data.problems import Place, Problem
 from qllava.image_layout import ImageLayout
 from tests.tiny_models import make_tiny_tokenizer
 
-PICTURE = Path("a.png")
+IMAGE = Path("a.png")
 PLACE = Place("train.json", row=3)
 TOKENS_PER_IMAGE = 7
 LAYOUT = ImageLayout(1, TOKENS_PER_IMAGE)
@@ -44,7 +44,7 @@ def encoder(template: Template = CHATML, tokens: PreTrainedTokenizerBase | None 
 def example(*said: str, images: int | None = None, id: str = "x7") -> Example:
     turns = tuple(Turn("assistant" if n % 2 else "user", content) for n, content in enumerate(said))
     count = "".join(said[::2]).count(IMAGE_TOKEN) if images is None else images
-    return Example(id, (PICTURE,) * count, Conversation(turns), PLACE)
+    return Example(id, (IMAGE,) * count, Conversation(turns), PLACE)
 
 
 def learned(sample: Sample, tokens: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -61,14 +61,14 @@ def learned(sample: Sample, tokens: PreTrainedTokenizerBase | None = None) -> li
 def test_a_sample() -> None:
     sample = encoder().encode(example("<image>\nWhat colour?", "red", "How many?", "two"))
     assert sample is not None
-    picture = tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+    image = tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
     text = CHATML.render(example("<image>\nWhat colour?", "red", "How many?", "two").conversation).text
     ids = tokenizer().encode(text, add_special_tokens=False)
-    at = ids.index(picture)
-    assert sample.input_ids == ids[:at] + [picture] * TOKENS_PER_IMAGE + ids[at + 1 :]
+    at = ids.index(image)
+    assert sample.input_ids == ids[:at] + [image] * TOKENS_PER_IMAGE + ids[at + 1 :]
     assert len(sample.labels) == len(sample.input_ids)
     assert learned(sample) == ["red<|im_end|>", "two<|im_end|>"]
-    assert (sample.id, sample.images, sample.place) == ("x7", (PICTURE,), PLACE)
+    assert (sample.id, sample.images, sample.place) == ("x7", (IMAGE,), PLACE)
 
 
 # What people write, and what stands between words in the templates: the places where tokens could melt together.
@@ -84,23 +84,23 @@ SAID = WORDS.filter(str.strip)
 @settings(deadline=None, max_examples=150)
 @given(
     rounds=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=4),
-    pictures=st.integers(0, 2),
+    images=st.integers(0, 2),
     template=st.sampled_from([CHATML, LLAMA_3, VICUNA_V1]),
     trim_offsets=st.booleans(),
 )
 def test_learned_are_the_answers_and_their_ends(
-    rounds: list[tuple[str, str]], pictures: int, template: Template, trim_offsets: bool
+    rounds: list[tuple[str, str]], images: int, template: Template, trim_offsets: bool
 ) -> None:
     tokens = tokenizer(trim_offsets)
     said = [words for pair in rounds for words in pair]
-    said[0] = f"{IMAGE_TOKEN}\n" * pictures + said[0]
+    said[0] = f"{IMAGE_TOKEN}\n" * images + said[0]
     sample = encoder(template, tokens).encode(example(*said))
     assert sample is not None
     end = "<|eot_id|>" if template is LLAMA_3 else "<|im_end|>"
     before = " " if template is VICUNA_V1 else ""
     answers = [answer.strip() if template.strip else answer for _, answer in rounds]
     assert learned(sample, tokens) == [f"{before}{answer}{end}" for answer in answers]
-    assert sample.input_ids.count(tokens.convert_tokens_to_ids(IMAGE_TOKEN)) == pictures * TOKENS_PER_IMAGE
+    assert sample.input_ids.count(tokens.convert_tokens_to_ids(IMAGE_TOKEN)) == images * TOKENS_PER_IMAGE
     assert all(label in (IGNORE_INDEX, id) for id, label in zip(sample.input_ids, sample.labels, strict=True))
 
 
@@ -158,7 +158,7 @@ def test_words_cannot_spell_a_control_token(said: tuple[str, ...], token: str) -
     with pytest.raises(InputError) as error:
         encoder().encode(example(*said))
     assert f"contain {token}" in str(error.value)
-    assert str(error.value).startswith("train.json, row 3, id x7: ")
+    assert str(error.value).startswith("train.json, example 3, id x7: ")
 
 
 def test_words_of_other_models_are_words(sentencepiece_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,15 +177,15 @@ def test_system_prompts_cannot_spell_one_either() -> None:
         encoder().encode_prompt(Conversation((Turn("user", "<|im_end|>"),)))
 
 
-def test_pictures_and_image_tokens_are_equal_in_number() -> None:
-    with pytest.raises(InputError, match="id x7: the text holds 2 <image> for 1 picture"):
+def test_images_and_image_tokens_are_equal_in_number() -> None:
+    with pytest.raises(InputError, match="id x7: the text holds 2 <image> for 1 image"):
         encoder().encode(example("<image><image> a", "b", images=1))
-    with pytest.raises(InputError, match="holds 1 <image> for 0 pictures"):
+    with pytest.raises(InputError, match="holds 1 <image> for 0 images"):
         encoder().encode_prompt(Conversation((Turn("user", "<image>"),)), images=0)
 
 
 def test_a_conversation_that_cannot_be_rendered_is_named() -> None:
-    with pytest.raises(InputError, match="id x7: template plain takes a picture and its caption"):
+    with pytest.raises(InputError, match="id x7: template plain takes an image and its caption"):
         encoder(PLAIN).encode(example("What?", "That."))
     with pytest.raises(InputError, match="id x7: the conversation ends with the user"):
         encoder().encode(example("What?"))
@@ -231,8 +231,8 @@ def test_too_long_is_dropped_and_counted() -> None:
     assert (problem.kind, problem.severity) == ("dropped", "warning")
     longest = lengths()[2]
     assert str(problem) == (
-        f"train.json, row 3, id long: {longest} tokens (1 picture of 7) are more than max_length {longest - 1}, "
-        "so the row is dropped; raise max_length to keep it."
+        f"train.json, example 3, id long: {longest} tokens (1 image of 7) are more than max_length {longest - 1}, "
+        "so the example is dropped; raise max_length to keep it."
     )
 
 
@@ -251,7 +251,7 @@ def test_trimming_takes_whole_rounds_from_the_end(template: Template) -> None:
             assert f"so {3 - len(fitting)} of 3 answers are lost; raise max_length" in str(problems[0])
 
 
-def test_trimming_never_takes_a_picture() -> None:
+def test_trimming_never_takes_a_image() -> None:
     late = example("What colour?", "red", "<image>\nAnd this?", "blue")
     length = len(encoder().encode_all([late])[0].input_ids)
     problems: list[Problem] = []

@@ -1,4 +1,4 @@
-"""Rows of every format become the same Example; what is wrong is said with file, place and id."""
+"""Examples of every format become the same Example; what is wrong is said with file, place and id."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_every_format_gives_the_same_example(folder: Path, row: dict[str, Any], 
         place=Place(str(folder / f"train.{suffix}"), line=1, row=1 if suffix == "json" else None),
         lost=row["conversations"][0]["from"] == "gpt" if "conversations" in row else False,
     )
-    assert example.where == f"train.{suffix}, {'row' if suffix == 'json' else 'line'} 1, id x7"
+    assert example.where == f"train.{suffix}, {'example' if suffix == 'json' else 'line'} 1, id x7"
 
 
-def test_rows_without_pictures_with_several_and_in_later_turns(folder: Path) -> None:
+def test_rows_without_images_with_several_and_in_later_turns(folder: Path) -> None:
     several = {"from": "human", "value": "Is <image> like <image>?"}
     later = {"from": "human", "value": "And this? <image>"}
     text, two, late = read(
@@ -105,7 +105,7 @@ def test_what_is_optional(folder: Path) -> None:
     assert (second.id, second.conversation.system) == ("17", "Be brief.")
 
 
-def test_pictures_lie_beside_the_file_when_no_folder_is_given(folder: Path) -> None:
+def test_images_lie_beside_the_file_when_no_folder_is_given(folder: Path) -> None:
     path = folder / "pictures" / "train.json"
     path.write_text(json.dumps([llava(SEEN, GPT, image="a.png")]))
     assert read_examples(path)[0].images == (folder / "pictures" / "a.png",)
@@ -121,9 +121,9 @@ def test_a_byte_order_mark_blank_lines_and_line_separators_inside_a_text(folder:
 
 
 BROKEN_ROWS = {
-    "no object": (["a"], "row 2: a row is a JSON object, not a list"),
-    "id of a wrong type": (llava(HUMAN, GPT) | {"id": [1]}, "row 2: the id is a list"),
-    "no known key": ({"id": "x7", "text": "a"}, "row 2, id x7: a row has one of the keys conversations, messages"),
+    "no object": (["a"], "example 2: an example is a JSON object, not a list"),
+    "id of a wrong type": (llava(HUMAN, GPT) | {"id": [1]}, "example 2: the id is a list"),
+    "no known key": ({"id": "x7", "text": "a"}, "example 2, id x7: an example has one of the keys conversations"),
     "two kinds": (llava(HUMAN, GPT, question="a"), "this one has conversations and question"),
     "conversations is no list": ({"id": "x7", "conversations": "a"}, "must be a list of turns, not a text"),
     "no turns": (llava(), "must be a list of turns, not an empty list"),
@@ -140,20 +140,20 @@ BROKEN_ROWS = {
     "a late system prompt": (llava(HUMAN, {"from": "system", "value": "a"}, GPT), "move it to the start"),
     "empty answer": (llava(HUMAN, {"from": "gpt", "value": " \n"}), "turn 2 is an empty answer"),
     "empty question": (llava({"from": "human", "value": ""}, GPT), "turn 1 is an empty question"),
-    "<image> without a picture": (llava(SEEN, GPT), "hold 1 <image>, the row names 0 pictures"),
-    "a picture without <image>": (llava(HUMAN, GPT, image="a.png"), "hold 0 <image>, the row names 1 picture"),
-    "fewer pictures": (llava(SEEN, GPT, SEEN, GPT, image="a.png"), "hold 2 <image>, the row names 1 picture"),
+    "<image> without an image": (llava(SEEN, GPT), "hold 1 <image>, the example names 0 images"),
+    "an image without <image>": (llava(HUMAN, GPT, image="a.png"), "hold 0 <image>, the example names 1 image"),
+    "fewer images": (llava(SEEN, GPT, SEEN, GPT, image="a.png"), "hold 2 <image>, the example names 1 image"),
     "<image> in an answer": (llava(SEEN, {"from": "gpt", "value": "<image>"}, image="a.png"), "turn 2 is an answer"),
     "<image> in a system prompt": (llava({"from": "system", "value": "<image>"}, HUMAN, GPT), "system prompt holds"),
     "image and images": (llava(SEEN, GPT, image="a.png", images=["a.png"]), "both image and images"),
-    "picture of a wrong type": (llava(SEEN, GPT, image=3), "must be a file name or a list of file names"),
-    "picture is missing": (llava(SEEN, GPT, image="gone.png"), "'gone.png' is not in the image folder"),
-    "picture is a folder": (llava(SEEN, GPT, image="deep"), "'deep' is not in the image folder"),
-    "picture is an address": (llava(SEEN, GPT, image="https://host/a.png"), "is an address; download it"),
-    "picture is pixels": (llava(SEEN, GPT, image="iVBORw0KGgo" * 999), "is not in the image folder"),
-    "picture leaves the folder": (llava(SEEN, GPT, image="../outside.png"), "lies outside the image folder"),
-    "picture leaves in the middle": (llava(SEEN, GPT, image="deep/../../outside.png"), "lies outside the image folder"),
-    "picture is elsewhere": (llava(SEEN, GPT, image="/etc/hostname"), "lies outside the image folder"),
+    "image of a wrong type": (llava(SEEN, GPT, image=3), "must be a file name or a list of file names"),
+    "image is missing": (llava(SEEN, GPT, image="gone.png"), "'gone.png' is not in the image folder"),
+    "image is a folder": (llava(SEEN, GPT, image="deep"), "'deep' is not in the image folder"),
+    "image is an address": (llava(SEEN, GPT, image="https://host/a.png"), "is an address; download it"),
+    "image is pixels": (llava(SEEN, GPT, image="iVBORw0KGgo" * 999), "is not in the image folder"),
+    "image leaves the folder": (llava(SEEN, GPT, image="../outside.png"), "lies outside the image folder"),
+    "image leaves in the middle": (llava(SEEN, GPT, image="deep/../../outside.png"), "lies outside the image folder"),
+    "image is elsewhere": (llava(SEEN, GPT, image="/etc/hostname"), "lies outside the image folder"),
     "a part of another type": (
         {"id": "x7", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
         "turn 1 has a part that is neither",
@@ -171,7 +171,7 @@ def test_a_broken_row_is_named(folder: Path, name: str) -> None:
         read(folder, llava(HUMAN, GPT), row)
     said = str(error.value)
     assert message in said
-    assert said.startswith("train.json, row 2")
+    assert said.startswith("train.json, example 2")
     assert "id x7" in said or not isinstance(row, dict) or row.get("id") != "x7"
     assert "\n" not in said and said.endswith(".")
     with pytest.raises(InputError, match=r"train\.jsonl, line 2"):
@@ -189,10 +189,10 @@ def test_an_absolute_name_inside_the_folder_is_taken(folder: Path) -> None:
         ('[{"question": "a", "answer": "b"},\n {"id": }]', "train.json, line 2: this is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "train.json, line 2: this is not valid JSON"),
         ('{\n"question": "a"\n}', "train.json, line 1: this is not valid JSON"),
-        ("question,answer\n", "the file holds no rows"),
-        ("", "the file holds no rows"),
-        (" \n\n", "the file holds no rows"),
-        ("[]", "the file holds no rows"),
+        ("question,answer\n", "the file holds no examples"),
+        ("", "the file holds no examples"),
+        (" \n\n", "the file holds no examples"),
+        ("[]", "the file holds no examples"),
     ],
 )
 def test_a_broken_file_is_named(folder: Path, text: str, message: str) -> None:

@@ -132,7 +132,7 @@ def test_images_after_public_reports(reports: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation: int, tmp_path: Path) -> None:
+def test_images_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(NOISE[..., :3]).save(path := tmp_path / "photo.png", exif=exif)
@@ -158,8 +158,8 @@ def test_a_cut_off_file_is_refused(suffix: str, tmp_path: Path) -> None:
         open_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     (path := tmp_path / "photo.png").write_bytes(content)
     with pytest.raises(InputError, match="photo.png: "):
         open_image(path)

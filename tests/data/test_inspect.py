@@ -1,4 +1,4 @@
-"""What is shown is what the model gets: text, learned tokens, pictures; and nothing in it does anything."""
+"""What is shown is what the model gets: text, learned tokens, images; and nothing in it does anything."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.tiny_models import (
     IMAGE_LAYOUT,
     IMAGE_SIZE,
     IMAGE_TOKENS,
-    make_picture,
+    make_image,
     make_tiny_processor,
     make_tiny_tokenizer,
 )
@@ -69,9 +69,9 @@ def encoder(template: Template = CHATML, tokens: PreTrainedTokenizerBase | None 
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "bus.png"
-    make_picture("red", (64, 32)).save(path)
+    make_image("red", (64, 32)).save(path)
     return path
 
 
@@ -164,8 +164,8 @@ def test_the_pieces_are_the_text(rounds: list[tuple[str, str]], template: Templa
 
 @settings(deadline=None, max_examples=40)
 @given(caption=SAID)
-def test_captions(caption: str, picture: Path) -> None:
-    one = shown("<image>", caption, images=(picture,), template=PLAIN)
+def test_captions(caption: str, image: Path) -> None:
+    one = shown("<image>", caption, images=(image,), template=PLAIN)
     check(one)
     assert runs(one) == [f"{caption}\n"]
     assert "".join(piece.text for piece in one.pieces) == f"{IMAGE_TOKEN}{caption}\n"
@@ -210,13 +210,13 @@ def test_a_character_that_is_learned_by_half_is_shown_so() -> None:
     assert [piece.learned for piece in inspect._pieces(sample, encoder())] == [False, True]
 
 
-def test_each_picture_is_one_piece(picture: Path) -> None:
-    one = shown("<image>\n<image><image>Alike?", "yes", images=(picture,) * 3)
+def test_each_image_is_one_piece(image: Path) -> None:
+    one = shown("<image>\n<image><image>Alike?", "yes", images=(image,) * 3)
     check(one)
-    pictures = [piece for piece in one.pieces if piece.images]
+    images = [piece for piece in one.pieces if piece.images]
     id = tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
-    assert pictures == [Piece(IMAGE_TOKEN, (id,) * IMAGE_TOKENS, False, IMAGE_TOKENS)] * 3
-    assert len(one.pictures) == 3 and one.pictures[0].size == (64, 32), "without a processor, as it was opened"
+    assert images == [Piece(IMAGE_TOKEN, (id,) * IMAGE_TOKENS, False, IMAGE_TOKENS)] * 3
+    assert len(one.images) == 3 and one.images[0].size == (64, 32), "without a processor, as it was opened"
 
 
 def test_what_the_tokenizer_changes_is_seen() -> None:
@@ -227,15 +227,15 @@ def test_what_the_tokenizer_changes_is_seen() -> None:
     assert runs(one) == ["a red bus.<|im_end|>"]
 
 
-def test_pictures_are_shown_as_the_processor_made_them(picture: Path) -> None:
+def test_images_are_shown_as_the_processor_made_them(image: Path) -> None:
     processor = make_tiny_processor().image_processor
-    one = show(example("<image>\nWhat?", "A bus.", images=(picture,)), encoder(), processor)
+    one = show(example("<image>\nWhat?", "A bus.", images=(image,)), encoder(), processor)
     assert one is not None
-    (seen,) = one.pictures
+    (seen,) = one.images
     assert seen.size == (IMAGE_SIZE, IMAGE_SIZE)
     padding = tuple(int(255 * mean) for mean in processor.image_mean)
     corners = [seen.getpixel((1, 1)), seen.getpixel((IMAGE_SIZE - 2, IMAGE_SIZE - 2))]
-    assert corners == [padding, padding], "the wide picture has the padding above and below it"
+    assert corners == [padding, padding], "the wide image has the padding above and below it"
     assert seen.getpixel((IMAGE_SIZE - 4, IMAGE_SIZE // 2)) == (255, 0, 0)
 
 
@@ -247,12 +247,12 @@ def test_what_the_processor_does_to_colours_is_undone(change: dict[str, bool], t
     noise.save(tmp_path / "noise.png")
     one = show(example("<image>\nWhat?", "Noise.", images=(tmp_path / "noise.png",)), encoder(), processor)
     assert one is not None
-    assert one.pictures[0].tobytes() == noise.tobytes()
+    assert one.images[0].tobytes() == noise.tobytes()
 
 
-def test_a_picture_that_cannot_be_read_is_said_with_its_row(tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"^train.json, row 3, id x7: .*bad.png"):
+def test_a_image_that_cannot_be_read_is_said_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^train.json, example 3, id x7: .*bad.png"):
         show(example("<image>\nWhat?", "A bus.", images=(tmp_path / "bad.png",)), encoder(), None)
 
 
@@ -266,14 +266,14 @@ def test_what_the_length_policy_cuts_is_not_shown() -> None:
     assert runs(one) == ["red<|im_end|>"]
 
 
-def test_json_folds_each_picture_into_one_number(picture: Path) -> None:
-    one = shown("<image><image>\nWhat é?", "A € bus.", images=(picture, picture))
+def test_json_folds_each_image_into_one_number(image: Path) -> None:
+    one = shown("<image><image>\nWhat é?", "A € bus.", images=(image, image))
     out = as_json(one)
     assert list(out) == ["id", "input_ids", "labels"] and out["id"] == "x7"
-    image = tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
     text = CHATML.render(example("<image><image>\nWhat é?", "A € bus.").conversation).text
     ids = tokenizer().encode(text, add_special_tokens=False)
-    assert out["input_ids"] == [IMAGE_INDEX if id == image else id for id in ids]
+    assert out["input_ids"] == [IMAGE_INDEX if id == image_id else id for id in ids]
     learned = tokenizer().encode("A € bus.<|im_end|>", add_special_tokens=False)
     newline = tokenizer().encode("\n", add_special_tokens=False)
     before = len(ids) - len(learned) - len(newline)
@@ -283,14 +283,14 @@ def test_json_folds_each_picture_into_one_number(picture: Path) -> None:
 def test_a_plain_terminal() -> None:
     pieces = [IMAGE, read("\n"), read("Wh"), read("ich"), read(" one?"), learned(" a"), learned(" bus"), read("USER:")]
     assert terminal(made(*pieces), colour=False).splitlines() == [
-        "train.json, row 3, id x7: 23 tokens, 2 learned (in ⟦ ⟧), no picture",
+        "train.json, example 3, id x7: 23 tokens, 2 learned (in ⟦ ⟧), no image",
         "<image ×16>·↵",
         "Wh·ich· one?⟦ a· bus⟧USER:",
     ]
 
 
-def test_a_picture_in_the_terminal(picture: Path) -> None:
-    lines = terminal(shown("<image>\nWhat?", "red", images=(picture,)), colour=False).splitlines()
+def test_a_image_in_the_terminal(image: Path) -> None:
+    lines = terminal(shown("<image>\nWhat?", "red", images=(image,)), colour=False).splitlines()
     assert lines[0].endswith("learned (in ⟦ ⟧), bus.png 64×32")
     assert "<image ×16>·↵" in lines
 
@@ -304,7 +304,7 @@ def test_lines_end_where_the_text_ends_them() -> None:
 def test_a_terminal_with_colours() -> None:
     out = terminal(made(IMAGE, read("\n"), read("Which?"), learned(" a"), learned(" bus"), read("\n")), colour=True)
     assert out.splitlines() == [
-        "\x1b[1mtrain.json, row 3, id x7: 21 tokens, 2 learned (green), no picture\x1b[0m",
+        "\x1b[1mtrain.json, example 3, id x7: 21 tokens, 2 learned (green), no image\x1b[0m",
         "\x1b[7m<image ×16>\x1b[0m\x1b[0;4m↵\x1b[0m",
         "\x1b[0mWhich?\x1b[0m\x1b[1;30;42;4m a\x1b[0m\x1b[1;30;42m bus\x1b[0m\x1b[0;4m↵\x1b[0m",
     ]
@@ -316,7 +316,7 @@ CONTROLS = "a\x1b[2J\x07\r\x00\x9b31m\u202e\u2028b"
 @pytest.mark.parametrize("colour", [True, False])
 def test_no_control_character_reaches_the_terminal(colour: bool, tmp_path: Path) -> None:
     path = tmp_path / "\x1b[2Jbus.png"
-    make_picture("red").save(path)
+    make_image("red").save(path)
     row = Example(f"x\x1b[2J\n{CONTROLS}", (path,), example(f"<image>\n{CONTROLS}", CONTROLS).conversation, PLACE)
     one = show(row, encoder(), None)
     assert one is not None
@@ -326,11 +326,9 @@ def test_no_control_character_reaches_the_terminal(colour: bool, tmp_path: Path)
     assert len(out.splitlines()) == len(out.split("\n"))
 
 
-def test_the_page_explains_itself_and_marks_by_more_than_colour(picture: Path) -> None:
+def test_the_page_explains_itself_and_marks_by_more_than_colour(image: Path) -> None:
     pieces = (IMAGE, read("\n"), read("What?", 7), learned(" a", 11), learned(" <b>", 12), learned("€", 13))
-    page = html(
-        [made(*pieces), shown("<image>\nWhat?", "a", images=(picture,))], title="Nano", about=[("Of", "a.json")]
-    )
+    page = html([made(*pieces), shown("<image>\nWhat?", "a", images=(image,))], title="Nano", about=[("Of", "a.json")])
     reader = Reader(page)
     assert reader.open == []
     boxes = re.findall(r'<(b|span) class="token([^"]*)" title="id ([^"]*)">([^<]*)</', page)
@@ -345,12 +343,12 @@ def test_the_page_explains_itself_and_marks_by_more_than_colour(picture: Path) -
     words = " ".join(reader.words)
     for expected in (
         "How to read this",
-        "train.json, row 3, id x7",
+        "train.json, example 3, id x7",
         "Learned:",
         "a.json",
         "bus.png, 64×32",
         "21 tokens: 3 learned",
-        "16 for 1 picture",
+        "16 for 1 image",
     ):
         assert expected in words
     assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == ["bus.png"]

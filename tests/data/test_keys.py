@@ -18,10 +18,10 @@ from PIL import Image
 from qllava.conversation import CHATML
 from qllava.data.check import Checked, check
 from qllava.data.encode import IGNORE_INDEX, Encoder
-from qllava.data.formats import Example, Pictures, read_examples, to_example
+from qllava.data.formats import Example, ImageFolder, read_examples, to_example
 from qllava.data.keys import REFUSED, SPELLINGS
-from qllava.data.problems import RowError
-from qllava.data.rows import read_rows
+from qllava.data.problems import RecordError
+from qllava.data.records import read_records
 from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 
 TALK = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A bus."}]
@@ -183,24 +183,24 @@ def test_what_says_nothing_is_not_reported(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", ["photo", "image_id", "path"])
 def test_an_image_under_a_key_that_nobody_reads_is_an_error(folder: Path, kind: str, key: str) -> None:
-    with pytest.raises(RowError, match=f"the key '{key}' is not read and names the image 'a.png'; put it under"):
+    with pytest.raises(RecordError, match=f"the key '{key}' is not read and names the image 'a.png'; put it under"):
         read(folder, kind, {"id": "x7", **ASKED, key: "a.png"})
     (example,) = read(folder, kind, {"id": "x7", **ASKED, key: "gone.png"})
     assert example.unread == (key,)
 
 
 def test_an_image_inside_an_object_and_one_in_a_turn_are_found_too(folder: Path) -> None:
-    with pytest.raises(RowError, match="the key 'meta' is not read and names the image 'a.png'"):
+    with pytest.raises(RecordError, match="the key 'meta' is not read and names the image 'a.png'"):
         read(folder, "list.json", {**ASKED, "meta": {"shown": ["b.txt", "a.png"]}})
     turn = {"from": "human", "value": "What?", "picture": "a.png"}
-    with pytest.raises(RowError, match=r"'conversations\[\]\.picture' is not read and names"):
+    with pytest.raises(RecordError, match=r"'conversations\[\]\.picture' is not read and names"):
         read(folder, "list.json", {"conversations": [turn, TALK[1]]})
 
 
 def test_embedded_images_under_a_key_that_nobody_reads_are_an_error(folder: Path) -> None:
     data = (folder / "a.png").read_bytes()
     for value in (data, {"bytes": data, "path": "x"}):
-        with pytest.raises(RowError, match="the key 'photo' is not read and holds an image"):
+        with pytest.raises(RecordError, match="the key 'photo' is not read and holds an image"):
             read(folder, "t.parquet", {**ASKED, "photo": value})
     (example,) = read(folder, "t.parquet", {**ASKED, "sound": b"RIFF no image"})
     assert example.unread == ("sound",)
@@ -212,14 +212,14 @@ def test_an_alias_beside_the_key_itself_is_not_read(folder: Path) -> None:
     assert [p.name for p in example.images] == ["a.png"] and example.unread == ("file_name",)
     (example,) = read(folder, "list.json", {"image": "a.png", "file_name": "a.png", **ASKED})
     assert example.unread == ("file_name",)
-    with pytest.raises(RowError, match="the key 'file_name' is not read and names the image 'b.png'"):
+    with pytest.raises(RecordError, match="the key 'file_name' is not read and names the image 'b.png'"):
         read(folder, "list.json", {"image": "a.png", "file_name": "b.png", **ASKED})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", REFUSED)
 def test_keys_that_change_what_others_learn_are_refused(folder: Path, kind: str, key: str) -> None:
-    with pytest.raises(RowError, match=f"the key '{key}' cannot be obeyed; {REFUSED[key]}"):
+    with pytest.raises(RecordError, match=f"the key '{key}' cannot be obeyed; {REFUSED[key]}"):
         read(folder, kind, {"id": "x7", **ASKED, key: "ball.mp4"})
 
 
@@ -252,9 +252,9 @@ def test_an_answer_that_is_not_to_be_learned_is_only_read(folder: Path, encoder:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_of_which_nothing_is_learned_is_an_error(folder: Path, kind: str) -> None:
-    with pytest.raises(RowError, match=r"says that nothing of it is learned \('label'\)"):
+    with pytest.raises(RecordError, match=r"says that nothing of it is learned \('label'\)"):
         read(folder, kind, {"id": "x7", **ASKED, "label": False})
-    with pytest.raises(RowError, match="no answer of the conversation is learned"):
+    with pytest.raises(RecordError, match="no answer of the conversation is learned"):
         read(folder, kind, {"id": "x7", "messages": [CHAT[0], CHAT[1] | {"weight": 0}]})
 
 
@@ -282,7 +282,7 @@ def test_a_label_that_is_a_class_is_not_obeyed(folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_obeyed_is_said(folder: Path, record: dict[str, Any], message: str) -> None:
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(RecordError, match=message):
         read(folder, "list.json", record)
 
 
@@ -312,19 +312,19 @@ def test_samples_of_a_tar_hide_nothing(folder: Path) -> None:
                 member = tarfile.TarInfo(f"one.{name}")
                 member.size = len(data)
                 file.addfile(member, io.BytesIO(data))
-        return list(read_rows(folder / "t.tar"))
+        return list(read_records(folder / "t.tar"))
 
-    png, pictures = (folder / "a.png").read_bytes(), Pictures(folder)
+    png, images = (folder / "a.png").read_bytes(), ImageFolder(folder)
     ((place, row),) = tar(png=png, txt=b"A bus.", json=b'{"width": 6, "caption": "other"}', cls=b"7")
-    example = to_example(row, place, pictures)
+    example = to_example(row, place, images)
     assert [turn.content for turn in example.conversation.turns] == ["<image>", "A bus."]
     assert sorted(example.unread) == [".cls", "width"]
     ((place, row),) = tar(png=png, txt=b"A bus.", json=json.dumps({"conversations": TALK}).encode())
     assert row[".txt"] == "A bus."
     for suffix, key in (("mp4", "video"), ("wav", "audio")):
         ((place, row),) = tar(**{"json": json.dumps(ASKED).encode(), suffix: b"x"})
-        with pytest.raises(RowError, match=f"the key '{key}' cannot be obeyed"):
-            to_example(row, place, pictures)
+        with pytest.raises(RecordError, match=f"the key '{key}' cannot be obeyed"):
+            to_example(row, place, images)
 
 
 def test_inputs_after_public_reports(reports: Path, encoder: Encoder) -> None:
@@ -334,10 +334,10 @@ def test_inputs_after_public_reports(reports: Path, encoder: Encoder) -> None:
     assert {e.conversation.system for e in read_examples(reports / "system.jsonl")} == {
         "Answer in one upper-case word."
     }
-    with pytest.raises(RowError, match="'video' cannot be obeyed"):
+    with pytest.raises(RecordError, match="'video' cannot be obeyed"):
         read_examples(reports / "video.jsonl")
-    rows = list(read_rows(reports / "weight.jsonl"))
-    example = to_example(rows[0][1], rows[0][0], Pictures(reports))
+    rows = list(read_records(reports / "weight.jsonl"))
+    example = to_example(rows[0][1], rows[0][0], ImageFolder(reports))
     assert [turn.learned for turn in example.conversation.turns[1::2]] == [False, True]
-    with pytest.raises(RowError, match="nothing of it is learned"):
-        to_example(rows[1][1], rows[1][0], Pictures(reports))
+    with pytest.raises(RecordError, match="nothing of it is learned"):
+        to_example(rows[1][1], rows[1][0], ImageFolder(reports))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qllava.data.formats import Example, read_examples
-from qllava.data.problems import RowError
+from qllava.data.problems import RecordError
 
 ANSWER = {"role": "assistant", "content": "Yes."}
 
@@ -81,13 +81,13 @@ def test_records_name_images_by_the_same_forms(folder: Path) -> None:
         ([{"type": "image", "image": 3}], {}, "must be a file name"),
         ([{"type": "image", "image": "a.png"}], {"images": ["a.png"]}, "under images and in the content parts"),
         ([{"type": "image", "image": "a.png"}, {"type": "image"}], {}, "some image parts name their image and some"),
-        ([{"type": "image"}], {}, "hold 1 <image>, the row names 0 pictures"),
+        ([{"type": "image"}], {}, "hold 1 <image>, the example names 0 images"),
         ([{"type": "video", "video": "a.mp4"}], {}, "turn 1 has a part that is neither"),
         (["What?"], {}, "turn 1 has a part that is neither"),
     ],
 )
 def test_what_cannot_be_shown_is_said(folder: Path, content: Any, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(RecordError, match=message):
         read(folder, content, **more)
 
 
@@ -99,5 +99,5 @@ def test_names_that_look_alike_are_found(folder: Path, stored: str, named: str) 
     Image.new("RGB", (4, 4)).save(path)
     example = read(folder, "<image>Is it?", image=unicodedata.normalize(named, "é/für.png"))
     assert example.images == (path,)
-    with pytest.raises(RowError, match="is not in the image folder"):
+    with pytest.raises(RecordError, match="is not in the image folder"):
         read(folder, "<image>Is it?", image=unicodedata.normalize(named, "é/fur.png"))

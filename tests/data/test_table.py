@@ -20,7 +20,7 @@ from qllava.data.table import SCHEMA, Layout, batch_of, lists, open_table, writi
 from qllava.image_layout import ImageLayout
 from tests.tiny_models import make_tiny_tokenizer
 
-PICTURE = 9
+IMAGE = 9
 
 
 @cache
@@ -31,8 +31,8 @@ def encoder(tokens_per_image: int = 5) -> Encoder:
 
 def example(*said: str, id: str = "x7", names: tuple[str, ...] | None = None, row: int = 1) -> Example:
     turns = tuple(Turn("assistant" if n % 2 else "user", content) for n, content in enumerate(said))
-    pictures = tuple(f"{n}.png" for n in range("".join(said).count(IMAGE_TOKEN))) if names is None else names
-    return Example(id, tuple(map(Path, pictures)), Conversation(turns), Place("train.json", line=row + 1, row=row))
+    images = tuple(f"{n}.png" for n in range("".join(said).count(IMAGE_TOKEN))) if names is None else names
+    return Example(id, tuple(map(Path, images)), Conversation(turns), Place("train.json", line=row + 1, row=row))
 
 
 def layout(made: Encoder) -> Layout:
@@ -48,10 +48,10 @@ def test_unfolded_is_what_was_folded(pieces: list[int | tuple[int, bool]]) -> No
     ids: list[int] = []
     labels: list[int] = []
     for piece in pieces:
-        ids += [PICTURE] * piece if isinstance(piece, int) else [piece[0]]
+        ids += [IMAGE] * piece if isinstance(piece, int) else [piece[0]]
         labels += [IGNORE_INDEX] * piece if isinstance(piece, int) else [piece[0] if piece[1] else IGNORE_INDEX]
     image_tokens = tuple(piece for piece in pieces if isinstance(piece, int))
-    made = Layout(PICTURE)
+    made = Layout(IMAGE)
     tokens, learned = made.fold(Sample("x7", ids, labels, (), image_tokens, Place("train.json", row=1)))
     assert len(tokens) == len(pieces)
     assert len(learned) % 2 == 0 and (np.diff(learned) > 0).all()
@@ -59,16 +59,16 @@ def test_unfolded_is_what_was_folded(pieces: list[int | tuple[int, bool]]) -> No
 
 
 def test_the_example_at_the_head_of_the_file() -> None:
-    made = Layout(PICTURE)
-    sample = Sample("x7", [10, *[PICTURE] * 4, 11, 12, 13], [-100] * 6 + [12, 13], (), (4,), Place("train.json"))
+    made = Layout(IMAGE)
+    sample = Sample("x7", [10, *[IMAGE] * 4, 11, 12, 13], [-100] * 6 + [12, 13], (), (4,), Place("train.json"))
     tokens, learned = made.fold(sample)
-    assert (tokens.tolist(), learned.tolist()) == ([10, PICTURE, 11, 12, 13], [3, 5])
+    assert (tokens.tolist(), learned.tolist()) == ([10, IMAGE, 11, 12, 13], [3, 5])
 
 
 def test_a_table_of_other_columns_is_of_another_version() -> None:
     """Tables are kept between runs under a name that depends on the version: an old one must not be read as a new."""
     columns = {
-        4: "id tokens learned length learned_tokens pictures image_tokens file line row id_hash pictures_hash "
+        5: "id tokens learned length learned_tokens image_files image_tokens file line row id_hash images_hash "
         "content_hash round_hashes"
     }
     assert SCHEMA.names == columns[check._VERSION].split()
@@ -99,7 +99,7 @@ def test_what_the_trainer_takes_is_what_was_encoded(
         "id": [sample.id for sample in samples],
         "input_ids": [sample.input_ids for sample in samples],
         "labels": [sample.labels for sample in samples],
-        "pictures": [[str(path) for path in sample.images] for sample in samples],
+        "image_files": [[str(path) for path in sample.images] for sample in samples],
         "image_tokens": [[tokens_per_image] * len(sample.images) for sample in samples],
     }
     assert table["length"][:] == [len(sample.input_ids) for sample in samples]
@@ -112,7 +112,7 @@ def test_rows_are_taken_in_any_order_from_the_disk(tmp_path: Path) -> None:
     examples = [example(f"{IMAGE_TOKEN}\nHow many?", str(n), id=f"{n}", row=n + 1) for n in range(30)]
     samples = made.encode_all(examples)
     path = tmp_path / "t.arrow"
-    with writing(path) as writer:  # in pieces of unequal size, as chunks of which rows were left out
+    with writing(path) as writer:  # in pieces of unequal size, as chunks of which examples were left out
         for first, last in ((0, 1), (1, 1), (1, 20), (20, 30)):
             writer.write_batch(batch_of(examples[first:last], samples[first:last], layout(made)))
     table = open_table(path)
@@ -120,7 +120,7 @@ def test_rows_are_taken_in_any_order_from_the_disk(tmp_path: Path) -> None:
     chosen = table.with_transform(layout(made)).select([29, 0, 17])
     assert [row["id"] for row in chosen] == ["29", "0", "17"]
     assert chosen[2]["input_ids"] == samples[17].input_ids
-    assert [len(names) for names in lists(table, "pictures")] == [1] * 30
+    assert [len(names) for names in lists(table, "image_files")] == [1] * 30
 
 
 def test_no_rows_are_a_table_too(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_no_rows_are_a_table_too(tmp_path: Path) -> None:
             for _ in range(number):
                 writer.write_batch(batch_of([], [], layout(encoder())))
         table = open_table(path)
-        assert len(table) == 0 and list(lists(table, "pictures")) == []
+        assert len(table) == 0 and list(lists(table, "image_files")) == []
         assert table.column_names == SCHEMA.names
 
 
@@ -146,25 +146,25 @@ class TestHashes:
     @pytest.mark.parametrize(
         ("other", "same"),
         [
-            (BASE, {"content_hash", "round_hashes", "pictures_hash", "id_hash"}),
+            (BASE, {"content_hash", "round_hashes", "images_hash", "id_hash"}),
             (example(f"What? {IMAGE_TOKEN}", "A bus.", "Where?", " Here. "),
-             {"content_hash", "round_hashes", "pictures_hash", "id_hash"}),
+             {"content_hash", "round_hashes", "images_hash", "id_hash"}),
             (example(f"{IMAGE_TOKEN}\nWhat?", "A bus.", "Where?", "Here.", id="y8"),
-             {"content_hash", "round_hashes", "pictures_hash"}),
-            (example(f"{IMAGE_TOKEN}\nWhat?", "A bus.", "Where?", "There."), {"pictures_hash", "id_hash"}),
+             {"content_hash", "round_hashes", "images_hash"}),
+            (example(f"{IMAGE_TOKEN}\nWhat?", "A bus.", "Where?", "There."), {"images_hash", "id_hash"}),
             (example(f"{IMAGE_TOKEN}\nWhat?", "A bus.", "Where?", "Here.", names=("other.png",)), {"id_hash"}),
             (example("What?", "A bus.", "Where?", "Here."), {"id_hash"}),
-            (example(f"{IMAGE_TOKEN}\nWhat?A bus.", "Where?", "Here.", "Yes."), {"pictures_hash", "id_hash"}),
+            (example(f"{IMAGE_TOKEN}\nWhat?A bus.", "Where?", "Here.", "Yes."), {"images_hash", "id_hash"}),
         ],
     )  # fmt: skip
     def test_they_are_of_what_is_compared(self, other: Example, same: set[str]) -> None:
         first, second = self.row(self.BASE), self.row(other)
-        names = {"content_hash", "round_hashes", "pictures_hash", "id_hash"}
+        names = {"content_hash", "round_hashes", "images_hash", "id_hash"}
         assert {name for name in names if first[name] == second[name]} == same
 
     def test_a_row_without_an_id_of_its_own_has_no_hash_of_one(self) -> None:
-        assert self.row(example("a", "b", id="row 1"))["id_hash"] is None
-        assert self.row(example("a", "b", id="row 2"))["id_hash"] is not None
+        assert self.row(example("a", "b", id="example 1"))["id_hash"] is None
+        assert self.row(example("a", "b", id="example 2"))["id_hash"] is not None
 
     def test_one_answer_is_known_among_others(self) -> None:
         alone = self.row(example(f"{IMAGE_TOKEN}\nWhat?", "A bus."))["round_hashes"]

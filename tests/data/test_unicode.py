@@ -20,8 +20,8 @@ from PIL import Image
 from qllava.config import InputError
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import read_examples
-from qllava.data.problems import Place, RowError, Unusable, check_unicode, is_unicode
-from qllava.data.rows import row_id, row_text
+from qllava.data.problems import Place, RecordError, Unusable, check_unicode, is_unicode
+from qllava.data.records import record_id, record_text
 from tests.data.test_keys import KINDS
 
 HALF = "a\ud800b"
@@ -43,7 +43,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "output": ({"instruction": "Hm?", "output": HALF}, "turn 2 holds half of a character"),
     "history": ({"instruction": "Hm?", "output": "Yes.", "history": [["a", HALF]]}, "turn 2 holds half"),
     "caption": ({"image": "a.png", "caption": HALF}, "turn 2 holds half of a character"),
-    "image": ({"image": HALF, "question": "Hm?", "answer": "Yes."}, "the path of the picture 'a\\ud800b' is not UTF-8"),
+    "image": ({"image": HALF, "question": "Hm?", "answer": "Yes."}, "the path of the image 'a\\ud800b' is not UTF-8"),
     "type": ({"question": "Hm?", "answer": "Yes.", "type": HALF}, "the type holds half of a character"),
     "role": ({"conversations": [TALK[0] | {"from": HALF}, TALK[1]]}, "turn 1 has 'from': 'a\\ud800b'"),
 }
@@ -60,9 +60,9 @@ def folder(tmp_path: Path) -> Path:
 def test_half_a_character_is_an_error_of_its_record(folder: Path, field: str, kind: str) -> None:
     record, message = FIELDS[field]
     (folder / kind).write_bytes(KINDS[kind]([{"question": "a", "answer": "b"}, {"id": "x7"} | record]))
-    with pytest.raises(RowError) as error:
+    with pytest.raises(RecordError) as error:
         read_examples(folder / kind)
-    place = {"list.json": "row 2", "lines.jsonl": "line 2", "t.tar": "row 2"}[kind]
+    place = {"list.json": "example 2", "lines.jsonl": "line 2", "t.tar": "example 2"}[kind]
     said = str(error.value)
     assert said.startswith(f"{kind}, {place}, id x7: {message}"), said
     assert said.isprintable() and said.encode()
@@ -71,7 +71,7 @@ def test_half_a_character_is_an_error_of_its_record(folder: Path, field: str, ki
 @pytest.mark.parametrize("kind", ["list.json", "lines.jsonl", "t.tar"])
 def test_half_a_character_in_an_id_and_in_a_key(folder: Path, kind: str) -> None:
     (folder / kind).write_bytes(KINDS[kind]([{"id": HALF, "question": "a", "answer": "b"}]))
-    with pytest.raises(RowError, match="1: the id holds half of a character"):
+    with pytest.raises(RecordError, match="1: the id holds half of a character"):
         read_examples(folder / kind)
     (folder / kind).write_bytes(KINDS[kind]([{"question": "a", "answer": "b", HALF: 1}]))
     assert read_examples(folder / kind)[0].unread == (HALF,)  # it is reported, escaped, and harms nothing
@@ -106,10 +106,13 @@ BYTES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "t.json": (lambda p: p.write_bytes(b'[{"question": "\xed\xa0\x80", "answer": "b"}]'), "is not UTF-8 text"),
     "t.jsonl": (lambda p: p.write_bytes(b'{"question": "\xed\xa0\x80", "answer": "b"}'), "is not UTF-8 text"),
     "t.csv": (lambda p: p.write_bytes(b"question,answer\n\xed\xa0\x80,b\n"), "is not UTF-8 text"),
-    "t.parquet": (lambda p: pq.write_table(_column(b"\xed\xa0\x80"), p), "row 1: from here on the Parquet file cannot"),
-    "t.arrow": (lambda p: _write_arrow(p, pa.ipc.new_file), "row 1: from here on the Arrow file cannot"),
-    "s.arrow": (lambda p: _write_arrow(p, pa.ipc.new_stream), "row 1: from here on the Arrow stream cannot"),
-    "t.tar": (_write_tar, "row 1, id one: the sample's caption cannot be read"),
+    "t.parquet": (
+        lambda p: pq.write_table(_column(b"\xed\xa0\x80"), p),
+        "example 1: from here on the Parquet file cannot",
+    ),
+    "t.arrow": (lambda p: _write_arrow(p, pa.ipc.new_file), "example 1: from here on the Arrow file cannot"),
+    "s.arrow": (lambda p: _write_arrow(p, pa.ipc.new_stream), "example 1: from here on the Arrow stream cannot"),
+    "t.tar": (_write_tar, "example 1, id one: the sample's caption cannot be read"),
 }
 
 
@@ -117,7 +120,7 @@ BYTES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_bytes_that_are_no_utf8_are_an_error_of_the_file(folder: Path, name: str) -> None:
     write, message = BYTES[name]
     write(folder / name)
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(RecordError, match=message):
         read_examples(folder / name)
 
 
@@ -125,9 +128,9 @@ def test_the_readers_of_answers_use_the_same_check() -> None:
     place = Place("answers.jsonl", line=3)
     row = json.loads(json.dumps({"question_id": HALF, "text": HALF}))
     with pytest.raises(InputError, match="line 3: the question_id holds half of a character"):
-        row_id(row, place, "question_id")
+        record_id(row, place, "question_id")
     with pytest.raises(InputError, match="line 3, id q: the text holds half of a character"):
-        row_text(row, "text", place, "q")
+        record_text(row, "text", place, "q")
 
 
 def test_the_check_itself() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from qllava.conversation import Conversation, Turn
 from qllava.data.formats import read_examples
-from qllava.data.problems import RowError
-from qllava.data.rows import read_rows
+from qllava.data.problems import RecordError
+from qllava.data.records import read_records
 from tests.data.container_files import (
     AGAIN,
     BLUE,
@@ -23,8 +23,8 @@ from tests.data.container_files import (
     ROWS,
     add,
     as_jsonl,
+    packs_of,
     png,
-    rows_of,
     said,
     turns,
     write_tar,
@@ -53,47 +53,47 @@ class TestTar:
             ("c.json", {"width": 4, "id": 7}), ("c.txt", b"More."), ("c.png", RED),
         )  # fmt: skip
         assert said(read_examples(path)) == [
-            (id, pictures, Conversation((Turn("user", asked), Turn("assistant", caption))), None, False)
-            for id, pictures, asked, caption in [
+            (id, images, Conversation((Turn("user", asked), Turn("assistant", caption))), None, False)
+            for id, images, asked, caption in [
                 ("a/1", [RED], "<image>", "Ein rötliches Bild."),
                 ("b/1", [BLUE, RED], "<image>\n<image>", "Two."),
                 ("7", [RED], "<image>", "More."),
             ]
         ]
 
-    def test_pictures_with_numbers_stand_in_their_order(self, folder: Path) -> None:
+    def test_images_with_numbers_stand_in_their_order(self, folder: Path) -> None:
         row = {"conversations": turns("<image>" * 12, "Yes.")}
         members = [(f"s.{i}.png", png(f"#0000{i:02x}")) for i in range(12)]
         path = write_tar(folder / "t.tar", ("s.json", row), *sorted(members))
         assert [p.read_bytes() for p in read_examples(path)[0].images] == [data for _, data in members]
 
-    def test_a_row_without_pictures_in_the_tar_names_files_of_the_folder(self, folder: Path) -> None:
+    def test_a_row_without_images_in_the_tar_names_files_of_the_folder(self, folder: Path) -> None:
         path = write_tar(folder / "t.tar", ("one.json", ROWS[0]))
         assert read_examples(path)[0].images == (folder / "red.png",)
 
     def test_names_that_leave_the_folder_are_harmless(self, folder: Path, tmp_path: Path) -> None:
         row = {"conversations": turns("<image>\nWhat?", "This.")}
         path = write_tar(folder / "t.tar", ("../../evil/x.json", row), ("../../evil/x.png", RED), ("/x.json", row))
-        rows, problems = rows_of(path)
+        rows, problems = packs_of(path)
         assert not problems
         assert [row["id"] for _, row in rows] == ["../../evil/x", "/x"]
         assert rows[0][1]["images"][0].is_relative_to(tmp_path / "cache" / "pictures")
 
     @pytest.mark.parametrize("type", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])
     def test_links_are_not_followed(self, folder: Path, type: bytes) -> None:
-        """Nor does a question lose its picture because it is one; a sparse file may claim any size."""
+        """Nor does a question lose its image because it is one; a sparse file may claim any size."""
         with tarfile.open(folder / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
             add(tar, "x.json", QUESTIONS[1])
             link = tarfile.TarInfo("x.png")
             link.type, link.linkname = type, "x.json"
             tar.addfile(link)
             add(tar, "y.json", QUESTIONS[1])
-            inner = tarfile.TarInfo("y.png")  # a folder is no picture, whatever its name
+            inner = tarfile.TarInfo("y.png")  # a folder is no image, whatever its name
             inner.type = tarfile.DIRTYPE
             tar.addfile(inner)
-        rows, problems = rows_of(folder / "t.tar")
-        assert problems == ["t.tar, row 1, id x: the sample holds a link, or a sparse file; pack the file itself."]
-        assert [str(place) for place, _ in rows] == ["t.tar, row 2"]
+        rows, problems = packs_of(folder / "t.tar")
+        assert problems == ["t.tar, example 1, id x: the sample holds a link, or a sparse file; pack the file itself."]
+        assert [str(place) for place, _ in rows] == ["t.tar, example 2"]
 
     @pytest.mark.parametrize(
         ("type", "size", "reason"),
@@ -107,44 +107,46 @@ class TestTar:
         header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
         path = write_tar(folder / "t.tar", ("a.json", QUESTIONS[1]))
         path.write_bytes(path.read_bytes()[:1024] + header + bytes(1024))
-        rows, problems = rows_of(path)
+        rows, problems = packs_of(path)
         assert not rows
         assert len(problems) == 1
-        assert re.fullmatch(rf"t\.tar, row 1: from here on the tar cannot be read \({reason}\); {AGAIN}", problems[0])
+        assert re.fullmatch(
+            rf"t\.tar, example 1: from here on the tar cannot be read \({reason}\); {AGAIN}", problems[0]
+        )
 
     @pytest.mark.parametrize(
         ("members", "problem"),
         [
             ([("b.json", b'{"a":')],
-             "row 2, id b: the sample's .json cannot be read (Expecting value: line 1 column 6 (char 5)); "
-             "write a row as JSON, all text in UTF-8"),
+             "example 2, id b: the sample's .json cannot be read (Expecting value: line 1 column 6 (char 5)); "
+             "write an example as JSON, all text in UTF-8"),
             ([("b.json", b"[" * 100_000)],
-             "row 2, id b: the sample's .json cannot be read (nested too deeply); "
-             "write a row as JSON, all text in UTF-8"),
+             "example 2, id b: the sample's .json cannot be read (nested too deeply); "
+             "write an example as JSON, all text in UTF-8"),
             ([("b.txt", b"\xff"), ("b.png", RED)],
-             "row 2, id b: the sample's caption cannot be read ('utf-8' codec can't decode byte 0xff in position 0: "
-             "invalid start byte); write a row as JSON, all text in UTF-8"),
+             "example 2, id b: the sample's caption cannot be read ('utf-8' codec can't decode byte 0xff in position "
+             "0: invalid start byte); write an example as JSON, all text in UTF-8"),
             ([("b.png", RED)],
-             "row 2, id b: the sample has neither a .json that holds its row nor a .txt that holds its caption; "
-             "pack one of them directly beside its pictures"),
+             "example 2, id b: the sample has neither a .json that holds its example nor a .txt that holds its caption"
+             "; pack one of them directly beside its images"),
             ([("b.txt", b"Hm.")],
-             "row 2, id b: the sample has a caption and no picture; pack it directly beside its picture"),
+             "example 2, id b: the sample has a caption and no image; pack it directly beside its image"),
             ([("b.json", ROWS[1]), ("b.png", RED), ("b.json", ROWS[1])],
-             "row 2, id b: the sample has several .json or .txt files; keep one of each"),
+             "example 2, id b: the sample has several .json or .txt files; keep one of each"),
         ],
     )  # fmt: skip
     def test_samples_that_are_broken_are_said_and_the_rest_is_read(
         self, folder: Path, members: list[tuple[str, Any]], problem: str
     ) -> None:
         path = write_tar(folder / "t.tar", ("a.json", ROWS[1]), *members, ("c.json", ROWS[1]))
-        rows, problems = rows_of(path)
+        rows, problems = packs_of(path)
         assert problems == [f"t.tar, {problem}."]
-        assert [str(place) for place, _ in rows] == ["t.tar, row 1", "t.tar, row 3"]
+        assert [str(place) for place, _ in rows] == ["t.tar, example 1", "t.tar, example 3"]
 
     @pytest.mark.parametrize("content", [None, [], 3])
     def test_json_that_is_no_row_does_not_vanish(self, folder: Path, content: Any) -> None:
         path = write_tar(folder / "t.tar", ("a.json", content))
-        with pytest.raises(RowError, match="row 1: a row is a JSON object, not"):
+        with pytest.raises(RecordError, match="example 1: an example is a JSON object, not"):
             read_examples(path)
 
     @pytest.mark.parametrize(
@@ -163,8 +165,8 @@ class TestTar:
         row = {"conversations": turns("Hello " * 150, "No.")}  # two blocks
         path = write_tar(folder / "t.tar", ("a.json", row), ("b.json", row), ("c.json", row))
         path.write_bytes(damage(path.read_bytes()))
-        rows, problems = rows_of(path)
-        place = f"t.tar, row {left + 1}"
+        rows, problems = packs_of(path)
+        place = f"t.tar, example {left + 1}"
         assert problems == [f"{place}: from here on the tar cannot be read ({reason}); {AGAIN}"]
         assert len(rows) == left
 
@@ -175,7 +177,7 @@ class TestTar:
         for number in (200, 2000):
             path = write_tar(folder / f"{number}.tar", *((f"{i}.json", row) for i in range(number)))
             tracemalloc.start()
-            assert sum(1 for _ in read_rows(path)) == number
+            assert sum(1 for _ in read_records(path)) == number
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert peaks[1] < peaks[0] * 1.2

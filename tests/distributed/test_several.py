@@ -19,7 +19,7 @@ from qllava.runs import Run
 from qllava.training.durable.checkpoints import fault
 from qllava.training.run import finetune, pretrain
 from tests import commands
-from tests.tiny_models import make_tiny_rows
+from tests.tiny_models import make_tiny_records
 from tests.tiny_runs import Tiny, flags, refusal, settings
 
 pytestmark = pytest.mark.distributed
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
 LOSS, WEIGHTS = 1e-5, 1e-4
 RUNS = {"pretrain": pretrain, "finetune": finetune}
-# Nine rows, four a step: two epochs are six steps, and the third and sixth have one row for two processes.
+# Nine examples, four a step: two epochs are six steps, and the third and sixth have one example for two processes.
 COMMON: dict[str, Any] = {"lora_dropout": 0, "max_steps": 6, "logging_steps": 1, "save_steps": 2}
 FULL: dict[str, Any] = {"load_in_4bit": "false", "learning_rate": 1e-2, "projector_lr": 1e-3}
-# Rows of one sample or two: the processes have different numbers of them.
-SHORT: dict[str, Any] = {"tokens_per_row": 90}
+# Examples of one sample or two: the processes have different numbers of them.
+SHORT: dict[str, Any] = {"tokens_per_pack": 90}
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -85,10 +85,10 @@ class Runs:
 
     def __init__(self, tiny: Tiny, folder: Path) -> None:
         self.tiny, self.folder = tiny, folder
-        self.rows = make_tiny_rows(folder, rows=9)
+        self.rows = make_tiny_records(folder, rows=9)
         content = json.loads(self.rows.read_text(encoding="utf-8"))
         for number, row in enumerate(content):
-            row["image"] = f"{number // 2}.png"  # two questions about each picture
+            row["image"] = f"{number // 2}.png"  # two questions about each image
         self.rows.write_text(json.dumps(content), encoding="utf-8")
         self.planned: list[dict[str, Any]] = []
 
@@ -140,7 +140,7 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.plan("two_short", "finetune", per_device_train_batch_size=2, **FULL, **SHORT)
     evaluated = {"eval_file": runs.rows, "eval_strategy": "steps", "eval_steps": 3, "eval_questions": 4}
     runs.one("one_4bit", "finetune", per_device_train_batch_size=4, per_device_eval_batch_size=9, **evaluated)
-    # Nine held-out rows in rounds of four: in the last round the second process has none.
+    # Nine held-out examples in rounds of four: in the last round the second process has none.
     runs.plan("two_4bit", "finetune", per_device_train_batch_size=2, per_device_eval_batch_size=2, **evaluated)
     for name, recipe, fields in (("stage1", "pretrain", {}), ("full", "finetune", FULL)):
         unfinished(runs.folder / f"one_{name}", runs.folder / f"then_two_{name}")
@@ -151,7 +151,7 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     broken.mkdir()
     for file in (*runs.rows.parent.glob("*.png"), runs.rows):
         shutil.copy(file, broken)
-    (broken / "4.png").write_bytes(b"no picture")  # of the last row alone
+    (broken / "4.png").write_bytes(b"no image")  # of the last example alone
     more = {"train_file": broken / "rows.json", "skip_check": "true"}
     runs.plan("unreadable", "finetune", per_device_train_batch_size=2, **FULL, **more)
     runs.start()
@@ -223,7 +223,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(runs: Runs) -> None
     assert saved.name == "checkpoint-4" and fault(saved) is None
 
 
-def test_a_picture_that_one_process_cannot_read_ends_both(runs: Runs) -> None:
+def test_a_image_that_one_process_cannot_read_ends_both(runs: Runs) -> None:
     ends = sorted(runs.ended("unreadable"), key=lambda end: end["raised"])
     assert [end["raised"] for end in ends] == ["Elsewhere", "InputError"]
     assert "row-8" in ends[1]["said"]

@@ -178,7 +178,7 @@ class TestLlavaBench:
         # Both orders read alike here, so a failure takes both of a question's replies.
         assert 0 < found.failed == 2 * found.left_out and found.total.n == 90 - found.left_out
         assert found.one_order == 0
-        assert found.without_context == 45  # 15 of the 30 pictures are among the contexts
+        assert found.without_context == 45  # 15 of the 30 images are among the contexts
 
     def test_shortened_answers_lose_what_they_lose(self, files: dict[str, Path], tmp_path: Path) -> None:
         rows = [json.loads(line) for line in files["reference"].read_text().splitlines()]

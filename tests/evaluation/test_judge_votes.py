@@ -1,4 +1,4 @@
-"""A judge votes on what people voted on: in both orders, on the right side, with whatever is known of the pictures."""
+"""A judge votes on what people voted on: in both orders, on the right side, with whatever is known of the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qllava.evaluation.judge_votes import read_verdict, vote_on_file
 from qllava.evaluation.judgments import read_judgments
 from qllava.voting.votes import VERDICTS
 from tests.llm.server import ChatServer, Request, Said
-from tests.tiny_models import make_picture
+from tests.tiny_models import make_image
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def test_a_judge_that_takes_the_first_and_one_that_says_nothing(votes: Path, tmp
     assert [one.vote for one in read_judgments(tmp_path / "j.jsonl")][-2:] == [None, None]
 
 
-def test_pictures_first_then_captions_then_nothing(tmp_path: Path) -> None:
+def test_images_first_then_captions_then_nothing(tmp_path: Path) -> None:
     votes = tmp_path / "votes.jsonl"
     said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
     said += [{"role": "user", "content": "What is in picture 4?"}]
     rows = [row(0), row(1), row(2), row(3, pictures=[]), row(4, pictures=["hash0", "hash9"], conversation=said)]
     votes.write_text("".join(json.dumps(one) + "\n" for one in rows))
     (tmp_path / "kept").mkdir()
-    make_picture("red").save(tmp_path / "kept" / "hash0.png")
+    make_image("red").save(tmp_path / "kept" / "hash0.png")
     contexts = tmp_path / "contexts.jsonl"
     context = [{"id": f"hash{n}", "image": "x.png", "captions": [f"A red square, {n}."], "boxes": []} for n in (0, 1)]
     contexts.write_text("".join(json.dumps(one) + "\n" for one in context))
@@ -123,7 +123,7 @@ def test_pictures_first_then_captions_then_nothing(tmp_path: Path) -> None:
     for text in by_question[4]:
         assert "A red square, 0." in text and "base64" not in text and "[Said before]" in text and "Hello" in text
         assert text.count("picture 4?") == 1  # the question itself is not said twice
-    assert found.answered.to_json()["prompt_tokens"] > 2000  # two calls with a picture, counted by us
+    assert found.answered.to_json()["prompt_tokens"] > 2000  # two calls with an image, counted by us
 
 
 def test_folders_are_looked_at_before_anything_is_asked(votes: Path, tmp_path: Path) -> None:

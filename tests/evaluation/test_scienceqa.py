@@ -22,11 +22,11 @@ from qllava.evaluation.scienceqa import (
     read_problems,
     score,
     score_file,
-    training_rows,
+    training_records,
 )
-from recipes.scienceqa import write_rows
+from recipes.scienceqa import write_records
 from tests.evaluation.made_up import NAMES, write_science
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 ROW = {
     "question": "What is the capital of Delaware?",
@@ -42,7 +42,7 @@ ROW = {
 
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """Four problems, two with pictures, and one of another split."""
+    """Four problems, two with images, and one of another split."""
     rows = {
         "1": ROW,
         "2": {**ROW, "image": "image.png", "subject": "natural science", "grade": "grade7", "answer": 0},
@@ -52,7 +52,7 @@ def problems(tmp_path: Path) -> Path:
     }
     for id in ("2", "3"):
         (tmp_path / "pictures" / id).mkdir(parents=True)
-        make_picture("red").save(tmp_path / "pictures" / id / "image.png")
+        make_image("red").save(tmp_path / "pictures" / id / "image.png")
     path = tmp_path / "problems.json"
     path.write_text(json.dumps(rows))
     return path
@@ -264,7 +264,7 @@ def test_answers_of_another_run_are_not_continued(
         with pytest.raises(InputError, match=f"line 1: .*{said}.*; name another file for --out"):
             answering()
     out.write_text(whole)
-    make_picture("blue").save(tmp_path / "pictures" / "3" / "image.png")
+    make_image("blue").save(tmp_path / "pictures" / "3" / "image.png")
     with pytest.raises(InputError, match="question 3 was asked in other words, or with another image"):
         answering()
     out.write_text(whole)
@@ -299,7 +299,7 @@ def test_the_prompt_of_each_order(problems: Path) -> None:
     assert first.splitlines()[3].startswith("Begin with") and last.splitlines()[3].startswith("Reason first")
 
 
-def test_a_missing_picture_is_noticed_before_the_model_is_loaded(problems: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_noticed_before_the_model_is_loaded(problems: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "3" / "image.png").unlink()
     with pytest.raises(InputError, match="Problem 3: the image .*does not exist"):
         answer_problems("no/such/model", problems, tmp_path / "pictures", tmp_path / "out.jsonl", "reason-first")
@@ -328,7 +328,7 @@ def test_what_is_learned_is_read_as_right_and_asked_as_in_the_evaluation(order: 
     rows["1"] |= {"lecture": "States have capitals.", "solution": "Dover is the one of Delaware."}
     problems.write_text(json.dumps(rows))
     asked = read_problems(problems)
-    found = training_rows(asked, problems.parent / "pictures", order)
+    found = training_records(asked, problems.parent / "pictures", order)
     answers = {row["id"]: row["conversations"][1]["value"] for row in found}
     assert score(asked, answers).total.value == 1 and score(asked, answers).unparsed == 0
     reason, answer = "States have capitals. Dover is the one of Delaware.", "The answer is C."
@@ -341,10 +341,10 @@ def test_what_is_learned_is_read_as_right_and_asked_as_in_the_evaluation(order: 
 
 
 def test_the_recipe_writes_both_orders_as_rows_that_can_be_read(problems: Path, tmp_path: Path) -> None:
-    write_rows(problems, tmp_path / "pictures", "test", tmp_path / "rows")
+    write_records(problems, tmp_path / "pictures", "test", tmp_path / "rows")
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["answer-first.json", "reason-first.json"]
     examples = read_examples(tmp_path / "rows" / "reason-first.json", tmp_path / "pictures")
     assert len(examples) == 4 and sum(len(one.images) for one in examples) == 2
     with pytest.raises(InputError, match="no problems of the split"):
-        write_rows(problems, tmp_path / "pictures", "validation", tmp_path / "none")
+        write_records(problems, tmp_path / "pictures", "validation", tmp_path / "none")
     assert not (tmp_path / "none").exists()

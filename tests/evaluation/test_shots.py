@@ -15,10 +15,10 @@ from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN, Conversation, Turn
 from qllava.data.formats import Example, read_examples
 from qllava.data.problems import Place
-from qllava.evaluation.shots import Shots, Words, embed_pictures, last_question, with_shots
+from qllava.evaluation.shots import Shots, Words, embed_images, last_question, with_shots
 from qllava.evaluation.vqa import evaluate, evaluate_file
 from qllava.inference import load
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 TEXTS = ["What colour is the dog?", "How many dogs are there?", "What is the colour of the cat?", "Is it a dog, a dog?"]
 
@@ -72,12 +72,12 @@ def test_no_example_tells_the_answer(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A data file and a pool over pictures of two kinds; the tiny tower sees which is like which."""
+def images(tmp_path: Path) -> Path:
+    """A data file and a pool over images of two kinds; the tiny tower sees which is like which."""
     (tmp_path / "model").mkdir()
     make_tiny_llava(tmp_path / "model")
     for name, colour in {"r1": "red", "r2": (250, 5, 0), "b1": "blue", "b2": (0, 5, 250)}.items():
-        make_picture(colour).save(tmp_path / f"{name}.png")
+        make_image(colour).save(tmp_path / f"{name}.png")
     asked = [{"question": "What?", "image": f"{name}1.png", "answer": name} for name in "rb"]
     pool = [{"question": "What?", "image": f"{name}2.png", "answer": name} for name in "rb"]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
@@ -85,32 +85,32 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_examples_with_similar_pictures(pictures: Path) -> None:
-    chat = load(str(pictures / "model"))
-    vectors = embed_pictures(chat, [pictures / f"{name}.png" for name in ("r1", "r2", "b1", "b2")])
+def test_examples_with_similar_images(images: Path) -> None:
+    chat = load(str(images / "model"))
+    vectors = embed_images(chat, [images / f"{name}.png" for name in ("r1", "r2", "b1", "b2")])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0)
     near = vectors @ vectors.T
     assert near[0, 1] > near[0, 2] and near[2, 3] > near[2, 0]
-    asked, pool = (read_examples(pictures / name) for name in ("asked.json", "pool.json"))
+    asked, pool = (read_examples(images / name) for name in ("asked.json", "pool.json"))
     found = with_shots(asked, Shots(1, pool, "picture"), chat)
     assert [one.conversation.turns[1].content for one in found] == ["r", "b"]
     assert [len(one.images) for one in found] == [2, 2]
-    with pytest.raises(InputError, match=r"no picture to choose by"):
+    with pytest.raises(InputError, match=r"no image to choose by"):
         with_shots(asked, Shots(1, [*pool, row("?", "x")], "picture"), chat)
 
 
 @pytest.mark.parametrize("choose", ["random", "text", "picture"])
-def test_batched_equals_single(pictures: Path, choose: Any) -> None:
-    chat = load(str(pictures / "model"))
-    asked, pool = (read_examples(pictures / name) for name in ("asked.json", "pool.json"))
+def test_batched_equals_single(images: Path, choose: Any) -> None:
+    chat = load(str(images / "model"))
+    asked, pool = (read_examples(images / name) for name in ("asked.json", "pool.json"))
     prompts = with_shots([*asked, *asked[:1]], Shots(1, pool, choose), chat)
     assert evaluate(chat, prompts, batch_size=3).answers == evaluate(chat, prompts, batch_size=1).answers
 
 
-def test_the_file_of_answers_shows_the_question_alone(pictures: Path) -> None:
-    out, html = pictures / "out.jsonl", pictures / "page.html"
-    model = str(pictures / "model")
-    evaluate_file(model, pictures / "asked.json", out=out, html=html, shots=2, pool=pictures / "pool.json")
+def test_the_file_of_answers_shows_the_question_alone(images: Path) -> None:
+    out, html = images / "out.jsonl", images / "page.html"
+    model = str(images / "model")
+    evaluate_file(model, images / "asked.json", out=out, html=html, shots=2, pool=images / "pool.json")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [len(one["images"]) for one in rows] == [1, 1]
     assert [one["question"] for one in rows] == ["What?", "What?"]
@@ -122,12 +122,12 @@ def test_the_last_question_of_several() -> None:
     assert last_question(Example("1", (Path("x.png"),), Conversation(turns), Place("f"))) == "B?"
 
 
-def test_pictures_are_looked_at_in_halves_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_looked_at_in_halves_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = load(str(make_tiny_llava(tmp_path / "model")))
     paths = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
     for path in paths:
-        make_picture(path.stem).save(path)
-    expected, tower = embed_pictures(chat, paths), type(chat.model.model.vision_tower)
+        make_image(path.stem).save(path)
+    expected, tower = embed_images(chat, paths), type(chat.model.model.vision_tower)
     plain, most, sizes = tower.forward, 1, []
 
     def forward(self: Any, pixels: torch.Tensor, **rest: Any) -> Any:
@@ -137,8 +137,8 @@ def test_pictures_are_looked_at_in_halves_when_memory_runs_out(tmp_path: Path, m
         return plain(self, pixels, **rest)
 
     monkeypatch.setattr(tower, "forward", forward)
-    np.testing.assert_allclose(embed_pictures(chat, paths), expected, atol=1e-6)
+    np.testing.assert_allclose(embed_images(chat, paths), expected, atol=1e-6)
     assert sizes == [3, 1, 1, 1]
     most = 0
     with pytest.raises(InputError, match=r"Memory does not suffice to look at .*red\.png"):
-        embed_pictures(chat, paths)
+        embed_images(chat, paths)

@@ -24,12 +24,12 @@ from qllava.evaluation.vqa import (
 )
 from qllava.inference import load
 from tests.small_memory import small_memory
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 
 def example(number: int, truth: str, type_: str | None = None) -> Example:
     turns = (Turn("user", f"Question {number}?"), Turn("assistant", truth))
-    return Example(str(number), (), Conversation(turns=turns), f"test.json, row {number}", type_)
+    return Example(str(number), (), Conversation(turns=turns), f"test.json, example {number}", type_)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_evaluate_takes_any_function_that_answers() -> None:
 
 
 def test_a_row_without_an_answer_is_named_before_anything_is_asked() -> None:
-    bad = Example("b7", (), Conversation(turns=(Turn("user", "?"),)), "test.json, row 7", None)
-    with pytest.raises(InputError, match=r"test\.json, row 7, id b7"):
+    bad = Example("b7", (), Conversation(turns=(Turn("user", "?"),)), "test.json, example 7", None)
+    with pytest.raises(InputError, match=r"test\.json, example 7, id b7"):
         evaluate(lambda _: pytest.fail("asked"), [example(1, "x"), bad])
 
 
 def test_a_file_from_end_to_end(tmp_path: Path) -> None:
     model = make_tiny_llava(tmp_path / "model")
-    make_picture("red").save(tmp_path / "red.png")
+    make_image("red").save(tmp_path / "red.png")
     truth = load(str(model)).answer(tmp_path / "red.png", "What colour?", max_new_tokens=64)
     rows = [
         {"question": "What colour?", "image": "red.png", "answer": truth, "type": "colour"},
@@ -140,7 +140,7 @@ def test_a_file_from_end_to_end(tmp_path: Path) -> None:
 
 def test_batches_are_bounded_and_halved_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_llava(tmp_path / "model")
-    make_picture("red").save(tmp_path / "red.png")
+    make_image("red").save(tmp_path / "red.png")
     rows = [{"id": f"q{i}", "question": "What?" + " Why?" * i, "image": "red.png", "answer": "x"} for i in range(10)]
     data, out = tmp_path / "data.json", tmp_path / "out.jsonl"
     data.write_text(json.dumps(rows))
@@ -154,15 +154,15 @@ def test_batches_are_bounded_and_halved_when_memory_runs_out(tmp_path: Path, mon
     evaluate_file(str(model), data, out=out, batch_size=4)
     assert sizes == [4, 2, 2, 2, 2, 2] and out.read_text() == expected
     small_memory(monkeypatch, 0)
-    with pytest.raises(InputError, match=r"answer the question at .*data\.json, row 10, id q9 of \d+ tokens"):
+    with pytest.raises(InputError, match=r"answer the question at .*data\.json, example 10, id q9 of \d+ tokens"):
         evaluate_file(str(model), data, out=out)
 
 
 def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
     rows = [{"id": "q9", "question": "What?", "image": "broken.png", "answer": "x"}]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    with pytest.raises(InputError, match=r"data\.json, row 1, id q9: .*broken\.png"):
+    with pytest.raises(InputError, match=r"data\.json, example 1, id q9: .*broken\.png"):
         evaluate_file(str(make_tiny_llava(tmp_path / "model")), tmp_path / "data.json")
 
 

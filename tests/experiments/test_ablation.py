@@ -21,8 +21,8 @@ from qllava.experiments import report as ablation_report
 from qllava.experiments.ablation import Grid, Measured, Variant, read_grid, read_measured, run_grid
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import parse
-from recipes.scienceqa import write_rows
-from tests.tiny_models import make_picture
+from recipes.scienceqa import write_records
+from tests.tiny_models import make_image
 from tests.tiny_runs import Tiny, refusal
 
 GRID: dict[str, Any] = {
@@ -244,7 +244,7 @@ def test_real_cells_from_end_to_end(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As recipes/grids/scienceqa.yaml does it: rows in both orders, every checkpoint asked, accuracy over steps."""
+    """As recipes/grids/scienceqa.yaml does it: examples in both orders, every checkpoint asked, accuracy over steps."""
     monkeypatch.setattr(scienceqa, "REASON_TOKENS", 16)
     problem = {"question": "A?", "choices": ["a", "b"], "answer": 1, "hint": "", "solution": "c", "image": None}
     problem |= {"subject": "social science", "grade": "grade3"}
@@ -252,9 +252,9 @@ def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, mo
     for number in ("1", "3"):
         problems[number]["image"] = "image.png"
         (tmp_path / str(problems[number]["split"]) / number).mkdir(parents=True)
-        make_picture("red").save(tmp_path / str(problems[number]["split"]) / number / "image.png")
+        make_image("red").save(tmp_path / str(problems[number]["split"]) / number / "image.png")
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    write_rows(tmp_path / "problems.json", tmp_path, "train", tmp_path / "rows")
+    write_records(tmp_path / "problems.json", tmp_path, "train", tmp_path / "rows")
     shipped = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "grids" / "scienceqa.yaml").read_text())
     settings = {key: shipped["finetune"][key] for key in ("image_folder", "max_length", "too_long", "save_strategy")}
     parts = {"language_model": str(tiny.language_model), "vision_tower": str(tiny.tower), "projector": str(tiny.stage1)}

@@ -328,9 +328,9 @@ class TestHeader:
             "clip.vision.projection_dim": 64,
         }
         assert {name: header.get(name) for name in wanted} == wanted
-        pictures = json.loads((hf_layout / "preprocessor_config.json").read_text(encoding="utf-8"))
+        images = json.loads((hf_layout / "preprocessor_config.json").read_text(encoding="utf-8"))
         for part in ("mean", "std"):
-            assert header[f"clip.vision.image_{part}"] == pytest.approx(pictures[f"image_{part}"])
+            assert header[f"clip.vision.image_{part}"] == pytest.approx(images[f"image_{part}"])
         assert header["clip.vision.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
 
     def test_gelu(self, hf_layout: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that other programs write: the same text as transformers', wherever the client put its picture."""
+"""Prompts that other programs write: the same text as transformers', wherever the client put its image."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def by_llama_cpp(chat_template: str, messages: list[Any]) -> str:
     return environment.from_string(for_llama_cpp(chat_template)).render(**values)
 
 
-def picture_and(text: str) -> list[dict[str, str]]:
+def image_and(text: str) -> list[dict[str, str]]:
     return [{"type": "image"}, {"type": "text", "text": text}]
 
 
 @pytest.mark.parametrize("name", CHATS)
 class TestChatTemplate:
     @pytest.mark.parametrize("marker", MARKERS)
-    def test_one_picture(self, name: str, marker: str) -> None:
+    def test_one_image(self, name: str, marker: str) -> None:
         written = TEMPLATES[name].chat_template()
-        wanted = by_transformers(written, [{"role": "user", "content": picture_and(QUESTION)}])
+        wanted = by_transformers(written, [{"role": "user", "content": image_and(QUESTION)}])
         assert f"<image>\n{QUESTION}" in wanted
         contents: list[Any] = [
             marker + QUESTION,
@@ -68,14 +68,14 @@ class TestChatTemplate:
                 {"role": "user", "content": two},
             ]
 
-        two_pictures = [{"type": "image"}, *picture_and("Which is larger?")]
-        wanted = by_transformers(written, turns(picture_and(QUESTION), two_pictures))
+        two_images = [{"type": "image"}, *image_and("Which is larger?")]
+        wanted = by_transformers(written, turns(image_and(QUESTION), two_images))
         marker = MARKERS[0]
         found = by_llama_cpp(written, turns(marker + QUESTION, marker + marker + "Which is larger?"))
         assert found.replace(marker, "<image>") == wanted
         assert wanted.count("<image>") == 3 and "Where __> is it?" in wanted
 
-    def test_without_a_picture(self, name: str) -> None:
+    def test_without_a_image(self, name: str) -> None:
         written = TEMPLATES[name].chat_template()
         messages = [{"role": "user", "content": QUESTION}]
         assert by_llama_cpp(written, messages) == by_transformers(written, messages)

@@ -22,7 +22,7 @@ from qllava.training.main import main
 from qllava.training.run import finetune, pretrain
 from qllava.training.settings import parse
 from tests.tiny_models import make_tiny_parts
-from tests.tiny_runs import Tiny, flags, write_rows
+from tests.tiny_runs import Tiny, flags, write_records
 
 Refused = Callable[..., str]
 
@@ -52,8 +52,8 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder with one picture that can be read."""
+def images(tmp_path: Path) -> Path:
+    """A folder with one image that can be read."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("RGB", (20, 20), "red").save(folder / "0.png")
@@ -62,56 +62,56 @@ def pictures(tmp_path: Path) -> Path:
 
 class TestRows:
     def refused_rows(self, refused: Refused, folder: Path, rows: list[Any], **fields: Any) -> str:
-        message = refused(train_file=write_rows(folder / "train.json", rows), **fields)
+        message = refused(train_file=write_records(folder / "train.json", rows), **fields)
         assert "the-row" in message
         return message
 
-    def test_a_picture_that_is_missing(self, refused: Refused, pictures: Path) -> None:
-        message = self.refused_rows(refused, pictures, [row(), row(image="1.png")])
-        assert "1.png" in message and "train.json, row 2" in message
+    def test_a_image_that_is_missing(self, refused: Refused, images: Path) -> None:
+        message = self.refused_rows(refused, images, [row(), row(image="1.png")])
+        assert "1.png" in message and "train.json, example 2" in message
 
-    @pytest.mark.parametrize("content", [b"no picture", b""], ids=["text", "empty"])
-    def test_a_picture_that_is_none(self, refused: Refused, pictures: Path, content: bytes) -> None:
-        (pictures / "1.png").write_bytes(content)
-        message = self.refused_rows(refused, pictures, [row(image="1.png")])
+    @pytest.mark.parametrize("content", [b"no image", b""], ids=["text", "empty"])
+    def test_a_image_that_is_none(self, refused: Refused, images: Path, content: bytes) -> None:
+        (images / "1.png").write_bytes(content)
+        message = self.refused_rows(refused, images, [row(image="1.png")])
         assert "1.png" in message and "not an image that can be read" in message
 
-    def test_a_picture_that_is_cut_off(self, refused: Refused, pictures: Path) -> None:
-        Image.effect_noise((60, 60), 50).save(pictures / "1.png")
-        whole = (pictures / "1.png").read_bytes()
-        (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
-        message = self.refused_rows(refused, pictures, [row(image="1.png")])
+    def test_a_image_that_is_cut_off(self, refused: Refused, images: Path) -> None:
+        Image.effect_noise((60, 60), 50).save(images / "1.png")
+        whole = (images / "1.png").read_bytes()
+        (images / "1.png").write_bytes(whole[: len(whole) // 2])
+        message = self.refused_rows(refused, images, [row(image="1.png")])
         assert "1.png" in message and "cannot be decoded" in message
 
-    def test_a_picture_that_a_worker_process_meets(self, refused: Refused, pictures: Path) -> None:
-        (pictures / "1.png").write_bytes(b"no picture")
-        message = self.refused_rows(refused, pictures, [row(image="1.png")], dataloader_num_workers=1, skip_check=True)
+    def test_a_image_that_a_worker_process_meets(self, refused: Refused, images: Path) -> None:
+        (images / "1.png").write_bytes(b"no image")
+        message = self.refused_rows(refused, images, [row(image="1.png")], dataloader_num_workers=1, skip_check=True)
         assert message.startswith("qllava: id the-row: ") and "not an image that can be read" in message
 
-    def test_a_row_that_is_no_conversation(self, refused: Refused, pictures: Path) -> None:
-        assert "conversations" in self.refused_rows(refused, pictures, [{"id": "the-row", "caption": "red"}])
+    def test_a_row_that_is_no_conversation(self, refused: Refused, images: Path) -> None:
+        assert "conversations" in self.refused_rows(refused, images, [{"id": "the-row", "caption": "red"}])
 
-    def test_a_row_that_teaches_nothing(self, refused: Refused, pictures: Path) -> None:
+    def test_a_row_that_teaches_nothing(self, refused: Refused, images: Path) -> None:
         turns = [{"from": "human", "value": "<image>\nWhat colour?"}]
-        assert "ends with the user" in self.refused_rows(refused, pictures, [row(conversations=turns)])
+        assert "ends with the user" in self.refused_rows(refused, images, [row(conversations=turns)])
 
-    def test_a_row_that_is_too_long(self, refused: Refused, pictures: Path) -> None:
-        assert "max_length 20" in self.refused_rows(refused, pictures, [row()], max_length=20)
+    def test_a_row_that_is_too_long(self, refused: Refused, images: Path) -> None:
+        assert "max_length 20" in self.refused_rows(refused, images, [row()], max_length=20)
 
-    def test_held_out_rows_are_checked_too(self, refused: Refused, pictures: Path) -> None:
-        path = write_rows(pictures / "test.json", [row(image="gone.png")])
-        assert "test.json, row 1" in refused(eval_file=path, eval_strategy="epoch")
+    def test_held_out_rows_are_checked_too(self, refused: Refused, images: Path) -> None:
+        path = write_records(images / "test.json", [row(image="gone.png")])
+        assert "test.json, example 1" in refused(eval_file=path, eval_strategy="epoch")
 
-    def test_every_row_dropped(self, refused: Refused, pictures: Path) -> None:
-        path = write_rows(pictures / "train.json", [row()])
+    def test_every_row_dropped(self, refused: Refused, images: Path) -> None:
+        path = write_records(images / "train.json", [row()])
         assert "No sample is left" in refused(train_file=path, max_length=20, too_long="drop")
 
     def test_no_such_file(self, refused: Refused, tmp_path: Path) -> None:
         assert "none.json" in refused(train_file=tmp_path / "none.json")
 
-    def test_no_json(self, refused: Refused, pictures: Path) -> None:
-        (pictures / "train.json").write_text("[{'id': 1}]", encoding="utf-8")
-        assert "train.json, line 1" in refused(train_file=pictures / "train.json")
+    def test_no_json(self, refused: Refused, images: Path) -> None:
+        (images / "train.json").write_text("[{'id': 1}]", encoding="utf-8")
+        assert "train.json, line 1" in refused(train_file=images / "train.json")
 
 
 class TestSettings:

@@ -35,8 +35,10 @@ GPT = {"from": "gpt", "value": "A bus."}
 SOUND = {"id": "a1", "image": "red.png", "conversations": [SEEN, GPT]}
 
 DOCS = "see the formats in docs/data.md"
-FORM = "a data file is a JSON list of rows, or one row per line"
-FORMATS = "a data file is a JSON list of rows, one row per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+FORM = "a data file is a JSON list of examples, or one example per line"
+FORMATS = (
+    "a data file is a JSON list of examples, one example per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+)
 HALF = "holds half of a character (a \\u escape of a surrogate without its partner); write the character whole"
 REPLACE = "replace it, or remove its examples"
 
@@ -45,7 +47,7 @@ REPLACE = "replace it, or remove its examples"
 class Case:
     """A broken data set.
 
-    content: of the data file: rows of a JSON list, one a line; or its text, its bytes; or what writes it.
+    content: of the data file: examples of a JSON list, one a line; or its text, its bytes; or what writes it.
     said: the sentence, {folder} being the folder of the file.
     id, line: as programs read them.
     samples: the sound ones.
@@ -62,20 +64,20 @@ class Case:
 
 
 def row(said: str, *turns: Any, id: Any = "x7", where: str = "id x7", **more: Any) -> Case:
-    """A LLaVA row behind a sound one."""
+    """A LLaVA example behind a sound one."""
     broken = {"conversations": list(turns), **more} | ({} if id is None else {"id": id})
     return raw(said, broken, where=where)
 
 
 def raw(said: str, broken: Any, *, where: str = "id x7") -> Case:
-    """Any row behind a sound one; `where` is empty when its id cannot be read."""
-    place = f"train.json, row 2, {where}" if where else "train.json, row 2"
+    """Any example behind a sound one; `where` is empty when its id cannot be read."""
+    place = f"train.json, example 2, {where}" if where else "train.json, example 2"
     id = where.removeprefix("id ") or None
     return Case([SOUND, broken], f"{place}: {said}.", id=id, line=3, samples=1)
 
 
-def picture(said: str, write: Callable[[Path], object], *, name: str = "other.png", named: bool = True) -> Case:
-    """A row whose picture is written by `write`; sound rows lie around it."""
+def image(said: str, write: Callable[[Path], object], *, name: str = "other.png", named: bool = True) -> Case:
+    """An example whose image is written by `write`; sound examples lie around it."""
     rows = [SOUND, {"id": "x7", "image": name, "conversations": [SEEN, GPT]}]
 
     def both(path: Path) -> None:
@@ -83,7 +85,7 @@ def picture(said: str, write: Callable[[Path], object], *, name: str = "other.pn
         path.write_text(lines(rows), encoding="utf-8")
 
     said = f"{{folder}}/{name}: {said}" if named else said
-    return Case(both, f"train.json, row 2, id x7: {said}.", id="x7", line=3, samples=2 if named else 1)
+    return Case(both, f"train.json, example 2, id x7: {said}.", id="x7", line=3, samples=2 if named else 1)
 
 
 def lines(rows: list[Any]) -> str:
@@ -159,30 +161,30 @@ FILES = {
         file="file/train.json",
     ),
     "a pipe": Case(
-        os.mkfifo, "{folder}/train.json: this is neither a file nor a folder; write the rows to a file."
+        os.mkfifo, "{folder}/train.json: this is neither a file nor a folder; write the examples to a file."
     ),
     "a folder of something else": Case(
         lambda path: path.mkdir(),
         f"{{folder}}/train.json: this is a folder without data files; name a file, or a folder of Parquet, Arrow or "
         f"tar files: {FORMATS}.",
     ),
-    "nothing in it": Case("", "{folder}/train.json: the file holds no rows; give it at least one conversation."),
+    "nothing in it": Case("", "{folder}/train.json: the file holds no examples; give it at least one conversation."),
     "white space in it": Case(
-        " \n\t\n", "{folder}/train.json: the file holds no rows; give it at least one conversation."
+        " \n\t\n", "{folder}/train.json: the file holds no examples; give it at least one conversation."
     ),
     "only a byte order mark": Case(
-        b"\xef\xbb\xbf", "{folder}/train.json: the file holds no rows; give it at least one conversation."
+        b"\xef\xbb\xbf", "{folder}/train.json: the file holds no examples; give it at least one conversation."
     ),
-    "a list without rows": Case(
-        "[\n]", "{folder}/train.json: the file holds no rows; give it at least one conversation."
+    "a list without examples": Case(
+        "[\n]", "{folder}/train.json: the file holds no examples; give it at least one conversation."
     ),
     "a table with a header alone": Case(
         "question,answer\n",
-        "{folder}/train.csv: the file holds no rows; give it at least one conversation.",
+        "{folder}/train.csv: the file holds no examples; give it at least one conversation.",
         file="train.csv",
     ),
     "a table with other columns": Case(
-        "picture,heading\nred.png,A bus.\n",
+        "image,heading\nred.png,A bus.\n",
         f"{{folder}}/train.csv: the file is neither JSON nor a table with the columns question and answer; {FORMATS}.",
         file="train.csv",
     ),
@@ -221,19 +223,19 @@ FILES = {
     "broken in the middle of a list": no_json(
         f'[\n{GOOD},\n{{"id": }},\n{GOOD}\n]', "Expecting value, column 8", 3, samples=1
     ),
-    "broken inside a row of many lines": no_json(
+    "broken inside an example of many lines": no_json(
         f'[{GOOD},\n {{\n  "id": 1\n  "image": "a.png"\n }}\n]', "Expecting ',' delimiter, column 3", 4, samples=1
     ),
     "single quotes": no_json(
         "[{'id': 'a1'}]", "Expecting property name enclosed in double quotes, column 3", 1
     ),
-    "a list cut off inside a row": no_json(
+    "a list cut off inside an example": no_json(
         f"[\n{GOOD},\n{GOOD[:40]}", "Unterminated string starting at, column 34", 3, samples=1
     ),
     "a list cut off behind a comma": no_json(f"[\n{GOOD},\n", "Expecting value, column 1", 3, samples=1),
     "a list that is not closed": no_json(f"[\n{GOOD}\n", "Expecting ',' or ']', column 1", 3, samples=1),
-    "a comma behind the last row": no_json(f"[\n{GOOD},\n]", "Expecting value, column 1", 3, samples=1),
-    "no comma between rows": no_json(f"[\n{GOOD}\n{GOOD}\n]", "Expecting ',' or ']', column 1", 3, samples=1),
+    "a comma behind the last example": no_json(f"[\n{GOOD},\n]", "Expecting value, column 1", 3, samples=1),
+    "no comma between examples": no_json(f"[\n{GOOD}\n{GOOD}\n]", "Expecting ',' or ']', column 1", 3, samples=1),
     "two lists": no_json(f"[\n{GOOD}\n]\n[]", "Extra data, column 1", 4, samples=1),
     "nested 100,000 deep": no_json("[" * 100_000, "nested too deeply", 1),
     "a number of 10,000 digits": no_json(
@@ -245,7 +247,9 @@ FILES = {
     "JSONL broken in the middle": no_json(f'{GOOD}\n{{"id": }}\n{OTHER}\n', "Expecting value, column 8", 2, samples=2,
                                           file="train.jsonl"),
     "JSONL cut off": no_json(f"{GOOD}\n{GOOD[:40]}", "Unterminated string starting at, column 34", 2, samples=1),
-    "two rows in a line": no_json(f"{GOOD}\n\n{GOOD} {GOOD}\n", f"Extra data, column {len(GOOD) + 2}", 3, samples=1),
+    "two examples in a line": no_json(
+        f"{GOOD}\n\n{GOOD} {GOOD}\n", f"Extra data, column {len(GOOD) + 2}", 3, samples=1
+    ),
     "JSONL nested 100,000 deep": no_json(
         f'{GOOD}\n{{"id": {"[" * 100_000}\n', "nested too deeply", 2, samples=1
     ),
@@ -254,14 +258,14 @@ FILES = {
     ),
     "an object that holds the list": Case(
         json.dumps({"data": [SOUND]}),
-        "train.json, line 1: a row has one of the keys conversations, messages, question, this one has none of them; "
-        f"{DOCS}.",
+        "train.json, line 1: an example has one of the keys conversations, messages, question, this one has none of "
+        f"them; {DOCS}.",
         line=1,
     ),
     "Parquet that is cut off": Case(
         cut_parquet,
-        "train.parquet, row 1: from here on the Parquet file cannot be read (Parquet magic bytes not found in footer. "
-        "Either the file is corrupted or this is not a parquet file); download it or write it again.",
+        "train.parquet, example 1: from here on the Parquet file cannot be read (Parquet magic bytes not found in "
+        "footer. Either the file is corrupted or this is not a parquet file); download it or write it again.",
         file="train.parquet",
     ),
     "Parquet without the columns": Case(
@@ -272,15 +276,16 @@ FILES = {
 }  # fmt: skip
 
 ROWS = {
-    "a list for a row": raw(f"a row is a JSON object, not a list; {DOCS}", ["a"], where=""),
-    "null for a row": raw(f"a row is a JSON object, not null; {DOCS}", None, where=""),
-    "a number for a row": raw(f"a row is a JSON object, not a number; {DOCS}", 1.5, where=""),
+    "a list for an example": raw(f"an example is a JSON object, not a list; {DOCS}", ["a"], where=""),
+    "null for an example": raw(f"an example is a JSON object, not null; {DOCS}", None, where=""),
+    "a number for an example": raw(f"an example is a JSON object, not a number; {DOCS}", 1.5, where=""),
     "no known key": raw(
-        f"a row has one of the keys conversations, messages, question, this one has none of them; {DOCS}",
+        f"an example has one of the keys conversations, messages, question, this one has none of them; {DOCS}",
         {"id": "x7", "caption": "A bus."},
     ),
     "two kinds in one": row(
-        f"a row has one of the keys conversations, messages, question, this one has conversations and question; {DOCS}",
+        f"an example has one of the keys conversations, messages, question, this one has conversations "
+        f"and question; {DOCS}",
         HUMAN, GPT, question="What?",
     ),
     "an id that is a list": row("the id is a list; give it as text or a whole number", HUMAN, GPT, id=[1], where=""),
@@ -291,12 +296,14 @@ ROWS = {
     "an id of half a character": row(f"the id {HALF}", HUMAN, GPT, id="x\ud83d", where=""),
     "an id with a line break": Case(
         [SOUND, {"id": "x\n7", "conversations": []}],
-        "train.json, row 2, id 'x\\n7': conversations must be a list of turns, not an empty list; "
+        "train.json, example 2, id 'x\\n7': conversations must be a list of turns, not an empty list; "
         "write a question and an answer.",
         id="x\n7", line=3, samples=1,
     ),
     "a type that is a number": row("the type is a number; give it as text", HUMAN, GPT, type=3),
-    "no id": row("turn 2 is an empty answer; write it or drop the row", HUMAN, GPT | {"value": ""}, id=None, where=""),
+    "no id": row(
+        "turn 2 is an empty answer; write it or drop the example", HUMAN, GPT | {"value": ""}, id=None, where=""
+    ),
     "conversations that are a text": raw(
         "conversations must be a list of turns, not a text; write a question and an answer",
         {"id": "x7", "conversations": "What? That."},
@@ -334,11 +341,11 @@ ROWS = {
         "a system prompt stands after another turn; move it to the start",
         HUMAN, {"from": "system", "value": "Be brief."}, GPT,
     ),
-    "an empty answer": row("turn 2 is an empty answer; write it or drop the row", HUMAN, GPT | {"value": ""}),
+    "an empty answer": row("turn 2 is an empty answer; write it or drop the example", HUMAN, GPT | {"value": ""}),
     "an answer of white space": row(
-        "turn 2 is an empty answer; write it or drop the row", HUMAN, GPT | {"value": " \n\u2003"}
+        "turn 2 is an empty answer; write it or drop the example", HUMAN, GPT | {"value": " \n\u2003"}
     ),
-    "an empty question": row("turn 1 is an empty question; write it or drop the row", HUMAN | {"value": "\n"}, GPT),
+    "an empty question": row("turn 1 is an empty question; write it or drop the example", HUMAN | {"value": "\n"}, GPT),
     "an answer that is null": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": None}),
     "an answer that is a number": row("turn 2 has no text under 'value'; write it there", HUMAN, GPT | {"value": 7}),
     "an answer that is an object": row(
@@ -350,144 +357,148 @@ ROWS = {
     ),
     "a part of another type": raw(
         'turn 1 has a part that is neither {"type": "image"} nor {"type": "text", "text": ...}; write it as one of '
-        "them, and name the pictures under images",
+        "them, and name the images under images",
         {"id": "x7", "messages": [message("user", [{"type": "video"}]), message("assistant", "A bus.")]},
     ),
     "a question without an answer": raw("the answer is missing; write it as text", {"id": "x7", "question": "What?"}),
     "an answer of a question that is null": raw(
         "the answer is null; write it as text", {"id": "x7", "question": "What?", "answer": None}
     ),
-    "<image> without a picture": row(
-        "the questions hold 1 <image>, the row names 0 pictures; make them equal", SEEN, GPT
+    "<image> without an image": row(
+        "the questions hold 1 <image>, the example names 0 images; make them equal", SEEN, GPT
     ),
-    "a picture without <image>": row(
-        "the questions hold 0 <image>, the row names 1 picture; make them equal", HUMAN, GPT, image="red.png"
+    "an image without <image>": row(
+        "the questions hold 0 <image>, the example names 1 image; make them equal", HUMAN, GPT, image="red.png"
     ),
-    "fewer pictures than <image>": row(
-        "the questions hold 2 <image>, the row names 1 picture; make them equal", SEEN, GPT, SEEN, GPT, image="red.png"
+    "fewer images than <image>": row(
+        "the questions hold 2 <image>, the example names 1 image; make them equal",
+        *(SEEN, GPT) * 2,
+        image="red.png",
     ),
     "<image> in an answer": row(
-        "turn 2 is an answer with <image> in it; pictures belong into questions",
+        "turn 2 is an answer with <image> in it; images belong into questions",
         SEEN, GPT | {"value": "See <image>."}, image="red.png",
     ),
     "<image> in a system prompt": row(
-        "the system prompt holds <image>; pictures belong into questions",
+        "the system prompt holds <image>; images belong into questions",
         {"from": "system", "value": "<image>"}, SEEN, GPT, image="red.png",
     ),
-    "image and images": row("the row has both image and images; keep one", SEEN, GPT, image="a.png", images=["a.png"]),
-    "a picture that is a number": row(
-        "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, image=3
+    "image and images": row(
+        "the example has both image and images; keep one", SEEN, GPT, image="a.png", images=["a.png"]
     ),
-    "a picture that is an object": row(
-        "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, image={"name": "a"}
+    "an image that is a number": row(
+        "the image must be a file name or a list of file names; write it as text", SEEN, GPT, image=3
     ),
-    "a picture without a name among others": row(
-        "the picture must be a file name or a list of file names; write it as text", SEEN, GPT, images=["red.png", ""]
+    "an image that is an object": row(
+        "the image must be a file name or a list of file names; write it as text", SEEN, GPT, image={"name": "a"}
     ),
-    "a picture that is missing": row(
-        "the picture 'gone.png' is not in the image folder {folder}; add it or give the right folder",
+    "an image without a name among others": row(
+        "the image must be a file name or a list of file names; write it as text", SEEN, GPT, images=["red.png", ""]
+    ),
+    "an image that is missing": row(
+        "the image 'gone.png' is not in the image folder {folder}; add it or give the right folder",
         SEEN, GPT, image="gone.png",
     ),
-    "a picture that is a folder": row(
-        "the picture '.' is not in the image folder {folder}; add it or give the right folder", SEEN, GPT, image="."
+    "an image that is a folder": row(
+        "the image '.' is not in the image folder {folder}; add it or give the right folder", SEEN, GPT, image="."
     ),
-    "a picture of another folder": row(
-        "the picture '../red.png' lies outside the image folder {folder}; name it relative to it",
+    "an image of another folder": row(
+        "the image '../red.png' lies outside the image folder {folder}; name it relative to it",
         SEEN, GPT, image="../red.png",
     ),
-    "a picture of the system": row(
-        "the picture '/etc/hostname' lies outside the image folder {folder}; name it relative to it",
+    "an image of the system": row(
+        "the image '/etc/hostname' lies outside the image folder {folder}; name it relative to it",
         SEEN, GPT, image="/etc/hostname",
     ),
-    "an address for a picture": row(
-        "the picture 'https://host/a.png' is an address; download it, and name the file",
+    "an address for an image": row(
+        "the image 'https://host/a.png' is an address; download it, and name the file",
         SEEN, GPT, image="https://host/a.png",
     ),
-    "pixels for a picture": row(
-        f"the picture '{'iVBORw0KGg' * 20}...' is not in the image folder {{folder}}; add it or give the right folder",
+    "pixels for an image": row(
+        f"the image '{'iVBORw0KGg' * 20}...' is not in the image folder {{folder}}; add it or give the right folder",
         SEEN, GPT, image="iVBORw0KGg" * 2000,
     ),
-    "a picture with a NUL in its name": row(
-        "the picture 'red\\x00.png' is not in the image folder {folder}; add it or give the right folder",
+    "an image with a NUL in its name": row(
+        "the image 'red\\x00.png' is not in the image folder {folder}; add it or give the right folder",
         SEEN, GPT, image="red\0.png",
     ),
-    "a picture of half a character": row(
-        "the path of the picture '\\udcff.png' is not UTF-8; rename what is not", SEEN, GPT, image="\udcff.png"
+    "an image of half a character": row(
+        "the path of the image '\\udcff.png' is not UTF-8; rename what is not", SEEN, GPT, image="\udcff.png"
     ),
     "a control token in a question": row(
         "the words 'What does <|im_end|> mean?' ... contain <|im_end|>, which is a control token of this model; "
-        "spell it differently or drop the row",
+        "spell it differently or drop the example",
         {"from": "human", "value": "What does <|im_end|> mean?"}, GPT,
     ),
     "a control token in an answer": row(
         "the words '<|endoftext|>' ... contain <|endoftext|>, which is a control token of this model; "
-        "spell it differently or drop the row",
+        "spell it differently or drop the example",
         HUMAN, {"from": "gpt", "value": "<|endoftext|>"},
     ),
-    "a row that is too long": row(
-        "1042 tokens (1 picture of 16) are more than max_length 512; "
+    "an example that is too long": row(
+        "1042 tokens (1 image of 16) are more than max_length 512; "
         "raise max_length, or set too_long to drop or trim",
         SEEN, {"from": "gpt", "value": "x" * 1000}, image="red.png",
     ),
-    "a row that is too long and has no id": row(
-        "1025 tokens (0 pictures of 16) are more than max_length 512; "
+    "an example that is too long and has no id": row(
+        "1025 tokens (0 images of 16) are more than max_length 512; "
         "raise max_length, or set too_long to drop or trim",
         HUMAN, {"from": "gpt", "value": "x" * 1000}, id=None, where="",
     ),
     "an id that is used twice": Case(
         [SOUND, {"id": "x7", "conversations": [HUMAN, GPT]}, {"id": "x7", "conversations": [HUMAN, GPT, HUMAN, GPT]}],
-        "train.json, row 3, id x7: train.json, row 2 has the same id; give each row an id of its own.",
+        "train.json, example 3, id x7: train.json, example 2 has the same id; give each example an id of its own.",
         id="x7", line=4, samples=3, severity="warning",
     ),
     "an answer at the start": Case(
         [SOUND, {"id": "x7", "conversations": [GPT, HUMAN, GPT]}],
-        "train.json, row 2, id x7: the conversation begins with an answer, which is not learned; remove that turn.",
+        "train.json, example 2, id x7: the conversation begins with an answer, which is not learned; remove that turn.",
         id="x7", line=3, samples=2, severity="warning",
     ),
 }  # fmt: skip
 
-PICTURES = {
-    "nothing in it": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(b"")),
-    "text in it": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(b"a bus"), name="bus.jpg"),
-    "a PNG by its head alone": picture(f"this is not an image that can be read; {REPLACE}", bytes_of(png()[:8])),
-    "a PNG that is cut off": picture(
-        f"the picture cannot be decoded (image file is truncated); {REPLACE}",
+IMAGES = {
+    "nothing in it": image(f"this is not an image that can be read; {REPLACE}", bytes_of(b"")),
+    "text in it": image(f"this is not an image that can be read; {REPLACE}", bytes_of(b"a bus"), name="bus.jpg"),
+    "a PNG by its head alone": image(f"this is not an image that can be read; {REPLACE}", bytes_of(png()[:8])),
+    "a PNG that is cut off": image(
+        f"the image cannot be decoded (image file is truncated); {REPLACE}",
         bytes_of(png((90, 90))[:5000]),
     ),
-    "a JPEG that is cut off": picture(
-        f"the picture cannot be decoded (image file is truncated (11 bytes not processed)); {REPLACE}",
+    "a JPEG that is cut off": image(
+        f"the image cannot be decoded (image file is truncated (11 bytes not processed)); {REPLACE}",
         bytes_of(jpeg()[:1500]), name="bus.jpg",
     ),
-    "a PNG of 60,000 x 60,000": picture(
-        "a side of the picture has more than 12,000 pixels; make it smaller, or cut it",
+    "a PNG of 60,000 x 60,000": image(
+        "a side of the image has more than 12,000 pixels; make it smaller, or cut it",
         bytes_of(claims(60_000, 60_000)),
     ),
-    "a PNG of 60,000 x 3": picture(
-        "a side of the picture has more than 12,000 pixels; make it smaller, or cut it", bytes_of(claims(60_000, 3))
+    "a PNG of 60,000 x 3": image(
+        "a side of the image has more than 12,000 pixels; make it smaller, or cut it", bytes_of(claims(60_000, 3))
     ),
-    "a line": picture(
-        "the picture has 1 x 201 pixels, one side over 200 times the other; cut it, or remove its examples",
+    "a line": image(
+        "the image has 1 x 201 pixels, one side over 200 times the other; cut it, or remove its examples",
         bytes_of(png((1, 201))),
     ),
-    "a link to itself": picture(
-        "the picture 'other.png' is not in the image folder {folder}; add it or give the right folder",
+    "a link to itself": image(
+        "the image 'other.png' is not in the image folder {folder}; add it or give the right folder",
         lambda path: path.symlink_to(path), named=False,
     ),
-    "a link that leads nowhere": picture(
-        "the picture 'other.png' is not in the image folder {folder}; add it or give the right folder",
+    "a link that leads nowhere": image(
+        "the image 'other.png' is not in the image folder {folder}; add it or give the right folder",
         lambda path: path.symlink_to("gone.png"), named=False,
     ),
-    "a link to a text": picture(
+    "a link to a text": image(
         f"this is not an image that can be read; {REPLACE}", lambda path: path.symlink_to(path.parent / "train.json")
     ),
-    "a pipe": picture(
-        "the picture 'other.png' is not in the image folder {folder}; add it or give the right folder",
+    "a pipe": image(
+        "the image 'other.png' is not in the image folder {folder}; add it or give the right folder",
         os.mkfifo, named=False,
     ),
 }  # fmt: skip
 
 CASES = {f"{group}: {name}": case for group, cases in
-         {"file": FILES, "row": ROWS, "picture": PICTURES}.items() for name, case in cases.items()}  # fmt: skip
+         {"file": FILES, "row": ROWS, "picture": IMAGES}.items() for name, case in cases.items()}  # fmt: skip
 
 
 @cache
@@ -537,19 +548,19 @@ def test_there_are_enough_of_them() -> None:
 
 
 def test_the_two_halves_of_a_duplicate(folder: Path) -> None:
-    """The same row twice is learned twice, which may be meant; that its id is another's may not."""
+    """The same example twice is learned twice, which may be meant; that its id is another's may not."""
     (folder / "train.json").write_text(lines([SOUND, SOUND]))
     found = verdict(folder / "train.json")
     assert [str(problem) for problem in found.problems()] == [
-        "train.json, row 2, id a1: the row says the same about the same pictures as train.json, row 1; "
+        "train.json, example 2, id a1: the example says the same about the same images as train.json, example 1; "
         "remove one, unless it shall count twice.",
-        "train.json, row 2, id a1: train.json, row 1 has the same id; give each row an id of its own.",
+        "train.json, example 2, id a1: train.json, example 1 has the same id; give each example an id of its own.",
     ]
     assert not found.ok
 
 
 def test_all_problems_are_told_together(folder: Path) -> None:
-    """Rows, pictures and comparisons; the sound rows are still counted."""
+    """Examples, images and comparisons; the sound examples are still counted."""
     (folder / "bad.png").write_bytes(b"")
     rows = [
         SOUND,
@@ -562,10 +573,10 @@ def test_all_problems_are_told_together(folder: Path) -> None:
     found = verdict(folder / "train.json")
     assert [(problem.id, problem.kind) for problem in found.problems()] == [
         ("b", "turns"),
-        ("c", "picture broken"),
+        ("c", "image broken"),
         ("c", "duplicate id"),
     ]
-    assert f"{folder}/bad.png: this is not an image that can be read (2 rows show it); {REPLACE}." in found.text()
+    assert f"{folder}/bad.png: this is not an image that can be read (2 examples show it); {REPLACE}." in found.text()
     assert (found.errors, found.as_json()["samples"]) == (2, 4)
 
 
@@ -603,7 +614,7 @@ def test_what_may_not_be_read_as_the_system_says_it(folder: Path, monkeypatch: p
         found = verdict(folder / "train.json")
     assert not found.ok
     assert [str(problem) for problem in found.problems()] == [
-        f"train.json, row 1, id a1: {folder}/red.png: the picture cannot be decoded (Permission denied); {REPLACE}."
+        f"train.json, example 1, id a1: {folder}/red.png: the image cannot be decoded (Permission denied); {REPLACE}."
         if what == "red.png"
         else f"{folder}/train.json: the data file cannot be read (Permission denied); check its name."
     ]

@@ -29,7 +29,16 @@ from tests import commands
 from tests.commands import Command
 from tests.faults.test_survives import cut, flip, last_step, same, wait_for
 from tests.planted import interrupted, planted
-from tests.tiny_runs import Tiny, flags, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
+from tests.tiny_runs import (
+    Tiny,
+    flags,
+    make_trainer,
+    refusal,
+    settings,
+    stage1_settings,
+    stage2_settings,
+    write_records,
+)
 
 # Without a limit every save adds to what lies there.
 LONG: dict[str, Any] = {"max_steps": 40, "save_steps": 2, "save_total_limit": 30}
@@ -135,7 +144,7 @@ def captions(tiny: Tiny) -> Path:
             {"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"{colour} square"}]}
         for number, colour in enumerate(("red", "green", "blue", "yellow"))
     ]  # fmt: skip
-    return write_rows(tiny.rows.with_name("disk_captions.json"), rows)
+    return write_records(tiny.rows.with_name("disk_captions.json"), rows)
 
 
 @pytest.fixture(scope="module")

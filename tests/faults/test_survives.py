@@ -209,7 +209,7 @@ class TestWhatHasChanged:
     def test_what_changes_nothing_may_change(self, tiny: Tiny, unfinished: Path) -> None:
         """And it counts from here on: the steps between checkpoints are not what the checkpoint was told."""
         shutil.rmtree(unfinished / "checkpoint-4")
-        pretrain(stage1_settings(tiny, unfinished, save_steps=1, logging_steps=2, tokens_per_row=200))
+        pretrain(stage1_settings(tiny, unfinished, save_steps=1, logging_steps=2, tokens_per_pack=200))
         assert [place.name for place in Run(unfinished).checkpoints()] == [f"checkpoint-{step}" for step in (2, 3, 4)]
         assert same(unfinished, tiny.stage1)
 

@@ -17,7 +17,7 @@ from qllava.inference import Chat, Prompt, Room, answer_prompts, batches, user_t
 from qllava.inference.batches import MOST, Batches, attempt, available
 from qllava.inference.memory import answering
 from tests.small_memory import OUT_OF_MEMORY, small_memory
-from tests.tiny_models import IMAGE_TOKENS, make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import IMAGE_TOKENS, make_image, make_tiny_model, make_tiny_processor
 from tests.tiny_runs import refusal
 
 QUESTIONS = ["What?", "What colour is the circle?", "How many shapes are there?", "Describe the picture.", "Red?"]
@@ -32,7 +32,7 @@ def chat() -> Chat:
 
 
 def ask(chat: Chat, questions: list[str], **rest: Any) -> list[str]:
-    prompts = [chat.prompt(Conversation((user_turn(q, 1),)), [make_picture("red")]) for q in questions]
+    prompts = [chat.prompt(Conversation((user_turn(q, 1),)), [make_image("red")]) for q in questions]
     return chat.complete(prompts, max_new_tokens=6, **rest)
 
 
@@ -61,9 +61,9 @@ def test_another_error_is_not_tried_again(chat: Chat, monkeypatch: pytest.Monkey
 def test_one_question_that_does_not_fit_is_one_sentence(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     small_memory(monkeypatch, 0, OUT_OF_MEMORY)
     with pytest.raises(InputError) as caught:
-        ask(chat, QUESTIONS, names=[f"the question at row {i}" for i in range(5)])
+        ask(chat, QUESTIONS, names=[f"the question at example {i}" for i in range(5)])
     said = refusal(caught.value)
-    assert said.startswith("Memory does not suffice to answer the question at row 1 of ")
+    assert said.startswith("Memory does not suffice to answer the question at example 1 of ")
     assert "besides the model it takes about" in said and "load the model in 4 bit" in said
 
 
@@ -73,10 +73,10 @@ def test_a_streamed_answer_that_does_not_fit_is_one_sentence(
 ) -> None:
     small_memory(monkeypatch, 0, OUT_OF_MEMORY)
     with pytest.raises(InputError) as caught:
-        list(chat.stream(make_picture("red"), question))
+        list(chat.stream(make_image("red"), question))
     assert "Memory does not suffice to answer the question of" in refusal(caught.value)
     with pytest.raises(InputError, match="Memory does not suffice to answer question 1 of"):
-        chat.answer(make_picture("red"), question)
+        chat.answer(make_image("red"), question)
 
 
 def test_where_other_processes_wait_nothing_is_halved(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_nothing_is_alive_when_it_is_tried_again() -> None:
 
 
 def test_batches_are_as_large_as_the_memory(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [len(chat.prompt(Conversation((user_turn(q, 1),)), [make_picture("red")]).input_ids) for q in QUESTIONS]
+    lengths = [len(chat.prompt(Conversation((user_turn(q, 1),)), [make_image("red")]).input_ids) for q in QUESTIONS]
     longest = sorted(lengths, reverse=True)
     held = sum(tensor.nbytes for tensor in (*chat.model.parameters(), *chat.model.buffers()))
     sizes = small_memory(monkeypatch, 5, OUT_OF_MEMORY)
@@ -200,7 +200,7 @@ def test_what_is_available(
 
 
 def test_images_are_counted_by_their_tokens(chat: Chat) -> None:
-    prompt: Prompt = chat.prompt(Conversation((user_turn("What?", 2),)), [make_picture("red")] * 2)
+    prompt: Prompt = chat.prompt(Conversation((user_turn("What?", 2),)), [make_image("red")] * 2)
     assert prompt.input_ids.count(chat.model.config.image_token_index) == 2 * IMAGE_TOKENS
     one, two = (answering(chat.model.config, [len(prompt.input_ids)], 6, [n], torch.float32).tower for n in (1, 2))
     held = sum(tensor.nbytes for tensor in (*chat.model.parameters(), *chat.model.buffers()))

@@ -19,7 +19,7 @@ from qllava.inference.generate import choosers, continue_prompts, decode_answer,
 from qllava.models.card import write_card
 from qllava.models.outline import Recipe
 from qllava.models.recommended import Decoding, recommendation, recommended
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 
 ASKED = Conversation(turns=(user_turn("What colour?", 1),))
 RECIPE = Recipe(
@@ -89,7 +89,7 @@ def with_habits(chat: Chat, **habits: Any) -> Chat:
 
 def by_hand(chat: Chat, count: int) -> str:
     """The answer token by token, each the largest logit of a plain forward pass."""
-    prompt = chat.prompt(ASKED, [make_picture("red")])
+    prompt = chat.prompt(ASKED, [make_image("red")])
     ids = list(prompt.input_ids)
     for _ in range(count):
         with torch.no_grad():
@@ -109,11 +109,11 @@ def test_greedy_is_the_largest_logit_whatever_a_model_recommends(chat: Chat, ada
     before = chat.model.generation_config.to_dict()
     expected = by_hand(chat, 14)
     assert len(expected) > 10
-    picture = make_picture("red")
-    assert chat.answer(picture, "What colour?", max_new_tokens=14) == expected
-    assert chat.answer_batch([(picture, "What colour?"), (None, "Why?")], max_new_tokens=14)[0] == expected
-    assert "".join(chat.stream(picture, "What colour?", max_new_tokens=14)) == expected
-    prompt = chat.prompt(ASKED, [picture])
+    image = make_image("red")
+    assert chat.answer(image, "What colour?", max_new_tokens=14) == expected
+    assert chat.answer_batch([(image, "What colour?"), (None, "Why?")], max_new_tokens=14)[0] == expected
+    assert "".join(chat.stream(image, "What colour?", max_new_tokens=14)) == expected
+    prompt = chat.prompt(ASKED, [image])
     said = answer_prompts(
         chat.model, chat.processor.tokenizer, [prompt.input_ids], [prompt.pixel_values], max_new_tokens=14
     )
@@ -165,27 +165,27 @@ def test_seeded_and_unseeded_draws_are_of_the_softmax(chat: Chat) -> None:
 
 def test_what_a_model_recommends_is_taken_when_asked_for(chat: Chat) -> None:
     chat = with_habits(chat, repetition_penalty=1.7, no_repeat_ngram_size=2)
-    prompt = chat.prompt(ASKED, [make_picture("red")])
+    prompt = chat.prompt(ASKED, [make_image("red")])
     ids = torch.tensor([prompt.input_ids])
     out = chat.model.generate(input_ids=ids, pixel_values=prompt.pixel_values, max_new_tokens=20, do_sample=False)
     expected = decode_answer(chat.processor.tokenizer, out[0, ids.shape[1] :].tolist())
     asked = replace(chat, recommended_sampling=True)
-    with_it = asked.reply(ASKED, [make_picture("red")], max_new_tokens=20)
-    without = chat.reply(ASKED, [make_picture("red")], max_new_tokens=20)
+    with_it = asked.reply(ASKED, [make_image("red")], max_new_tokens=20)
+    without = chat.reply(ASKED, [make_image("red")], max_new_tokens=20)
     assert "".join(with_it) == expected != "".join(without)
     # Its temperature holds unless another is given; its limits hold for both.
     chat = with_habits(chat, do_sample=True, temperature=2.0, top_k=1)
-    greedy = chat.answer(make_picture("red"), "What colour?", max_new_tokens=12)
+    greedy = chat.answer(make_image("red"), "What colour?", max_new_tokens=12)
     assert chat.recommended == Decoding(temperature=2.0, top_k=1)
     for temperature in (None, 5.0):
-        said = asked.reply(ASKED, [make_picture("red")], max_new_tokens=12, temperature=temperature, seed=1)
+        said = asked.reply(ASKED, [make_image("red")], max_new_tokens=12, temperature=temperature, seed=1)
         assert "".join(said) == greedy
 
 
 def test_what_cannot_be_done_is_said(chat: Chat) -> None:
     chat = with_habits(chat, do_sample=True, top_p=-5.0)
     with pytest.raises(InputError, match=r"recommends what cannot be done .*--sampling"):
-        replace(chat, recommended_sampling=True).reply(ASKED, [make_picture("red")])
+        replace(chat, recommended_sampling=True).reply(ASKED, [make_image("red")])
 
 
 @pytest.mark.parametrize(

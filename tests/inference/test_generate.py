@@ -10,7 +10,7 @@ import torch
 from qllava.conversation import Conversation
 from qllava.inference import Chat, Room, answer_prompts, user_turn
 from qllava.inference.generate import Pieces
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def chat() -> Chat:
 
 
 def prompts_of(chat: Chat, questions: list[str]) -> tuple[list[list[int]], list[torch.Tensor | None]]:
-    picture = make_picture("red")
-    prompts = [chat.prompt(Conversation(turns=(user_turn(question, 1),)), [picture]) for question in questions]
+    image = make_image("red")
+    prompts = [chat.prompt(Conversation(turns=(user_turn(question, 1),)), [image]) for question in questions]
     return [prompt.input_ids for prompt in prompts], [prompt.pixel_values for prompt in prompts]
 
 
@@ -32,7 +32,7 @@ def test_order_and_progress_are_kept(chat: Chat) -> None:
     answers = answer_prompts(
         chat.model, chat.processor.tokenizer, ids, pixels, max_new_tokens=6, room=Room(3), done=counts.append
     )
-    assert answers == [chat.answer(make_picture("red"), question, max_new_tokens=6) for question in questions]
+    assert answers == [chat.answer(make_image("red"), question, max_new_tokens=6) for question in questions]
     assert counts == [3, 1]
 
 

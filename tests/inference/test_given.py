@@ -13,8 +13,8 @@ from PIL import Image
 
 from qllava.config import InputError
 from qllava.inference import Chat
-from qllava.inference.given import as_list, open_picture
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+from qllava.inference.given import as_list, open_given
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 from tests.tiny_runs import refusal
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -47,7 +47,7 @@ def test_all_forms_are_the_same_image(form: str, tmp_path: Path) -> None:
         "array": PIXELS,
         "floats": PIXELS.astype(np.float32) / 255,
     }
-    opened = open_picture(forms[form])
+    opened = open_given(forms[form])
     assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), PIXELS)
     (alone,) = as_list(forms[form])
     assert alone is forms[form]
@@ -56,7 +56,7 @@ def test_all_forms_are_the_same_image(form: str, tmp_path: Path) -> None:
 def test_an_open_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     with (tmp_path / "a.png").open("rb") as file:
-        assert np.array_equal(np.asarray(open_picture(file)), PIXELS)
+        assert np.array_equal(np.asarray(open_given(file)), PIXELS)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (24, 40, 1)])
@@ -64,18 +64,18 @@ def test_an_open_file(tmp_path: Path) -> None:
 def test_grey(shape: tuple[int, ...], dtype: Any) -> None:
     grey = PIXELS[:, :, 0].reshape(shape)
     given = grey if dtype == np.uint8 else (grey / 255).astype(dtype)
-    opened = np.asarray(open_picture(given)).astype(int)
+    opened = np.asarray(open_given(given)).astype(int)
     assert opened.shape == (24, 40, 3)
     assert np.abs(opened - grey.reshape(24, 40, 1)).max() <= (1 if dtype == np.float16 else 0)
 
 
 def test_what_is_transparent_becomes_white() -> None:
     rgba = np.dstack([PIXELS, np.zeros((24, 40), np.uint8)])
-    assert (np.asarray(open_picture(rgba)) == 255).all()
+    assert (np.asarray(open_given(rgba)) == 255).all()
 
 
 def test_a_view_that_is_not_contiguous() -> None:
-    assert np.array_equal(np.asarray(open_picture(PIXELS[::-1, ::2])), PIXELS[::-1, ::2])
+    assert np.array_equal(np.asarray(open_given(PIXELS[::-1, ::2])), PIXELS[::-1, ::2])
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -108,14 +108,14 @@ def test_anything_else_is_one_sentence(what: str) -> None:
     given, said = REFUSED[what]
     with pytest.raises(InputError, match=said) as error:
         for image in as_list(given):
-            open_picture(image)
+            open_given(image)
     refusal(error.value)
 
 
 def test_a_model_is_asked_about_each_form() -> None:
     processor = make_tiny_processor()
     chat = Chat(make_tiny_model(processor), processor, "memory")
-    red, blue = make_picture("red"), make_picture("blue")
+    red, blue = make_image("red"), make_image("blue")
 
     def answer(images: Any) -> str:
         return chat.answer(images, "What?", max_new_tokens=6)

@@ -10,7 +10,7 @@ import pytest
 from qllava.config import InputError
 from qllava.inference import Chat, load
 from qllava.runs import newest_nano_run
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor, save_llava
+from tests.tiny_models import make_image, make_tiny_llava, make_tiny_model, make_tiny_processor, save_llava
 
 
 def finished_run(folder: Path, *, model: str = "nano", when: int = 0) -> Path:
@@ -27,8 +27,8 @@ def test_a_folder_of_plain_transformers(tmp_path: Path) -> None:
     processor = make_tiny_processor()
     expected = Chat(make_tiny_model(processor), processor, "memory")
     assert not chat.model.training
-    assert chat.answer(make_picture("red"), "What?", max_new_tokens=10) == expected.answer(
-        make_picture("red"), "What?", max_new_tokens=10
+    assert chat.answer(make_image("red"), "What?", max_new_tokens=10) == expected.answer(
+        make_image("red"), "What?", max_new_tokens=10
     )
 
 
@@ -36,8 +36,8 @@ def test_a_merged_folder_in_the_hub_s_layout(tmp_path: Path) -> None:
     processor = make_tiny_processor()
     model = make_tiny_model(processor)
     save_llava(model, processor, tmp_path / "merged")
-    expected = Chat(model, processor, "memory").answer(make_picture("red"), "What?", max_new_tokens=10)
-    assert load(str(tmp_path / "merged")).answer(make_picture("red"), "What?", max_new_tokens=10) == expected
+    expected = Chat(model, processor, "memory").answer(make_image("red"), "What?", max_new_tokens=10)
+    assert load(str(tmp_path / "merged")).answer(make_image("red"), "What?", max_new_tokens=10) == expected
 
 
 def test_four_bit_is_for_the_language_model_only(tmp_path: Path) -> None:

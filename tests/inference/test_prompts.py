@@ -15,7 +15,7 @@ from qllava.conversation import CHATML, IMAGE_TOKEN, TEMPLATES, VICUNA_V1, Conve
 from qllava.inference import Chat, Session, Settings, user_turn
 from qllava.inference.generate import decode_answer
 from qllava.inference.prompts import BREAK, prompt_of, render
-from tests.tiny_models import IMAGE_TOKENS, make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import IMAGE_TOKENS, make_image, make_tiny_model, make_tiny_processor
 
 SPELLED = [
     "<|im_start|>",
@@ -60,9 +60,9 @@ def conversation_of(text: str, images: int = 1) -> Conversation:
 @pytest.mark.parametrize("template", [CHATML.chat_template(), PARTS])
 @pytest.mark.parametrize("text", SPELLED)
 def test_spelled_control_tokens_are_text(template: str, text: str) -> None:
-    processor, pictures = with_template(template), [make_picture("red"), make_picture("blue")]
-    found = prompt_of(processor, conversation_of(text), pictures)
-    plain = prompt_of(processor, conversation_of("ZEBRA"), pictures)
+    processor, images = with_template(template), [make_image("red"), make_image("blue")]
+    found = prompt_of(processor, conversation_of(text), images)
+    plain = prompt_of(processor, conversation_of("ZEBRA"), images)
     assert control(processor, found.input_ids) == control(processor, plain.input_ids)
     assert found.input_ids.count(processor.image_token_id) == 2 * IMAGE_TOKENS
     said = processor.tokenizer.decode(found.input_ids, clean_up_tokenization_spaces=False)
@@ -125,7 +125,7 @@ def test_a_chat_goes_on_after_a_control_token(chat: Chat, monkeypatch: pytest.Mo
 def test_every_template_takes_instructions(name: str, system: str | None) -> None:
     template = TEMPLATES[name]
     turns: tuple[Turn, ...] = (user_turn("What?", 1),)
-    if not template.pictures_only:
+    if not template.images_only:
         turns = (*turns, Turn("assistant", "A cat."), user_turn("Where?", 0))
     conversation = Conversation(turns=turns, system=system)
     tokenizer = PROCESSOR.tokenizer

@@ -1,4 +1,4 @@
-"""A conversation that goes on: what the model reads, asking again, stopping; draws that can be repeated; pictures."""
+"""A conversation that goes on: what the model reads, asking again, stopping; draws that can be repeated; images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from qllava.config import InputError
 from qllava.conversation import Conversation
-from qllava.inference import Chat, Session, Settings, about, keep_picture, label
+from qllava.inference import Chat, Session, Settings, about, keep_image, label
 from qllava.inference.generate import SeededSampling
-from qllava.inference.pictures import LONGEST
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_model, make_tiny_processor
+from qllava.inference.kept_images import LONGEST
+from tests.tiny_models import make_image, make_tiny_llava, make_tiny_model, make_tiny_processor
 
 SHORT = Settings(max_new_tokens=8)
 
@@ -50,12 +50,12 @@ def test_what_was_answered_is_read_again_and_what_was_not_is_left_out(
     session = Session()
     session.ask("What?", [tmp_path / "a.png"])
     assert list(session.answer(chat, SHORT)) == ["Red", "Red."]
-    session.ask("Lost").trouble = "The picture is none"
+    session.ask("Lost").trouble = "The image is none"
     session.ask("And now?", [tmp_path / "b.png"])
     list(session.answer(chat, Settings(system="Be brief.")))
-    conversation, pictures = asked[-1]
+    conversation, images = asked[-1]
     assert [turn.content for turn in conversation.turns] == ["<image>\nWhat?", "Red.", "<image>\nAnd now?"]
-    assert conversation.system == "Be brief." and pictures == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert conversation.system == "Be brief." and images == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_asking_again_forgets_what_came_after(chat: Chat, asked: list[Any]) -> None:
@@ -105,17 +105,17 @@ def test_seeded_sampling_draws_from_the_softmax() -> None:
     assert torch.allclose(shares, torch.softmax(logits[0] / 0.5, -1), atol=0.01)
 
 
-def test_a_kept_picture_is_upright_pixels_under_their_hash(tmp_path: Path) -> None:
+def test_a_kept_image_is_upright_pixels_under_their_hash(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     turned[0x010F] = "a camera that says where it was"
-    make_picture("red", (40, 20)).save(tmp_path / "in.jpg", exif=turned)
-    kept = keep_picture(tmp_path / "in.jpg", tmp_path, "in.jpg")
+    make_image("red", (40, 20)).save(tmp_path / "in.jpg", exif=turned)
+    kept = keep_image(tmp_path / "in.jpg", tmp_path, "in.jpg")
     assert kept.stem == hashlib.sha256(kept.read_bytes()).hexdigest()
     with Image.open(kept) as image:
         assert image.size == (20, 40) and not image.getexif() and image.mode == "RGB"
     Image.new("RGB", (5000, 1000)).save(tmp_path / "wide.png")
-    with Image.open(keep_picture(tmp_path / "wide.png", tmp_path, "wide.png")) as image:
+    with Image.open(keep_image(tmp_path / "wide.png", tmp_path, "wide.png")) as image:
         assert image.size == (LONGEST, round(LONGEST / 5))
 
 
@@ -132,7 +132,7 @@ def test_a_kept_image_is_its_pixels_in_srgb_and_nothing_else(tmp_path: Path, for
     more = {"pnginfo": text} if form == "PNG" else {}
     original = Image.new("RGB", (40, 20), (200, 30, 60))
     original.save(tmp_path / "in", form, icc_profile=bytes(profile) + b"the secret", exif=exif, **more)
-    kept = keep_picture(tmp_path / "in", tmp_path, "in")
+    kept = keep_image(tmp_path / "in", tmp_path, "in")
     content = kept.read_bytes()
     chunks, at = [], 8
     while at < len(content):
@@ -143,16 +143,16 @@ def test_a_kept_image_is_its_pixels_in_srgb_and_nothing_else(tmp_path: Path, for
         change = [abs(a - b) for a, b in zip(image.getpixel((5, 5)), (200, 30, 60), strict=True)]
     assert max(change) > 20, "the colours are those of the profile"
     original.save(tmp_path / "damaged", form, icc_profile=b"the secret" * 50)
-    with Image.open(keep_picture(tmp_path / "damaged", tmp_path, "in")) as image:
+    with Image.open(keep_image(tmp_path / "damaged", tmp_path, "in")) as image:
         assert max(abs(a - b) for a, b in zip(image.getpixel((5, 5)), (200, 30, 60), strict=True)) < 6
 
 
 @pytest.mark.parametrize("name", ["letter.png", "script.png"])
-def test_what_is_no_picture_of_a_known_format_is_refused(tmp_path: Path, name: str) -> None:
+def test_what_is_no_image_of_a_known_format_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     with pytest.raises(InputError, match=rf"^{name} is not an image") as error:
-        keep_picture(tmp_path / name, tmp_path, name)
+        keep_image(tmp_path / name, tmp_path, name)
     assert str(tmp_path) not in str(error.value)
 
 

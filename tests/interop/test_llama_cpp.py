@@ -30,7 +30,7 @@ from qllava.merge import merge
 from qllava.nano import dataset
 from qllava.runs import RUNS, newest_nano_run
 from qllava.training.scores import MAX_ANSWER_TOKENS, asked, spaced
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor, make_tiny_tokenizer, save_llava
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor, make_tiny_tokenizer, save_llava
 
 pytestmark = pytest.mark.interop
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: run `make interop`")
@@ -53,17 +53,17 @@ class Both:
 
     chat: Chat
     llama: Any
-    """`llama_cpp.Llama` with a chat handler for pictures."""
+    """`llama_cpp.Llama` with a chat handler for images."""
 
-    def ask(self, picture: Path, question: str, *, picture_first: bool = True) -> str:
+    def ask(self, image: Path, question: str, *, image_first: bool = True) -> str:
         """llama.cpp's greedy answer."""
-        content = base64.b64encode(picture.read_bytes()).decode()
+        content = base64.b64encode(image.read_bytes()).decode()
         parts = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}},
             {"type": "text", "text": question},
         ]
         found = self.llama.create_chat_completion(
-            messages=[{"role": "user", "content": parts if picture_first else parts[::-1]}],
+            messages=[{"role": "user", "content": parts if image_first else parts[::-1]}],
             temperature=0,
             repeat_penalty=1.0,
             max_tokens=MAX_ANSWER_TOKENS,
@@ -71,11 +71,11 @@ class Both:
         answer: str = found["choices"][0]["message"]["content"]
         return answer.strip()
 
-    def features(self, picture: Path) -> torch.Tensor:
-        """(P, H): what llama.cpp makes of a picture for the language model."""
+    def features(self, image: Path) -> torch.Tensor:
+        """(P, H): what llama.cpp makes of an image for the language model."""
         mtmd, handler = self.llama.chat_handler._mtmd_cpp, self.llama.chat_handler
         handler._init_mtmd_context(self.llama)
-        bitmap = handler._create_bitmap_from_bytes(picture.read_bytes())
+        bitmap = handler._create_bitmap_from_bytes(image.read_bytes())
         text = mtmd.mtmd_input_text()
         text.text = marker = mtmd.mtmd_default_marker()
         text.text_len = len(marker)
@@ -93,9 +93,9 @@ class Both:
             mtmd.mtmd_input_chunks_free(chunks)
             mtmd.mtmd_bitmap_free(bitmap)
 
-    def features_of_transformers(self, picture: Path) -> torch.Tensor:
+    def features_of_transformers(self, image: Path) -> torch.Tensor:
         """(P, H)."""
-        pixels = self.chat.prompt(Conversation(turns=(user_turn("What?", 1),)), [picture]).pixel_values
+        pixels = self.chat.prompt(Conversation(turns=(user_turn("What?", 1),)), [image]).pixel_values
         with torch.no_grad():
             found: torch.Tensor = self.chat.model.get_image_features(pixel_values=pixels).pooler_output[0]
         return found
@@ -128,7 +128,7 @@ def nano(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
 
 @pytest.fixture(scope="module")
 def questions() -> list[tuple[Path, str]]:
-    """Held-out pictures and questions, every type alike often."""
+    """Held-out images and questions, every type alike often."""
     data = dataset.prepare()
     rows = spaced(read_examples(data.test, data.folder), QUESTIONS)
     assert len(rows) == QUESTIONS
@@ -138,19 +138,19 @@ def questions() -> list[tuple[Path, str]]:
 class TestNano:
     def test_answers(self, nano: Both, questions: list[tuple[Path, str]]) -> None:
         wanted = nano.chat.answer_batch(questions, max_new_tokens=MAX_ANSWER_TOKENS)
-        found = [nano.ask(*pair, picture_first=n % 2 == 0) for n, pair in enumerate(questions)]
+        found = [nano.ask(*pair, image_first=n % 2 == 0) for n, pair in enumerate(questions)]
         same = sum(one == other for one, other in zip(found, wanted, strict=True))
         print(f"\nthe same answer to {same} of {QUESTIONS} questions")
         assert len(set(wanted)) > 10
         assert same >= SAME, [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]
 
     def test_features(self, nano: Both, questions: list[tuple[Path, str]]) -> None:
-        for picture, _ in questions[:5]:
-            check_features(nano, picture)
+        for image, _ in questions[:5]:
+            check_features(nano, image)
 
-    @pytest.mark.parametrize("picture_first", [True, False])
+    @pytest.mark.parametrize("image_first", [True, False])
     def test_prompt(
-        self, nano: Both, questions: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch, picture_first: bool
+        self, nano: Both, questions: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch, image_first: bool
     ) -> None:
         """Token for token, the image tokens left out: llama.cpp has vectors in their place."""
         seen: list[list[int]] = []
@@ -161,13 +161,13 @@ class TestNano:
             return evaluate(llama, tokens)
 
         monkeypatch.setattr(type(nano.llama), "eval", spy)
-        image = nano.chat.processor.tokenizer.convert_tokens_to_ids("<image>")
-        for picture, question in questions[:5]:
+        id = nano.chat.processor.tokenizer.convert_tokens_to_ids("<image>")
+        for image, question in questions[:5]:
             seen.clear()
-            nano.ask(picture, question, picture_first=picture_first)
-            prompt = nano.chat.prompt(Conversation(turns=(user_turn(question, 1),)), [picture]).input_ids
-            first, last = prompt.index(image), len(prompt) - prompt[::-1].index(image)
-            assert last - first == prompt.count(image) == 36
+            nano.ask(image, question, image_first=image_first)
+            prompt = nano.chat.prompt(Conversation(turns=(user_turn(question, 1),)), [image]).input_ids
+            first, last = prompt.index(id), len(prompt) - prompt[::-1].index(id)
+            assert last - first == prompt.count(id) == 36
             assert seen[:2] == [prompt[:first], prompt[last:]]
 
     @pytest.mark.parametrize("quantize", ["bf16", "q8_0"])
@@ -182,8 +182,8 @@ class TestNano:
         assert same >= 0.9 * len(wanted)
 
 
-def check_features(both: Both, picture: Path) -> None:
-    found, wanted = both.features(picture), both.features_of_transformers(picture)
+def check_features(both: Both, image: Path) -> None:
+    found, wanted = both.features(image), both.features_of_transformers(image)
     assert found.shape == wanted.shape
     if torch.nn.functional.cosine_similarity(found[:-1], wanted[1:]).min() > 0.99:
         pytest.fail(
@@ -197,13 +197,13 @@ def check_features(both: Both, picture: Path) -> None:
 @pytest.mark.parametrize("act", ["gelu", "linear"])
 @pytest.mark.parametrize("layer", [-1, -2, 1])
 def test_features_of_any_layer(act: str, layer: int, tmp_path: Path) -> None:
-    """A random tower with quick GELU, features after every block of it, both projectors, a picture to be padded."""
+    """A random tower with quick GELU, features after every block of it, both projectors, an image to be padded."""
     processor = make_tiny_processor()
     model = make_tiny_model(processor)
     model.config.vision_feature_layer, model.config.projector_hidden_act = layer, act
     save_llava(model, processor, tmp_path / "model")
     both = load_both(tmp_path / "model", tmp_path / "out")
-    make_picture("red", (32, 16)).save(tmp_path / "a.png")
+    make_image("red", (32, 16)).save(tmp_path / "a.png")
     check_features(both, tmp_path / "a.png")
 
 

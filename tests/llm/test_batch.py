@@ -247,7 +247,7 @@ def test_results_of_something_else_are_refused(tmp_path: Path, job: Job) -> None
     assert read_lines(job.store) == []
 
 
-def test_equal_calls_are_written_once_and_answer_every_picture_that_makes_them(tmp_path: Path, job: Job) -> None:
+def test_equal_calls_are_written_once_and_answer_every_image_that_makes_them(tmp_path: Path, job: Job) -> None:
     twin = replace(job.tasks[0], context=replace(job.tasks[0].context, id="twin"))
     twins = replace(job, tasks=[job.tasks[0], twin])
     requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"

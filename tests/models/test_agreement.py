@@ -20,7 +20,7 @@ from qllava.models.layouts import WEIGHTS
 from qllava.models.outline import Recipe, outline
 from qllava.models.reading import read_model, read_parts
 from qllava.training.plan import plan
-from tests.tiny_models import make_tiny_parts, make_tiny_rows
+from tests.tiny_models import make_tiny_parts, make_tiny_records
 from tests.tiny_runs import refusal
 
 
@@ -207,7 +207,7 @@ def test_the_commands_end_with_status_1(hf_layout: Path, tmp_path: Path, capsys:
     folder = tmp_path / "llava"
     shutil.copytree(hf_layout, folder)
     edit(G, eos_token_id=5000)(folder)
-    rows = make_tiny_rows(tmp_path)
+    rows = make_tiny_records(tmp_path)
     for line in (["check", str(rows), "--model", str(folder)], ["plan", "--model", str(folder)]):
         assert cli.main(line) == 1
         said = capsys.readouterr().err

@@ -141,7 +141,7 @@ class TestProjector:
 
 class TestTokens:
     def test_image_is_one_more_and_the_rest_stays(self, tmp_path: Path) -> None:
-        """A LLaMA that knows nothing of pictures, with an odd vocabulary and no padding token."""
+        """A LLaMA that knows nothing of images, with an odd vocabulary and no padding token."""
         tokenizer = make_tiny_tokenizer()
         written = json.loads(tokenizer.backend_tokenizer.to_str())
         written["added_tokens"] = [t for t in written["added_tokens"] if t["content"] != IMAGE_TOKEN]
@@ -186,7 +186,7 @@ class TestTokens:
         size = model.get_input_embeddings().weight.shape[0]
         assert size % 64 == 0 and size >= len(loaded) > config.vocab_size
         assert model.config.text_config.vocab_size == size
-        # Who reads the weights one by one finds the same rows.
+        # Who reads the weights one by one finds the same examples.
         base = outline(whole.recipe).base
         for name, table in ((EMBEDDING, model.get_input_embeddings()), (HEAD, model.get_output_embeddings())):
             assert torch.equal(base[name], table.weight)

@@ -25,7 +25,7 @@ from qllava.models.outline import Recipe
 from qllava.training.base import same_base
 from qllava.training.plan import plan
 from qllava.training.settings import parse
-from tests.tiny_models import make_picture, make_tiny_llava, make_tiny_parts
+from tests.tiny_models import make_image, make_tiny_llava, make_tiny_parts
 from tests.tiny_runs import refusal
 
 
@@ -60,7 +60,7 @@ def make_run(folder: Path, recipe: Recipe) -> Path:
 
 def moved(folder: Path, parts: list[Path], recipe: Recipe) -> Moved:
     run = make_run(folder / "run", recipe)
-    answer = load(str(run)).answer(make_picture("red"), "What?", max_new_tokens=8)
+    answer = load(str(run)).answer(make_image("red"), "What?", max_new_tokens=8)
     now = [Path(shutil.move(part, folder / f"moved-{part.name}")) for part in parts]
     return Moved(run, [str(part) for part in now], [str(part) for part in parts], answer)
 
@@ -106,10 +106,10 @@ def test_the_flag_is_named_where_the_base_is_missing(loader: str, base: Moved) -
 
 def test_the_model_is_the_one_that_was_trained(base: Moved) -> None:
     chat = qllava.load(str(base.run), base_model=base.parts)
-    assert chat.answer(make_picture("red"), "What?", max_new_tokens=8) == base.answer
+    assert chat.answer(make_image("red"), "What?", max_new_tokens=8) == base.answer
     if len(base.parts) == 1:
         chat = qllava.load(str(base.run), base_model=base.parts[0])
-        assert chat.answer(make_picture("red"), "What?", max_new_tokens=8) == base.answer
+        assert chat.answer(make_image("red"), "What?", max_new_tokens=8) == base.answer
 
 
 def test_another_base_is_refused(base: Moved) -> None:

@@ -31,7 +31,7 @@ from qllava.models.vision import load_tower
 from tests import commands
 from tests.planted import full, planted
 from tests.tiny_models import (
-    make_picture,
+    make_image,
     make_tiny_llava,
     make_tiny_model,
     make_tiny_processor,
@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def inputs_of(processor: LlavaProcessor) -> Any:
-    return processor(images=make_picture("red", (40, 25)), text=TEXT, return_tensors="pt")
+    return processor(images=make_image("red", (40, 25)), text=TEXT, return_tensors="pt")
 
 
 def assert_same_weights(left: torch.nn.Module, right: torch.nn.Module) -> None:
@@ -189,23 +189,23 @@ def test_a_process_without_qllava_gives_equal_logits(
     inputs = inputs_of(processor)
     with torch.no_grad():
         expected = model(**inputs).logits
-    make_picture("red", (40, 25)).save(saved.parent / "picture.png")
+    make_image("red", (40, 25)).save(saved.parent / "image.png")
     script = """
 import sys, torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder, picture, text, out = sys.argv[1:]
+folder, image, text, out = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder)
 model = LlavaForConditionalGeneration.from_pretrained(folder)
-inputs = processor(images=Image.open(picture), text=text, return_tensors="pt")
+inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
 assert not any(name.split(".")[0] == "qllava" for name in sys.modules)
 save_file({"logits": logits, "input_ids": inputs["input_ids"]}, out)
 """
     out = saved.parent / "logits.safetensors"
-    words = ["-c", script, saved, saved.parent / "picture.png", TEXT, out]
+    words = ["-c", script, saved, saved.parent / "image.png", TEXT, out]
 
     done = commands.run(*words, cwd=saved.parent, env=commands.without_clone())
 
@@ -316,7 +316,7 @@ def test_tokenizer_without_image_token_is_refused(tmp_path: Path, processor: Lla
 
 
 def test_an_old_processor_config_is_completed(saved: Path) -> None:
-    """The first llava-hf files did not say how many tokens a picture takes; transformers then dies of a TypeError."""
+    """The first llava-hf files did not say how many tokens an image takes; transformers then dies of a TypeError."""
     (saved / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
 
     _, processor = load_llava(str(saved), dtype=torch.float32)

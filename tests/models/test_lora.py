@@ -111,7 +111,7 @@ def test_parameters_are_those_that_a_plan_counts_and_a_model_has() -> None:
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(shapes.tiny())
     counted = lora.parameters(model)
-    setup = Setup(shapes.tiny(), lora, torch.float32, device="cpu", tokens_per_row=64)
+    setup = Setup(shapes.tiny(), lora, torch.float32, device="cpu", tokens_per_pack=64)
     assert estimate(setup).resident["LoRA"] == 4 * counted  # in fp32
     with torch.device("meta"):
         adapted = get_peft_model(model, lora.peft_config())

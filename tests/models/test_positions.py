@@ -17,7 +17,7 @@ from qllava.models.reading import read_model
 from qllava.training import data
 from qllava.training.data import Part
 from qllava.training.preview import Source, check_sources
-from tests.tiny_models import make_tiny_llava, make_tiny_rows
+from tests.tiny_models import make_tiny_llava, make_tiny_records
 from tests.tiny_runs import refusal
 
 
@@ -47,7 +47,7 @@ def test_rope_scaling_is_reckoned_with(rope: dict[str, Any], expected: int) -> N
 @pytest.mark.parametrize("policy", ["error", "drop", "trim"])
 def test_a_sample_longer_than_the_model_reads(policy: str, tmp_path: Path) -> None:
     """max_length allows it, the model does not: check and run say so alike, before anything is trained."""
-    rows = make_tiny_rows(tmp_path, rows=4)
+    rows = make_tiny_records(tmp_path, rows=4)
     folder = str(make_tiny_llava(tmp_path / "llava", context=60))
     assert read_model(folder).positions == 60
     parts = [Part(rows, None)]

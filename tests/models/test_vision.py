@@ -1,4 +1,4 @@
-"""Towers: what is loaded from which name, the pictures they see, and every way in which a name can be wrong."""
+"""Towers: what is loaded from which name, the images they see, and every way in which a name can be wrong."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def weights_file(arch: str, path: Path) -> torch.nn.Module:
 
 
 def striped(width: int, height: int) -> Image.Image:
-    """A picture in which neither a shift nor another crop goes unnoticed."""
+    """An image in which neither a shift nor another crop goes unnoticed."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [x * 255 // width, y * 255 // height, (x * 7 + y * 3) % 256]
     return Image.fromarray(np.stack(channels, axis=-1).astype("uint8"))
 
 
-def pixels(processor: Any, picture: Image.Image) -> torch.Tensor:
-    out: torch.Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+def pixels(processor: Any, image: Image.Image) -> torch.Tensor:
+    out: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"]
     return out
 
 
@@ -172,15 +172,15 @@ def test_folder_of_a_whole_model(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("image_aspect", ["pad", "crop", "squash"])
 def test_processor_is_reloaded_by_plain_transformers(clip_folder: Path, tmp_path: Path, image_aspect: Any) -> None:
     processor = load_tower(str(clip_folder), image_aspect=image_aspect).image_processor
-    pictures = [striped(61, 40), striped(40, 61), striped(SIZE, SIZE), striped(61, 40)]
+    images = [striped(61, 40), striped(40, 61), striped(SIZE, SIZE), striped(61, 40)]
 
     processor.save_pretrained(tmp_path / "saved")
     reloaded = AutoImageProcessor.from_pretrained(tmp_path / "saved")
 
-    alone = torch.cat([pixels(processor, picture) for picture in pictures])
+    alone = torch.cat([pixels(processor, image) for image in images])
     assert alone.shape == (4, 3, SIZE, SIZE)
-    assert torch.equal(alone, torch.cat([pixels(reloaded, picture) for picture in pictures]))
-    assert torch.equal(alone, processor(pictures, return_tensors="pt")["pixel_values"])  # batching changes nothing
+    assert torch.equal(alone, torch.cat([pixels(reloaded, image) for image in images]))
+    assert torch.equal(alone, processor(images, return_tensors="pt")["pixel_values"])  # batching changes nothing
 
 
 def test_how_an_image_becomes_a_square_is_read_off_the_processor(clip_folder: Path) -> None:
@@ -197,9 +197,9 @@ def test_how_an_image_becomes_a_square_is_read_off_the_processor(clip_folder: Pa
 
 def test_squash_keeps_all_of_the_image(clip_folder: Path) -> None:
     processor = load_tower(str(clip_folder), image_aspect="squash").image_processor
-    picture = striped(61, 40)
-    whole = pixels(processor, picture.resize((SIZE, SIZE), Image.Resampling(int(processor.resample))))
-    apart = (pixels(processor, picture) - whole) * torch.tensor(processor.image_std)[:, None, None] * 255
+    image = striped(61, 40)
+    whole = pixels(processor, image.resize((SIZE, SIZE), Image.Resampling(int(processor.resample))))
+    apart = (pixels(processor, image) - whole) * torch.tensor(processor.image_std)[:, None, None] * 255
     assert apart.abs().max() <= 2.01
 
 
@@ -213,7 +213,7 @@ def test_pad_fills_up_with_the_mean_colour(clip_folder: Path) -> None:
     expected = ((background - mean) / torch.tensor(processor.image_std))[:, None, None].expand(3, 6, SIZE)
     torch.testing.assert_close(out[:, :6], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(out[:, -6:], expected, rtol=0, atol=1e-5)
-    assert (out[:, 12:20] > 1).all()  # the picture itself lies in the middle
+    assert (out[:, 12:20] > 1).all()  # the image itself lies in the middle
 
 
 def test_crop_sees_what_open_clip_sees(clip_folder: Path) -> None:
@@ -222,9 +222,9 @@ def test_crop_sees_what_open_clip_sees(clip_folder: Path) -> None:
     theirs = open_clip.image_transform(
         SIZE, is_train=False, mean=tuple(processor.image_mean), std=tuple(processor.image_std)
     )
-    picture = striped(64, 40).resize((96, 64))
+    image = striped(64, 40).resize((96, 64))
 
-    steps = (pixels(processor, picture)[0] - theirs(picture)) * torch.tensor(processor.image_std)[:, None, None] * 255
+    steps = (pixels(processor, image)[0] - theirs(image)) * torch.tensor(processor.image_std)[:, None, None] * 255
 
     assert steps.abs().max() <= 2.01
 
@@ -344,9 +344,9 @@ def test_broken_folders(clip_folder: Path, tmp_path: Path) -> None:
     (other_sizes / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     assert "do not fit its config.json" in load_refused(other_sizes)
 
-    no_pictures = copy("no_pictures")
-    (no_pictures / "preprocessor_config.json").unlink()
-    assert "preprocessor_config.json" in load_refused(no_pictures)
+    no_images = copy("no_images")
+    (no_images / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in load_refused(no_images)
 
 
 def test_tower_is_frozen(clip_folder: Path) -> None:

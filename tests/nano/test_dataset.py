@@ -22,9 +22,9 @@ UNSEEN = re.compile("|".join(f"{colour} {form}" for colour, form in UNSEEN_PAIRS
 def make_small(patch: pytest.MonkeyPatch) -> None:
     """Counts that take a second; chunks that do not divide them."""
     for name, value in {
-        "PRETRAIN_PICTURES": 9,
-        "TRAIN_PICTURES": 26,
-        "NAMELESS_PICTURES": 8,
+        "PRETRAIN_IMAGES": 9,
+        "TRAIN_IMAGES": 26,
+        "NAMELESS_IMAGES": 8,
         "VALIDATION_QUESTIONS": 8,
         "TEST_QUESTIONS": 24,
         "UNSEEN_QUESTIONS": 16,
@@ -56,13 +56,13 @@ def test_every_file_is_read_like_anybodys_data(data: NanoData) -> None:
         counts[path.stem] = len(examples)
         assert len({e.id for e in examples}) == len(examples)
         for example in examples:
-            (picture,) = example.images
-            with Image.open(picture) as image:
+            (path,) = example.images
+            with Image.open(path) as image:
                 assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
     assert counts == {"pretrain": 9, "train": 34, "validation": 8, "test": 24, "unseen": 16}
 
 
-def test_no_picture_lies_there_unused(data: NanoData) -> None:
+def test_no_image_lies_there_unused(data: NanoData) -> None:
     used = {p for path in (data.train, data.validation, data.test, data.unseen) for e in read(path) for p in e.images}
     assert used == set((data.folder / "images").iterdir())
 
@@ -77,15 +77,15 @@ def test_every_type_is_asked_equally_often(data: NanoData) -> None:
 def test_the_shipped_counts_ask_every_type_equally_often() -> None:
     for count in (dataset.VALIDATION_QUESTIONS, dataset.TEST_QUESTIONS, dataset.UNSEEN_QUESTIONS):
         assert count % len(language.TYPES) == 0
-    assert dataset.PRETRAIN_PICTURES <= dataset.TRAIN_PICTURES
+    assert dataset.PRETRAIN_IMAGES <= dataset.TRAIN_IMAGES
 
 
-def test_the_captions_are_those_of_the_pictures(data: NanoData) -> None:
+def test_the_captions_are_those_of_the_images(data: NanoData) -> None:
     trained = {e.id: e for e in read(data.train)}
     for example in read(data.pretrain):
         scene = scene_of(example.id)
-        (picture,) = example.images
-        assert Image.open(picture).tobytes() == render(scene).tobytes()
+        (image,) = example.images
+        assert Image.open(image).tobytes() == render(scene).tobytes()
         assert example.conversation.turns[1].content == language.full_caption(scene)
         assert trained[example.id].images == example.images
 
@@ -101,15 +101,15 @@ def test_conversations_have_questions_descriptions_and_reasons(data: NanoData) -
         assert len(asked) == (7 if number % 12 < 2 else 10)
 
 
-def test_pictures_in_colours_without_a_name_are_asked_about_everything_else(data: NanoData) -> None:
+def test_images_in_colours_without_a_name_are_asked_about_everything_else(data: NanoData) -> None:
     nameless = read(data.train)[26:]
     assert [e.id for e in nameless] == [f"nameless-{n:06d}" for n in range(8)]
     for example in nameless:
         said = " ".join(turn.content for turn in example.conversation.turns)
         assert not any(colour in re.findall("[a-z]+", said) for colour in COLOURS)
         assert 4 <= len(example.conversation.turns) // 2 <= 10
-        (picture,) = example.images
-        assert Image.open(picture).tobytes() != render(scene_of(example.id)).tobytes()
+        (image,) = example.images
+        assert Image.open(image).tobytes() != render(scene_of(example.id)).tobytes()
 
 
 def test_training_and_ordinary_questions_know_nothing_of_unseen_pairs(data: NanoData) -> None:

@@ -24,7 +24,7 @@ CELLS = {
 
 
 def place(shape: Shape) -> str:
-    """The name of the ninth of the picture in which a shape's centre lies."""
+    """The name of the ninth of the image in which a shape's centre lies."""
     row = "top" if shape.y < 32 else "middle" if shape.y < 64 else "bottom"
     column = "left" if shape.x < 32 else "middle" if shape.x < 64 else "right"
     return CELLS[row, column]

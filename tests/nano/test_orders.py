@@ -5,7 +5,7 @@ from __future__ import annotations
 from qllava.evaluation.vqa import read_answer, reader
 from qllava.nano.dataset import scene_of
 from qllava.nano.language import article
-from qllava.nano.orders import reasoned_row
+from qllava.nano.orders import reasoned_record
 
 READ = reader(r"The answer is ([^.]+)\.")
 
@@ -13,7 +13,9 @@ READ = reader(r"The answer is ([^.]+)\.")
 def test_both_orders_ask_and_say_the_same() -> None:
     for number in range(50):
         id_ = f"train-{number:06d}"
-        first, last = (reasoned_row(id_, reason_first=reason_first)["conversations"] for reason_first in (False, True))
+        first, last = (
+            reasoned_record(id_, reason_first=reason_first)["conversations"] for reason_first in (False, True)
+        )
         assert [turn["value"] for turn in first[::2]] == [turn["value"] for turn in last[::2]]
         assert first[0]["value"].count("<image>") == 1 and not any("<image>" in turn["value"] for turn in first[2::2])
         for one, other in zip(first[1::2], last[1::2], strict=True):
@@ -25,11 +27,11 @@ def test_both_orders_ask_and_say_the_same() -> None:
             assert other["value"].endswith(f"The answer is {answer}.")
 
 
-def test_what_a_row_says_is_in_its_picture() -> None:
+def test_what_a_row_says_is_in_its_image() -> None:
     for number in range(20):
         id_ = f"train-{number:06d}"
         shapes = {article(f"{s.size} {s.colour} {s.form}") for s in scene_of(id_).shapes}
-        for turn in reasoned_row(id_, reason_first=True)["conversations"][1::2]:
+        for turn in reasoned_record(id_, reason_first=True)["conversations"][1::2]:
             if turn["value"].startswith("There is a"):
                 said = turn["value"].removeprefix("There is ").split(" and ")
                 assert all(any(words.startswith(shape) for shape in shapes) for words in said)

@@ -1,4 +1,4 @@
-"""The drawn world: scenes follow from their seed, hold what they promise, and a picture shows what its scene says."""
+"""The drawn world: scenes follow from their seed, hold what they promise, and an image shows what its scene says."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from qllava.nano.scenes import (
 )
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-PICTURES = """
+IMAGES = """
 import hashlib, random
 from qllava.nano.scenes import render, sample_scene
 digest = hashlib.sha256()
 for seed in range(20):
-    digest.update(render(sample_scene(random.Random(f"picture-{seed}"))).tobytes())
+    digest.update(render(sample_scene(random.Random(f"image-{seed}"))).tobytes())
 print(digest.hexdigest())
 """
 
@@ -73,12 +73,12 @@ def test_the_scenes_are_those_that_the_weights_were_trained_on() -> None:
     assert zlib.crc32(repr(scenes).encode()) == 196011746
 
 
-def test_a_picture_is_the_same_in_every_process() -> None:
+def test_an_image_is_the_same_in_every_process() -> None:
     digest = hashlib.sha256()
     for seed in range(20):
-        digest.update(render(sample_scene(random.Random(f"picture-{seed}"))).tobytes())
+        digest.update(render(sample_scene(random.Random(f"image-{seed}"))).tobytes())
     other = subprocess.run(
-        [sys.executable, "-c", PICTURES],
+        [sys.executable, "-c", IMAGES],
         capture_output=True,
         text=True,
         check=True,
@@ -87,11 +87,11 @@ def test_a_picture_is_the_same_in_every_process() -> None:
     assert other.stdout.strip() == digest.hexdigest()
 
 
-def test_a_picture_is_drawn_twice_alike() -> None:
+def test_an_image_is_drawn_twice_alike() -> None:
     for scene in some_scenes(20):
-        picture = render(scene)
-        assert (picture.mode, picture.size) == ("RGB", (SIZE, SIZE))
-        assert picture.tobytes() == render(scene).tobytes()
+        image = render(scene)
+        assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
+        assert image.tobytes() == render(scene).tobytes()
 
 
 def test_a_scene_holds_two_to_five_shapes_and_a_place_holds_one() -> None:
@@ -198,13 +198,13 @@ def test_a_shape_is_painted_where_its_box_says_and_nowhere_else() -> None:
 def test_solid_forms_show_their_colour_at_their_centre_and_rings_are_open() -> None:
     forms: Counter[str] = Counter()
     for scene in every_kind(40):
-        picture = np.asarray(render(scene), dtype=float)
+        image = np.asarray(render(scene), dtype=float)
         for index, shape in enumerate(scene.shapes):
             x, y = int(shape.x), int(shape.y)
             if shape.form == "ring":
                 assert not painted(scene, index)[y, x]
                 continue
-            found = picture[y - 1 : y + 2, x - 1 : x + 2].mean(axis=(0, 1))
+            found = image[y - 1 : y + 2, x - 1 : x + 2].mean(axis=(0, 1))
             nearest = min(COLOURS, key=lambda name: float(np.linalg.norm(found - COLOURS[name])))
             assert nearest == shape.colour, (shape, found)
             forms[shape.form] += 1

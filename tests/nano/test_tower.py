@@ -24,8 +24,8 @@ def ids() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def drawn(ids: dict[str, int]) -> tuple[np.ndarray, torch.Tensor]:
-    pictures, captions = tower.draw(list(range(32)))
-    return pictures, tower.tokens(captions, ids)
+    images, captions = tower.draw(list(range(32)))
+    return images, tower.tokens(captions, ids)
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_the_longest_caption_has_room(ids: dict[str, int]) -> None:
     assert (row == ids["<end>"]).sum() == 1
 
 
-def test_pictures_are_of_the_training_split_and_follow_from_their_seed() -> None:
-    pictures, captions = tower.draw([3, 4])
-    assert (pictures.shape, pictures.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
+def test_images_are_of_the_training_split_and_follow_from_their_seed() -> None:
+    images, captions = tower.draw([3, 4])
+    assert (images.shape, images.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
     again, (caption,) = tower.draw([4])
-    assert np.array_equal(pictures[1:], again) and captions[1] == caption
+    assert np.array_equal(images[1:], again) and captions[1] == caption
     said = " ".join(tower.draw(list(range(200)))[1])
     assert not [pair for pair in UNSEEN_PAIRS if " ".join(pair) in said]
 
@@ -108,7 +108,7 @@ def test_pixels_are_what_the_shipped_image_processor_gives(drawn: tuple[np.ndarr
     torch.testing.assert_close(tower.pixels(drawn[0][:4]), expected, rtol=0, atol=1e-5)
 
 
-def test_batches_show_every_picture_before_one_comes_twice(drawn: tuple[np.ndarray, torch.Tensor]) -> None:
+def test_batches_show_every_image_before_one_comes_twice(drawn: tuple[np.ndarray, torch.Tensor]) -> None:
     text = torch.arange(32)[:, None]
     seen = [y for _, y in tower._batches(drawn[0], text, 12, 8, np.random.default_rng(0))]
     assert all(len(y) == 12 for y in seen)
@@ -155,8 +155,8 @@ def test_every_round_draws_scenes_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_drawing_in_parallel_keeps_the_order(ids: dict[str, int]) -> None:
-    pictures, text = tower._draw_all(range(498, 1002), ids, 0.5)
+    images, text = tower._draw_all(range(498, 1002), ids, 0.5)
     for row, seed in ((0, 498), (499, 997), (500, 998), (503, 1001)):
         one, captions = tower.draw([seed], 0.5)
-        assert np.array_equal(pictures[row], one[0])
+        assert np.array_equal(images[row], one[0])
         assert torch.equal(text[row], tower.tokens(captions, ids)[0])

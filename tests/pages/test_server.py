@@ -17,11 +17,11 @@ from PIL import Image
 from qllava.inference import load
 from qllava.pages.page import MAX_WAITING
 from qllava.pages.talk import plain
-from qllava.pages.uploads import MAX_PICTURES, MAX_UPLOAD
+from qllava.pages.uploads import MAX_IMAGES, MAX_UPLOAD
 from qllava.voting.votes import VoteFile
 from tests.commands import Command
 from tests.pages.server import Visitor, computes, endless_model, kept_by, memory_of, served, texts, wait_until
-from tests.tiny_models import make_picture, make_tiny_llava
+from tests.tiny_models import make_image, make_tiny_llava
 
 Server = tuple[str, Command]
 
@@ -41,7 +41,7 @@ def server(model: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "red.png"
-    make_picture("red", (300, 200)).save(path)
+    make_image("red", (300, 200)).save(path)
     return path
 
 
@@ -63,12 +63,12 @@ def test_it_answers_as_the_model_does(server: Server, model: Path, red: Path) ->
     assert "tokens" in pace
 
 
-def test_what_is_no_picture_is_said_in_words(server: Server, model: Path, tmp_path: Path) -> None:
+def test_what_is_no_image_is_said_in_words(server: Server, model: Path, tmp_path: Path) -> None:
     visitor = Visitor(server[0])
     before = kept_by(model)
     (tmp_path / "letter.png").write_text("Dear reader")
     (tmp_path / "code.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    make_picture("red").save(tmp_path / "half.jpg")
+    make_image("red").save(tmp_path / "half.jpg")
     half = (tmp_path / "half.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(half[: len(half) // 2])
     for name in ("letter.png", "code.png", "half.jpg"):
@@ -86,12 +86,12 @@ def test_a_huge_file_is_refused_before_it_is_read(server: Server) -> None:
     visitor = Visitor(server[0])
     assert visitor.upload(name="large.png", content=bytes(50_000_000)).status_code == 413
     assert visitor.upload(name="large.png", content=bytes(MAX_UPLOAD + 1)).text == "large.png is larger than 20 MB."
-    reply = visitor.upload(name="vast.png", content=bytes(MAX_PICTURES * MAX_UPLOAD + 2**20))
+    reply = visitor.upload(name="vast.png", content=bytes(MAX_IMAGES * MAX_UPLOAD + 2**20))
     assert reply.status_code == 413 and f"of {MAX_UPLOAD // 2**20} MB" in reply.json()["detail"]
     assert memory_of(server[1]) < before + 60
 
 
-def test_a_huge_picture_is_not_decoded(server: Server, tmp_path: Path) -> None:
+def test_a_huge_image_is_not_decoded(server: Server, tmp_path: Path) -> None:
     Image.new("1", (30_000, 30_000)).save(tmp_path / "vast.png")
     visitor = Visitor(server[0])
     before = memory_of(server[1])
@@ -136,7 +136,7 @@ def test_a_message_beyond_all_measure_is_refused(server: Server) -> None:
 def test_what_is_kept_and_served_is_pixels(server: Server, model: Path, tmp_path: Path) -> None:
     secret = Image.Exif()
     secret[0x010F] = "a camera that says where it was"
-    make_picture("red", (300, 200)).save(tmp_path / "photo.jpg", exif=secret, comment=b"a camera that says")
+    make_image("red", (300, 200)).save(tmp_path / "photo.jpg", exif=secret, comment=b"a camera that says")
     visitor = Visitor(server[0])
     before = set(kept_by(model))
     path = uploaded(visitor, tmp_path / "photo.jpg")
@@ -260,7 +260,7 @@ def test_a_question_is_answered_once(server: Server) -> None:
     assert visitor.press("vote-left", "click") == [] or "Left was" not in visitor.refused
 
 
-def test_a_picture_that_is_sent_twice_is_two_pictures(server: Server, red: Path) -> None:
+def test_a_image_that_is_sent_twice_is_two_images(server: Server, red: Path) -> None:
     visitor = Visitor(server[0])
     files = [("files", (red.name, red.read_bytes()))] * 2
     paths = visitor.client.post("/gradio_api/upload", files=files).json()
@@ -322,7 +322,7 @@ def test_twenty_at_once_are_all_answered(server: Server, red: Path) -> None:
     assert memory_of(server[1]) < before + 200
 
 
-def test_a_vote_is_a_line_with_its_picture_beside_it(server: Server, model: Path, red: Path) -> None:
+def test_a_vote_is_a_line_with_its_image_beside_it(server: Server, model: Path, red: Path) -> None:
     visitor = Visitor(server[0])
     votes = model.parent / "votes.jsonl"
     before = len(VoteFile(votes).votes)
@@ -368,7 +368,7 @@ def test_a_hundred_wait_and_the_next_is_refused(tmp_path: Path) -> None:
         assert f"Max size is {MAX_WAITING}" in visitor.refused and MAX_WAITING == 100
 
 
-def test_closing_the_page_ends_the_models_thread_and_deletes_its_pictures(tmp_path: Path, red: Path) -> None:
+def test_closing_the_page_ends_the_models_thread_and_deletes_its_images(tmp_path: Path, red: Path) -> None:
     with served(endless_model(tmp_path / "model"), watched=True) as (address, process):
         visitor = Visitor(address)
         with visitor.client.stream("GET", f"/gradio_api/heartbeat/{visitor.session}") as heartbeat:

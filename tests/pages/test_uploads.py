@@ -22,7 +22,7 @@ from qllava.pages.uploads import Quota, TooMuch, Uploads
 from qllava.pages.visitors import Visitors
 from qllava.voting.duel import Contender, Duel
 from qllava.voting.votes import Tally, VoteFile
-from tests.tiny_models import make_picture
+from tests.tiny_models import make_image
 
 BOUNDARY = b"x"
 
@@ -58,7 +58,7 @@ def files_in(folder: Path) -> list[Path]:
 @pytest.fixture
 def photo() -> bytes:
     data = io.BytesIO()
-    make_picture("red", (60, 40)).save(data, "jpeg")
+    make_image("red", (60, 40)).save(data, "jpeg")
     return data.getvalue()
 
 

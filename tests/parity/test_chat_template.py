@@ -61,30 +61,30 @@ def both(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.Te
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rounds=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3),
-    pictures=st.integers(0, 2),
+    images=st.integers(0, 2),
     system=st.none() | SAID,
 )
 def test_ids_and_learned_tokens_are_those_of_apply_chat_template(
-    both: tuple[Encoder, Any], rounds: list[tuple[str, str]], pictures: int, system: str | None
+    both: tuple[Encoder, Any], rounds: list[tuple[str, str]], images: int, system: str | None
 ) -> None:
     encoder, processor = both
     template = encoder.template
     if template is PLAIN:
-        rounds, pictures, system = rounds[:1], 1, None
+        rounds, images, system = rounds[:1], 1, None
     said = [words for pair in rounds for words in pair]
-    # As `formats` brings it about: pictures first, each with a newline, and no white space around the question.
-    said[0] = ask(said[0].strip(), pictures)
+    # As `formats` brings it about: images first, each with a newline, and no white space around the question.
+    said[0] = ask(said[0].strip(), images)
     turns = tuple(Turn("assistant" if n % 2 else "user", content) for n, content in enumerate(said))
-    example = Example("x", (Path("a.png"),) * pictures, Conversation(turns, system), Place("rows.json", row=1))
+    example = Example("x", (Path("a.png"),) * images, Conversation(turns, system), Place("rows.json", row=1))
     sample = encoder.encode(example)
     assert sample is not None
 
-    picture = Image.new("RGB", (20, 20))
+    image = Image.new("RGB", (20, 20))
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _text(system)}]
     for n, content in enumerate(said):
         words = content.replace(IMAGE_TOKEN, "").lstrip("\n") if n == 0 else content
-        images = [{"type": "image", "image": picture}] * (pictures if n == 0 else 0)
-        parts = images + _text(words) if words or not images else images
+        shown = [{"type": "image", "image": image}] * (images if n == 0 else 0)
+        parts = shown + _text(words) if words or not shown else shown
         messages.append({"role": "assistant" if n % 2 else "user", "content": parts if n == 0 else content})
     out = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"

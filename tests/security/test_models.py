@@ -116,7 +116,7 @@ def test_code_of_a_model_is_never_run(
             language_model=None,
             vision_tower=None,
             lora_r=None,
-            tokens_per_row=None,
+            tokens_per_pack=None,
             limit=None,
         ),
         "chat": lambda: load(model),

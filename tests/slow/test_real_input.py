@@ -81,11 +81,9 @@ def test_handwritten_digits_are_learned(tmp_path: Path) -> None:
 
     digits = load_digits()
     rows: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
-    for index, (picture, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for index, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         name = f"{index}.png"
-        Image.fromarray((picture * 15.9).astype("uint8")).resize((64, 64), Image.Resampling.NEAREST).save(
-            tmp_path / name
-        )
+        Image.fromarray((image * 15.9).astype("uint8")).resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / name)
         row = chat_row(name, name, [("Which digit is this?", str(digit))])
         rows["test" if index % 5 == 0 else "train"].append(row)
     for split, content in rows.items():

@@ -1,4 +1,4 @@
-"""What the tests of synthesis share: pictures in words, and a teacher that answers about them, well or badly."""
+"""What the tests of synthesis share: images in words, and a teacher that answers about them, well or badly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THINGS = ("dog", "cat", "bicycle", "umbrella", "bench", "clock", "kite", "horse"
 
 
 def write_contexts(path: Path, count: int) -> Path:
-    """Pictures with two things each, as JSONL, and empty files in their places beside it."""
+    """Images with two things each, as JSONL, and empty files in their places beside it."""
     rng = random.Random(count)
     lines = []
     for number in range(count):
@@ -26,7 +26,7 @@ def write_contexts(path: Path, count: int) -> Path:
 
 
 def things_of(request: Request) -> tuple[str, str]:
-    """The two things of the picture that is asked about."""
+    """The two things of the image that is asked about."""
     seen = [m["content"] for m in request.body["messages"] if ", picture " in m["content"]][-1]
     words = seen.partition(",")[0].split()
     return words[1], words[-1]
@@ -106,5 +106,5 @@ def badly(request: Request) -> Said:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The rows of a JSONL file; none where there is no file."""
+    """The examples of a JSONL file; none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -11,20 +11,20 @@ import pytest
 from qllava.config import InputError
 from qllava.nano.dataset import scene_of
 from qllava.nano.scenes import SIZE
-from qllava.synthesis.contexts import Box, Context, picture_folder, read_contexts
+from qllava.synthesis.contexts import Box, Context, image_folder, read_contexts
 
 ROW = {"id": "1", "image": "1.jpg", "captions": ["A cat."], "boxes": [{"category": "cat", "bbox": [0, 0.25, 0.5, 1]}]}
 
 
 def jsonl(folder: Path, *rows: Any) -> Path:
-    """A file with these rows, a line each."""
+    """A file with these examples, a line each."""
     path = folder / "contexts.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
 
 def coco(folder: Path, instances: dict[str, Any] | None = None, **captions: Any) -> Path:
-    """A pair of files in COCO's form: one picture of 200 x 100 with a cat, a crowd, and a box without area."""
+    """A pair of files in COCO's form: one image of 200 x 100 with a cat, a crowd, and a box without area."""
     said = {
         "images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}],
         "annotations": [{"id": 1, "image_id": 7, "caption": "A cat.\n"}],
@@ -122,7 +122,7 @@ class TestRows:
             read_contexts(jsonl(tmp_path, *[ROW | {"id": str(n), "captions": []} for n in range(30)]))
 
     def test_an_empty_and_a_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="no pictures"):
+        with pytest.raises(InputError, match="no images"):
             read_contexts(jsonl(tmp_path))
         with pytest.raises(InputError, match="check its name"):
             read_contexts(tmp_path / "absent.jsonl")
@@ -141,7 +141,7 @@ class TestCoco:
         for source in (tmp_path, tmp_path / "captions_few.json", tmp_path / "instances_few.json"):
             assert read_contexts(source) == [expected]
 
-    def test_a_box_that_leaves_the_picture(self, tmp_path: Path) -> None:
+    def test_a_box_that_leaves_the_image(self, tmp_path: Path) -> None:
         box = {"image_id": 7, "category_id": 3, "bbox": [20, 10, 190, 10], "iscrowd": 0}
         with pytest.raises(InputError, match=r"captions_few.json, id 7: box 1 \(cat\) reaches outside"):
             read_contexts(coco(tmp_path, {"annotations": [box]}))
@@ -172,7 +172,7 @@ class TestCoco:
 
 
 class TestNano:
-    def test_scenes_are_those_of_its_training_pictures(self) -> None:
+    def test_scenes_are_those_of_its_training_images(self) -> None:
         contexts = read_contexts("nano:30")
         assert [one.image for one in contexts[:2]] == ["images/train-000000.png", "images/train-000001.png"]
         for one in contexts:
@@ -188,6 +188,6 @@ class TestNano:
             read_contexts(source)
 
 
-def test_pictures_lie_beside_the_file(tmp_path: Path) -> None:
-    assert picture_folder(tmp_path / "contexts.jsonl") == tmp_path
-    assert picture_folder(tmp_path) == tmp_path
+def test_images_lie_beside_the_file(tmp_path: Path) -> None:
+    assert image_folder(tmp_path / "contexts.jsonl") == tmp_path
+    assert image_folder(tmp_path) == tmp_path

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.command import measured
-from benchmarks.filter_million import make, plainly, row
+from benchmarks.filter_million import make, plainly, record
 from qllava import cli
 from qllava.config import InputError
 from qllava.data.problems import Place
@@ -58,7 +58,7 @@ def test_rows_come_out_as_they_stood_and_in_their_order(tmp_path: Path, lines: b
 
 def test_a_file_is_filtered_as_the_definition_says(tmp_path: Path) -> None:
     texts, truth = make(2000, 3000, 1.2)
-    rows = [row(number, text) for number, text in enumerate(texts)]
+    rows = [record(number, text) for number, text in enumerate(texts)]
     data = write(tmp_path / "captions.json", rows)
     left = run(data, tmp_path / "out.json", min_count=4, max_per_concept=20, seed=5)
     chosen = plainly(truth, 4, 20, 5)
@@ -85,7 +85,7 @@ def test_nothing_kept_is_an_empty_list_and_is_said(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("a dog", "a row is a JSON object"),
+        ("a dog", "an example is a JSON object"),
         ({"id": "r3"}, "neither"),
         (llava("a dog", id="r3") | {"caption": "a dog"}, "both"),
         ({"id": "r3", "caption": 5}, "the caption is not text"),
@@ -102,7 +102,7 @@ def test_a_broken_row_is_named(broken: Any, said: str) -> None:
     with pytest.raises(InputError) as error:
         caption_of(broken, PLACE)
     message = str(error.value)
-    assert message.startswith("captions.json, row 3" + (", id r3: " if isinstance(broken, dict) else ": "))
+    assert message.startswith("captions.json, example 3" + (", id r3: " if isinstance(broken, dict) else ": "))
     assert said in message and message.endswith(".")
 
 
@@ -111,11 +111,11 @@ def test_a_broken_row_or_file_leaves_what_was_there(tmp_path: Path) -> None:
     out.write_text("before")
     rows = [llava("a dog"), {"id": "bad"}]
     for content, said in (
-        (json.dumps(rows), "row 2, id bad"),
+        (json.dumps(rows), "example 2, id bad"),
         ("\n".join(map(json.dumps, rows)), "line 2, id bad"),
         (json.dumps(rows[0]) + "\n{half", "line 2: this is not valid JSON"),
-        ("", "holds no rows"),
-        ("[]", "holds no rows"),
+        ("", "holds no examples"),
+        ("[]", "holds no examples"),
     ):
         (tmp_path / "captions.json").write_text(content)
         with pytest.raises(InputError, match=said):
@@ -127,7 +127,7 @@ def test_a_broken_row_or_file_leaves_what_was_there(tmp_path: Path) -> None:
 def test_places_are_looked_at_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path / "captions.json", [llava("a dog")])
     (tmp_path / "link.json").symlink_to(data)
-    monkeypatch.setattr(filtering, "read_rows", lambda path: pytest.fail("the file was read"))
+    monkeypatch.setattr(filtering, "read_records", lambda path: pytest.fail("the file was read"))
     for out, page, said in (
         (data, None, "the captions itself"),
         (tmp_path / "link.json", None, "the captions itself"),
@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
 def test_neither_torch_nor_the_order_of_hashes_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, _ = make(3000, 500, 1.0)
-    data = write(tmp_path / "captions.json", [row(number, text) for number, text in enumerate(texts)])
+    data = write(tmp_path / "captions.json", [record(number, text) for number, text in enumerate(texts)])
     told = []
     for seed in ("1", "2"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)

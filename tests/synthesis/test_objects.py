@@ -67,8 +67,8 @@ def test_captions_are_told_apart_from_captions_of_another_image(coco_contexts: P
     assert sum(shifted) > 0.85 * len(shifted)
 
 
-def test_answers_of_others_are_told_apart_from_answers_to_another_picture(shared_data: Path) -> None:
-    """LLaVA-Bench: the reference answer to a picture is never accused, the one to another picture nearly always."""
+def test_answers_of_others_are_told_apart_from_answers_to_another_image(shared_data: Path) -> None:
+    """LLaVA-Bench: the reference answer to an image is never accused, the one to another image nearly always."""
 
     def lines(name: str) -> list[dict[str, object]]:
         return [json.loads(line) for line in (shared_data / name).read_text(encoding="utf-8").splitlines()]

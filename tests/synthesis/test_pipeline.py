@@ -1,4 +1,4 @@
-"""Whole runs against a real server: every task accounted for, nothing paid twice, rows that training accepts."""
+"""Whole runs against a real server: every task accounted for, nothing paid twice, examples that training accepts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(job: Job, server: ChatServer, **limits: Any) -> Result:
     return pipeline.run(job, server.url, **{"first_rest": 0.005, **limits})
 
 
-def rows_of(path: Path) -> list[Any]:
+def records_of(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else list(json.loads(text))
 
@@ -62,7 +62,7 @@ def test_everything_that_goes_wrong_at_once(tmp_path: Path, capsys: pytest.Captu
     told = result.to_json()
     assert told["tasks"] == sum(told["outcomes"].values()) == 180
     assert all(told["outcomes"][outcome] for outcome in ("accepted", "repaired", "dropped")), told
-    rows, left_out = rows_of(job.out), read_lines(tmp_path / "out.left_out.jsonl")
+    rows, left_out = records_of(job.out), read_lines(tmp_path / "out.left_out.jsonl")
     assert len(rows) == told["rows"] == told["outcomes"]["accepted"] + told["outcomes"]["repaired"]
     ids = [row["id"] for row in rows] + [f"{line['id']}-{line['type']}" for line in left_out]
     assert Counter(ids) == Counter(task.id for task in job.tasks)
@@ -85,7 +85,7 @@ def test_rows_are_llavas(tmp_path: Path) -> None:
     job = make_job(tmp_path, 1)
     with ChatServer(well) as server:
         run(job, server)
-    conversation, detail, reasoning = rows_of(job.out)
+    conversation, detail, reasoning = records_of(job.out)
     assert conversation["id"] == "p0000-conversation"
     assert conversation["image"] == "p0000.png"
     assert [turn["from"] for turn in conversation["conversations"]] == ["human", "gpt", "human", "gpt"]
@@ -138,7 +138,7 @@ def test_a_server_that_takes_no_schema_is_asked_for_blocks_after_one_call(tmp_pa
     assert new.out.read_bytes() == job.out.read_bytes()
 
 
-def test_a_picture_that_the_server_does_not_like_is_no_sign_against_schemas(tmp_path: Path) -> None:
+def test_a_image_that_the_server_does_not_like_is_no_sign_against_schemas(tmp_path: Path) -> None:
     def too_long(request: Request) -> Said:
         return Said("too long", status=400) if "picture 0" in request.last else well(request)
 
@@ -174,12 +174,12 @@ def test_failed_tasks_are_asked_again_by_the_next_run(tmp_path: Path) -> None:
     with ChatServer(lambda r: Said("down", status=500) if "picture 3" in r.last else well(r)) as server:
         first = run(job, server, retries=1)
         assert first.counts.total("failed") == 3
-        assert len(rows_of(job.out)) == 15
+        assert len(records_of(job.out)) == 15
         assert {line["outcome"] for line in read_lines(tmp_path / "out.left_out.jsonl")} == {"failed"}
         server.answer = well
         second = run(job, server)
     assert second.calls == 3
-    assert len(rows_of(job.out)) == 18
+    assert len(records_of(job.out)) == 18
     assert not (tmp_path / "out.left_out.jsonl").exists()
 
 
@@ -241,10 +241,10 @@ def test_shards_together_are_the_whole(tmp_path: Path) -> None:
         with ChatServer(badly) as server:
             run(part, server)
         parts.append(part)
-    together = [row for part in parts for row in rows_of(part.out)]
+    together = [row for part in parts for row in records_of(part.out)]
     assert all(part.tasks for part in parts)
     assert sorted(together, key=lambda row: str(row["id"])) == sorted(
-        rows_of(whole.out), key=lambda row: str(row["id"])
+        records_of(whole.out), key=lambda row: str(row["id"])
     )
     assert len(together) == len({row["id"] for row in together})
     # Stores are put together as files are, too: then the whole asks nothing.
@@ -255,7 +255,7 @@ def test_shards_together_are_the_whole(tmp_path: Path) -> None:
     assert merged.out.read_bytes() == whole.out.read_bytes()
 
 
-def test_styles_are_shared_out_among_the_pictures(tmp_path: Path) -> None:
+def test_styles_are_shared_out_among_the_images(tmp_path: Path) -> None:
     contexts = read_contexts(write_contexts(tmp_path / "contexts.jsonl", 200))
     counts = Counter(task.style for task in make_tasks(contexts, ("reasoning",), STYLES))
     assert set(counts) == set(STYLES)
@@ -267,7 +267,7 @@ def test_naive_needs_no_teacher(tmp_path: Path) -> None:
     job = replace(make_job(tmp_path), tasks=make_tasks(contexts, ("naive",)))
     assert pipeline.run(job).counts.total("accepted") == 30
     captions = {context.id: context.captions for context in contexts}
-    rows = rows_of(job.out)
+    rows = records_of(job.out)
     assert all(row["conversations"][1]["value"] in captions[row["id"].removesuffix("-naive")] for row in rows)
     assert len({row["conversations"][0]["value"] for row in rows}) > 5
 
@@ -287,6 +287,6 @@ def test_no_row_at_all_is_a_file_of_none(tmp_path: Path) -> None:
         job = make_job(tmp_path, name=name)
         with ChatServer(lambda request: Said("I'm sorry, I can't.")) as server:
             told = run(job, server).to_json()
-        assert rows_of(job.out) == expected
+        assert records_of(job.out) == expected
         assert tuple(told["outcomes"]) == OUTCOMES
         job.store.unlink()

@@ -32,7 +32,7 @@ def test_a_conversation_gets_captions_and_the_others_boxes_too() -> None:
 
 @pytest.mark.parametrize("type_", DEFAULT_TYPES)
 @pytest.mark.parametrize("schema", [True, False])
-def test_messages_are_system_examples_and_the_picture(type_: str, schema: bool) -> None:
+def test_messages_are_system_examples_and_the_image(type_: str, schema: bool) -> None:
     prompt = Prompts().prompt(type_)
     messages = prompt.messages(CONTEXT, schema=schema)
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * len(prompt.examples), "user"]
@@ -81,7 +81,7 @@ def test_a_file_that_is_missing_is_taken_from_our_own(copy: Path) -> None:
     assert Prompts(copy).prompt("detail") == Prompts().prompt("detail")
 
 
-def test_questions_are_drawn_by_the_picture_and_all_of_them() -> None:
+def test_questions_are_drawn_by_the_image_and_all_of_them() -> None:
     prompts = Prompts()
     drawn = [prompts.question("detail", Context(str(n), "", ("x",), ())) for n in range(500)]
     assert drawn == [Prompts().question("detail", Context(str(n), "", ("x",), ())) for n in range(500)]

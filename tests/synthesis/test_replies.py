@@ -151,7 +151,7 @@ def test_what_only_sounds_like_a_refusal(answer: str) -> None:
 
 
 def test_what_a_caption_names_may_be_named() -> None:
-    """A cardboard box, and a drawing with a caption, are things that a picture can show."""
+    """A cardboard box, and a drawing with a caption, are things that an image can show."""
     shown = Context("2", "2.jpg", ("A cat in a box below a poster with a caption.",), ())
     assert reason(("Where is the cat?", "It sits in a box, below a poster with a caption."), context=shown) is None
     assert reason(("Where is the cat?", "Its bounding box is the largest."), context=shown) == "boxes"

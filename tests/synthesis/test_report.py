@@ -20,7 +20,7 @@ CONTEXTS = [
 
 
 def row(image: str, *said: str, type_: str = "conversation") -> dict[str, Any]:
-    """A LLaVA row of questions and answers in turn."""
+    """A LLaVA example of questions and answers in turn."""
     sides = ("human", "gpt")
     turns = [
         {"from": sides[at % 2], "value": f"<image>\n{value}" if at == 0 else value} for at, value in enumerate(said)
@@ -34,8 +34,8 @@ def test_what_is_counted() -> None:
     )
     second = row("2.png", "What is there now?", "An oven, and a giraffe. It isn't a zebra.", type_="detail")
     quality = measure([first, first, second, row("3.png", "What?", "A bear.")], CONTEXTS)
-    assert (quality.rows, quality.pictures, quality.questions) == (4, 3, 6)
-    assert quality.rows_of == {"conversation": 3, "detail": 1}
+    assert (quality.rows, quality.images, quality.questions) == (4, 3, 6)
+    assert quality.examples_of == {"conversation": 3, "detail": 1}
     assert quality.named == {"dog": 2, "cat": 2, "oven": 1, "giraffe": 1}
     assert quality.unsupported == {"cat": 2, "giraffe": 1}
     assert quality.hallucination_rate == pytest.approx(3 / 6)
@@ -65,11 +65,11 @@ def test_the_page(tmp_path: Path) -> None:
     shown = text.count("1.png-conversation: conversation</h3>")
     assert 0 < shown < 20 and text.count("<img") == text.count('src="data:image/png') == shown
     assert "http" not in text and "<b>question" not in text
-    assert "30 of 60, in 30 rows" in text
+    assert "30 of 60, in 30 examples" in text
     assert quality.repeated_rows == 58
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_an_empty_page_without_pictures(tmp_path: Path) -> None:
+def test_an_empty_page_without_images(tmp_path: Path) -> None:
     write_report([], [], tmp_path / "report.html")
-    assert "There are no rows" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "There are no examples" in (tmp_path / "report.html").read_text(encoding="utf-8")

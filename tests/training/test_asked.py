@@ -1,4 +1,4 @@
-"""Which held-out rows are asked: drawn by the seed or evenly spaced, and none whose prompt may not fit."""
+"""Which held-out examples are asked: drawn by the seed or evenly spaced, and none whose prompt may not fit."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from qllava.data.encode import Encoder
 from qllava.image_layout import ImageLayout
 from qllava.training.asked import HeldOut
 from qllava.training.data import Part, Prepared, prepare
-from tests.tiny_models import make_tiny_processor, make_tiny_rows
-from tests.tiny_runs import write_rows
+from tests.tiny_models import make_tiny_processor, make_tiny_records
+from tests.tiny_runs import write_records
 
 
 def held_out(parts: list[Part], **limits: Any) -> Prepared:
     tokenizer = make_tiny_processor().tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
     encoder = Encoder(tokenizer, TEMPLATES["chatml"], image, ImageLayout(2, 2), **limits)
-    _, found = prepare([Part(make_tiny_rows(parts[0].path.parent), None)], encoder, seed=0, evaluation=parts)
+    _, found = prepare([Part(make_tiny_records(parts[0].path.parent), None)], encoder, seed=0, evaluation=parts)
     assert found is not None
     return found
 
@@ -31,7 +31,7 @@ def ids(examples: list[Any]) -> list[str]:
 
 
 def test_over_all_files_and_all_rows_where_there_are_no_more(tmp_path: Path) -> None:
-    parts = [Part(make_tiny_rows(tmp_path), None)] * 2
+    parts = [Part(make_tiny_records(tmp_path), None)] * 2
     asked = HeldOut(parts, held_out(parts))
     assert ids(asked.drawn(6, 0)) == ids(asked.drawn(6, 0)) != ids(asked.drawn(6, 1)) and len(asked.drawn(6, 0)) == 6
     assert ids(asked.drawn(1000, 0)) == ids(asked.drawn(16, 5)) and len(asked.drawn(1000, 0)) == 16
@@ -42,14 +42,14 @@ def test_over_all_files_and_all_rows_where_there_are_no_more(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("too_long", "kind"), [("drop", "dropped"), ("trim", "trimmed")])
 def test_rows_that_are_too_long_are_not_asked(tmp_path: Path, too_long: str, kind: str) -> None:
-    """Every second row ends with a question beyond max_length: it is dropped, or loses that question."""
-    rows = json.loads(make_tiny_rows(tmp_path).read_text(encoding="utf-8"))
+    """Every second example ends with a question beyond max_length: it is dropped, or loses that question."""
+    rows = json.loads(make_tiny_records(tmp_path).read_text(encoding="utf-8"))
     for number, row in enumerate(rows):
         row["conversations"] = row["conversations"][:2]
         if number % 2 == 0:
             long = [{"from": "human", "value": "many " * 300}, {"from": "gpt", "value": "one"}]
             row["conversations"] += long
-    parts = [Part(write_rows(tmp_path / "long.json", rows), None), Part(tmp_path / "rows.json", None)]
+    parts = [Part(write_records(tmp_path / "long.json", rows), None), Part(tmp_path / "rows.json", None)]
     found = held_out(parts, max_length=250, too_long=too_long)
     assert found.count(kind) == 4
     asked = HeldOut(parts, found)

@@ -17,8 +17,8 @@ from qllava.data.formats import read_examples
 from qllava.models.assemble import assemble
 from qllava.training import data
 from qllava.training.data import Part, Prepared, chosen, parts_of, prepare
-from tests.tiny_models import IMAGE_LAYOUT, make_tiny_parts, make_tiny_rows, make_tiny_tokenizer
-from tests.tiny_runs import Tiny, settings, write_rows
+from tests.tiny_models import IMAGE_LAYOUT, make_tiny_parts, make_tiny_records, make_tiny_tokenizer
+from tests.tiny_runs import Tiny, settings, write_records
 
 
 def encoder(**more: Any) -> Encoder:
@@ -28,7 +28,7 @@ def encoder(**more: Any) -> Encoder:
 
 def questions(path: Path, name: str, count: int) -> Part:
     rows = [{"id": f"{name}-{n}", "question": f"{name} {n}?", "answer": f"{n}"} for n in range(count)]
-    return Part(write_rows(path / f"{name}.json", rows), None)
+    return Part(write_records(path / f"{name}.json", rows), None)
 
 
 def ids(prepared: Prepared) -> Counter[str]:
@@ -36,13 +36,13 @@ def ids(prepared: Prepared) -> Counter[str]:
 
 
 def test_rows_are_the_samples_of_the_encoder(tmp_path: Path) -> None:
-    path = make_tiny_rows(tmp_path)
+    path = make_tiny_records(tmp_path)
     prepared, held_out = prepare([Part(path, None)], encoder(), seed=0)
     samples = encoder().encode_all(read_examples(path))
     assert held_out is None
     assert [row["input_ids"] for row in prepared.dataset] == [s.input_ids for s in samples]
     assert [row["labels"] for row in prepared.dataset] == [s.labels for s in samples]
-    assert [row["pictures"] for row in prepared.dataset] == [[str(p) for p in s.images] for s in samples]
+    assert [row["image_files"] for row in prepared.dataset] == [[str(p) for p in s.images] for s in samples]
     assert prepared.lengths.tolist() == [len(s.input_ids) for s in samples]
     assert prepared.learned == sum(label != -100 for s in samples for label in s.labels)
 
@@ -50,7 +50,7 @@ def test_rows_are_the_samples_of_the_encoder(tmp_path: Path) -> None:
 def test_dataset_num_proc_says_how_many_processes_encode_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = make_tiny_rows(tmp_path)
+    rows = make_tiny_records(tmp_path)
     parts = Tiny(*make_tiny_parts(tmp_path), rows, tmp_path / "no", tmp_path / "run")
     asked: list[int | None] = []
 
@@ -136,10 +136,10 @@ class TestBefore:
     ) -> None:
         bad = [{"id": f"r{n}", "question": "a", "answer": ""} for n in range(5)]
         with pytest.raises(InputError) as error:
-            prepare([Part(write_rows(tmp_path / "bad.json", bad), None)], encoder(), seed=0)
+            prepare([Part(write_records(tmp_path / "bad.json", bad), None)], encoder(), seed=0)
         assert str(error.value) == (
-            "bad.json, row 1, id r0: turn 2 is an empty answer; write it or drop the row. There are 4 more such "
-            "problems; `qllava check` lists them all."
+            "bad.json, example 1, id r0: turn 2 is an empty answer; write it or drop the example. There are 4 more "
+            "such problems; `qllava check` lists them all."
         )
         shown = capsys.readouterr().err
         assert "error: empty (5)" in shown and "id r2" in shown and "... and 2 more" in shown
@@ -149,13 +149,15 @@ class TestBefore:
     ) -> None:
         long = {"id": "long", "question": "a", "answer": "word " * 60}
         rows = [long, {"id": "short", "question": "a", "answer": "b"}]
-        parts = [Part(write_rows(tmp_path / "t.json", rows), None)]
+        parts = [Part(write_records(tmp_path / "t.json", rows), None)]
         prepared, _ = prepare(parts, encoder(max_length=40, too_long="drop"), seed=0)
         assert (prepared.count("dropped"), prepared.count("trimmed"), len(prepared.dataset)) == (1, 0, 1)
         assert "warning: dropped (1)" in capsys.readouterr().out
         with pytest.raises(InputError, match="No sample is left to train on: all 1 are longer than max_length"):
             prepare(
-                [Part(write_rows(tmp_path / "u.json", [long]), None)], encoder(max_length=40, too_long="drop"), seed=0
+                [Part(write_records(tmp_path / "u.json", [long]), None)],
+                encoder(max_length=40, too_long="drop"),
+                seed=0,
             )
 
     def test_a_leak_is_said_and_the_check_can_be_skipped_loudly(
@@ -167,12 +169,12 @@ class TestBefore:
         prepare([part], encoder(), seed=0, evaluation=[part], skip_check=True)
         out = capsys.readouterr().out
         assert "in the evaluation" not in out
-        assert "NOT CHECKED, as asked: a picture that cannot be read will end the run when its batch comes." in out
+        assert "NOT CHECKED, as asked: an image that cannot be read will end the run when its batch comes." in out
 
-    def test_a_picture_that_cannot_be_read_is_found_before_the_run_unless_skipped(self, tmp_path: Path) -> None:
-        (tmp_path / "a.png").write_bytes(b"no picture")
+    def test_a_image_that_cannot_be_read_is_found_before_the_run_unless_skipped(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(b"no image")
         rows = [{"id": "x", "image": "a.png", "question": "a", "answer": "b"}]
-        part = Part(write_rows(tmp_path / "t.json", rows), None)
-        with pytest.raises(InputError, match="t.json, row 1, id x: .*a.png: this is not an image that can be read"):
+        part = Part(write_records(tmp_path / "t.json", rows), None)
+        with pytest.raises(InputError, match="t.json, example 1, id x: .*a.png: this is not an image that can be read"):
             prepare([part], encoder(), seed=0)
         assert len(prepare([part], encoder(), seed=0, skip_check=True)[0].dataset) == 1

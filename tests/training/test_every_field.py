@@ -18,7 +18,7 @@ from qllava.training.options.before import look
 from qllava.training.options.table import OPTIMIZERS, SCHEDULERS, TRL, Field
 from qllava.training.settings import resolve
 from qllava.training.trial import try_out
-from tests.tiny_models import make_tiny_parts, make_tiny_rows
+from tests.tiny_models import make_tiny_parts, make_tiny_records
 from tests.tiny_runs import Tiny, make_trainer, refusal
 
 # What is tried; a field that is not here gets a value by its kind.
@@ -66,9 +66,9 @@ def value(own: Field) -> str:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """The tiny parts and rows, without a run."""
+    """The tiny parts and examples, without a run."""
     folder = tmp_path_factory.mktemp("parts")
-    return Tiny(*make_tiny_parts(folder), make_tiny_rows(folder), folder / "no", folder / "run")
+    return Tiny(*make_tiny_parts(folder), make_tiny_records(folder), folder / "no", folder / "run")
 
 
 def resolved(parts: Tiny, words: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Memory that runs out: rows are halved, the step is computed again, and the gradients are those of all its samples."""
+"""Memory runs out: packs are halved, the step is computed again, and the gradients are those of all its samples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.training.test_trainer import Gradients, assert_close, one_step
 
 
 def small_card(trainer: LlavaTrainer, most: int) -> list[int]:
-    """Let rows of more tokens run out of memory half way through the backward pass; returns the sizes that came by."""
+    """Let packs of more tokens run out of memory half way through the backward pass; returns the sizes that came by."""
     sizes: list[int] = []
 
     def check(_: Any, gradient: tuple[torch.Tensor, ...]) -> None:
@@ -64,7 +64,7 @@ class TestOutOfMemory:
         assert max(sizes) > 120 and sizes[-1] <= 120
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
         assert_close(expected, kept.steps[0], 1e-5)
-        assert "Out of memory at step 1: rows have at most" in (tmp_path / "b" / "ledger.txt").read_text()
+        assert "Out of memory at step 1: packs have at most" in (tmp_path / "b" / "ledger.txt").read_text()
 
     def test_rows_stay_short(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)
@@ -98,7 +98,7 @@ class TestOutOfMemory:
                 trainer.pack_step,
                 "compute",
                 lambda model, batch, n, rows=rows, made=made: (
-                    made.append(max(row["input_ids"].shape[1] for row in batch["rows"])) or rows(model, batch, n)
+                    made.append(max(row["input_ids"].shape[1] for row in batch["packs"])) or rows(model, batch, n)
                 ),
             )
             small_card(trainer, most)
@@ -125,7 +125,7 @@ class TestOutOfMemory:
 
         def longest() -> int:
             (batch,) = batches
-            return max(row["input_ids"].shape[1] for row in batch["rows"])
+            return max(row["input_ids"].shape[1] for row in batch["packs"])
 
         before = longest()
         collator.shorten(120)
@@ -138,7 +138,7 @@ class TestOutOfMemory:
         small_card(trainer, 120)
         trainer.train()
         for loader in (held_out, trainer.get_train_dataloader()):
-            assert max(row["input_ids"].shape[1] for batch in loader for row in batch["rows"]) <= 120
+            assert max(row["input_ids"].shape[1] for batch in loader for row in batch["packs"]) <= 120
 
     def test_a_resumed_run_keeps_the_length(self, tiny: Tiny, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
@@ -149,7 +149,7 @@ class TestOutOfMemory:
         kept = computed_in(tmp_path / "run" / "checkpoint-1")
         halved = trainer.pack_step.halved
         assert kept == {"on": "cpu in float32", "attention": "groups", "layers": "plain", "halved": halved}
-        again = make_trainer(tiny, tmp_path / "again", max_steps=2, tokens_per_row=300, kept=kept)
+        again = make_trainer(tiny, tmp_path / "again", max_steps=2, tokens_per_pack=300, kept=kept)
         sizes = small_card(again, 1 << 30)
         again.train()
         assert sizes and max(sizes) <= halved < 300  # type: ignore[operator]
@@ -211,12 +211,17 @@ class TestOutOfMemory:
         compute = PackStep.compute
 
         def counted(own: PackStep, model: Any, batch: Any, number: Any) -> torch.Tensor:
-            steps.append([images(row) for row in batch["rows"]])
+            steps.append([images(row) for row in batch["packs"]])
             return compute(own, model, batch, number)
 
         monkeypatch.setattr(PackStep, "compute", counted)
         trainer = make_trainer(
-            tiny, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, tokens_per_row=80
+            tiny,
+            tmp_path,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+            tokens_per_pack=80,
         )
         trainer.train()
         assert len(steps) == 2 and sum(map(sum, steps)) > max(map(max, steps))
@@ -226,12 +231,12 @@ class TestOutOfMemory:
         losses = [trainer.sums(trainer.model, batch)["loss"] for batch in batches]
         assert losses and max(moved) <= 2
 
-    @pytest.mark.parametrize("pictures", [[0, 0, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 5]])
-    def test_a_rehearsal_runs_the_tower(self, pictures: list[int]) -> None:
+    @pytest.mark.parametrize("images", [[0, 0, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 5]])
+    def test_a_rehearsal_runs_the_tower(self, images: list[int]) -> None:
         """Where the longest samples are text alone, the longest with images are tried too."""
-        tried = rehearsal.largest(np.array([9, 8, 3, 2, 1, 7]), np.array(pictures), 2)
+        tried = rehearsal.largest(np.array([9, 8, 3, 2, 1, 7]), np.array(images), 2)
         assert tried[0] == [1, 0]
-        assert tried[1:] == ([[3, 2]] if set(pictures) == {0, 5} else [])
+        assert tried[1:] == ([[3, 2]] if set(images) == {0, 5} else [])
 
     def test_a_rehearsal_takes_the_optimizers_memory(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path)
@@ -353,7 +358,7 @@ class TestAnswers:
         small_memory(monkeypatch, 0)
         with pytest.raises(InputError) as caught:
             finetune(stage2_settings(tiny, tmp_path / "run"))
-        assert "Memory does not suffice to answer the question at rows.json, row" in refusal(caught.value).replace(
+        assert "Memory does not suffice to answer the question at rows.json, example" in refusal(caught.value).replace(
             f"{tiny.rows.parent}/", ""
         )
 

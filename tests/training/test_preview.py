@@ -11,15 +11,15 @@ import yaml
 from PIL import Image
 
 from qllava.cli import main
-from tests.tiny_models import IMAGE_TOKENS, make_tiny_rows
-from tests.tiny_runs import Tiny, write_rows
+from tests.tiny_models import IMAGE_TOKENS, make_tiny_records
+from tests.tiny_runs import Tiny, write_records
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Two sound rows about one picture."""
+    """Two sound examples about one image."""
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (30, 0, 40, 20))  # an image of one colour is noted
     image.save(tmp_path / "a.png")
@@ -27,7 +27,7 @@ def rows(tmp_path: Path) -> Path:
         {"id": f"r{n}", "image": "a.png", "question": question, "answer": "red"}
         for n, question in enumerate(("What colour?", "Which colour is it?"))
     ]
-    return write_rows(tmp_path / "rows.json", made)
+    return write_records(tmp_path / "rows.json", made)
 
 
 def output(capsys: Capture, *words: Any) -> tuple[int, str]:
@@ -39,9 +39,9 @@ def output(capsys: Capture, *words: Any) -> tuple[int, str]:
 def test_sound_data_is_ready(rows: Path, tiny: Tiny, capsys: Capture) -> None:
     status, out = output(capsys, "check", rows, "--model", tiny.stage2)
     assert status == 0
-    assert out.startswith(f"{rows}: 2 rows, 2 samples, 1 picture, each in 2.0 samples; tokens median ")
+    assert out.startswith(f"{rows}: 2 examples, 2 samples, 1 image, each in 2.0 samples; tokens median ")
     assert "Tokens of a sample\n" in out
-    assert out.endswith("\nReady: every row is learned as it is written.\n")
+    assert out.endswith("\nReady: every example is learned as it is written.\n")
 
 
 def test_the_json_has_the_keys_that_others_read(rows: Path, tiny: Tiny, capsys: Capture) -> None:
@@ -58,7 +58,7 @@ def test_the_json_has_the_keys_that_others_read(rows: Path, tiny: Tiny, capsys: 
 
 
 def test_problems_of_several_files_and_leaks(rows: Path, tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
-    bad = write_rows(tmp_path / "bad.json", [{"id": "b", "question": "a", "answer": ""}, {"id": "r0"}])
+    bad = write_records(tmp_path / "bad.json", [{"id": "b", "question": "a", "answer": ""}, {"id": "r0"}])
     status, out = output(
         capsys, "check", rows, bad, "--eval-file", rows, "--model", tiny.stage2, "--image-folder", tmp_path, "--json"
     )
@@ -66,7 +66,7 @@ def test_problems_of_several_files_and_leaks(rows: Path, tiny: Tiny, tmp_path: P
     assert (status, found["ok"], found["samples"]) == (1, False, 2)
     assert [(p["kind"], p["id"], Path(p["file"]).name, p["line"]) for p in found["problems"]] == [
         ("empty", "b", "bad.json", 1),
-        ("not a row", "r0", "bad.json", 1),
+        ("not an example", "r0", "bad.json", 1),
         ("in the evaluation", "r0", "rows.json", 1),
         ("in the evaluation", "r1", "rows.json", 1),
     ]
@@ -80,8 +80,8 @@ def test_a_row_too_long_is_told(rows: Path, tiny: Tiny, capsys: Capture) -> None
 
 
 def test_a_recipe_is_checked_as_it_would_be_trained(tiny: Tiny, rows: Path, tmp_path: Path, capsys: Capture) -> None:
-    captions = write_rows(
-        tmp_path / "captions.json", [{"id": "c", "image": "a.png", "question": "What?", "answer": "a red picture"}]
+    captions = write_records(
+        tmp_path / "captions.json", [{"id": "c", "image": "a.png", "question": "What?", "answer": "a red image"}]
     )
     recipe = {
         "language_model": str(tiny.language_model),
@@ -114,12 +114,12 @@ def test_a_recipe_without_data_and_a_command_without_either(tmp_path: Path, caps
 def test_inspect_in_the_terminal_shows_the_first_rows(rows: Path, tiny: Tiny, capsys: Capture) -> None:
     status, out = output(capsys, "inspect", rows, "--model", tiny.stage2, "--rows", 1)
     assert status == 0
-    assert "rows.json, row 1, id r0" in out and "id r1" not in out
+    assert "rows.json, example 1, id r0" in out and "id r1" not in out
     assert f"<image ×{IMAGE_TOKENS}>" in out
 
 
 def test_inspect_as_a_page(tmp_path: Path, tiny: Tiny, capsys: Capture) -> None:
-    data = make_tiny_rows(tmp_path)
+    data = make_tiny_records(tmp_path)
     page = tmp_path / "page.html"
     status, out = output(capsys, "inspect", data, "--model", tiny.stage2, "--html", page)
     assert status == 0 and out.startswith(f"Wrote {page} with ")
@@ -129,8 +129,11 @@ def test_inspect_as_a_page(tmp_path: Path, tiny: Tiny, capsys: Capture) -> None:
 
 
 def test_inspect_of_nothing_and_of_a_broken_row(tmp_path: Path, tiny: Tiny, capsys: Capture) -> None:
-    for content, message in (([], "the file holds no rows"), ([{"id": "x"}], "row 1, id x: a row has one of the keys")):
-        data = write_rows(tmp_path / "data.json", content)
+    for content, message in (
+        ([], "the file holds no examples"),
+        ([{"id": "x"}], "example 1, id x: an example has one of the keys"),
+    ):
+        data = write_records(tmp_path / "data.json", content)
         capsys.readouterr()
         assert main(["inspect", str(data), "--model", str(tiny.stage2)]) == 1
         assert message in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_whole_run(run: Path) -> None:
     ):  # fmt: skip
         assert expected in html, expected
     assert html.index(">colour<") < html.index(">form<"), "the best type comes first"
-    assert html.count("data:image/png") == 1, "a picture with two questions is shown once"
+    assert html.count("data:image/png") == 1, "an image with two questions is shown once"
     assert html.count("\u2713") == 1 and html.count("\u2717") == 3
     assert "&lt;b&gt;" in html
 
@@ -95,7 +95,7 @@ def test_damage_is_said_and_not_raised(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "finetune", "step": 4')
     (run / "results.json").write_text("{")
-    (run / "scene.png").write_bytes(b"no picture")
+    (run / "scene.png").write_bytes(b"no image")
     html = write_report(run).read_text(encoding="utf-8")
     assert "1 damaged line of metrics.jsonl was left out" in html
     assert "results.json cannot be read" in html
@@ -152,7 +152,7 @@ def test_duration(seconds: float, text: str) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_screen(run: Path, width: int, browser: Any) -> None:
-    """In a real browser nothing is wider than the window, and every picture is shown."""
+    """In a real browser nothing is wider than the window, and every image is shown."""
     path = write_report(run)
     tab = browser.new_page(viewport={"width": width, "height": 900})
     complaints: list[str] = []

@@ -27,7 +27,7 @@ from qllava.training.scores import spaced
 from qllava.training.settings import Settings
 from tests.models.test_assemble import every_linear_of_the_language_model, quantized
 from tests.tiny_models import make_tiny_model, make_tiny_processor
-from tests.tiny_runs import Tiny, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_rows
+from tests.tiny_runs import Tiny, make_trainer, refusal, settings, stage1_settings, stage2_settings, write_records
 
 Start = Callable[[Tiny, Path], Settings]
 
@@ -153,7 +153,7 @@ class TestContinuing:
         self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """finetune_lora with pretrain_file, interrupted in each of its stages."""
-        captions = write_rows(
+        captions = write_records(
             tmp_path / "captions.json",
             [
                 {"image": str(tiny.rows.parent / f"{i}.png"), "conversations": [
@@ -201,7 +201,7 @@ class TestContinuing:
         content["computed"]["halved"] = 80
         manifest.write_text(json.dumps(content), encoding="utf-8")
         folder = finetune(stage2_settings(tiny, tmp_path / "run"))
-        assert "rows have at most 80 tokens, as they were halved to" in (folder / "ledger.txt").read_text()
+        assert "packs have at most 80 tokens, as they were halved to" in (folder / "ledger.txt").read_text()
 
     def test_on_another_base_is_refused(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = tmp_path / "run"
@@ -349,8 +349,8 @@ class TestFitMemory:
 
     def test_a_sample_that_is_longer_than_a_row(self, tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
-            pretrain(stage1_settings(tiny, tmp_path / "run", tokens_per_row=40))
-        assert "has 78 tokens and tokens_per_row is 40; raise it to 78" in refusal(caught.value)
+            pretrain(stage1_settings(tiny, tmp_path / "run", tokens_per_pack=40))
+        assert "has 78 tokens and tokens_per_pack is 40; raise it to 78" in refusal(caught.value)
 
     def test_a_sample_that_is_longer_than_what_the_model_sees(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama")
@@ -410,7 +410,7 @@ class TestTheModelOfAFolder:
     def test_a_llava_that_exists_is_tuned(self, tiny: Tiny, hf_layout: Path, tmp_path: Path, align: bool) -> None:
         chosen = settings(
             tiny, tmp_path / "run", language_model=None, vision_tower=None, model_name_or_path=hf_layout, max_steps=2,
-            pretrain_file=write_rows(tmp_path / "captions.json", [
+            pretrain_file=write_records(tmp_path / "captions.json", [
                 {"image": "0.png", "question": "<image>", "answer": "red"},
                 {"image": "1.png", "question": "<image>", "answer": "green"},
             ]) if align else None,

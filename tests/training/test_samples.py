@@ -18,7 +18,7 @@ from qllava.models.adapter import projector_state
 from qllava.training import alignment, run, samples, scores
 from qllava.training.run import finetune
 from tests.tiny_models import make_tiny_model, make_tiny_processor
-from tests.tiny_runs import Tiny, settings, stage2_settings, write_rows
+from tests.tiny_runs import Tiny, settings, stage2_settings, write_records
 
 
 class StopHereError(Exception):
@@ -80,7 +80,7 @@ class TestBefore:
     def test_after_a_stage_1_of_its_own(self, tiny: Tiny, tmp_path: Path) -> None:
         captions = [{"image": "0.png", "question": "<image>", "answer": "red"}]
         chosen = settings(
-            tiny, tmp_path / "run", pretrain_file=write_rows(tmp_path / "captions.json", captions),
+            tiny, tmp_path / "run", pretrain_file=write_records(tmp_path / "captions.json", captions),
             image_folder=tiny.rows.parent, eval_file=tiny.rows, eval_strategy="steps",
         )  # fmt: skip
         shapes = load_file(tiny.stage1 / "projector.safetensors")
@@ -134,7 +134,7 @@ class TestAResumedRun:
         kept = self.copied(tiny, tmp_path / "run")
         rows = json.loads(tiny.rows.read_text(encoding="utf-8"))
         rows[0]["conversations"][-2]["value"] += " Say why."
-        other = write_rows(tmp_path / "other.json", rows)
+        other = write_records(tmp_path / "other.json", rows)
         found = self.resumed(tiny, tmp_path / "run", monkeypatch, eval_file=other, image_folder=tiny.rows.parent)
         assert found[0]["before"] is None
         assert [row["before"] for row in found[1:]] == [row["answer"] for row in kept[1:]]

@@ -125,6 +125,11 @@ def test_yaml_numbers_as_people_write_them(config: Any) -> None:
     assert settings.model.lora_r == 8 and settings.model.load_in_4bit is False
 
 
+def test_a_setting_under_its_old_name(config: Any) -> None:
+    """As the `run.yaml` of an older run has it."""
+    assert read(*config("tokens_per_row: 900\n")).train.tokens_per_pack == 900
+
+
 def test_config_with_an_equals_sign(config: Any) -> None:
     assert read(f"--config={config('lora_r: 3')[1]}").model.lora_r == 3
 
@@ -134,6 +139,7 @@ def test_config_with_an_equals_sign(config: Any) -> None:
     [
         ("lora_rank: 8", "unknown key 'lora_rank'; did you mean lora_r?"),
         ("learningrate: 1", "unknown key 'learningrate'; did you mean learning_rate?"),
+        ("tokens_per_row: 1\ntokens_per_pack: 2", "recipe.yaml:1: tokens_per_row is the old name of tokens_per_pack"),
         ("zzz: 1", "unknown key 'zzz'; see --help for all names"),
         ("template: vicuna", "template is 'vicuna'; possible are plain, vicuna_v1"),
         ("too_long: cut", "too_long is 'cut'; possible are error, drop, trim"),

@@ -23,7 +23,7 @@ from qllava.runs import Run
 from qllava.training.callbacks import Metrics
 from qllava.training.durable.checkpoints import saving
 from qllava.training.trainer import LlavaTrainer
-from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_rows
+from tests.tiny_runs import Tiny, bits, changed, make_trainer, refusal, write_records
 
 
 class Gradients(TrainerCallback):
@@ -38,7 +38,7 @@ class Gradients(TrainerCallback):
 
 
 def one_step(tiny: Tiny, folder: Path, **fields: Any) -> tuple[float, dict[str, torch.Tensor], LlavaTrainer]:
-    """Loss and unclipped gradients of one step over all eight rows, through the whole loop."""
+    """Loss and unclipped gradients of one step over all eight packs, through the whole loop."""
     kept = Gradients()
     trainer = make_trainer(tiny, folder, callbacks=[kept], max_steps=1, max_grad_norm=0, **fields)
     trainer.train()
@@ -157,7 +157,7 @@ class TestTheSameNumbers:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"tokens_per_row": 100},
+            {"tokens_per_pack": 100},
             {"share_image_prefix": False},
             {"stop_tower": False},
             {"prune_last_layer": False},
@@ -177,15 +177,15 @@ class TestTheSameNumbers:
         other, found, changed_one = one_step(tiny, tmp_path, per_device_train_batch_size=8, lora=lora, **changes)
         assert other == pytest.approx(loss, rel=1e-5)
         assert_close(expected, found, 1e-5)
-        rows = [len(next(iter(t.get_train_dataloader()))["rows"]) for t in (trainer, changed_one)]
-        assert rows[0] == 1 and (rows[1] > 1) is ("tokens_per_row" in changes)
+        rows = [len(next(iter(t.get_train_dataloader()))["packs"]) for t in (trainer, changed_one)]
+        assert rows[0] == 1 and (rows[1] > 1) is ("tokens_per_pack" in changes)
 
     @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
     def test_a_row_of_texts_gives_the_projector_a_gradient_of_zero(
         self, tiny: Tiny, tmp_path: Path, lora: bool
     ) -> None:
         turns = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "two"}]
-        write_rows(tiny.rows.with_name("texts.json"), [{"id": f"t{n}", "conversations": turns} for n in range(2)])
+        write_records(tiny.rows.with_name("texts.json"), [{"id": f"t{n}", "conversations": turns} for n in range(2)])
         kept = Gradients()
         texts = dataclasses.replace(tiny, rows=tiny.rows.with_name("texts.json"))
         make_trainer(texts, tmp_path, lora=lora, callbacks=[kept], max_steps=1, max_grad_norm=0).train()
@@ -193,15 +193,15 @@ class TestTheSameNumbers:
         assert len(projector) == 4 and not any(g.any() for g in projector.values())
         assert (len(kept.steps[0]) > 4) is lora
 
-    def test_captions_of_one_picture_share_it(self, tiny: Tiny, tmp_path: Path) -> None:
-        """Where a caption follows its picture at once, the last image token and its feature are repeated."""
+    def test_captions_of_one_image_share_it(self, tiny: Tiny, tmp_path: Path) -> None:
+        """Where a caption follows its image at once, the last image token and its feature are repeated."""
         rows = [
             {"id": f"c{n}", "image": f"{n % 2}.png", "conversations": [{"from": "gpt", "value": text}]}
             for n, text in enumerate(("red", "a circle", "one", "green", "two"))
         ]
         for row in rows:
             row["conversations"].insert(0, {"from": "human", "value": "<image>"})  # type: ignore[attr-defined]
-        write_rows(tiny.rows.with_name("shared_captions.json"), rows)
+        write_records(tiny.rows.with_name("shared_captions.json"), rows)
         captions = dataclasses.replace(tiny, rows=tiny.rows.with_name("shared_captions.json"))
         recipe = tiny.recipe(template="plain")
         results = [
@@ -211,7 +211,9 @@ class TestTheSameNumbers:
         ]  # fmt: skip
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
         assert_close(results[0][1], results[1][1], 1e-5)
-        sizes = [next(iter(trainer.get_train_dataloader()))["rows"][0]["input_ids"].shape[1] for *_, trainer in results]
+        sizes = [
+            next(iter(trainer.get_train_dataloader()))["packs"][0]["input_ids"].shape[1] for *_, trainer in results
+        ]
         assert sizes[0] < sizes[1]
 
 

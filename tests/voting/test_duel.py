@@ -14,7 +14,7 @@ from qllava.config import InputError
 from qllava.inference import Chat
 from qllava.voting.duel import Duel, contenders
 from qllava.voting.votes import Vote, VoteFile, read_votes, tally
-from tests.tiny_models import make_picture, make_tiny_model, make_tiny_processor
+from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 
 VOTE = Vote(
     id="1",
@@ -133,14 +133,14 @@ def test_sides_are_drawn_by_the_seed_and_both_come(chats: tuple[Chat, Chat]) -> 
 
 
 def test_each_side_answers_as_its_model_does(chats: tuple[Chat, Chat]) -> None:
-    picture = make_picture("red")
+    image = make_image("red")
     for seed in (0, 1, 2, 3):
         duel = Duel(contenders(chats, (0.0, 0.0)), seed)
         with pytest.raises(InputError, match="complete before a vote"):
             duel.vote("left", "anna")
-        *_, (left, right) = duel.answer("What?", [picture], hashes=["ab"], max_new_tokens=12)
+        *_, (left, right) = duel.answer("What?", [image], hashes=["ab"], max_new_tokens=12)
         for said, side in ((left, duel.contenders["left"]), (right, duel.contenders["right"])):
-            assert said == side.chat.answer(picture, "What?", max_new_tokens=12)
+            assert said == side.chat.answer(image, "What?", max_new_tokens=12)
         vote = duel.vote("tie", "anna")
         assert vote.answers == {"left": left, "right": right} and vote.pictures == ("ab",) and vote.seed == seed
         assert vote.models == {side: duel.contenders[side].name for side in ("left", "right")}

@@ -47,7 +47,7 @@ _SHOWS = word_set(
 )
 """Words for what shows a thing that need not be there, and for names."""
 _OF_THE_PHOTO = word_set("taking takes take taken posing pose poses")
-"""What is done before a "picture" that is not in the picture."""
+"""What is done before a "picture" and is not seen in the image."""
 _SCREENS = word_set("mirror mirrors screen screens tv television televisions monitor monitors")
 _CUTS = word_set(
     "without no for like as than from toward towards about before after instead rather minus except but "

@@ -7,9 +7,9 @@
     reasoning      a question that takes several steps (count and compare, add, order); the steps come first
     naive          a question from a list and a caption, for comparison
 
-A picture of which too little is known for a type has no row of it. Every answer is true to the annotation; `view` says
-where it is too unsure to be asked. The same context, seed and style give the same rows, in any order and on any
-machine. `brief` asks for answers of a word or two in the conversations, as the questions of evaluations expect them.
+An image of which too little is known for a type has no example of it. Every answer is true to the annotation; `view`
+says where it is too unsure to be asked. The same context, seed and style give the same examples, in any order and on
+any machine. `brief` asks for answers of a word or two in the conversations, as questions of evaluations expect them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TURNS = 10
 def write(
     context: Context, types: Sequence[str] = DEFAULT_TYPES, *, seed: int = 0, brief: bool = False, turns: int = TURNS
 ) -> list[dict[str, Any]]:
-    """The rows of a picture, one of each type that its annotation allows, in LLaVA's form.
+    """The examples of an image, one of each type that its annotation allows, in LLaVA's form.
 
     turns: the most questions of a conversation.
     """

@@ -1,21 +1,21 @@
-"""Questions whose answers follow from a picture's annotation, each about a fact of its own.
+"""Questions whose answers follow from an image's annotation, each about a fact of its own.
 
     questions(view, rng)   {"presence": [Question("Is there a dog?", "yes", "Yes, ...")],
                             "count": [...], "place": [...], ...}
 
-What is asked of which picture:
+What is asked of which image:
 
     presence      of every category; of what is not there only where the boxes are complete
     said          of what two captions say is there and no box shows
     count         without a crowd, where the boxes and every caption agree, or the boxes are complete
     several       of what has two boxes or more or a crowd, where the number is not settled
     outermost     of a settled number of things: on which side of all others one of them clearly lies
-    place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the picture
-    half          of a thing that lies whole in one half of the picture; the answer is always yes
+    place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the image
+    half          of a thing that lies whole in one half of the image; the answer is always yes
     colour, form, size   where the category says it ("large red circle")
     relation      of two such things that lie clearly apart
     comparison    of two such things, one of which has a box of at least twice the area
-    share         of one such thing whose box is clearly less than half of the picture
+    share         of one such thing whose box is clearly less than half of the image
     summary       one of the captions
 """
 
@@ -50,7 +50,7 @@ class Question:
 
 
 def questions(view: View, rng: random.Random) -> dict[str, list[Question]]:
-    """Every question that a picture allows, by what is asked, in a random order; no fact comes twice."""
+    """Every question that an image allows, by what is asked, in a random order; no fact comes twice."""
     return {name: rng.sample(found, len(found)) for name, ask in _ASK.items() if (found := list(ask(view, rng)))}
 
 
@@ -239,7 +239,7 @@ def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
         one, other = (first, second) if rng.random() < 0.5 else (second, first)
         larger = (a.area > b.area) == (one == first)
         says = rng.random() < 0.5
-        # Of things that lie at different distances only what they take of the picture can be compared.
+        # Of things that lie at different distances only what they take of the image can be compared.
         if a.size and b.size:
             word, really = ("larger" if larger == says else "smaller"), ("larger" if larger else "smaller")
             text, said = f"Is {one} {word} than {other}?", f"{one} is {really} than {other}"

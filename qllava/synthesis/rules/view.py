@@ -1,4 +1,4 @@
-"""What may be said of a picture by its captions and boxes, and what may not.
+"""What may be said of an image by its captions and boxes, and what may not.
 
     view = View(context)
     view.count("dog")       2, or None where the annotation does not settle it
@@ -58,7 +58,7 @@ class Thing:
 
     @property
     def area(self) -> float:
-        """Share of the picture that its box takes."""
+        """Share of the image that its box takes."""
         return (self.bbox[2] - self.bbox[0]) * (self.bbox[3] - self.bbox[1])
 
     @property

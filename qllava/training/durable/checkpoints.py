@@ -55,17 +55,17 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         journal.append((json.dumps(row) + "\n").encode())
 
 
-def begun_with(settings: Settings, **rows: list[dict[str, str]]) -> dict[str, Any]:
-    """What decides a run: its settings but for the free ones, and the hashes of its rows.
+def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str, Any]:
+    """What decides a run: its settings but for the free ones, and the hashes of its examples.
 
-    rows: of each field, the files in their order (`data.hashes_of`): it decides the place of every sample. Their names
-    decide nothing.
+    examples: of each field, the files in their order (`data.hashes_of`), which decides the place of every sample.
+    The names of the files decide nothing.
     """
     every = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
     chosen = {name: every[name] for name in deciding(every)}
     hashes = {
         f"file {number} of {field}": entry["sha256"]
-        for field, files in rows.items()
+        for field, files in examples.items()
         for number, entry in enumerate(files, start=1)
     }
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}

@@ -44,7 +44,7 @@ class Need:
 def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, *, lora: int | None = None) -> Need:
     """What a stage will write.
 
-    model: as it is trained. samples: rows of an epoch. lora: its parameters where they are still to be put on.
+    model: as it is trained. samples: of an epoch. lora: its parameters where they are still to be put on.
     """
     if lora is None:
         learned = ((name, p) for name, p in model.named_parameters() if p.requires_grad)

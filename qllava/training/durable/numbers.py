@@ -2,7 +2,7 @@
 
 A step is looked at once, before the optimizer touches a weight (`Guard`). When its loss or its gradient is NaN or
 infinite, the trained weights are looked at first, and then the samples of the step once more, each alone, so that
-the one sentence can name the tensor, or the sample and its picture.
+the one sentence can name the tensor, or the sample and its image.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def traced(
 ) -> NotFinite:
     """The error of a step that is not finite; it names the weight that was so before, or the samples that do it.
 
-    what: "The loss is nan". samples: `id` and `pictures` (paths) of each sample of the step. look: looks at one of them
+    what: "The loss is nan". samples: `id` and `images` (paths) of each sample of the step. look: looks at one of them
     alone; None where it cannot be, and all are named.
     """
     where = f"{what} at step {step}"
@@ -59,8 +59,8 @@ def traced(
     guilty = [_named(sample, alone.pixels) for sample, alone in found if not (alone.pixels and alone.result)]
     if guilty:
         return NotFinite(
-            f"{where}, because of {shown(guilty)}; {_UNTOUCHED} With a picture that is mended the same command "
-            "continues; with other rows, or a lower learning rate, choose another output_dir."
+            f"{where}, because of {shown(guilty)}; {_UNTOUCHED} With an image that is mended the same command "
+            "continues; with other examples, or a lower learning rate, choose another output_dir."
         )
     alone = ", none of which does it alone" if look else ""
     ids = shown([str(sample["id"]) for sample in samples])
@@ -70,9 +70,9 @@ def traced(
 
 
 def _named(sample: Mapping[str, Any], pixels: bool) -> str:
-    pictures = ", ".join(str(path) for path in sample["pictures"])
+    images = ", ".join(str(path) for path in sample["image_files"])
     became = "" if pixels else ", whose pixel values are not finite"
-    return f"the sample {sample['id']}" + (f" (picture {pictures}{became})" if pictures else "")
+    return f"the sample {sample['id']}" + (f" (image {images}{became})" if images else "")
 
 
 def not_finite(model: nn.Module) -> str | None:
@@ -155,7 +155,7 @@ class Guard:
             model: What is trained.
             losses: Of this process's batches; they are read once, because each look makes a GPU wait.
             norm: Of the gradient of all processes.
-            samples: This process's samples of the step, with `id` and `pictures`.
+            samples: This process's samples of the step, with `id` and `images`.
             searching: Asked where the norm is not finite: whether that may be how fp16 finds its scale.
 
         Raises:

@@ -35,19 +35,19 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
 
 
-class PictureOrder(Sampler[list[int]]):
+class ImageOrder(Sampler[list[int]]):
     """The batches of one process in an epoch; the same seed and epoch give the same ones.
 
     A step's samples are shared out to the batches of all processes, one round after the other. In a last step that is
     short, rounds without samples are left out; in its one round a process may have none, and gets an empty batch.
     """
 
-    def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
+    def __init__(self, images: np.ndarray, config: TrainConfig) -> None:
         """Args:
-        pictures: a hash of the pictures of each sample, 0 for none.
+        images: a hash of the images of each sample, 0 for none.
         config: of this process, by its `process_index`.
         """
-        self.pictures, self.config = pictures, config
+        self.images, self.config = images, config
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,14 +59,14 @@ class PictureOrder(Sampler[list[int]]):
 
     def __len__(self) -> int:
         # Full steps are full rounds: only the last round of an epoch is short.
-        return self._rounds(len(self.pictures))
+        return self._rounds(len(self.images))
 
     def __iter__(self) -> Iterator[list[int]]:
         config, share = self.config, self.config.share_image_prefix
-        pictures = self.pictures if share else np.zeros_like(self.pictures)
-        steps = steps_of(self.pictures, samples_per_step(config), seed=config.seed, epoch=self.epoch, share=share)
+        images = self.images if share else np.zeros_like(self.images)
+        steps = steps_of(self.images, samples_per_step(config), seed=config.seed, epoch=self.epoch, share=share)
         for step in steps:
-            shares = shares_of(step, pictures, self._rounds(len(step)) * config.world_size)
+            shares = shares_of(step, images, self._rounds(len(step)) * config.world_size)
             yield from (one.tolist() for one in shares[config.process_index :: config.world_size])
 
 
@@ -96,7 +96,7 @@ class InOrder(Sampler[list[int]]):
 def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig, *, again: bool = True) -> Any:
     """The batches of this process, on the host: all batches of an optimizer step are there at once, pixels included.
 
-    A row is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
+    A pack is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
     own would make up samples for a short step. again: it is iterated more than once, so that workers may persist.
     """
     workers = config.dataloader_num_workers

@@ -5,8 +5,8 @@ from qllava.training.memory.phases import PHASES, Asking, phases_of
 from qllava.training.memory.step import (
     CONTEXT,
     OPTIMS,
+    PACK_SIZES,
     PARTS,
-    ROWS,
     Estimate,
     Setup,
     estimate,
@@ -23,7 +23,7 @@ __all__ = [
     "OPTIMS",
     "PARTS",
     "PHASES",
-    "ROWS",
+    "PACK_SIZES",
     "Asking",
     "DoesNotFit",
     "Estimate",

@@ -1,7 +1,7 @@
 """The real training step on fake tensors, and who counts what it holds.
 
 Fake tensors have sizes and no bytes. The modules are the real ones (transformers', peft's, bitsandbytes' 4-bit layers),
-and so are `training.exact`'s forward pass of a row, autograd, recomputation and AdamW. A `Tracker` sees every
+and so are `training.exact`'s forward pass of a pack, autograd, recomputation and AdamW. A `Tracker` sees every
 operation, knows which storages live, and notes the most that lived at one time. It counts real tensors as well.
 
 Tensors are fake ones of the CPU: on fake ones of CUDA torch's backward pass does not run without a GPU.
@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from qllava.data.collate import row_tensors
+from qllava.data.collate import pack_tensors
 from qllava.data.encode import IGNORE_INDEX
-from qllava.data.packing import Row, lay_out
+from qllava.data.packing import Pack, lay_out
 from qllava.image_layout import ImageLayout
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled
@@ -167,7 +167,7 @@ class Tracker(TorchDispatchMode):
 def track_model(tracker: Tracker, model: Any) -> None:
     """Count a model's tensors by part, and tell phases by its decoder layers.
 
-    Phases: "pictures", "forward" (with the head, there and back), "kept" and "recomputed" (the way back through layers
+    Phases: "images", "forward" (with the head, there and back), "kept" and "recomputed" (the way back through layers
     of each kind), "projector" (the rest of it).
     """
     for name, parameter in model.named_parameters():
@@ -183,7 +183,7 @@ def track_model(tracker: Tracker, model: Any) -> None:
         return lambda gradient: setattr(tracker, "phase", phase)
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if tracker.phase == "pictures":  # and not when the layer is recomputed
+        if tracker.phase == "images":  # and not when the layer is recomputed
             tracker.phase = "forward"
             if args[0].requires_grad:
                 args[0].register_hook(enter("projector"))
@@ -203,10 +203,10 @@ def llava_of(model: Any) -> Any:
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
-def step_of_rows(model: Any, tracker: Tracker, row: dict[str, Any], dtype: torch.dtype) -> None:
-    """The second row of an optimizer's step, when gradients of a first and AdamW's state are there, and the step.
+def step_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torch.dtype) -> None:
+    """The second pack of an optimizer's step, when gradients of a first and AdamW's state are there, and the step.
 
-    model: in training, and known to the tracker. row: what the model takes, pixels included. dtype: of autocast; fp32
+    model: in training, and known to the tracker. pack: what the model takes, pixels included. dtype: of autocast; fp32
     for none.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -219,10 +219,10 @@ def step_of_rows(model: Any, tracker: Tracker, row: dict[str, Any], dtype: torch
         for tensor in state.values():
             tracker.put(tensor, "optimizer")
     tracker.peaks.clear()
-    tracker.phase = "pictures"
+    tracker.phase = "images"
     with looking_at(llava_of(model).model.language_model):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), _autocast_of_the_cpu():
-            log_probs = model(**row).log_probs
+            log_probs = model(**pack).log_probs
         loss = -log_probs.sum() / len(log_probs)
         del log_probs
         loss.backward()
@@ -230,13 +230,13 @@ def step_of_rows(model: Any, tracker: Tracker, row: dict[str, Any], dtype: torch
     optimizer.step()
 
 
-def loss_of_rows(model: Any, tracker: Tracker, row: dict[str, Any], dtype: torch.dtype) -> int:
-    """Return the bytes that the loss of a held-out row takes beside the model: nothing is kept for a way back.
+def loss_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torch.dtype) -> int:
+    """Return the bytes that the loss of a held-out pack takes beside the model: nothing is kept for a way back.
 
     Args:
         model: In evaluation, and known to the tracker.
         tracker: Its figures of phases are thrown away.
-        row: What the model takes, pixels included.
+        pack: What the model takes, pixels included.
         dtype: Of autocast; fp32 for none.
     """
     tracker.peaks.clear()
@@ -244,7 +244,7 @@ def loss_of_rows(model: Any, tracker: Tracker, row: dict[str, Any], dtype: torch
     held = tracker.live.total() - tracker.live["activations"]
     autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
     with looking_at(llava_of(model).model.language_model), torch.no_grad(), autocast, _autocast_of_the_cpu():
-        model(**row)
+        model(**pack)
     return tracker.peaks["held out"].total() - held
 
 
@@ -287,32 +287,32 @@ def _factored(shape: Sequence[int]) -> int:
     return math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1]
 
 
-def example_row(config: LlavaConfig, tokens: int, *, learned: float, samples_per_picture: int) -> Row:
-    """A row of so many tokens, about `learned` of them learned; the others belong to one picture or more.
+def example_pack(config: LlavaConfig, tokens: int, *, learned: float, samples_per_image: int) -> Pack:
+    """A pack of so many tokens, about `learned` of them learned; the others belong to one image or more.
 
-    Every picture is shared by `samples_per_picture` samples, as far as there is room. A row always has room for a
-    picture and a few words: one that is shorter is made longer.
+    Every image is shared by `samples_per_image` samples, as far as there is room. A pack always has room for an
+    image and a few words: one that is shorter is made longer.
     """
     image, each = config.image_token_index, ImageLayout.of_config(config).tokens
     tokens = max(tokens, each + 4)
-    samples_per_picture = min(samples_per_picture, (tokens - each - 1) // 3)
-    most = tokens // (each + 1 + 3 * samples_per_picture)
-    pictures = min(max(1, int((1 - learned) * tokens / each)), most)
-    own = np.diff(np.linspace(0, tokens - pictures * (each + 1), pictures * samples_per_picture + 1).astype(int))
+    samples_per_image = min(samples_per_image, (tokens - each - 1) // 3)
+    most = tokens // (each + 1 + 3 * samples_per_image)
+    images = min(max(1, int((1 - learned) * tokens / each)), most)
+    own = np.diff(np.linspace(0, tokens - images * (each + 1), images * samples_per_image + 1).astype(int))
     begin, next_line, *words = (id for id in range(1, 12) if id != image)
     shared = [begin, *[image] * each]
     samples = []
     for number, length in enumerate(own):
         text = [next_line] + [words[number % 8]] * (int(length) - 1)
         labels = [IGNORE_INDEX] * (len(shared) + 1) + text[1:]
-        picture = str(number // samples_per_picture)
+        file = str(number // samples_per_image)
         ids = {"id": str(number), "input_ids": shared + text, "labels": labels}
-        samples.append({**ids, "pictures": [picture], "image_tokens": [each]})
+        samples.append({**ids, "image_files": [file], "image_tokens": [each]})
     return lay_out(samples, image)
 
 
-def tensors_of(config: LlavaConfig, row: Row) -> dict[str, Any]:
-    """A row as the model takes it, with pixels of nothing; to be called outside of a FakeTensorMode."""
+def tensors_of(config: LlavaConfig, pack: Pack) -> dict[str, Any]:
+    """A pack as the model takes it, with pixels of nothing; to be called outside of a FakeTensorMode."""
     vision: Any = config.vision_config
     side = vision.image_size
-    return {**row_tensors(row), "pixel_values": torch.zeros(len(row.pictures), 3, side, side)}
+    return {**pack_tensors(pack), "pixel_values": torch.zeros(len(pack.images), 3, side, side)}

@@ -1,4 +1,4 @@
-"""What to choose so that a run stays under a limit: tokens per row, recomputation, optimizer."""
+"""What to choose so that a run stays under a limit: tokens per pack, recomputation, optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from qllava.config import InputError
 from qllava.image_layout import ImageLayout
 from qllava.training.memory.phases import Asking, Phase, phases_of
-from qllava.training.memory.step import OPTIMS, ROWS, Estimate, Setup, estimate
+from qllava.training.memory.step import OPTIMS, PACK_SIZES, Estimate, Setup, estimate
 from qllava.training.options.sizes import CARDS, GB, format_bytes
 from qllava.training.settings import TrainConfig
 
@@ -22,7 +22,7 @@ _PER_PASS = 300
 class Plan:
     """What was chosen, and what it comes to."""
 
-    tokens_per_row: int
+    tokens_per_pack: int
     recompute_layers: int
     optim: str
     estimate: Estimate
@@ -51,7 +51,7 @@ class DoesNotFit(InputError):
 def settled(train: TrainConfig) -> set[str]:
     """Which of `fit`'s choices the settings leave it none of: what the user sets explicitly wins."""
     chosen = {
-        "tokens_per_row": train.tokens_per_row is not None,
+        "tokens_per_pack": train.tokens_per_pack is not None,
         "recompute_layers": train.recompute_layers is not None or not train.gradient_checkpointing,
         "optim": train.optimizer != OPTIMS[0],
     }
@@ -67,25 +67,25 @@ def fit(
     most_tokens: int | None = None,
     fixed: Collection[str] = (),
 ) -> Plan:
-    """The fastest row size, recomputation and optimizer with which every phase of a run stays under a limit.
+    """The fastest pack size, recomputation and optimizer with which every phase of a run stays under a limit.
 
-    The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a row): two passes
-    or three, each of which makes the 4-bit weights whole once a row. The optimizer is changed only when nothing fits.
+    The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a pack): two passes
+    or three, each of which makes the 4-bit weights whole once a pack. The optimizer is changed only when nothing fits.
 
     limit: in bytes, CUDA's own context included.
     asking: what the run asks its model; answers shrink their batches to what fits, to one question at least.
-    least_tokens: of a row; the longest sample, which is not cut. most_tokens: a larger row would never be filled.
-    fixed: which of tokens_per_row, recompute_layers and optim are taken from the setup as they are.
+    least_tokens: of a pack; the longest sample, which is not cut. most_tokens: a larger pack would never be filled.
+    fixed: which of tokens_per_pack, recompute_layers and optim are taken from the setup as they are.
     Raises DoesNotFit, an InputError, which says by how much, and what would fit.
     """
-    rows = _rows(setup, least_tokens, most_tokens, fixed)
+    packs = _packs(setup, least_tokens, most_tokens, fixed)
     for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
         found: list[tuple[float, Setup]] = []
-        for tokens in tqdm(rows, desc="looking for what fits", leave=False, disable=None):
-            # Smaller rows recompute nothing at best.
+        for tokens in tqdm(packs, desc="looking for what fits", leave=False, disable=None):
+            # Smaller packs recompute nothing at best.
             if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
                 break
-            trial = replace(setup, optim=optim, tokens_per_row=tokens)
+            trial = replace(setup, optim=optim, tokens_per_pack=tokens)
             fewest = _fewest(trial, limit, fixed="recompute_layers" in fixed)
             if fewest is not None:
                 kept, again = fewest.layers
@@ -100,7 +100,7 @@ def fit(
         if plan.fits:
             return plan
         raise DoesNotFit(plan)
-    smallest = replace(trial, tokens_per_row=rows[-1])
+    smallest = replace(trial, tokens_per_pack=packs[-1])
     if "recompute_layers" not in fixed:
         smallest = replace(smallest, recompute_layers=None)
     nearest = estimate(smallest)
@@ -120,7 +120,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
     kept, again = setup.layers
     worst = max(phases, key=lambda name: phases[name])
     suggestion = (
-        f"Set tokens_per_row {setup.tokens_per_row}, recompute_layers {again} (of {kept + again}) and optim "
+        f"Set tokens_per_pack {setup.tokens_per_pack}, recompute_layers {again} (of {kept + again}) and optim "
         f"{setup.optim}, which fit_memory chooses automatically."
         if fits
         else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
@@ -132,7 +132,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
         if card
         else "No single card that is sold is enough; take a smaller language model."
     )
-    return Plan(setup.tokens_per_row, again, setup.optim, found, phases, fits, suggestion)
+    return Plan(setup.tokens_per_pack, again, setup.optim, found, phases, fits, suggestion)
 
 
 def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
@@ -148,14 +148,15 @@ def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
     return ", or ".join(ways)
 
 
-def _rows(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
-    """Row sizes to look at, the largest first."""
-    if "tokens_per_row" in fixed:
-        return [setup.tokens_per_row]
-    least = max(least, ImageLayout.of_config(setup.config).tokens + 4)  # room for a picture
-    most = max(most or ROWS[0], least)
+def _packs(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
+    """Pack sizes to look at, the largest first."""
+    if "tokens_per_pack" in fixed:
+        return [setup.tokens_per_pack]
+    least = max(least, ImageLayout.of_config(setup.config).tokens + 4)  # room for an image
+    most = max(most or PACK_SIZES[0], least)
     return sorted(
-        {max(least, min(most, ROWS[0])), least, *(size for size in ROWS if least <= size <= most)}, reverse=True
+        {max(least, min(most, PACK_SIZES[0])), least, *(size for size in PACK_SIZES if least <= size <= most)},
+        reverse=True,
     )
 
 
@@ -187,22 +188,22 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
     rank = setup.lora.r if setup.lora else 0
     ways = [{"lora_r": r} for r in (16, 8) if r < rank]
     least = ImageLayout.of_config(setup.config).tokens + 100
-    if "tokens_per_row" not in fixed:
-        shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_row]
-        ways += [{"tokens_per_row": n} for n in shorter]
-        ways += [{"lora_r": 8, "tokens_per_row": n} for n in shorter if rank > 8]
+    if "tokens_per_pack" not in fixed:
+        shorter = [n for n in (1024, 768) if least < n < setup.tokens_per_pack]
+        ways += [{"tokens_per_pack": n} for n in shorter]
+        ways += [{"lora_r": 8, "tokens_per_pack": n} for n in shorter if rank > 8]
     would = "a smaller model"
     for way in ways:
         lora = replace(setup.lora, r=way.get("lora_r", rank)) if setup.lora else None
-        trial = replace(setup, lora=lora, tokens_per_row=way.get("tokens_per_row", setup.tokens_per_row))
+        trial = replace(setup, lora=lora, tokens_per_pack=way.get("tokens_per_pack", setup.tokens_per_pack))
         if estimate(trial).peak_bytes <= limit:
-            names = {"lora_r": "lora_r", "tokens_per_row": "max_length"}
+            names = {"lora_r": "lora_r", "tokens_per_pack": "max_length"}
             would = " with ".join(f"{names[name]} {value}" for name, value in way.items())
             break
     kept, again = setup.layers
     card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
     return (
-        f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_row} tokens a row, {again} of "
+        f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_pack} tokens a pack, {again} of "
         f"{kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
         f"{format_bytes(limit)} that it may take; {would}{card} would do."
     )

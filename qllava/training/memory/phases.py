@@ -20,7 +20,7 @@ from typing import Any
 from qllava.image_layout import ImageLayout
 from qllava.inference.batches import MOST, SHARE
 from qllava.inference.memory import answering, prompts_that_fit
-from qllava.training.memory.fake import loss_of_rows
+from qllava.training.memory.fake import loss_of_pack
 from qllava.training.memory.step import CONTEXT, FRAGMENTS, NCCL, Estimate, Setup, measured_once, measuring
 
 PHASES = ("before", "step", "evaluation", "chat")
@@ -92,7 +92,7 @@ def phases_of(setup: Setup, step: Estimate, asking: Asking) -> dict[str, Phase]:
     evaluation = Phase(0)
     if asking.held_out_tokens:
         held = model + step.parts["optimizer"] + step.buckets + sent
-        passing = _held_out_loss(setup, min(asking.held_out_tokens, setup.tokens_per_row))
+        passing = _held_out_loss(setup, min(asking.held_out_tokens, setup.tokens_per_pack))
         evaluation = Phase(held, passing, min(asking.during, MOST), asking.new_tokens)
     # A stage 1 is only a projector, which cannot be asked.
     chat = Phase(model, 0, 1, CHAT_TOKENS) if setup.lora else Phase(0)
@@ -123,5 +123,5 @@ def _held_out_loss(setup: Setup, tokens: int) -> int:
 
     Nothing is kept for a way back, so that two layers tell of any number.
     """
-    with measuring(setup, 2, 0, tokens) as (model, tracker, row):
-        return loss_of_rows(model.eval(), tracker, row, setup.dtype)
+    with measuring(setup, 2, 0, tokens) as (model, tracker, pack):
+        return loss_of_pack(model.eval(), tracker, pack, setup.dtype)

@@ -13,7 +13,7 @@ The figures come from the real training step on fake tensors (`memory.fake`). Wh
   on the card at the peak: their large tensors go to the host when memory is short. Optimizers whose state is not known
   (`fake.held_by`) count as AdamW.
 
-A step is looked at as a second row of it sees it: gradients and the optimizer's state are there. Memory is affine in
+A step is looked at as a second pack of it sees it: gradients and the optimizer's state are there. Memory is affine in
 the number of equal layers, phase by phase, so a model of five layers or fewer tells that of any number; with
 `whole=True` all layers are run, and a test holds one against the other.
 """
@@ -37,11 +37,11 @@ from qllava.models.lora import Lora
 from qllava.training.memory.fake import (
     Parts,
     Tracker,
-    example_row,
+    example_pack,
     fake_llava,
     held_by,
     llava_of,
-    step_of_rows,
+    step_of_pack,
     tensors_of,
     track_model,
 )
@@ -58,7 +58,7 @@ FRAGMENTS = 0.05
 PARTS = ("weights", "projector", "LoRA", "optimizer", "activations", "logits", "workspace")
 OPTIMS = ("adamw_torch_fused", "paged_adamw_8bit")
 """What `fit` chooses from: the second, which rounds its moments, only where the first does not fit."""
-ROWS = (8192, 6144, 4096, 3072, 2048, 1024, 512)
+PACK_SIZES = (8192, 6144, 4096, 3072, 2048, 1024, 512)
 """What `fit` chooses from."""
 
 _RESIDENT, _BUCKETS = "resident", "buckets"
@@ -93,10 +93,10 @@ class Setup:
     device: "cpu" leaves out what only a card takes.
     processes: of the run. More than one keep a second copy of the gradients, which they send to each other.
     optim: one of TRL's names.
-    tokens_per_row: of the row that goes through the model.
+    tokens_per_pack: of the pack that goes through the model.
     recompute_layers: how many decoder layers, the first ones, are recomputed; None for all.
-    learned: share of a row that is learned. Rows about pictures have less than half; text alone can have more.
-    samples_per_picture: that share its tokens (LLaVA-Instruct has 1.95).
+    learned: share of a pack that is learned. Packs about images have less than half; text alone can have more.
+    samples_per_image: that share its tokens (LLaVA-Instruct has 1.95).
     stop_tower, prune_last_layer, lora_first: the shortcuts of `training.exact`.
     """
 
@@ -107,10 +107,10 @@ class Setup:
     device: Literal["cuda", "cpu"] = "cuda"
     load_in_4bit: bool = True
     optim: str = OPTIMS[0]
-    tokens_per_row: int = 2048
+    tokens_per_pack: int = 2048
     recompute_layers: int | None = None
     learned: float = 0.5
-    samples_per_picture: int = 2
+    samples_per_image: int = 2
     stop_tower: bool = True
     prune_last_layer: bool = True
     lora_first: bool = True
@@ -168,9 +168,9 @@ def setup_of(train: TrainConfig, config: LlavaConfig, lora: Lora | None, *, load
         device="cpu" if on_cpu else "cuda",
         load_in_4bit=load_in_4bit,
         optim=train.optimizer,
-        tokens_per_row=train.tokens_per_row or train.max_length or ROWS[0],
+        tokens_per_pack=train.tokens_per_pack or train.max_length or PACK_SIZES[0],
         recompute_layers=every if train.recompute_layers is None else train.recompute_layers,
-        samples_per_picture=2 if train.share_image_prefix else 1,
+        samples_per_image=2 if train.share_image_prefix else 1,
         stop_tower=train.stop_tower,
         prune_last_layer=train.prune_last_layer,
         lora_first=train.lora_first,
@@ -188,7 +188,7 @@ def measured_once(measure: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(measure)
     def known(setup: Setup, *numbers: int) -> T:
-        rest = replace(setup, config=None, optim="", tokens_per_row=0, recompute_layers=None)  # type: ignore[arg-type]
+        rest = replace(setup, config=None, optim="", tokens_per_pack=0, recompute_layers=None)  # type: ignore[arg-type]
         key = (setup.config.to_json_string(use_diff=False), rest, *numbers)
         if key not in kept:
             kept[key] = measure(setup, *numbers)
@@ -200,7 +200,7 @@ def measured_once(measure: Callable[..., T]) -> Callable[..., T]:
 def estimate(setup: Setup, *, whole: bool = False) -> Estimate:
     """The peak of a setup: the phase in which the most lives. whole: run all layers instead of extrapolating."""
     kept, again = setup.layers
-    tokens = setup.tokens_per_row
+    tokens = setup.tokens_per_pack
     start = (kept, again) if whole else (min(kept, 2), min(again, 2))
     base = _measured(setup, *start, tokens)
     phases, optimizer = {name: Counter(parts) for name, parts in base.phases.items()}, base.state(setup.optim)
@@ -236,8 +236,8 @@ def _extend(parts: Parts, base: Parts, further: Parts, times: int) -> None:
 @measured_once
 def _measured(setup: Setup, kept: int, again: int, tokens: int) -> _Measured:
     """Measure a step of so many layers of each kind."""
-    with measuring(setup, kept, again, tokens) as (model, tracker, row):
-        step_of_rows(model, tracker, row, setup.dtype)
+    with measuring(setup, kept, again, tokens) as (model, tracker, pack):
+        step_of_pack(model, tracker, pack, setup.dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = 0
     for parts in tracker.peaks.values():
@@ -251,11 +251,11 @@ def _measured(setup: Setup, kept: int, again: int, tokens: int) -> _Measured:
 
 @contextmanager
 def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tuple[Any, Tracker, dict[str, Any]]]:
-    """Give a model of so many layers, as it is trained, a tracker that knows it, and a row, all of fake tensors."""
+    """Give a model of so many layers, as it is trained, a tracker that knows it, and a pack, all of fake tensors."""
     config: Any = copy.deepcopy(setup.config)
     config.text_config.num_hidden_layers = kept + again
-    row = tensors_of(
-        config, example_row(config, tokens, learned=setup.learned, samples_per_picture=setup.samples_per_picture)
+    pack = tensors_of(
+        config, example_pack(config, tokens, learned=setup.learned, samples_per_image=setup.samples_per_image)
     )
     with FakeTensorMode():
         model = fake_llava(
@@ -266,15 +266,15 @@ def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tupl
         ).train()
         prepare(model, setup, again)
         tracker = Tracker(config.text_config.vocab_size)
-        fake_row = {
+        fake_pack = {
             name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-            for name, value in row.items()
+            for name, value in pack.items()
         }
         with tracker:
             track_model(tracker, model)
-            for tensor in (value for value in fake_row.values() if isinstance(value, torch.Tensor)):
+            for tensor in (value for value in fake_pack.values() if isinstance(value, torch.Tensor)):
                 tracker.put(tensor, "activations")
-            yield model, tracker, fake_row
+            yield model, tracker, fake_pack
 
 
 def _buckets(tracker: Tracker, learning: list[Any]) -> Parts:
@@ -286,8 +286,8 @@ def _buckets(tracker: Tracker, learning: list[Any]) -> Parts:
 
 
 def prepare(model: Any, setup: Setup, again: int) -> None:
-    """What a run does to a model before its first step: rows, shortcuts, recomputation of the first layers."""
+    """What a run does to a model before its first step: packs, shortcuts, recomputation of the first layers."""
     llava = llava_of(model)
-    exact.teach_rows(llava)
+    exact.teach_packs(llava)
     exact.take_shortcuts(llava, setup)
     recompute(llava.model.language_model, again, preserve_rng_state=False)

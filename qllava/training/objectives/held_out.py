@@ -32,11 +32,11 @@ def sums(
     Args:
         objective: What is computed of each pack.
         model: Takes packs, and is looking at them.
-        batch: What `RowCollator` made.
+        batch: What `PackCollator` made.
         to_device: Moves a pack to where the model is.
     """
     found: dict[str, float] = defaultdict(float)
-    for pack in evened(batch["rows"]):
+    for pack in evened(batch["packs"]):
         one = objective(model(**to_device(pack), use_cache=False), None)
         learned = one.learned.clamp(min=1)
         means = torch.stack([one.loss, *(value / learned for value in one.sums.values())]).tolist()

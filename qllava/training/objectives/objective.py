@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qllava.training.step.exact import RowOutput
+from qllava.training.step.exact import PackOutput
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ class Outcome:
     """Metrics by the names under which they are logged, each summed over the learned tokens; no gradient."""
 
 
-Objective = Callable[[RowOutput, Tensor | None], Outcome]
+Objective = Callable[[PackOutput, Tensor | None], Outcome]
 """Called with the outputs of a pack, (L,) each, and the learned tokens of the whole optimizer step in all processes.
 Where that number is None the loss is the mean over this pack's own learned tokens."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qllava.training.objectives.objective import Objective, Outcome
-from qllava.training.step.exact import RowOutput
+from qllava.training.step.exact import PackOutput
 
 
 def supervised(loss_type: str) -> Objective:
@@ -20,19 +20,19 @@ def supervised(loss_type: str) -> Objective:
     return dft if loss_type == "dft" else nll
 
 
-def nll(found: RowOutput, count: Tensor | None) -> Outcome:
+def nll(found: PackOutput, count: Tensor | None) -> Outcome:
     """Return the cross-entropy of a pack; see `Objective` for the arguments."""
     assert found.log_probs is not None
     return _outcome(found, -found.log_probs, count)
 
 
-def dft(found: RowOutput, count: Tensor | None) -> Outcome:
+def dft(found: PackOutput, count: Tensor | None) -> Outcome:
     """Return the cross-entropy of a pack with each token weighted by its probability; see `Objective`."""
     assert found.log_probs is not None
     return _outcome(found, -found.log_probs * found.log_probs.exp().detach(), count)
 
 
-def _outcome(found: RowOutput, of_tokens: Tensor, count: Tensor | None) -> Outcome:
+def _outcome(found: PackOutput, of_tokens: Tensor, count: Tensor | None) -> Outcome:
     """The mean of the tokens' losses, with how sure the model was and how often it was right.
 
     of_tokens: (L,), zero in a weightless pack.

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from qllava.arguments import Parser
-from qllava.config import InputError, ModelConfig, expanded
+from qllava.config import RENAMED, InputError, ModelConfig, expanded
 from qllava.spelling import suggestion
 from qllava.training.options.defaults import Defaults
 from qllava.training.options.fields import FIELDS, LISTS, PATHS, RANGES
@@ -224,8 +224,10 @@ def _read_yaml(path: str, flags: Collection[str]) -> dict[str, Any]:
     if given is None:
         raise InputError(f"The configuration {path} must hold `key: value` lines.")
     values = {}
-    for key, (value, line) in given.items():
-        where = f"{path}:{line}"
+    for written, (value, line) in given.items():
+        where, key = f"{path}:{line}", RENAMED.get(written, written)
+        if key != written and key in given:
+            raise InputError(f"{where}: {written} is the old name of {key}, which is given too; keep {key}.")
         if key not in FIELDS:
             raise InputError(f"{where}: unknown key {key!r}{suggestion(key, FIELDS)}")
         try:

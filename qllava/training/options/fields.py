@@ -30,7 +30,7 @@ _SHARE = (0, 1 - 2**-53, "")  # below 1
 RANGES: Mapping[str, tuple[float | None, float | None, str]] = {
     "num_train_epochs": (5e-324, None, _NOTHING),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _AT_LEAST_1),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "tokens_per_row", "save_total_limit"), _AT_LEAST_1),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "tokens_per_pack", "save_total_limit"), _AT_LEAST_1),
     **dict.fromkeys(("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_timeout"), _AT_LEAST_1),
     **dict.fromkeys(("ddp_bucket_cap_mb", "lora_alpha", "dataset_num_proc"), _AT_LEAST_1),
     **dict.fromkeys(("learning_rate", "projector_lr", "weight_decay", "max_grad_norm", "warmup_steps"), _AT_LEAST_0),

@@ -320,7 +320,7 @@ OURS: Mapping[str, Use] = {
     "skip_check": "free",
     "projector_lr": "decides",
     "share_image_prefix": "decides",
-    "tokens_per_row": "free",
+    "tokens_per_pack": "free",
     "fit_memory": "free",
     "recompute_layers": "free",
     "stop_tower": "free",

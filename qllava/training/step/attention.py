@@ -1,4 +1,4 @@
-"""Attention inside a row: a token sees the prefix of its own group and its own branch, causally, and nothing else.
+"""Attention inside a pack: a token sees the prefix of its own group and its own branch, causally, and nothing else.
 
 For a prefix of 3 and branches of 2 and 1:
 
@@ -18,8 +18,8 @@ Three kernels compute it, and none looks at what a token may not see:
              prefix's keys, causal from the bottom right. CUDA, 16 bit
     flex     torch's FlexAttention, compiled, with a block mask. CUDA
 
-`training/kernels.py` chooses. Attention by rows is registered with transformers under a name of its own and used while
-`looking_at` a row; at all other times the model attends as it did before.
+`training/kernels.py` chooses. Attention by packs is registered with transformers under a name of its own and used while
+`looking_at` a pack; at all other times the model attends as it did before.
 
 B = 1, H heads, S tokens, D width of a head, L learned tokens.
 """
@@ -40,16 +40,16 @@ from transformers import AttentionInterface
 
 from qllava.data.packing import Group
 
-NAME = "qllava_rows"
+NAME = "qllava_records"
 Kernel = Literal["groups", "varlen", "flex"]
 
 
 @dataclass
 class Sight:
-    """Who sees whom in a row, and what the kernels make of it: worked out once, for all layers.
+    """Who sees whom in a pack, and what the kernels make of it: worked out once, for all layers.
 
     groups: who stands where.
-    learned: (L,) places that predict a learned token, in order, on the row's device.
+    learned: (L,) places that predict a learned token, in order, on the pack's device.
     counts: how many of them are in each branch, branch by branch.
     kernel: which one computes it.
     """
@@ -132,7 +132,7 @@ class Sight:
         return create_block_mask(seen, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
 
 
-def row_attention(
+def pack_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -144,13 +144,13 @@ def row_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one row, as transformers calls it: query (1, H, S, D), key and value (1, H_kv, S, D).
+    """Attention of one pack, as transformers calls it: query (1, H, S, D), key and value (1, H_kv, S, D).
 
     The queries may be those of the learned places alone, (1, H, L, D). Returns (1, S or L, H, D). `attention_mask` has
     to be None: `sight` says who sees whom.
     """
     if attention_mask is not None or query.shape[0] != 1:
-        raise ValueError("a row is one sequence without an attention mask")
+        raise ValueError("a pack is one sequence without an attention mask")
     if query.shape[2] != key.shape[2] or sight.kernel == "groups" or dropout:
         out = by_groups(query, key, value, sight, scaling, dropout)
     else:
@@ -163,7 +163,7 @@ def by_groups(
 ) -> Tensor:
     """The kernel `groups`: (1, H, S or L, D) -> the same."""
     few = query.shape[2] != key.shape[2]
-    # Cut once: taking slices one by one would, on the way back, fill a whole row with zeros for each of them.
+    # Cut once: taking slices one by one would, on the way back, fill a whole pack with zeros for each of them.
     keys, values = (iter(x.split(sight.lengths, dim=2)) for x in (key, value))
     queries = iter(query.split(list(sight.counts) if few else sight.lengths, dim=2))
     masks = iter(sight.learned_corners if few else sight.corners)
@@ -219,12 +219,12 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-AttentionInterface.register(NAME, row_attention)
+AttentionInterface.register(NAME, pack_attention)
 
 
 @contextmanager
 def looking_at(language_model: Any) -> Iterator[None]:
-    """Let a language model attend by rows: forward passes inside, and their backward passes, need a `Sight`."""
+    """Let a language model attend by packs: forward passes inside, and their backward passes, need a `Sight`."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = NAME

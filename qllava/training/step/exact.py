@@ -1,10 +1,10 @@
-"""The forward pass of a row: the same loss as that of its samples, one by one, for less.
+"""The forward pass of a pack: the same loss as that of its samples, one by one, for less.
 
-    pictures --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
-    tokens --embeddings--> + features --language model, by rows--> hidden --those that predict--> head --> log_probs
+    images --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
+    tokens --embeddings--> + features --language model, by packs--> hidden --those that predict--> head --> log_probs
 
 With dropout 0 what is left out changes nothing (with dropout, questions about one image share the mask of its tokens,
-and random numbers fall on other tokens): tokens that predict nothing have no logits, and a picture is looked at once
+and random numbers fall on other tokens): tokens that predict nothing have no logits, and an image is looked at once
 however many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can
 be left out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
 
@@ -16,7 +16,7 @@ be left out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of
 - `compile_layers`: what stands between the products of a decoder layer, its norms and the gate of its MLP, is one
   compiled kernel each. The products themselves, 4-bit ones and LoRA's, and attention are libraries' kernels already.
 
-S tokens, P image tokens of a row, I its pictures, L its learned tokens, D width.
+S tokens, P image tokens of a pack, I its images, L its learned tokens, D width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qllava.image_layout import ImageLayout
 from qllava.models.lora import Lora
 from qllava.models.nf4 import unpacked
 from qllava.models.stream import features_at
-from qllava.training.step.attention import Kernel, Sight, row_attention
+from qllava.training.step.attention import Kernel, Sight, pack_attention
 
 MOST_LOGITS = 1 << 25
 """That are held at once: 128 MB in fp32, for 1,048 learned tokens of a vocabulary of 32,000."""
@@ -49,13 +49,13 @@ _STEPS = 6
 
 
 @dataclass
-class RowOutput(ModelOutput):
+class PackOutput(ModelOutput):
     """What TRL makes its loss and its figures of, for the learned tokens alone; (L,) each."""
 
     log_probs: Tensor | None = None
     """Of the token that was to come; these have gradients."""
     label_mask: Tensor | None = None
-    """True everywhere but in a weightless row: only learned tokens are here."""
+    """True everywhere but in a weightless pack: only learned tokens are here."""
     entropy: Tensor | None = None
     """Of what was predicted, in nats."""
     is_top1: Tensor | None = None
@@ -88,23 +88,23 @@ def take_shortcuts(model: Any, switches: Switches) -> None:
         lora_first(model)
 
 
-def teach_rows(model: Any, kernel: Kernel = "groups") -> None:
-    """Let a LlavaForConditionalGeneration's forward take rows too: a call with `row_groups` is one of a row.
+def teach_packs(model: Any, kernel: Kernel = "groups") -> None:
+    """Let a LlavaForConditionalGeneration's forward take packs too: a call with `pack_groups` is one of a pack.
 
     It is set on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
     """
     plain = model.forward
 
     @wraps(plain)  # `generate` looks at its signature
-    def forward(*args: Any, row_groups: Sequence[Group] | None = None, **kwargs: Any) -> Any:
-        if row_groups is None:
+    def forward(*args: Any, pack_groups: Sequence[Group] | None = None, **kwargs: Any) -> Any:
+        if pack_groups is None:
             return plain(*args, **kwargs)
-        return row_forward(model, row_groups=row_groups, kernel=kernel, **kwargs)
+        return pack_forward(model, pack_groups=pack_groups, kernel=kernel, **kwargs)
 
     model.forward = forward
 
 
-def row_forward(
+def pack_forward(
     model: Any,
     *,
     input_ids: Tensor,
@@ -114,17 +114,17 @@ def row_forward(
     learned: Tensor,
     targets: Tensor,
     learned_counts: Sequence[int],
-    row_groups: Sequence[Group],
+    pack_groups: Sequence[Group],
     kernel: Kernel = "groups",
     pixel_values: Tensor | None = None,
     weightless: bool = False,
     **_: Any,
-) -> RowOutput:
-    """What the model says to the learned tokens of a row (`data.collate.row_tensors`).
+) -> PackOutput:
+    """What the model says to the learned tokens of a pack (`data.collate.pack_tensors`).
 
-    model: a LlavaForConditionalGeneration whose language model is `looking_at` rows.
+    model: a LlavaForConditionalGeneration whose language model is `looking_at` packs.
     features: (P,) indices into the features of all images, one image after the other.
-    pixel_values: (I, 3, H, W); None for a row without pictures.
+    pixel_values: (I, 3, H, W); None for a pack without images.
     weightless: gradients are zero, and nothing is counted.
     """
     embeddings = model.model.language_model.get_input_embeddings()(input_ids[0])
@@ -141,20 +141,20 @@ def row_forward(
         position_ids=position_ids,
         attention_mask=None,
         use_cache=False,
-        sight=Sight(tuple(row_groups), learned, tuple(learned_counts), kernel),
+        sight=Sight(tuple(pack_groups), learned, tuple(learned_counts), kernel),
     ).last_hidden_state[0]
     # A last layer that was pruned has given the learned places alone.
     predicting = hidden if len(hidden) == len(learned) else hidden[learned]
     log_probs, entropy, is_top1 = _scores(model.lm_head, predicting, targets)
     if weightless:
-        return RowOutput(0 * log_probs, torch.zeros_like(is_top1), 0 * entropy, torch.zeros_like(is_top1))
-    return RowOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
+        return PackOutput(0 * log_probs, torch.zeros_like(is_top1), 0 * entropy, torch.zeros_like(is_top1))
+    return PackOutput(log_probs, torch.ones_like(is_top1), entropy, is_top1)
 
 
 def _scores(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(L, D), (L,) -> log-probability, entropy and whether it was the likeliest, (L,) each.
 
-    Where the logits of a row are many, they are made in pieces, and again on the way back.
+    Where the logits of a pack are many, they are made in pieces, and again on the way back.
     """
     size = max(1, MOST_LOGITS // head.weight.shape[0])
     if len(hidden) <= size:
@@ -192,17 +192,17 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def stop_tower(model: Any) -> None:
-    """Let the tower of a LLaVA stop at the layer whose features are used, when a row is computed."""
+    """Let the tower of a LLaVA stop at the layer whose features are used, when a pack is computed."""
     tower = model.model.vision_tower
     inner = getattr(tower, "vision_model", tower)
     tower.features_at = lambda pixel_values, layer: features_at(inner, [pixel_values], layer)[0]
 
 
 def prune_last_layer(language_model: Any) -> None:
-    """Let the last layer of a LLaMA or Mistral compute only what the learned places of a row need.
+    """Let the last layer of a LLaMA or Mistral compute only what the learned places of a pack need.
 
     It is never recomputed on the way back, which begins with it: what it holds is small, and would be made again at
-    once. Other calls than those of rows are as before.
+    once. Other calls than those of packs are as before.
     """
     layer = language_model.layers[-1]
     if not isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer):
@@ -218,7 +218,7 @@ def _pruned(
     sight: Sight | None = None,
     **kwargs: Any,
 ) -> Any:
-    """(1, S, D) -> (1, L, D): a decoder layer at the learned places of a row."""
+    """(1, S, D) -> (1, L, D): a decoder layer at the learned places of a pack."""
     if sight is None:
         return plain(hidden_states, *args, **kwargs)
     attention, places = layer.self_attn, sight.learned
@@ -231,7 +231,7 @@ def _pruned(
     )
     query, key = _rotated(query, cos[:, places], sin[:, places]), _rotated(key, cos, sin)
     dropout = attention.attention_dropout if attention.training else 0.0
-    out, _ = row_attention(attention, query, key, value, None, sight=sight, scaling=attention.scaling, dropout=dropout)
+    out, _ = pack_attention(attention, query, key, value, None, sight=sight, scaling=attention.scaling, dropout=dropout)
     hidden = hidden_states[:, places] + attention.o_proj(out.flatten(2))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -293,7 +293,7 @@ def _weight(base: Any) -> Tensor:
 
 
 def compile_layers(language_model: Any) -> None:
-    """Compile the norms of a LLaMA or Mistral, and the gates of its MLPs, for rows of any length."""
+    """Compile the norms of a LLaMA or Mistral, and the gates of its MLPs, for packs of any length."""
     for layer in language_model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = partial(compiled(type(norm).forward), norm)

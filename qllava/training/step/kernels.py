@@ -1,4 +1,4 @@
-"""Which kernels compute a row on this device: attention (`attention.py`), and what stands between products.
+"""Which kernels compute a pack on this device: attention (`attention.py`), and what stands between products.
 
 On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
 with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
@@ -32,7 +32,7 @@ KERNELS: dict[Kernel, Callable[..., Tensor]] = {"groups": by_groups, "varlen": v
 
 
 TRIAL_TOKENS = 2048
-"""Of the row in which compiled kernels are tried."""
+"""Of the pack in which compiled kernels are tried."""
 Layers = Literal["plain", "compiled"]
 Trial = Callable[[list[Tensor]], list[Tensor]]
 Name = TypeVar("Name", bound=str)
@@ -65,7 +65,7 @@ class Settled:
         """Return the choices with their reasons, for the ledger."""
         attention, layers = self.attention, self.layers
         return (
-            f"attention by rows: {attention.kernel} ({attention.why}); norms and gates: {layers.kernel} ({layers.why})"
+            f"attention by packs: {attention.kernel} ({attention.why}); norms and gates: {layers.kernel} ({layers.why})"
         )
 
 
@@ -104,11 +104,11 @@ def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel |
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     generator = torch.Generator(device).manual_seed(0)
-    row = [
+    pack = [
         torch.randn(1, n, TRIAL[-1].end, width, dtype=dtype, device=device, generator=generator)
         for n in (heads, shared, shared)
     ]
-    return fastest(row, {name: partial_trial(name) for name in KERNELS}, kept)
+    return fastest(pack, {name: partial_trial(name) for name in KERNELS}, kept)
 
 
 def choose_layers(
@@ -126,21 +126,21 @@ def choose_layers(
     if device.type != "cuda":
         return Chosen("plain", "as everywhere but on CUDA")
     generator = torch.Generator(device).manual_seed(0)
-    row = [
+    pack = [
         torch.randn(1, TRIAL_TOKENS, width, dtype=dtype, device=device, generator=generator)
         for width in (config.hidden_size, config.intermediate_size, config.intermediate_size)
     ]
     norm = LlamaRMSNorm(config.hidden_size).to(device, dtype).requires_grad_(False)
     return fastest(
-        row, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}, kept
+        pack, {"plain": layer_trial(norm, lambda function: function), "compiled": layer_trial(norm, compiled)}, kept
     )
 
 
 def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trial:
     """Forward and backward pass of a norm and a gate: outputs and gradients."""
 
-    def run(row: list[Tensor]) -> list[Tensor]:
-        given = [x.detach().requires_grad_() for x in row]
+    def run(pack: list[Tensor]) -> list[Tensor]:
+        given = [x.detach().requires_grad_() for x in pack]
         out = [how(type(norm).forward)(norm, given[0]), how(gated)(silu, given[1], given[2])]
         total = torch.stack([x.float().square().sum() for x in out]).sum()
         return [*(x.detach() for x in out), *torch.autograd.grad(total, given)]
@@ -149,42 +149,42 @@ def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable
 
 
 def partial_trial(kernel: Kernel) -> Trial:
-    """Forward and backward pass of a kernel over the trial's row: output and the three gradients."""
+    """Forward and backward pass of a kernel over the trial's pack: output and the three gradients."""
 
-    def run(row: list[Tensor]) -> list[Tensor]:
-        learned = torch.arange(0, device=row[0].device)
+    def run(pack: list[Tensor]) -> list[Tensor]:
+        learned = torch.arange(0, device=pack[0].device)
         sight = Sight(TRIAL, learned, [0] * sum(len(group.branches) for group in TRIAL), kernel)
-        given = [x.detach().requires_grad_() for x in row]
+        given = [x.detach().requires_grad_() for x in pack]
         out = KERNELS[kernel](*given, sight)
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), given)]
 
     return run
 
 
-def fastest(row: list[Tensor], trials: dict[Name, Trial], kept: Name | None = None) -> Chosen[Name]:
+def fastest(pack: list[Tensor], trials: dict[Name, Trial], kept: Name | None = None) -> Chosen[Name]:
     """The fastest of the trials that agree with the first; `kept` without a stopwatch, if it agrees."""
     first, *_ = trials
-    wanted = trials[first](row)
+    wanted = trials[first](pack)
     seconds: dict[Name, float] = {}
     said = []
     if kept in trials:
-        fault = _fault(trials[kept], row, wanted)
+        fault = _fault(trials[kept], pack, wanted)
         if fault is None:
             return Chosen(kept, "as in the checkpoint")
         said.append(f"{kept}, which the checkpoint had, {fault}")
     for name, trial in trials.items():
-        if fault := _fault(trial, row, wanted):
+        if fault := _fault(trial, pack, wanted):
             said.append(f"{name} {fault}")
             continue
-        seconds[name] = _median_seconds(trial, row)
+        seconds[name] = _median_seconds(trial, pack)
         said.append(f"{name} {seconds[name] * 1000:.2f} ms")
     return Chosen(min(seconds, key=lambda name: seconds[name]), ", ".join(said))
 
 
-def _fault(trial: Trial, row: list[Tensor], wanted: list[Tensor]) -> str | None:
+def _fault(trial: Trial, pack: list[Tensor], wanted: list[Tensor]) -> str | None:
     """Why a trial cannot be used on this device; None where it can."""
     try:
-        found = trial(row)
+        found = trial(pack)
     except Exception as error:  # whatever is missing on this device, the others remain
         return f"is not available ({type(error).__name__})"
     off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
@@ -194,12 +194,12 @@ def _fault(trial: Trial, row: list[Tensor], wanted: list[Tensor]) -> str | None:
     return f"differs by {max(off):.1%}" if all(map(math.isfinite, off)) else "computes values that are not finite"
 
 
-def _median_seconds(trial: Trial, row: list[Tensor], repetitions: int = 7) -> float:
+def _median_seconds(trial: Trial, pack: list[Tensor], repetitions: int = 7) -> float:
     taken = []
     for _ in range(repetitions):
         began = time.perf_counter()
-        trial(row)
-        if row[0].is_cuda:
+        trial(pack)
+        if pack[0].is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     return sorted(taken)[repetitions // 2]

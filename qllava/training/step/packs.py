@@ -1,6 +1,6 @@
 """An optimizer step, pack by pack: forward and backward passes, in shorter packs when memory runs out.
 
-A batch comes as packs (`data.packing`; its key for them is `rows`), and its gradient is the sum over them. When memory
+A batch comes as packs (`data.packing`; its key for them is `packs`), and its gradient is the sum over them. When memory
 runs out, the whole step is computed again in packs of half the length; its samples, and so what is learned, stay the
 same. In several processes each computes packs of its own, and all wait for each other in each of them.
 """
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qllava.config import InputError
-from qllava.data.collate import RowCollator, weightless_row
+from qllava.data.collate import PackCollator, weightless_pack
 from qllava.models.errors import out_of_memory
 from qllava.training.durable import processes
 from qllava.training.settings import TrainConfig
@@ -30,7 +30,7 @@ class PackStep:
 
     def __init__(
         self,
-        collator: RowCollator,
+        collator: PackCollator,
         accelerator: Accelerator,
         *,
         learn: Callable[[nn.Module, dict[str, Any], Any], Tensor],
@@ -78,8 +78,8 @@ class PackStep:
                     raise
                 if processes.several():  # the others are in the midst of their packs
                     raise InputError(
-                        f"Memory does not suffice for a row of {_longest(batches[-1])} tokens, at step {step}; "
-                        "several processes do not halve their rows on the way: set tokens_per_row to less."
+                        f"Memory does not suffice for a pack of {_longest(batches[-1])} tokens, at step {step}; "
+                        "several processes do not halve their packs on the way: set tokens_per_pack to less."
                     ) from None
             # Not inside the except block: there the error still holds what the packs held.
             self._halve(step)
@@ -101,7 +101,7 @@ class PackStep:
         state, sync = self._accelerator.gradient_state, self._accelerator.sync_gradients
         try:
             with self._looking():
-                packs = evened(batch["rows"])
+                packs = evened(batch["packs"])
                 for number, pack in enumerate(packs, start=1):
                     last = number == len(packs)
                     # Gradients of several processes are added up once a batch; DeepSpeed looks at the state alone.
@@ -114,7 +114,7 @@ class PackStep:
 
     def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch in packs of the present length: one that was made before it was halved has longer ones."""
-        limit = self._collator.tokens_per_row
+        limit = self._collator.tokens_per_pack
         if limit is None or _longest(batch) <= max(limit, _longest_sample(batch)):
             return batch
         return self._collator.again(batch)
@@ -133,7 +133,7 @@ class PackStep:
         self._collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._say(f"Out of memory at step {step}: rows have at most {limit:,} tokens from here on.")
+        self._say(f"Out of memory at step {step}: packs have at most {limit:,} tokens from here on.")
 
 
 def prepare_for_packs(config: TrainConfig) -> None:
@@ -148,12 +148,12 @@ def prepare_for_packs(config: TrainConfig) -> None:
 
 def evened(packs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return as many packs as the process has that has most: in each of them all wait for each other."""
-    return packs + [weightless_row() for _ in range(processes.highest(len(packs)) - len(packs))]
+    return packs + [weightless_pack() for _ in range(processes.highest(len(packs)) - len(packs))]
 
 
 def _longest(batch: dict[str, Any]) -> int:
     """Tokens of the longest pack of a batch."""
-    return max(int(pack["input_ids"].shape[1]) for pack in batch["rows"])
+    return max(int(pack["input_ids"].shape[1]) for pack in batch["packs"])
 
 
 def _longest_sample(batch: dict[str, Any]) -> int:

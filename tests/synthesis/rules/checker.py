@@ -1,4 +1,4 @@
-"""A second opinion on questions and answers about a picture: they are read as text and held against its annotation.
+"""A second opinion on questions and answers about an image: they are read as text and held against its annotation.
 
 It shares nothing with the rules but the words of English: a question is parsed by its form, its names are looked up in
 the boxes, what captions say is read by `reading`, and the answer is worked out again. Whatever it cannot parse is an
@@ -42,7 +42,7 @@ class Thing:
 
 
 class Checker:
-    """The annotation of one picture, read anew."""
+    """The annotation of one image, read anew."""
 
     def __init__(
         self, captions: list[str], boxes: list[dict[str, Any]], *, complete: bool = False, crowds: tuple[str, ...] = ()

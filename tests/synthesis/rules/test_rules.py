@@ -1,4 +1,4 @@
-"""What rules say of a picture is true to its annotation by a checker of the tests' own; nothing unsure is asked."""
+"""What rules say of an image is true to its annotation by a checker of the tests' own; nothing unsure is asked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEVER = re.compile(r"\b(captions?|annotat\w*|bounding|coordinates?)\b|\d\.\d", r
 
 
 def pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Questions without the picture, and answers."""
+    """Questions without the image, and answers."""
     said = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
     return list(zip(said[::2], said[1::2], strict=True))
 
@@ -99,7 +99,7 @@ class TestTheFortyOfTheBench:
                         held += description(checker(context), answer)
         assert reasons >= 200 and held >= 200
 
-    def test_no_word_of_how_the_picture_was_known(self, contexts: list[Context]) -> None:
+    def test_no_word_of_how_the_image_was_known(self, contexts: list[Context]) -> None:
         for context in contexts:
             for row in write(context, ALL):
                 assert not [answer for _, answer in pairs(row) if NEVER.search(answer)]
@@ -278,7 +278,7 @@ class TestWhatIsNotAsked:
     def test_numbers_that_captions_speak_against(self, noun: str, boxes: int, said: str, count: int | None) -> None:
         assert View(make(*[(noun, A)] * boxes, said=said)).count(noun) == count
 
-    def test_a_complete_picture_knows_its_numbers(self) -> None:
+    def test_a_complete_image_knows_its_numbers(self) -> None:
         view = View(make(("cat", A), ("cat", B), said="Five cats.", complete=True))
         assert view.count("cat") == 2 and view.count("dog") == 0
 

@@ -22,14 +22,14 @@ from trl import SFTConfig, SFTTrainer
 from qllava.data.collate import Collator
 from qllava.models.lora import LORA_TARGETS
 from qllava.training.objectives.supervised import supervised
-from qllava.training.step.exact import RowOutput
+from qllava.training.step.exact import PackOutput
 from tests.tiny_models import make_tiny_llava, make_tiny_model, make_tiny_processor
 
 COLUMNS = {
     "id": ["a", "b"],
     "input_ids": [[5, 6, 7], [8, 9]],
     "labels": [[-100, 6, 7], [-100, 9]],
-    "pictures": [[], []],
+    "image_files": [[], []],
 }
 
 
@@ -38,7 +38,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def make(model: Any, folder: Path, **fields: Any) -> SFTTrainer:
-    """An SFTTrainer as `LlavaTrainer` makes it, over two rows of text."""
+    """An SFTTrainer as `LlavaTrainer` makes it, over two examples of text."""
     processor = make_tiny_processor()
     config = SFTConfig(
         output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False,
@@ -181,7 +181,7 @@ class TestTrl:
         expected = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(6))
         out = model(**batch, fused_lm_head=True)
         learned = out.label_mask
-        found = RowOutput(out.log_probs[learned], learned[learned], out.entropy[learned], out.is_top1[learned])
+        found = PackOutput(out.log_probs[learned], learned[learned], out.entropy[learned], out.is_top1[learned])
         ours = supervised(loss_type)(found, torch.tensor(6))
         torch.testing.assert_close(ours.loss, expected)
         for name, total in ours.sums.items():

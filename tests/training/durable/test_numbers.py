@@ -1,4 +1,4 @@
-"""NaN planted in a picture, an adapter, a weight and a gradient; losses that jump."""
+"""NaN planted in an image, an adapter, a weight and a gradient; losses that jump."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
 
 class _Poisoned:
-    """A collator that plants NaN in the pictures of one sample."""
+    """A collator that plants NaN in the images of one sample."""
 
-    def __init__(self, collator: Any, picture: str) -> None:
-        self.collator, self.picture = collator, picture
+    def __init__(self, collator: Any, image: str) -> None:
+        self.collator, self.image = collator, image
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.collator, name)
@@ -44,7 +44,7 @@ class _Poisoned:
             return self.collator(samples)  # type: ignore[no-any-return]
 
     def _planted(self, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {path: value * (float("nan") if path == self.picture else 1) for path, value in pixels.items()}
+        return {path: value * (float("nan") if path == self.image else 1) for path, value in pixels.items()}
 
 
 def third_step(trainer: LlavaTrainer) -> list[dict[str, Any]]:
@@ -77,16 +77,16 @@ def stopped(trainer: LlavaTrainer, folder: Path) -> str:
     return message
 
 
-class TestAPicture:
+class TestAImage:
     @pytest.mark.parametrize("lora", [True, False], ids=["stage 2", "stage 1"])
     def test_is_named_and_no_other(self, tiny: Tiny, tmp_path: Path, lora: bool) -> None:
         trainer = make_trainer(tiny, tmp_path, lora=lora, **SAVING)
         guilty, innocent = third_step(trainer)
-        (picture,) = guilty["pictures"]
-        trainer.data_collator = _Poisoned(trainer.data_collator, picture)  # type: ignore[assignment]
+        (image,) = guilty["image_files"]
+        trainer.data_collator = _Poisoned(trainer.data_collator, image)  # type: ignore[assignment]
         message = stopped(trainer, tmp_path)
         assert message.startswith(
-            f"The loss is nan at step 3, because of the sample {guilty['id']} (picture {picture}, whose pixel values "
+            f"The loss is nan at step 3, because of the sample {guilty['id']} (image {image}, whose pixel values "
             "are not finite);"
         )
         assert innocent["id"] not in message
@@ -120,7 +120,7 @@ class TestAGradient:
         weight.register_hook(lambda g: g * float("inf") if guilty["id"] in shown_now else g)
         message = stopped(trainer, tmp_path)
         assert collator is trainer.data_collator
-        assert message.startswith(f"A gradient is not finite at step 3, because of the sample {guilty['id']} (picture ")
+        assert message.startswith(f"A gradient is not finite at step 3, because of the sample {guilty['id']} (image ")
         assert innocent["id"] not in message
 
     def test_of_no_sample_alone(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_the_status_is_1(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixtu
 class TestGuard:
     """The guard alone, with a model of one weight."""
 
-    SAMPLES = ({"id": "a", "pictures": ["1.png"]}, {"id": "b", "pictures": []})
+    SAMPLES = ({"id": "a", "image_files": ["1.png"]}, {"id": "b", "image_files": []})
 
     def check(self, folder: Path, losses: list[float], norm: float, **named: Any) -> list[tuple[str, bool]]:
         """Check a step in which b is to blame; returns which samples were computed alone, and for which figure."""

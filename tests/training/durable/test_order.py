@@ -11,12 +11,12 @@ import pytest
 from torch.utils.data import dataloader
 
 from qllava.data.packing import shares_of
-from qllava.training.durable.order import PictureOrder, loader
+from qllava.training.durable.order import ImageOrder, loader
 
-PICTURES = np.array([1, 1, 1, 2, 2, 3, 0, 0, 4, 4, 5, 6, 6])
+IMAGES = np.array([1, 1, 1, 2, 2, 3, 0, 0, 4, 4, 5, 6, 6])
 
 
-def batches(processes: int, per_device: int, accumulated: int = 1, pictures: np.ndarray = PICTURES) -> list[Any]:
+def batches(processes: int, per_device: int, accumulated: int = 1, images: np.ndarray = IMAGES) -> list[Any]:
     """Of an epoch, [process][batch]."""
     orders = []
     for index in range(processes):
@@ -28,7 +28,7 @@ def batches(processes: int, per_device: int, accumulated: int = 1, pictures: np.
             share_image_prefix=True,
             seed=3,
         )
-        order = PictureOrder(pictures, config)
+        order = ImageOrder(images, config)
         found = list(order)
         assert len(found) == len(order)
         orders.append(found)
@@ -48,7 +48,7 @@ def steps(processes: int, per_device: int, accumulated: int = 1) -> list[list[in
 def test_a_step_has_the_same_samples_whoever_computes_them(processes: int, per_device: int, accumulated: int) -> None:
     found = steps(processes, per_device, accumulated)
     assert found == steps(1, 4)
-    assert sorted(sum(found, [])) == list(range(len(PICTURES)))
+    assert sorted(sum(found, [])) == list(range(len(IMAGES)))
 
 
 def test_only_in_the_last_step_a_process_may_have_nothing() -> None:
@@ -60,7 +60,7 @@ def test_only_in_the_last_step_a_process_may_have_nothing() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_are_of_one_size_and_in_order(count: int) -> None:
     step = np.array([7, 0, 1, 2, 9, 8, 5])
-    shares = shares_of(step, PICTURES, count)
+    shares = shares_of(step, IMAGES, count)
     assert sorted(np.concatenate(shares).tolist()) == sorted(step.tolist())
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
@@ -68,14 +68,14 @@ def test_shares_are_of_one_size_and_in_order(count: int) -> None:
     assert all([places[i] for i in share.tolist()] == sorted(places[i] for i in share.tolist()) for share in shares)
 
 
-def test_samples_about_one_picture_stay_together() -> None:
-    shares = shares_of(np.array([0, 3, 6, 1, 4, 2, 5, 7]), PICTURES, 2)
+def test_samples_about_one_image_stay_together() -> None:
+    shares = shares_of(np.array([0, 3, 6, 1, 4, 2, 5, 7]), IMAGES, 2)
     for group in ({0, 1, 2}, {3, 4}):
         assert sum(bool(group & set(share.tolist())) for share in shares) == 1
 
 
 def test_more_than_a_share_has_room_for_is_cut() -> None:
-    assert [len(share) for share in shares_of(np.array([0, 1, 2]), PICTURES, 2)] == [2, 1]
+    assert [len(share) for share in shares_of(np.array([0, 1, 2]), IMAGES, 2)] == [2, 1]
 
 
 def test_signals_wait_until_a_worker_leaves_them_to_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:

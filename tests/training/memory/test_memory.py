@@ -28,7 +28,7 @@ from qllava.models.lora import Lora
 from qllava.models.outline import Recipe
 from qllava.training import memory
 from qllava.training.memory import GB, DoesNotFit, Setup, estimate, fit, parse_bytes
-from qllava.training.memory.fake import example_row, fake_llava, held_by, llava_of, tensors_of
+from qllava.training.memory.fake import example_pack, fake_llava, held_by, llava_of, tensors_of
 from qllava.training.memory.step import measured_once
 from qllava.training.settings import TrainConfig
 from qllava.training.step.attention import looking_at
@@ -72,18 +72,18 @@ def real_llava(config: LlavaConfig, lora: Lora | None) -> Any:
     return adapted.train()
 
 
-def row_of(setup: Setup) -> dict[str, Any]:
-    row = example_row(
-        setup.config, setup.tokens_per_row, learned=setup.learned, samples_per_picture=setup.samples_per_picture
+def pack_of(setup: Setup) -> dict[str, Any]:
+    pack = example_pack(
+        setup.config, setup.tokens_per_pack, learned=setup.learned, samples_per_image=setup.samples_per_image
     )
-    return tensors_of(setup.config, row)
+    return tensors_of(setup.config, pack)
 
 
-def there_and_back(model: Any, row: dict[str, Any], dtype: torch.dtype = torch.float32) -> float:
+def there_and_back(model: Any, pack: dict[str, Any], dtype: torch.dtype = torch.float32) -> float:
     inner = getattr(model, "module", model)  # of DDP's
     with looking_at(llava_of(inner).model.language_model):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            log_probs: torch.Tensor = model(**row).log_probs
+            log_probs: torch.Tensor = model(**pack).log_probs
         loss = -log_probs.sum() / len(log_probs)
         del log_probs
         loss.backward()  # type: ignore[no-untyped-call]
@@ -91,24 +91,24 @@ def there_and_back(model: Any, row: dict[str, Any], dtype: torch.dtype = torch.f
 
 
 def peak_of_a_real_step(setup: Setup) -> int:
-    """Bytes that torch's CPU allocator had given out at most in an optimizer's second step, of two rows."""
-    given = row_of(setup)
+    """Bytes that torch's CPU allocator had given out at most in an optimizer's second step, of two packs."""
+    given = pack_of(setup)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = real_llava(setup.config, setup.lora)
         memory.prepare(model, setup, setup.layers[1])
         if setup.processes > 1:
             model = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        row = {key: value.clone() if torch.is_tensor(value) else value for key, value in given.items()}
+        pack = {key: value.clone() if torch.is_tensor(value) else value for key, value in given.items()}
         for step in range(2):
             if step:
                 torch.profiler.record_function("second").__enter__().__exit__(None, None, None)
             for _ in range(2):
-                there_and_back(model, row, setup.dtype)
+                there_and_back(model, pack, setup.dtype)
             optimizer.step()
             optimizer.zero_grad()
         # What is freed outside is never taken off the allocator's count.
-        del model, optimizer, row
+        del model, optimizer, pack
         gc.collect()
     events = list(_events(profiler.profiler.kineto_results.experimental_event_tree()))
     begun = min(event.start_time_ns for event in events if event.name == "second")
@@ -131,14 +131,14 @@ class TestAgainstTheTruth:
     @pytest.mark.parametrize("recomputed", [0, 2, None])
     @pytest.mark.parametrize("lora_r", [8, 0], ids=["stage 2", "stage 1"])
     def test_peak(self, lora_r: int, recomputed: int | None, tokens: int) -> None:
-        setup = on_cpu(small(), lora_r, recompute_layers=recomputed, tokens_per_row=tokens)
+        setup = on_cpu(small(), lora_r, recompute_layers=recomputed, tokens_per_pack=tokens)
         assert estimate(setup).peak_bytes == pytest.approx(peak_of_a_real_step(setup), rel=0.01)
 
     @pytest.mark.parametrize("shortcuts", [True, False])
     def test_where_the_layers_are_the_peak(self, shortcuts: bool) -> None:
         """A small vocabulary: what is recomputed, and weights made whole inside bitsandbytes, decide."""
         names = ("stop_tower", "prune_last_layer", "lora_first")
-        setup = on_cpu(small(vocabulary=64), tokens_per_row=100, **dict.fromkeys(names, shortcuts))
+        setup = on_cpu(small(vocabulary=64), tokens_per_pack=100, **dict.fromkeys(names, shortcuts))
         found = estimate(setup)
         assert found.parts["workspace"] >= 256 * 704 * 4
         assert found.peak_bytes == pytest.approx(peak_of_a_real_step(setup), rel=0.01)
@@ -147,7 +147,7 @@ class TestAgainstTheTruth:
     def test_weights_in_fp32_and_autocast_in_bf16(self, recomputed: int | None) -> None:
         """A run on a CPU holds fp32 whatever it computes in; bitsandbytes then computes in fp32 too."""
         held = on_cpu(
-            small(), dtype=torch.bfloat16, held=torch.float32, tokens_per_row=300, recompute_layers=recomputed
+            small(), dtype=torch.bfloat16, held=torch.float32, tokens_per_pack=300, recompute_layers=recomputed
         )
         assert estimate(held).peak_bytes == pytest.approx(peak_of_a_real_step(held), rel=0.01)
         assert estimate(held).parts["weights"] > 1.5 * estimate(replace(held, held=None)).parts["weights"]
@@ -156,7 +156,7 @@ class TestAgainstTheTruth:
         store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
-            alone = on_cpu(small(vocabulary=64), 64, tokens_per_row=100)
+            alone = on_cpu(small(vocabulary=64), 64, tokens_per_pack=100)
             several = replace(alone, processes=2)
             found = peak_of_a_real_step(several)
         finally:
@@ -184,7 +184,7 @@ class TestExtrapolation:
     @pytest.mark.parametrize("recomputed", [0, 1, 5, None])
     def test_equals_the_whole_step(self, recomputed: int | None, changes: dict[str, Any]) -> None:
         # On the CPU, where no allowance for a card hides a difference; a vocabulary that makes the layers the peak.
-        setup = on_cpu(small(vocabulary=64, layers=9), tokens_per_row=150, recompute_layers=recomputed, **changes)
+        setup = on_cpu(small(vocabulary=64, layers=9), tokens_per_pack=150, recompute_layers=recomputed, **changes)
         few, all_of_them = estimate(setup), estimate(setup, whole=True)
         assert few.peak_bytes == pytest.approx(all_of_them.peak_bytes, rel=0.001)
         for part, size in all_of_them.parts.items():
@@ -197,7 +197,7 @@ class TestExtrapolation:
 
 
 class TestRealSizes:
-    """LLaVA-1.5 on the cards that the presets are for, with rows as long as LLaVA's longest sample."""
+    """LLaVA-1.5 on the cards that the presets are for, with packs as long as LLaVA's longest sample."""
 
     @pytest.mark.parametrize(("config", "card"), [(shapes.llava_7b, 8), (shapes.llava_13b, 12)], ids=["7B", "13B"])
     def test_r16_fits(self, config: Any, card: int) -> None:
@@ -221,37 +221,40 @@ class TestFit:
         for limit in (3000, 800, 700, 640):
             plan = fit(self.setup, limit << 20, least_tokens=700, most_tokens=2048)
             assert plan.fits and plan.estimate.peak_bytes <= limit << 20
-            assert plan.tokens_per_row in (2048, 1024, 700)
+            assert plan.tokens_per_pack in (2048, 1024, 700)
             chosen = replace(
-                self.setup, tokens_per_row=plan.tokens_per_row, recompute_layers=plan.recompute_layers, optim=plan.optim
+                self.setup,
+                tokens_per_pack=plan.tokens_per_pack,
+                recompute_layers=plan.recompute_layers,
+                optim=plan.optim,
             )
             assert estimate(chosen) == plan.estimate
-            seen.append((2 + plan.recompute_layers / 8) * (1 + 300 / plan.tokens_per_row))
+            seen.append((2 + plan.recompute_layers / 8) * (1 + 300 / plan.tokens_per_pack))
         assert seen == sorted(seen) and len(set(seen)) >= 3
         assert seen[0] == 2 * (1 + 300 / 2048)
 
-    def test_no_row_that_is_never_filled(self) -> None:
+    def test_no_pack_that_is_never_filled(self) -> None:
         plan = fit(self.setup, 8 * GB, least_tokens=300, most_tokens=1800)
-        assert (plan.tokens_per_row, plan.recompute_layers) == (1800, 0)
+        assert (plan.tokens_per_pack, plan.recompute_layers) == (1800, 0)
 
     def test_what_is_set_stays(self) -> None:
-        mine = replace(self.setup, tokens_per_row=800, recompute_layers=3, optim="adamw_bnb_8bit")
-        plan = fit(mine, 8 * GB, fixed=("tokens_per_row", "recompute_layers", "optim"))
-        assert (plan.tokens_per_row, plan.recompute_layers, plan.optim) == (800, 3, "adamw_bnb_8bit")
+        mine = replace(self.setup, tokens_per_pack=800, recompute_layers=3, optim="adamw_bnb_8bit")
+        plan = fit(mine, 8 * GB, fixed=("tokens_per_pack", "recompute_layers", "optim"))
+        assert (plan.tokens_per_pack, plan.recompute_layers, plan.optim) == (800, 3, "adamw_bnb_8bit")
 
     def test_the_optimizer_gives_way_last(self) -> None:
         big = replace(self.setup, lora=of_rank(512))
-        least = estimate(replace(big, tokens_per_row=700)).peak_bytes
+        least = estimate(replace(big, tokens_per_pack=700)).peak_bytes
         assert fit(big, least, least_tokens=700, most_tokens=700).optim == "adamw_torch_fused"
         assert fit(big, least - (20 << 20), least_tokens=700, most_tokens=700).optim == "paged_adamw_8bit"
 
     def test_a_refusal_says_by_how_much_and_what_would_do(self) -> None:
         big = replace(self.setup, lora=of_rank(256), recompute_layers=0)
-        enough_for_16 = estimate(replace(big, lora=of_rank(16), tokens_per_row=2000, recompute_layers=None)).peak_bytes
+        enough_for_16 = estimate(replace(big, lora=of_rank(16), tokens_per_pack=2000, recompute_layers=None)).peak_bytes
         with pytest.raises(DoesNotFit) as refused:
             fit(big, enough_for_16, least_tokens=2000, most_tokens=2000)
         plan = refused.value.plan
-        assert plan.fits is False and plan.tokens_per_row == 2000
+        assert plan.fits is False and plan.tokens_per_pack == 2000
         assert plan.recompute_layers == 7 and plan.optim == "paged_adamw_8bit"
         missing = memory.format_bytes(plan.estimate.peak_bytes - enough_for_16)
         said = str(refused.value)
@@ -263,8 +266,8 @@ class TestFit:
 
     def test_short_data_and_long_data(self) -> None:
         plan = fit(self.setup, 8 * GB, least_tokens=5, most_tokens=20)
-        assert plan.tokens_per_row == ImageLayout.of_config(self.setup.config).tokens + 4  # room for a picture
-        assert fit(self.setup, 8 * GB, least_tokens=9000, most_tokens=9000).tokens_per_row == 9000
+        assert plan.tokens_per_pack == ImageLayout.of_config(self.setup.config).tokens + 4  # room for an image
+        assert fit(self.setup, 8 * GB, least_tokens=9000, most_tokens=9000).tokens_per_pack == 9000
 
 
 def test_a_setup_is_measured_once() -> None:
@@ -272,7 +275,7 @@ def test_a_setup_is_measured_once() -> None:
     asked: list[Setup] = []
     measure = measured_once(lambda setup, *numbers: asked.append(setup) or len(asked))
     setup = on_cpu(small())
-    same = replace(setup, config=small(), optim="sgd", tokens_per_row=9, recompute_layers=0)
+    same = replace(setup, config=small(), optim="sgd", tokens_per_pack=9, recompute_layers=0)
     assert (measure(setup, 1, 2), measure(same, 1, 2), measure(setup, 2, 1)) == (1, 1, 2)
     others = [replace(setup, lora=of_rank(9)), replace(setup, held=torch.float16), replace(setup, lora_first=False)]
     assert [measure(other, 1, 2) for other in (*others, replace(setup, config=small(side=126)))] == [3, 4, 5, 6]
@@ -282,7 +285,7 @@ def test_a_setup_is_measured_once() -> None:
 
 def test_settings_become_a_setup() -> None:
     config = small()
-    train = TrainConfig(output_dir="x", tokens_per_row=900, recompute_layers=2, share_image_prefix=False, use_cpu=True)
+    train = TrainConfig(output_dir="x", tokens_per_pack=900, recompute_layers=2, share_image_prefix=False, use_cpu=True)
     lora = Lora(4, 8, 0.1)
     setup = memory.setup_of(train, config, lora, load_in_4bit=False)
     assert setup == Setup(
@@ -292,11 +295,11 @@ def test_settings_become_a_setup() -> None:
         torch.float32,
         "cpu",
         False,
-        tokens_per_row=900,
+        tokens_per_pack=900,
         recompute_layers=2,
-        samples_per_picture=1,
+        samples_per_image=1,
     )
-    assert memory.settled(train) == {"tokens_per_row", "recompute_layers"}
+    assert memory.settled(train) == {"tokens_per_pack", "recompute_layers"}
     assert memory.settled(TrainConfig(output_dir="x")) == set()
     assert memory.settled(TrainConfig(output_dir="x", gradient_checkpointing=False)) == {"recompute_layers"}
     assert memory.settled(TrainConfig(output_dir="x", optim="paged_adamw_8bit")) == {"optim"}
@@ -386,27 +389,27 @@ def test_what_is_shared_is_counted_once() -> None:
 
 @pytest.mark.parametrize("tokens", [5, 68, 300, 2048])
 @pytest.mark.parametrize(("learned", "samples", "mark"), [(0.1, 1, 3), (0.5, 2, None), (1.0, 3, 2)])
-def test_an_example_row_is_as_long_as_asked(tokens: int, learned: float, samples: int, mark: int | None) -> None:
+def test_an_example_pack_is_as_long_as_asked(tokens: int, learned: float, samples: int, mark: int | None) -> None:
     """Whatever the id of `<image>` is: no word has the same."""
     config = small()
     config.image_token_index = config.image_token_index if mark is None else mark
     each = ImageLayout.of_config(config).tokens
-    row = example_row(config, tokens, learned=learned, samples_per_picture=samples)
-    assert len(row.input_ids) == max(tokens, each + 4)
-    assert len(row.image_places) == each * len(row.pictures) > 0
-    assert len(row.ids) == len(row.pictures) * samples or tokens < 100
+    pack = example_pack(config, tokens, learned=learned, samples_per_image=samples)
+    assert len(pack.input_ids) == max(tokens, each + 4)
+    assert len(pack.image_places) == each * len(pack.images) > 0
+    assert len(pack.ids) == len(pack.images) * samples or tokens < 100
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3, None])
 @pytest.mark.parametrize("pruned", [True, False])
 def test_recomputation_changes_no_gradient(layers: int | None, pruned: bool) -> None:
     config = shapes.tiny()
-    setup = on_cpu(config, tokens_per_row=60, prune_last_layer=pruned)
+    setup = on_cpu(config, tokens_per_pack=60, prune_last_layer=pruned)
     model = real_llava(config, of_rank(8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    row = row_of(setup)
+    pack = pack_of(setup)
     memory.prepare(model, setup, 0)
     calls: list[int] = []
     decoders = llava_of(model).model.language_model.layers
@@ -417,7 +420,7 @@ def test_recomputation_changes_no_gradient(layers: int | None, pruned: bool) -> 
         memory.recompute(llava_of(model).model.language_model, again)
         calls.clear()
         model.zero_grad()
-        loss = there_and_back(model, row)
+        loss = there_and_back(model, pack)
         found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     most = len(decoders) - int(pruned)
     twice = most if layers is None else layers

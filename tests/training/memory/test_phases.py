@@ -25,7 +25,7 @@ from qllava.training.options.defaults import NANO_FINETUNE
 from qllava.training.scores import asking_of, expects_held_out
 from qllava.training.settings import TrainConfig, parse
 from qllava.training.step.attention import looking_at
-from tests.training.memory.test_memory import _events, on_cpu, real_llava, row_of, small, there_and_back
+from tests.training.memory.test_memory import _events, on_cpu, pack_of, real_llava, small, there_and_back
 
 ASKED = 4
 NEW = 12
@@ -55,7 +55,7 @@ def trained(setup: Setup, *, steps: int = 0) -> Callable[[], Any]:
         memory.prepare(model, setup, setup.layers[1])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for _ in range(steps):
-            there_and_back(model, row_of(replace(setup, tokens_per_row=80)))
+            there_and_back(model, pack_of(replace(setup, tokens_per_pack=80)))
             optimizer.step()
             optimizer.zero_grad()
         return model.eval(), optimizer
@@ -80,7 +80,7 @@ def answer(setup: Setup, questions: int, new_tokens: int) -> Callable[[Any], Any
 def held_out_loss(setup: Setup, tokens: int) -> Callable[[Any], Any]:
     def work(made: Any) -> Any:
         with looking_at(llava_of(made[0]).model.language_model), torch.no_grad():
-            return made[0](**row_of(replace(setup, tokens_per_row=tokens)))
+            return made[0](**pack_of(replace(setup, tokens_per_pack=tokens)))
 
     return work
 
@@ -88,7 +88,7 @@ def held_out_loss(setup: Setup, tokens: int) -> Callable[[Any], Any]:
 class TestAgainstTheTruth:
     """Within a tenth, for each phase beside the step, which has a test of its own."""
 
-    setup = on_cpu(small(), tokens_per_row=300)
+    setup = on_cpu(small(), tokens_per_pack=300)
     asking = Asking(before=ASKED, during=ASKED, new_tokens=NEW, held_out_tokens=300)
 
     @pytest.fixture(scope="class")
@@ -145,7 +145,7 @@ class TestChoice:
         assert phase.peak(self.setup, GB) == one  # does not fit, and no batch can be smaller
 
     def test_a_plan_fits_when_all_phases_do(self) -> None:
-        setup = replace(self.setup, tokens_per_row=700)
+        setup = replace(self.setup, tokens_per_pack=700)
         step = estimate(setup)
         asking = Asking(before=12, during=32)
         plan = memory.plan_of(setup, step, step.peak_bytes + GB, replace(asking, held_out_tokens=700))
@@ -190,7 +190,7 @@ class TestChoice:
         train.eval_questions = 0
         assert asking_of(train, Lora(8, 8), held_out=True) == Asking(held_out_tokens=1400)
 
-    def test_which_plans_count_held_out_rows(self) -> None:
+    def test_which_plans_count_held_out_packs(self) -> None:
         def expected(*line: str) -> bool:
             return expects_held_out(parse(line, output_dir="x", nano=NANO_FINETUNE))
 

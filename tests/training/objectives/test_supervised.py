@@ -9,18 +9,18 @@ import torch
 
 from qllava.training.objectives import held_out
 from qllava.training.objectives.supervised import dft, nll, supervised
-from qllava.training.step.exact import RowOutput
+from qllava.training.step.exact import PackOutput
 
 PROBABILITIES = torch.tensor([0.5, 0.25, 0.125])
 
 
-def outputs(*, weight: bool = True) -> RowOutput:
+def outputs(*, weight: bool = True) -> PackOutput:
     """Three learned tokens of known probability, the first of which the model had right."""
     log_probs = PROBABILITIES.log().requires_grad_()
     right = torch.tensor([True, False, False])
     if not weight:
-        return RowOutput(0 * log_probs, torch.zeros_like(right), 0 * log_probs.detach(), torch.zeros_like(right))
-    return RowOutput(log_probs, torch.ones_like(right), torch.tensor([1.0, 2.0, 3.0]), right)
+        return PackOutput(0 * log_probs, torch.zeros_like(right), 0 * log_probs.detach(), torch.zeros_like(right))
+    return PackOutput(log_probs, torch.ones_like(right), torch.tensor([1.0, 2.0, 3.0]), right)
 
 
 def test_cross_entropy_is_the_share_of_a_steps_mean() -> None:
@@ -53,9 +53,9 @@ def test_a_pack_without_weight_has_a_loss_and_gradients_of_zero(loss_type: str, 
 def test_held_out_means_are_over_learned_tokens() -> None:
     """Two packs of other sizes: a mean of their means would be another figure."""
     one = outputs()
-    two = RowOutput(*(x[:1] for x in (one.log_probs, one.label_mask, one.entropy, one.is_top1)))
+    two = PackOutput(*(x[:1] for x in (one.log_probs, one.label_mask, one.entropy, one.is_top1)))
     answers = iter([one, two])
-    found = held_out.sums(nll, lambda **_: next(answers), {"rows": [{}, {}]}, lambda pack: pack)  # type: ignore[arg-type]
+    found = held_out.sums(nll, lambda **_: next(answers), {"packs": [{}, {}]}, lambda pack: pack)  # type: ignore[arg-type]
     assert found["tokens"] == 4
     means = held_out.means(found)
     assert means.keys() == {"loss", "entropy", "mean_token_accuracy"}

@@ -23,7 +23,7 @@ from qllava.models.adapter import add_lora
 from qllava.models.assemble import assemble
 from qllava.models.lora import Lora
 from qllava.training.step import exact
-from qllava.training.step.exact import lora_first, prune_last_layer, stop_tower, teach_rows
+from qllava.training.step.exact import lora_first, prune_last_layer, stop_tower, teach_packs
 from tests.tiny_runs import Tiny
 
 SMALL: dict[str, Any] = {
@@ -149,18 +149,18 @@ def test_logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     pieces = exact._scores(head, hidden, targets)
     (found,) = torch.autograd.grad(pieces[0].sum(), hidden)
-    torch.testing.assert_close(pieces, whole)  # how a product rounds may depend on its rows: it does on an AMD EPYC
+    torch.testing.assert_close(pieces, whole)  # how a product rounds may depend on its packs: it does on an AMD EPYC
     torch.testing.assert_close(found, wanted)
     assert max(sizes) == 7
 
 
-def test_rows_leave_other_calls_alone(tiny: Tiny) -> None:
+def test_packs_leave_other_calls_alone(tiny: Tiny) -> None:
     assembled = assemble(tiny.recipe())
     model: Any = assembled.model
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        teach_rows(model)
+        teach_packs(model)
         stop_tower(model)
         prune_last_layer(model.model.language_model)
         assert torch.equal(model(input_ids=ids).logits, wanted)

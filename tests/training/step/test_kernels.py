@@ -1,4 +1,4 @@
-"""Kernels of attention by rows: each computes what `groups` does, and a device gets one that is there and agrees."""
+"""Kernels of attention by packs: each computes what `groups` does, and a device gets one that is there and agrees."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUPS = (Group(0, 3, (2, 1)), Group(6, 0, (4,)), Group(10, 5, (3,)))
 HEADS, SHARED, WIDTH = 4, 2, 16
 
 
-def a_row(heads: Sequence[int] = (HEADS, SHARED, SHARED)) -> list[Tensor]:
+def a_pack(heads: Sequence[int] = (HEADS, SHARED, SHARED)) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(1, n, GROUPS[-1].end, WIDTH, requires_grad=True) for n in heads]
 
@@ -70,18 +70,18 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def test_groups() -> None:
-    given = a_row()
+    given = a_pack()
     assert_same(passes(by_groups(*given, sight()), given), dense(given))
 
 
 def test_groups_at_the_learned_places() -> None:
-    given, who = a_row(), sight()
+    given, who = a_pack(), sight()
     few = by_groups(given[0][:, :, who.learned], *given[1:], who)
     assert_same(passes(few, given), dense(given, who.learned))
 
 
 def test_a_branch_in_which_nothing_is_learned() -> None:
-    given, who = a_row(), sight((4, 9), (1, 0, 1, 0))
+    given, who = a_pack(), sight((4, 9), (1, 0, 1, 0))
     few = by_groups(given[0][:, :, who.learned], *given[1:], who)
     assert_same(passes(few, given), dense(given, who.learned))
 
@@ -90,8 +90,8 @@ def test_a_branch_in_which_nothing_is_learned() -> None:
 def test_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not compiled, as a CPU runs it: the mask is what is tested."""
     monkeypatch.setattr(attention, "_compiled", lambda: flex_attention)
-    given = [x.detach() for x in a_row()]  # on a CPU it has no way back
-    torch.testing.assert_close(flex(*given, sight()), dense(a_row())[0], rtol=1e-5, atol=1e-5)
+    given = [x.detach() for x in a_pack()]  # on a CPU it has no way back
+    torch.testing.assert_close(flex(*given, sight()), dense(a_pack())[0], rtol=1e-5, atol=1e-5)
 
 
 def _variable_length(
@@ -115,7 +115,7 @@ def test_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = ModuleType("torch.nn.attention.varlen")
     stand_in.varlen_attn = _variable_length  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
-    given = a_row()
+    given = a_pack()
     assert_same(passes(varlen(*given, sight()), given), dense(given))
 
 
@@ -123,7 +123,7 @@ def test_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("kernel", [varlen, flex], ids=["varlen", "flex"])
 def test_on_a_gpu(kernel: Any) -> None:
-    given = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in a_row()]
+    given = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in a_pack()]
     who = sight()
     who.learned = who.learned.cuda()
     wanted, found = by_groups(*given, who), kernel(*given, who)
@@ -136,36 +136,36 @@ class TestChoice:
         assert choose(config, torch.device("cpu"), torch.float32).kernel == "groups"
 
     def test_the_fastest_that_agrees(self) -> None:
-        def slow(row: list[Tensor]) -> list[Tensor]:
+        def slow(pack: list[Tensor]) -> list[Tensor]:
             time.sleep(0.02)
-            return [row[0] * 2]
+            return [pack[0] * 2]
 
-        def missing(row: list[Tensor]) -> list[Tensor]:
+        def missing(pack: list[Tensor]) -> list[Tensor]:
             raise RuntimeError("no such kernel")
 
-        chosen = fastest([torch.ones(3)], {"groups": slow, "varlen": lambda row: [row[0] * 2], "flex": missing})
+        chosen = fastest([torch.ones(3)], {"groups": slow, "varlen": lambda pack: [pack[0] * 2], "flex": missing})
         assert chosen.kernel == "varlen"
         assert "flex is not available (RuntimeError)" in chosen.why and "groups" in chosen.why
 
     def test_one_that_is_wrong_is_left_out(self) -> None:
-        def right(row: list[Tensor]) -> list[Tensor]:
+        def right(pack: list[Tensor]) -> list[Tensor]:
             time.sleep(0.01)
-            return [row[0] * 2]
+            return [pack[0] * 2]
 
-        chosen = fastest([torch.ones(3)], {"groups": right, "flex": lambda row: [row[0] * 2.1]})
+        chosen = fastest([torch.ones(3)], {"groups": right, "flex": lambda pack: [pack[0] * 2.1]})
         assert chosen.kernel == "groups" and "flex differs by 5.0%" in chosen.why
-        nan = fastest([torch.ones(3)], {"groups": right, "flex": lambda row: [row[0] * float("nan")]})
+        nan = fastest([torch.ones(3)], {"groups": right, "flex": lambda pack: [pack[0] * float("nan")]})
         assert nan.kernel == "groups"
 
     @pytest.mark.parametrize("place", range(3))
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_one_that_is_not_finite_anywhere_is_left_out(self, place: int, value: float) -> None:
-        def fast(row: list[Tensor]) -> list[Tensor]:
-            return [row[0] * (value if index == place else 2) for index in range(3)]
+        def fast(pack: list[Tensor]) -> list[Tensor]:
+            return [pack[0] * (value if index == place else 2) for index in range(3)]
 
-        def slow(row: list[Tensor]) -> list[Tensor]:
+        def slow(pack: list[Tensor]) -> list[Tensor]:
             time.sleep(0.005)
-            return [row[0] * 2] * 3
+            return [pack[0] * 2] * 3
 
         chosen = fastest([torch.ones(3)], {"groups": slow, "flex": fast})
         assert chosen.kernel == "groups" and "flex computes values that are not finite" in chosen.why
@@ -173,14 +173,14 @@ class TestChoice:
     def test_a_resumed_run_keeps_its_own(self) -> None:
         """Whatever is faster today: two kernels round differently."""
 
-        def slow(row: list[Tensor]) -> list[Tensor]:
+        def slow(pack: list[Tensor]) -> list[Tensor]:
             time.sleep(0.02)
-            return [row[0] * 2]
+            return [pack[0] * 2]
 
-        def missing(row: list[Tensor]) -> list[Tensor]:
+        def missing(pack: list[Tensor]) -> list[Tensor]:
             raise RuntimeError("no such kernel")
 
-        trials = {"groups": lambda row: [row[0] * 2], "varlen": slow, "flex": missing}
+        trials = {"groups": lambda pack: [pack[0] * 2], "varlen": slow, "flex": missing}
         kept = fastest([torch.ones(3)], trials, "varlen")
         assert (kept.kernel, kept.why) == ("varlen", "as in the checkpoint")
         gone = fastest([torch.ones(3)], trials, "flex")
@@ -198,8 +198,8 @@ class TestChoice:
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
     def test_layers_are_tried_forward_and_backward(self) -> None:
         norm = LlamaRMSNorm(16).requires_grad_(False)
-        row = [torch.randn(1, 5, width) for width in (16, 24, 24)]
-        plain, fused = (layer_trial(norm, how)(row) for how in (lambda function: function, compiled))
-        assert [x.shape for x in plain] == [row[n].shape for n in (0, 1, 0, 1, 2)]
+        pack = [torch.randn(1, 5, width) for width in (16, 24, 24)]
+        plain, fused = (layer_trial(norm, how)(pack) for how in (lambda function: function, compiled))
+        assert [x.shape for x in plain] == [pack[n].shape for n in (0, 1, 0, 1, 2)]
         for a, b in zip(fused, plain, strict=True):
             torch.testing.assert_close(a, b)

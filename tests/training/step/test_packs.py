@@ -20,23 +20,23 @@ LENGTHS = (4, 3, 2, 1)
 class Collator:
     """Packs of at most so many tokens; a pack is the tokens of its samples, each of which is its sample's length."""
 
-    tokens_per_row: int | None = None
+    tokens_per_pack: int | None = None
 
     def __call__(self, samples: list[int]) -> dict[str, Any]:
         packs: list[list[int]] = [[]]
         for length in samples:
-            if packs[-1] and self.tokens_per_row and len(packs[-1]) + length > self.tokens_per_row:
+            if packs[-1] and self.tokens_per_pack and len(packs[-1]) + length > self.tokens_per_pack:
                 packs.append([])
             packs[-1] += [length] * length
-        rows = [{"input_ids": torch.tensor([pack])} for pack in packs]
-        return {"rows": rows, "lengths": torch.tensor(samples), "kept": Kept([{"id": n} for n in samples], [])}
+        packs = [{"input_ids": torch.tensor([pack])} for pack in packs]
+        return {"packs": packs, "lengths": torch.tensor(samples), "kept": Kept([{"id": n} for n in samples], [])}
 
     def shorten(self, tokens: int) -> None:
-        """As RowCollator's."""
-        self.tokens_per_row = tokens
+        """As PackCollator's."""
+        self.tokens_per_pack = tokens
 
     def again(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As RowCollator's."""
+        """As PackCollator's."""
         return self([sample["id"] for sample in batch["kept"].samples])
 
 
@@ -79,7 +79,7 @@ def test_the_step_is_computed_again_in_halves() -> None:
     assert again == (pytest.approx(loss), pytest.approx(gradient), samples)
     assert small.packs == [1, 10, 1, 4, 5, 1], "the batch before, too: its gradient was thrown away"
     assert small.step.halved == 5
-    assert small.said == ["Out of memory at step 1: rows have at most 5 tokens from here on."]
+    assert small.said == ["Out of memory at step 1: packs have at most 5 tokens from here on."]
 
 
 def test_a_batch_that_was_made_before_is_cut() -> None:

@@ -1,4 +1,4 @@
-"""Files are read piece by piece: wherever a piece ends, the rows, their places and what is broken are the same."""
+"""Files are read piece by piece: wherever a piece ends, the examples, their places and what is broken are the same."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qllava.config import InputError
-from qllava.data import rows as module
-from qllava.data.problems import Place, Problem, RowError, stop
-from qllava.data.rows import is_folder, read_rows
+from qllava.data import records as module
+from qllava.data.problems import Place, Problem, RecordError, stop
+from qllava.data.records import is_folder, read_records
 
 ODD = [
     {"id": 1, "text": 'a "quoted" \\ text\n\ttab', "number": -1.5e-7, "none": None},
@@ -28,12 +28,12 @@ TEXTS = {
     "a list as people write it": json.dumps(ODD, indent=2, ensure_ascii=False),
     "Windows lines and a byte order mark": "\ufeff" + json.dumps(ODD, indent=1).replace("\n", "\r\n"),
     "white space everywhere": "\n\n [\t" + " ,\n\n ".join(map(json.dumps, ODD)) + "\n]\n\n",
-    "elements that are no rows": '[1, 2.5, -1.5e+10 , "a", true, null, [], 12345678901234567890, NaN, -Infinity]',
+    "elements that are no examples": '[1, 2.5, -1.5e+10 , "a", true, null, [], 12345678901234567890, NaN, -Infinity]',
 }
 BROKEN = {
     "cut off in a string": json.dumps(ODD)[:30],
     "cut off in a number": '[{"a": 1.5e',
-    "cut off between rows": '[{"a": 1},\n',
+    "cut off between examples": '[{"a": 1},\n',
     "no comma": '[{"a": 1}\n{"b": 2}]',
     "a word": '[{"a": 1}, nul]',
     "more behind the end": '[{"a": 1}]\n]',
@@ -43,7 +43,7 @@ BROKEN = {
 
 def found(path: Path) -> tuple[list[tuple[Place, Any]], list[str]]:
     problems: list[str] = []
-    return list(read_rows(path, lambda problem: problems.append(str(problem)))), problems
+    return list(read_records(path, lambda problem: problems.append(str(problem)))), problems
 
 
 @pytest.fixture
@@ -116,18 +116,18 @@ def test_places_are_lines_and_rows(path: Path) -> None:
 
 
 def test_places_and_problems_are_said_in_one_line() -> None:
-    assert str(Place("folder/rows.json", line=3, row=2)) == "rows.json, row 2"
+    assert str(Place("folder/rows.json", line=3, row=2)) == "rows.json, example 2"
     assert str(Place("folder/rows.jsonl", line=3)) == "rows.jsonl, line 3"
     assert str(Place("folder/rows.json")) == "folder/rows.json"
-    assert (Place("r", line=3, row=2).within, Place("r", line=3).within) == ("row 2", "line 3")
+    assert (Place("r", line=3, row=2).within, Place("r", line=3).within) == ("example 2", "line 3")
 
     def said(id: str | None) -> str:
-        return str(Problem("kind", "the picture is missing", "add it", Place("r.json", row=2), id))
+        return str(Problem("kind", "the image is missing", "add it", Place("r.json", row=2), id))
 
-    assert said(None) == "r.json, row 2: the picture is missing; add it."
-    assert said("é 7") == "r.json, row 2, id é 7: the picture is missing; add it."
-    assert said("a\nb") == "r.json, row 2, id 'a\\nb': the picture is missing; add it."
-    assert said("9" * 4000) == f"r.json, row 2, id '{'9' * 80}': the picture is missing; add it."
+    assert said(None) == "r.json, example 2: the image is missing; add it."
+    assert said("é 7") == "r.json, example 2, id é 7: the image is missing; add it."
+    assert said("a\nb") == "r.json, example 2, id 'a\\nb': the image is missing; add it."
+    assert said("9" * 4000) == f"r.json, example 2, id '{'9' * 80}': the image is missing; add it."
 
 
 def test_a_file_name_that_is_no_utf8_can_be_said() -> None:
@@ -136,18 +136,18 @@ def test_a_file_name_that_is_no_utf8_can_be_said() -> None:
 
 def test_a_problem_is_one_line_whatever_a_library_says() -> None:
     problem = Problem("kind", "it cannot be read (a\nb\x00\u2028\ud800 é)", "write it again", Place("a\nb.json", row=2))
-    assert str(problem) == "a\\nb.json, row 2: it cannot be read (a\\nb\\x00\\u2028\\ud800 é); write it again."
+    assert str(problem) == "a\\nb.json, example 2: it cannot be read (a\\nb\\x00\\u2028\\ud800 é); write it again."
 
 
 def test_a_row_without_an_id_is_named_by_its_place_once() -> None:
-    problem = Problem("kind", "it is too long", "cut it", Place("r.json", line=9, row=2), "row 2")
-    assert (problem.id, str(problem)) == (None, "r.json, row 2: it is too long; cut it.")
+    problem = Problem("kind", "it is too long", "cut it", Place("r.json", line=9, row=2), "example 2")
+    assert (problem.id, str(problem)) == (None, "r.json, example 2: it is too long; cut it.")
 
 
 def test_only_errors_stop_a_reader() -> None:
     for severity in ("note", "warning"):
         stop(Problem("kind", "a", "b", Place("r"), severity=severity))  # type: ignore[arg-type]
-    with pytest.raises(RowError, match=r"^r: a; b\.$") as error:
+    with pytest.raises(RecordError, match=r"^r: a; b\.$") as error:
         stop(Problem("kind", "a", "b", Place("r")))
     assert isinstance(error.value, InputError)
     copy = pickle.loads(pickle.dumps(error.value))
@@ -158,7 +158,7 @@ def test_a_file_without_line_breaks_is_not_held_as_a_whole(path: Path, monkeypat
     monkeypatch.setattr(module, "_PIECE", 1 << 14)
     path.write_text(json.dumps([{"id": n, "text": "word " * 40} for n in range(20_000)]))
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(path)) == 20_000
+    assert sum(1 for _ in read_records(path)) == 20_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20 < path.stat().st_size / 4
@@ -175,7 +175,7 @@ def test_the_line_that_is_no_utf8_is_named(
     for size in (1, 7, 1000, 1 << 20):
         monkeypatch.setattr(module, "_PIECE", size)
         problems: list[Problem] = []
-        read = list(read_rows(path, problems.append))
+        read = list(read_records(path, problems.append))
         assert [problem.place for problem in problems] == [Place(str(path), line=line)]
         assert [row["id"] for _, row in read] == list(range(len(read))) and len(read) < line
 
@@ -201,9 +201,9 @@ def test_one_object_over_many_lines_is_one_problem(path: Path) -> None:
 
 def test_what_a_reader_of_the_first_error_sees(path: Path) -> None:
     path.write_text('{"a": 1}\n{"b"}\n')
-    reader = read_rows(path)
+    reader = read_records(path)
     assert next(reader)[1] == {"a": 1}
-    with pytest.raises(RowError, match=r"rows\.json, line 2: this is not valid JSON \(Expecting ':' delimiter"):
+    with pytest.raises(RecordError, match=r"rows\.json, line 2: this is not valid JSON \(Expecting ':' delimiter"):
         next(reader)
 
 

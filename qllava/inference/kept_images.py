@@ -1,7 +1,7 @@
 """Images that people hand in: decoded and written again, so that only pixels are kept.
 
-A file's name says nothing of its content, and its content may hold more than a picture (a place, a second file). What
-`keep_picture` writes is the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes:
+A file's name says nothing of its content, and its content may hold more than an image (a place, a second file). What
+`keep_image` writes is the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes:
 no EXIF, no text, and no colour profile, which may hold anything too. Pixels of another RGB space are converted first.
 """
 
@@ -15,13 +15,13 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from qllava.config import InputError
 from qllava.data.images import open_image
-from qllava.data.problems import RowError
+from qllava.data.problems import RecordError
 from qllava.files import whole_file
 
 LONGEST = 2048
-"""Pixels on the longer side of a kept picture: six times what the largest CLIP tower looks at."""
+"""Pixels on the longer side of a kept image: six times what the largest CLIP tower looks at."""
 MAX_PIXELS = 50_000_000
-"""Of a picture that is handed in: decoded, 150 MB."""
+"""Of an image that is handed in: decoded, 150 MB."""
 MAX_PROFILE = 2**20
 """Bytes of a colour profile that is applied; those of cameras and screens have some thousand."""
 
@@ -29,30 +29,30 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is opened for others. Pillow knows more, and hands some of it to other programs (EPS to Ghostscript)."""
 
 
-def hash_of(picture: Path) -> str:
-    """The SHA-256 under which `keep_picture` keeps a picture. Raises InputError as it does."""
-    return hashlib.sha256(_written_anew(picture, picture.name)).hexdigest()
+def hash_of(image: Path) -> str:
+    """The SHA-256 under which `keep_image` keeps an image. Raises InputError as it does."""
+    return hashlib.sha256(_written_anew(image, image.name)).hexdigest()
 
 
-def keep_picture(picture: Path, folder: Path, name: str) -> Path:
+def keep_image(image: Path, folder: Path, name: str) -> Path:
     """Write an image again into a folder, as SHA256.png; `name` is what its owner calls it.
 
     Raises InputError, which names no path, when it is not an image, corrupt or too large.
     """
-    content = _written_anew(picture, name)
+    content = _written_anew(image, name)
     path = folder / f"{hashlib.sha256(content).hexdigest()}.png"
     with whole_file(path, durable=False) as aside:
         aside.write_bytes(content)
     return path
 
 
-def _written_anew(picture: Path, name: str) -> bytes:
+def _written_anew(image: Path, name: str) -> bytes:
     Image.init()
     profile: object = None
     try:
-        with Image.open(picture, formats=[f for f in FORMATS if f in Image.OPEN]) as image:  # reads the header only
-            too_large = image.width * image.height > MAX_PIXELS
-            profile = image.info.get("icc_profile")
+        with Image.open(image, formats=[f for f in FORMATS if f in Image.OPEN]) as opened:  # reads the header only
+            too_large = opened.width * opened.height > MAX_PIXELS
+            profile = opened.info.get("icc_profile")
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
     except Image.DecompressionBombError:
@@ -62,8 +62,8 @@ def _written_anew(picture: Path, name: str) -> bytes:
     if too_large:
         raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller.")
     try:
-        pixels = open_image(picture)
-    except RowError as error:
+        pixels = open_image(image)
+    except RecordError as error:
         raise InputError(f"{name} cannot be used: {error.problem.problem}.") from error
     pixels.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     written = io.BytesIO()

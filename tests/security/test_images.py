@@ -1,4 +1,4 @@
-"""A picture from outside starts no other program."""
+"""An image from outside starts no other program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from qllava.data.images import open_image
-from qllava.data.problems import RowError
+from qllava.data.problems import RecordError
 from qllava.training.report import write_report
 
 
@@ -19,7 +19,7 @@ def test_ghostscript_is_not_called(tmp_path: Path, name: str, monkeypatch: pytes
     Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
     called: list[object] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: called.append(given))
-    with pytest.raises(RowError, match="EPS is a program and not an image"):
+    with pytest.raises(RecordError, match="EPS is a program and not an image"):
         open_image(tmp_path / name)
     assert not called
     with Image.open(tmp_path / name) as image, pytest.raises(Exception):  # noqa: B017  # the check can fail

@@ -1,17 +1,17 @@
-"""Files -> rows, one after the other; what is wrong with a file or a line is a `Problem` with its place.
+"""Files -> examples, one after the other; what is wrong with a file or a line is a `Problem` with its place.
 
 What a file is is recognized by what it holds, not by its name:
 
-    text that begins with [      a JSON list of rows, read piece by piece: a file of any size costs no memory
-    text that begins with {      one JSON row per line (JSONL)
-    other text                   a table with a header: picture, question, answer (CSV)
+    text that begins with [      a JSON list of examples, read piece by piece: a file of any size costs no memory
+    text that begins with {      one JSON example per line (JSONL)
+    other text                   a table with a header: image, question, answer (CSV)
     Parquet, Arrow, tar          see `containers`
     a folder                     of such files: a saved Hugging Face dataset, or the shards of a WebDataset
 
-Nothing is said here about what a row must hold: that is `formats`.
+Nothing is said here about what an example must hold: that is `formats`.
 
 The reader of JSON lists is ours: `ijson` streams a list too, but neither it nor the reader of `datasets` says in which
-line a row begins, and every message about a row names its line.
+line an example begins, and every message about an example names its line.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qllava.data import containers, delimited
-from qllava.data.problems import OnProblem, Place, Problem, RowError, Unusable, check_unicode, stop
+from qllava.data.problems import OnProblem, Place, Problem, RecordError, Unusable, check_unicode, stop
 
 _PIECE = 1 << 20  # characters that are read at a time
 # A token of JSON that the end of a piece cuts in two is at most this long; a string may be longer.
 _CUT = 32
 # And so much of a number may follow where it seems to end: "1e+" of 1e+5.
 _NUMBER_CUT = 2
-_ROWS_IN_A_FOLDER = {".parquet", ".arrow", ".tar", ".json"}
+_RECORDS_IN_A_FOLDER = {".parquet", ".arrow", ".tar", ".json"}
 
 
-def row_id(row: Any, place: Place, key: str) -> str:
-    """The id of a row, as text. Raises InputError where there is none."""
-    id = row.get(key) if isinstance(row, dict) else None
+def record_id(record: Any, place: Place, key: str) -> str:
+    """The id of an example, as text. Raises InputError where there is none."""
+    id = record.get(key) if isinstance(record, dict) else None
     if not isinstance(id, str | int) or isinstance(id, bool):
-        raise RowError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
+        raise RecordError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
     _check_unicode(str(id), key, place, None)
     return str(id)
 
 
-def row_text(row: dict[str, Any], key: str, place: Place, id: str) -> str:
-    """A text of a row. Raises InputError where it is none."""
-    text = row.get(key)
+def record_text(record: dict[str, Any], key: str, place: Place, id: str) -> str:
+    """A text of an example. Raises InputError where it is none."""
+    text = record.get(key)
     if not isinstance(text, str):
         problem = f"{key!r} holds no text"
-        raise RowError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
+        raise RecordError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
     _check_unicode(text, key, place, id)
     return text
 
@@ -56,11 +56,11 @@ def _check_unicode(text: str, key: str, place: Place, id: str | None) -> None:
     try:
         check_unicode(text, f"the {key}")
     except Unusable as error:
-        raise RowError(Problem(error.kind, error.problem, error.hint, place, id)) from None
+        raise RecordError(Problem(error.kind, error.problem, error.hint, place, id)) from None
 
 
-def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:
-    """The rows of a file or folder with their places, unchecked.
+def read_records(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:
+    """The examples of a file or folder with their places, unchecked.
 
     A line that cannot be read is handed to `on_problem` and left out; so is the rest of a file that cannot be read on.
     """
@@ -70,7 +70,7 @@ def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place,
             return
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
             problem = "this is neither a file nor a folder"
-            on_problem(Problem("file unreadable", problem, "write the rows to a file", Place(str(path))))
+            on_problem(Problem("file unreadable", problem, "write the examples to a file", Place(str(path))))
             return
         with path.open("rb") as file:
             head = file.read(512)
@@ -89,9 +89,9 @@ def read_rows(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place,
         on_problem(Problem("not UTF-8", problem, "save it as UTF-8", Place(str(path), line=_undecodable(path))))
 
 
-def row_files(path: Path) -> list[Path]:
-    """The files that hold the rows of a data set: itself, or those in a folder, where pictures may lie too."""
-    return sorted(p for p in path.rglob("*") if p.suffix in _ROWS_IN_A_FOLDER) if is_folder(path) else [path]
+def record_files(path: Path) -> list[Path]:
+    """The files that hold the examples of a data set: itself, or those in a folder, where images may lie too."""
+    return sorted(p for p in path.rglob("*") if p.suffix in _RECORDS_IN_A_FOLDER) if is_folder(path) else [path]
 
 
 def is_folder(path: Path) -> bool:
@@ -121,7 +121,7 @@ def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tupl
     first = next((piece.lstrip() for piece in iter(lambda: file.read(512), "") if piece.strip()), "")
     file.seek(0)
     if first.startswith("["):
-        yield from _JsonList(file, str(path)).rows(on_problem)
+        yield from _JsonList(file, str(path)).records(on_problem)
     elif first.startswith("{") or not first:
         yield from _read_lines(file, str(path), on_problem)
     else:
@@ -147,7 +147,7 @@ def _not_json(error: Exception, place: Place, column: int | None = None) -> Prob
         reason = f"{error.msg}, column {column or error.colno}"
     else:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-    hint = "a data file is a JSON list of rows, or one row per line"
+    hint = "a data file is a JSON list of examples, or one example per line"
     return Problem("not JSON", f"this is not valid JSON ({reason})", hint, place)
 
 
@@ -163,7 +163,7 @@ class _JsonList:
         self.ended = False
         self.decoder = json.JSONDecoder()
 
-    def rows(self, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
+    def records(self, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
         """The elements; at the first text that is not JSON, `on_problem` and the end."""
         try:
             self._expect("[")

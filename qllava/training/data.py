@@ -4,7 +4,7 @@ A mixture is written in the recipe's YAML:
 
     train_file:
       - {path: instruct.json, image_folder: coco/train2017}
-      - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second row, drawn by the seed
+      - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second example, drawn by the seed
 
 With `weight` in place of `repeat` the files have these shares of an epoch: the one that is largest for its share is
 read once, and the others are repeated until the shares hold, so that no example is left out.
@@ -27,7 +27,7 @@ from qllava.config import InputError
 from qllava.conversation import Template
 from qllava.data.check import Checked, check, lengths, numbers
 from qllava.data.encode import Encoder
-from qllava.data.rows import row_files
+from qllava.data.records import record_files
 from qllava.data.verdict import Verdict
 from qllava.image_layout import ImageLayout
 from qllava.models.assemble import Assembled
@@ -41,8 +41,8 @@ class Part:
     """One file of a data set.
 
     path: the file, or a folder that holds a data set.
-    image_folder: where its pictures lie; None for beside it.
-    repeat: how often an epoch shows each of its rows.
+    image_folder: where its images lie; None for beside it.
+    repeat: how often an epoch shows each of its examples.
     weight: its share of an epoch, relative to those of the others; in place of `repeat`.
     """
 
@@ -54,20 +54,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that can be trained on.
+    """Examples that can be trained on.
 
-    dataset: `id`, `input_ids`, `labels` and `pictures` of every row of an epoch; memory-mapped.
+    dataset: `id`, `input_ids`, `labels` and `images` of every example of an epoch; memory-mapped.
     parts: the files that it comes from.
-    lengths: tokens of each row of an epoch.
+    lengths: tokens of each example of an epoch.
     learned: how many of all of them together are learned.
-    pictures: a hash of the pictures of each row, 0 for none.
+    images: a hash of the images of each example, 0 for none.
     """
 
     dataset: Dataset
     parts: Sequence[Checked]
     lengths: np.ndarray
     learned: int
-    pictures: np.ndarray
+    images: np.ndarray
 
     def count(self, kind: str) -> int:
         """Problems of a kind in all files: "dropped", "trimmed"."""
@@ -109,9 +109,9 @@ def _part(entry: Any, number: int, image_folder: Path | None, field: str) -> Par
 
 
 def hashes_of(parts: list[Part]) -> list[dict[str, str]]:
-    """Name and SHA-256 of each file of rows; of a folder, of the files that hold rows."""
+    """Name and SHA-256 of each file of examples; of a folder, of the files that hold examples."""
     hashes = []
-    for file in (file for part in parts for file in row_files(part.path)):
+    for file in (file for part in parts for file in record_files(part.path)):
         with file.open("rb") as opened:
             hashes.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
     return hashes
@@ -128,21 +128,22 @@ def prepare(
 ) -> tuple[Prepared, Prepared | None]:
     """Check the files, say what was found, and open them: what is trained on, and what is held out.
 
-    seed: draws the rows of a part that is repeated a broken number of times.
-    skip_check: pictures are not looked at, and rows are not compared.
+    seed: draws the examples of a part that is repeated a broken number of times.
+    skip_check: images are not looked at, and examples are not compared.
     workers: processes that encode a large file; None for one per core.
-    Raises InputError when a row cannot be used, or none is left; all such problems have been printed then.
+    Raises InputError when an example cannot be used, or none is left; several are printed first.
     """
 
     def checked_parts(some: Sequence[Part]) -> list[Checked]:
-        return [check(p.path, p.image_folder, encoder, pictures=not skip_check, workers=workers) for p in some]
+        return [check(p.path, p.image_folder, encoder, images=not skip_check, workers=workers) for p in some]
 
     checked, held_out = checked_parts(parts), checked_parts(evaluation)
     verdict = Verdict(checked, held_out, ()) if skip_check else Verdict.over(checked, held_out)
     if skip_check:
-        print("NOT CHECKED, as asked: a picture that cannot be read will end the run when its batch comes.")
+        print("NOT CHECKED, as asked: an image that cannot be read will end the run when its batch comes.")
     if verdict.errors:
-        print(verdict.text(verbose=False), file=sys.stderr)
+        if verdict.errors > 1:  # a single one is what the error says
+            print(verdict.text(verbose=False), file=sys.stderr)
         first = next(problem for problem in verdict.problems() if problem.severity == "error")
         more = f" There are {verdict.errors - 1:,} more such problems; `qllava check` lists them all."
         raise InputError(f"{first}{more if verdict.errors > 1 else ''}")
@@ -190,7 +191,7 @@ def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float 
     table = concatenate_datasets([part.table for part in checked])
     every = np.concatenate([lengths(part) for part in checked])
     learned = np.concatenate([numbers(part.table, "learned_tokens") for part in checked])
-    shown = np.concatenate([numbers(part.table, "pictures_hash") for part in checked])
+    shown = np.concatenate([numbers(part.table, "images_hash") for part in checked])
     if len(rows) != len(table) or (rows != np.arange(len(table))).any():
         table = table.select(rows)
     return Prepared(
@@ -199,7 +200,7 @@ def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float 
 
 
 def chosen(sizes: Sequence[int], repeats: Sequence[float], seed: int) -> np.ndarray:
-    """Which rows an epoch shows, by their number over all parts: whole copies, and a drawn share for the rest."""
+    """Which examples an epoch shows, by their number over all parts: whole copies, and a drawn share for the rest."""
     rng = np.random.default_rng(seed)
     out = []
     start = 0

@@ -85,11 +85,11 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     evaluations.refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     started.keep()
-    # Model; the data of both stages is checked as it reads them, before anything is trained
+    # Model; the data of both stages is checked as it reads them, before anything is trained: first the user's own
     assembled = base.assembled(settings, start)
     measures = Measures(settings, folder, assembled)
-    captions = captions_of(settings, assembled, folder)
     train, evaluation = prepare_for(settings, assembled, assembled.template, files, held_out)
+    captions = captions_of(settings, assembled, folder)
     # Align
     measures.add("untrained", assembled.model)
     align(settings, assembled, folder, captions, begun, len(train.lengths), started)

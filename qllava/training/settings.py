@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from qllava.config import DataConfig, InputError, LoopConfig, ModelConfig
 from qllava.models.errors import one_line
 from qllava.models.lora import Lora
 from qllava.models.record import BELONGS_TO_BASE, adapter_at, read_record
+from qllava.training.durable.processes import unlaunched
 from qllava.training.options.command import Given, read
 
 
@@ -123,8 +125,9 @@ def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
         values.pop("tf32", None)  # transformers would look for a card that has it, and switch it on
     parser.set_defaults_with_config(**values)
     try:
-        # Without it TRL reads flags from a file PROGRAM.args too, which nobody expects.
-        model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+        with unlaunched() if elsewhere else nullcontext():
+            # Without it TRL reads flags from a file PROGRAM.args too, which nobody expects.
+            model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error
     if not elsewhere:

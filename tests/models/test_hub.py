@@ -28,10 +28,12 @@ from qllava.models.language import load_tokenizer
 from qllava.models.layouts import find_weights
 from qllava.models.reading import read_model
 from qllava.models.weights import language_model_name, open_weights
+from qllava.training.options.before import look
+from qllava.training.options.command import read as read_command
 from qllava.training.plan import plan
 from tests.hub_stand_in import Repository, StandIn, stand_in
 from tests.tiny_models import make_tiny_parts
-from tests.tiny_runs import Tiny, refusal
+from tests.tiny_runs import Tiny, flags, refusal
 
 Change = Callable[[Path], None]
 
@@ -445,8 +447,11 @@ class TestLlavasOwnLayout:
         theirs = {f"model.mm_projector.{layers[k[:8]]}.{k[9:]}": tensor.half() for k, tensor in state.items()}
         (tmp_path / "stage1").mkdir()
         torch.save(theirs, tmp_path / "stage1" / "mm_projector.bin")
+        with pytest.raises(InputError) as early:  # a recipe looks before it imports torch
+            look(read_command(flags(tiny, projector=tmp_path / "stage1"), output_dir="run", nano={}), stage1=False)
         with pytest.raises(InputError) as error:
             load_projector(model, tmp_path / "stage1")
+        assert refusal(error.value).endswith(refusal(early.value).partition("; ")[2])
         found = re.search(r"python -m qllava\.models\.convert ([^)]+)\)", refusal(error.value))
         assert found
         arguments = shlex.split(found[1])

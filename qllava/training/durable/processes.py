@@ -34,6 +34,16 @@ SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE"
 
 
 @contextmanager
+def unlaunched() -> Iterator[None]:
+    """Hide what a launcher has set, for settings that are only read: accelerate would wait for the other processes."""
+    found = {name: os.environ.pop(name) for name in (*SIZES[:3], *LAUNCHED) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
+
+
+@contextmanager
 def meeting() -> Iterator[None]:
     """Say which processes this one waits for; they find each other inside. A process that is alone waits for none.
 

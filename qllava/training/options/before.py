@@ -200,9 +200,9 @@ def _check_parts(given: Given, *, stage1: bool) -> None:
     if projector:
         check_folder(projector, "projector")
         if not (Path(projector) / PROJECTOR_FILE).is_file():
-            raise InputError(
-                f"projector: {projector} has no {PROJECTOR_FILE}; give the folder of a finished pretrain_projector."
-            )
+            from qllava.models.layouts import projector_advice  # here, because only a mistake needs it
+
+            raise InputError(f"projector: {projector} has no {PROJECTOR_FILE}; {projector_advice(Path(projector))}.")
 
 
 def _check_start(given: Given, *, stage1: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -15,9 +16,10 @@ import torch
 
 from qllava.config import InputError
 from qllava.conversation import CHATML
-from qllava.data.collate import weightless_row
+from qllava.data.collate import weightless_pack
 from qllava.training import fitting
 from qllava.training.durable import processes
+from qllava.training.settings import parse
 from qllava.training.stages import INSTRUCTION, Stage
 from tests import commands
 from tests.tiny_runs import Tiny, make_trainer, refusal
@@ -51,7 +53,7 @@ def test_unequal_cards_choose_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: 
 
     def fit(setup: Any, limit: int, **_: Any) -> Any:
         limits.append(limit)
-        return SimpleNamespace(tokens_per_row=64, recompute_layers=0, optim="adamw_torch_fused", peak_bytes=1)
+        return SimpleNamespace(tokens_per_pack=64, recompute_layers=0, optim="adamw_torch_fused", peak_bytes=1)
 
     monkeypatch.setattr(fitting, "fit", fit)
     for lowest in (1 << 30, 8 << 30):
@@ -99,14 +101,16 @@ def test_one_that_shares_out_refuses_what_was_not(tiny: Tiny, tmp_path: Path, mo
 
 
 def test_a_weightless_row_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    """Loss and gradients of a batch with one more such row, which a process computes while others have more."""
+    """Loss and gradients of a batch with one more such pack, which a process computes while others have more."""
     trainer = make_trainer(tiny, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(2)])
     found = []
-    for rows in (batch["rows"], [*batch["rows"], weightless_row()]):
+    for rows in (batch["packs"], [*batch["packs"], weightless_pack()]):
         trainer.model.zero_grad()
         trainer.model.train()
-        loss = trainer.pack_step.compute(trainer.model, {**batch, "rows": [dict(row) for row in rows]}, torch.tensor(5))
+        loss = trainer.pack_step.compute(
+            trainer.model, {**batch, "packs": [dict(row) for row in rows]}, torch.tensor(5)
+        )
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
         found.append((loss.detach(), gradients))
     (loss, gradients), (again, others) = found
@@ -161,6 +165,13 @@ def test_who_is_alone_waits_for_nobody(left_over: pytest.MonkeyPatch, capsys: py
     left_over.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="LOCAL_RANK is set and WORLD_SIZE not"), processes.meeting():
         pass
+
+
+def test_settings_that_are_only_read_wait_for_nobody(left_over: pytest.MonkeyPatch) -> None:
+    """`qllava plan` and `qllava check --config`, in a shell where a launcher's variables are left over."""
+    settings = parse(["--model_name_or_path", "nano"], output_dir="unused", nano={}, elsewhere=True)
+    assert settings.train.world_size == 1
+    assert {name: os.environ.get(name) for name in LEFT_OVER} == LEFT_OVER
 
 
 WAITING = """

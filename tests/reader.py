@@ -139,7 +139,7 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 def fresh_folder(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     """The clone as a folder to type in: recipes, demo and what a reader brings; nano is small."""
-    for name in ("recipes", "demo", "docs"):
+    for name in ("recipes", "demo", "docs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     for name, count in NANO_IS_SMALL.items():
         patch.setattr(nano, name, count)

@@ -1,4 +1,4 @@
-"""What a recipe's YAML and flags may say, and the one error that a user is meant to read.
+"""The settings of a recipe (YAML keys and flags), and the error class for invalid user input.
 
 Most settings of the training loop are TRL's own (`SFTConfig`); `training/settings.py` joins them with these. Standard
 library only, so that the command line stays instant.
@@ -11,25 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NANO = "nano"
-"""The name of the embedded default, for a recipe: its parts."""
+"""Name of the built-in model nano, for a recipe: the model is built from nano's parts."""
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 RENAMED = {"tokens_per_row": "tokens_per_pack"}
-"""Old names of settings, as the `run.yaml` of older runs has them, and what they are called now."""
+"""Old names of settings, found in the `run.yaml` of older runs, with their current names."""
 
 
 def cache_folder() -> Path:
-    """Where data that can be made again is kept: `$QLLAVA_CACHE`, else `~/.cache/qllava`."""
+    """Return the folder for data that can be recreated: `$QLLAVA_CACHE`, else `~/.cache/qllava`."""
     given = expanded(os.environ.get("QLLAVA_CACHE") or "~/.cache/qllava")
     if given.startswith("~"):
         raise InputError(
-            f"{given} cannot be found, because this home folder does not exist; set QLLAVA_CACHE to a folder for what "
-            "is kept between runs."
+            f"{given} cannot be found, because this home folder does not exist. Set QLLAVA_CACHE to a folder for "
+            "cached data."
         )
     return Path(given)
 
 
 class InputError(Exception):
-    """What the user gave cannot be used.
+    """Invalid input of the user.
 
     The message is one sentence that names the file, line or id, says what was expected and what to do. Commands
     print it without a stack trace and end with status 1.
@@ -37,69 +37,72 @@ class InputError(Exception):
 
 
 def expanded(name: str) -> str:
-    """A path as the user typed it, with `~` replaced by the home folder; any other name as it is.
+    """Return a path with `~` replaced by the home folder; return any other name unchanged.
 
-    The one place where `~` is read: a shell leaves it alone in `--flag=~/x`, and a YAML has no shell.
+    The only place that expands `~`: a shell does not expand `--flag=~/x`, and a YAML file has no shell.
     """
-    # Not Path's: without a home folder that one raises, and the name is then refused in words like any other.
+    # Not Path.expanduser, which raises without a home folder; the later check of the path has the better message.
     return os.path.expanduser(name) if name.startswith("~") else name  # noqa: PTH111
 
 
 @dataclass
 class ModelConfig:
-    """Which parts make the model, and what of it learns."""
+    """Settings of the model: its parts, quantization and LoRA."""
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "`nano` (the default), a LLaVA in llava-hf's layout (a folder or a hub name), or a run of "
-            "finetune_lora, whose adapter is trained on."
+            "help": "`nano` (the default), a LLaVA in llava-hf's layout (a folder or a hub name), or a finetune_lora "
+            "run whose adapter is trained further."
         },
     )
     language_model: str | None = field(
         default=None, metadata={"help": "Build a new LLaVA from this LLaMA-family model: a folder or a hub name."}
     )
     vision_tower: str | None = field(
-        default=None, metadata={"help": "The tower of the new LLaVA: open_clip:ARCH/PRETRAINED, or a folder."}
+        default=None, metadata={"help": "Vision tower of the new LLaVA: open_clip:ARCH/PRETRAINED, or a folder."}
     )
     projector_type: str = field(
-        default="mlp2x_gelu", metadata={"help": "Projector of a new LLaVA.", "choices": ["mlp2x_gelu", "linear"]}
+        default="mlp2x_gelu", metadata={"help": "Projector type of a new LLaVA.", "choices": ["mlp2x_gelu", "linear"]}
     )
     projector: str | None = field(
-        default=None, metadata={"help": "The folder that pretrain_projector wrote: start from its projector."}
+        default=None, metadata={"help": "Start from the projector of this pretrain_projector run."}
     )
     vision_feature_layer: int = field(
-        default=-2, metadata={"help": "The layer of the tower whose features are used; -2 is the one before the last."}
+        default=-2,
+        metadata={"help": "Layer of the vision tower that image features are taken from; -2 is the last but one."},
     )
     image_aspect: str = field(
         default="pad",
         metadata={
-            "help": "How an image becomes a square: pad it, crop its centre, or squash it.",
+            "help": "How to make an image square: pad it, crop its centre, or squash it.",
             "choices": ["pad", "crop", "squash"],
         },
     )
     template: str | None = field(
         default=None,
         metadata={
-            "help": "Conversation template; by model when not given, and `plain` in stage 1.",
+            "help": "Conversation template (default: by model; `plain` in stage 1).",
             "choices": ["plain", "vicuna_v1", "llama_2", "llama_3", "chatml"],
         },
     )
-    load_in_4bit: bool = field(default=True, metadata={"help": "Hold the language model in NF4, doubly quantized."})
+    load_in_4bit: bool = field(
+        default=True, metadata={"help": "Load the language model in 4 bit: NF4 with double quantization."}
+    )
     lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=128, metadata={"help": "Scale of LoRA; twice the rank works."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; twice the rank is a good choice."})
     lora_dropout: float = field(
         default=0.0,
-        metadata={"help": "Dropout before LoRA; questions that share an image then share the mask of its tokens."},
+        metadata={"help": "Dropout before LoRA; samples that share image tokens share their dropout mask too."},
     )
     base_model: list[str] | None = field(
         default=None,
-        metadata={"help": "Where the base of the run in model_name_or_path is now, if it has moved."},
+        metadata={"help": "New location of the base of the run in model_name_or_path, if the base has moved."},
     )
 
     @property
     def is_nano(self) -> bool:
-        """Whether these are nano's own parts."""
+        """Whether the model is built from nano's own parts."""
         return self.model_name_or_path == NANO or not (
             self.model_name_or_path or self.language_model or self.vision_tower
         )
@@ -107,13 +110,13 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """What is learned from."""
+    """Settings of the training and held-out data."""
 
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training examples: a file, or in a YAML a list of {path, repeat or weight, image_folder}. nano "
-            "has its own."
+            "help": "Training examples: a file, or in a YAML a list of {path, repeat or weight, image_folder}. The "
+            "default for nano is its own data."
         },
     )
     eval_file: str | None = field(
@@ -121,85 +124,96 @@ class DataConfig:
     )
     image_folder: str | None = field(
         default=None,
-        metadata={"help": "Folder that image paths are relative to; when not given, that of the data file."},
+        metadata={"help": "Folder that image paths are relative to (default: the folder of the data file)."},
     )
     pretrain_file: str | None = field(
-        default=None, metadata={"help": "Captions for an alignment of the projector before finetune_lora's own stage."}
+        default=None,
+        metadata={"help": "Captions to align the projector with (stage 1) before finetune_lora runs stage 2."},
     )
     too_long: str = field(
         default="error",
-        metadata={"help": "What to do with a sample longer than max_length.", "choices": ["error", "drop", "trim"]},
+        metadata={
+            "help": "What to do with a sample that is longer than max_length.",
+            "choices": ["error", "drop", "trim"],
+        },
     )
     skip_check: bool = field(
-        default=False, metadata={"help": "Neither open the images nor compare examples before the run."}
+        default=False,
+        metadata={"help": "Skip the check of the data, which opens every image and compares all examples."},
     )
 
 
 @dataclass
 class LoopConfig:
-    """Settings of the training loop: our own, and those of TRL's whose default is another one here."""
+    """Settings of the training loop: qllava's own, and TRL's settings that have another default here."""
 
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Of LoRA in stage 2 (2e-4) or of the projector in stage 1 (1e-3)."}
+        default=None,
+        metadata={"help": "Learning rate of LoRA in stage 2 (2e-4), or of the projector in stage 1 (1e-3)."},
     )
     projector_lr: float | None = field(
-        default=None, metadata={"help": "The projector's own learning rate in stage 2 (2e-5)."}
+        default=None, metadata={"help": "Learning rate of the projector in stage 2 (2e-5)."}
     )
-    max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a sample, image tokens counted."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Maximum number of tokens in a sample, image tokens included."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of passes over the data."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: number of steps, or below 1 the fraction of all steps."}
+    )
     share_image_prefix: bool = field(
         default=True,
-        metadata={"help": "Let samples about one image share its tokens; without dropout the loss is the same."},
+        metadata={"help": "Compute image tokens once for all samples about it; without dropout the loss is unchanged."},
     )
     tokens_per_pack: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum number of tokens in one pack; by memory when not given. Without dropout the loss is the "
-            "same."
+            "help": "Maximum number of tokens in one pack (default: by memory). Without dropout the loss is unchanged."
         },
     )
     fit_memory: str | None = field(
         default=None,
         metadata={
-            "help": "A limit such as 12GB: choose pack length and recomputation to stay under it; when not given, "
-            "what the GPU has."
+            "help": "Memory limit such as 12GB; choose pack length and recomputation to stay below it (default: the "
+            "memory of the GPU)."
         },
     )
     recompute_layers: int | None = field(
         default=None,
         metadata={
-            "help": "How many decoder layers are recomputed in the backward pass; all when gradient_checkpointing is "
-            "set."
+            "help": "Number of decoder layers to recompute in the backward pass (default: all if "
+            "gradient_checkpointing is set)."
         },
     )
     stop_tower: bool = field(
         default=True,
-        metadata={"help": "Compute no tower layer above the one in use; the loss is the same."},
+        metadata={"help": "Skip vision tower layers above vision_feature_layer; the loss does not change."},
     )
     prune_last_layer: bool = field(
         default=True,
         metadata={
-            "help": "Compute the last layer only where something is predicted; without dropout the loss is the same."
+            "help": "Compute the last layer only for tokens that predict a learned token; without dropout the loss "
+            "is unchanged."
         },
     )
     lora_first: bool = field(
-        default=True, metadata={"help": "Compute LoRA before its base layer, which recomputation then saves."}
+        default=True,
+        metadata={"help": "Compute LoRA before its base layer, so that recomputation can skip the base layer."},
     )
     compile_layers: bool | None = field(
         default=None,
         metadata={
-            "help": "Compile norms and gates of the decoder layers; when not given, where a trial on CUDA is faster."
+            "help": "Compile norms and gates of the decoder layers (default: on CUDA, if a trial finds it faster)."
         },
     )
     eval_questions: int = field(
-        default=64, metadata={"help": "How many held-out examples are answered at each evaluation, for exact match."}
+        default=64, metadata={"help": "Number of held-out questions to answer at each evaluation, for exact match."}
     )
     eval_questions_final: int = field(
         default=1000,
-        metadata={"help": "How many held-out examples are answered at the end, drawn by the seed."},
+        metadata={"help": "Number of held-out questions to answer at the end of the run, drawn with the seed."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace a finished run; an unfinished one is resumed."}
+        default=False, metadata={"help": "Replace a finished run in output_dir. An unfinished run is resumed."}
     )

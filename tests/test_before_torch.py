@@ -104,7 +104,7 @@ def test_make_finetune_after_a_finished_run(tmp_path: Path) -> None:
 
 def test_check_and_inspect_need_neither_peft_nor_bitsandbytes(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
-    (tmp_path / "rows.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    (tmp_path / "examples.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
     program = """
 import sys
 for name in ("peft", "bitsandbytes"):

@@ -220,7 +220,7 @@ def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
     assert compared[0][0] == (("m", "n"),) and compared[0][1]["votes"] == Path("v.jsonl")
     assert cli.main(["chat", "m", "--compare", "n", "--prompt", "Why?"]) == 1
-    assert "takes no --prompt" in capsys.readouterr().err
+    assert "cannot be used with --prompt" in capsys.readouterr().err
 
 
 def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +235,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         {**given, "shots": 0, "pool": None, "choose": "random", "seed": 0, "read": None, "batch_size": None},
     )
     said = capsys.readouterr().out
-    assert "75.0 % right: 6 of 8" in said and "41.0 to 93.0 %" in said
+    assert "Accuracy: 75.0 %, 6 of 8" in said and "41.0 to 93.0 %" in said
     assert said.index("colour") < said.index("form") and "50.0 %  (15.0 to 85.0 %)" in said
     assert cli.main(["eval", "vqa", "nano", "q.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result

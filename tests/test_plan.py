@@ -110,16 +110,16 @@ def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["--model", "{empty}"], "is empty; give a folder"),
+        (["--model", "{empty}"], "is empty. Give the folder"),
         (["--model", "{llama}"], "of type 'llama'; expected a LLaVA"),
         (["--language-model", "{llama}"], "needs both"),
         (["--model", "x", "--language-model", "{llama}"], "not both"),
-        (["--language-model", "{empty}", "--vision-tower", L336], "is empty; give a folder"),
+        (["--language-model", "{empty}", "--vision-tower", L336], "is empty. Give the folder"),
         (["--language-model", "{llama}", "--vision-tower", "open_clip:ViT-Z/x"], "no architecture 'ViT-Z'"),
         (["--language-model", "{llama}", "--vision-tower", "open_clip:RN50/openai"], "cannot be used"),
         (["--language-model", "{llama}", "--vision-tower", "somewhere"], "neither a folder nor"),
         (["--language-model", "{llama}", "--vision-tower", "{llama}"], "of type 'llama'"),
-        (["--fit", "much"], "write it as 12GB"),
+        (["--fit", "much"], "Write it like 12GB"),
         (["--config", "nowhere.yaml"], "does not exist"),
     ],
 )

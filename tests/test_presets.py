@@ -171,7 +171,7 @@ def test_without_data_it_says_so(path: Path, tmp_path: Path) -> None:
         return read([*line, *flags], **(PRETRAIN if stage1 else FINETUNE).for_parsing())
 
     if path in BUILT and not stage1:
-        with pytest.raises(InputError, match="give projector"):
+        with pytest.raises(InputError, match="Set projector"):
             look(given("--train_file", str(path)), stage1=False)
         line += ["--projector", str(tmp_path / "aligned")]
     with pytest.raises(InputError, match="train_file is missing"):

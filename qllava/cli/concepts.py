@@ -12,35 +12,39 @@ from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
 def add(verbs: Verbs) -> None:
     """Add `filter`."""
     verb = add_verb(
-        verbs, "filter", run_filter, "balance captions by concept: keep rare concepts whole, sample from frequent ones"
+        verbs, "filter", run_filter, "balance captions by concept: keep rare concepts, sample frequent ones"
     )
     verb.add_argument(
         "captions", metavar="CAPTIONS.json", type=file_path, help="LLaVA JSON or JSONL, or examples with a caption"
     )
     verb.add_argument("out", metavar="OUT.json", type=file_path, help="JSON list of the examples that are kept")
     verb.add_argument(
-        "--min-count", metavar="N", type=positive, default=3, help="ignore concepts with fewer captions (default: 3)"
+        "--min-count",
+        metavar="N",
+        type=positive,
+        default=3,
+        help="ignore concepts with fewer than N captions (default: 3)",
     )
     verb.add_argument(
         "--max-per-concept",
         metavar="N",
         type=positive,
         default=100,
-        help="sample at most this many captions of a concept (default: 100)",
+        help="sample at most N captions per concept (default: 100)",
     )
     verb.add_argument("--seed", metavar="N", type=int, default=0, help="random seed for sampling (default: 0)")
     verb.add_argument(
         "--concepts",
         choices=("spacy", "simple"),
-        help="how noun phrases are found (default: spacy where it and en_core_web_sm are installed, else simple)",
+        help="how to find noun phrases (default: spacy if spacy and en_core_web_sm are installed, else simple)",
     )
-    verb.add_argument("--html", metavar="FILE", type=file_path, help="write tables and a plot as a page")
+    verb.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with tables and a plot")
     json_flag(verb)
     looks(verb, captions=check_data, out=check_written, html=check_written)
 
 
 def run_filter(arguments: argparse.Namespace) -> int:
-    """`qllava filter`: the examples that are kept as a file, and what that did to the distribution as tables."""
+    """Run `qllava filter`: write the kept examples and print the distribution before and after."""
     from qllava.synthesis.balance import as_text
     from qllava.synthesis.filtering import filter_captions
 

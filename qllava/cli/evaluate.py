@@ -1,4 +1,4 @@
-"""The verbs `qllava eval ...`: how good a model is."""
+"""The commands `qllava eval vqa` and `qllava eval scienceqa`: measure a model's accuracy."""
 
 from __future__ import annotations
 
@@ -24,35 +24,43 @@ from qllava.config import InputError
 
 
 def add(verbs: Verbs) -> None:
-    """Add `eval` and what it measures."""
+    """Add `qllava eval` and its evaluations."""
     evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
-    vqa = add_verb(kinds, "vqa", run_eval_vqa, "short answers to questions about images, exact match")
+    vqa = add_verb(kinds, "vqa", run_eval_vqa, "exact-match accuracy on short questions about images")
     vqa.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
     vqa.add_argument(
-        "data", metavar="DATA", type=file_path, help="LLaVA JSON, or examples of question, image, answer and type"
+        "data", metavar="DATA", type=file_path, help="LLaVA JSON, or records with question, image, answer and type"
     )
     vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
-    vqa.add_argument("--out", metavar="FILE", type=file_path, help="write every question with its answer, as JSONL")
-    vqa.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the failures and their images")
     vqa.add_argument(
-        "--shots", metavar="K", type=rank, default=0, help="number of examples before each question (default: 0)"
+        "--out", metavar="FILE", type=file_path, help="write every question and its answer to this JSONL file"
+    )
+    vqa.add_argument(
+        "--html", metavar="FILE", type=file_path, help="write an HTML page with the wrong answers and their images"
+    )
+    vqa.add_argument(
+        "--shots",
+        metavar="K",
+        type=rank,
+        default=0,
+        help="number of worked examples to show before each question (default: 0)",
     )
     vqa.add_argument(
         "--pool",
         metavar="DATA",
         type=file_path,
-        help="file that examples for --shots are chosen from, in a format of DATA",
+        help="file to choose the examples for --shots from; same formats as DATA",
     )
     vqa.add_argument(
         "--choose",
         choices=("random", "text", "picture"),
         default="random",
-        help="examples at random (default), with similar questions, or with similar images",
+        help="choose examples at random (default), by similar question, or by similar image",
     )
-    vqa.add_argument("--seed", metavar="N", type=int, default=0, help="of examples at random (default: 0)")
+    vqa.add_argument("--seed", metavar="N", type=int, default=0, help="random seed for --choose random (default: 0)")
     vqa.add_argument(
-        "--read", metavar="PATTERN", help="what of a long answer counts: a regular expression with one group"
+        "--read", metavar="PATTERN", help="regular expression with one group that extracts the short answer"
     )
     _batch_flag(vqa)
     base_flag(vqa)
@@ -64,22 +72,26 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_scienceqa(kinds: Verbs) -> None:
-    science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "ScienceQA, by subject, context and grade")
+    science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "accuracy on ScienceQA, by subject, context and grade")
     science.add_argument(
         "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
     )
-    science.add_argument("--split", default="test", help="which of the problems (default: test)")
+    science.add_argument("--split", default="test", help="split to evaluate (default: test)")
     whose = science.add_mutually_exclusive_group(required=True)
     whose.add_argument(
-        "--answers", metavar="A.jsonl", type=file_path, help="answers that were given: question_id and text"
+        "--answers", metavar="A.jsonl", type=file_path, help="score these answers: records with question_id and text"
     )
-    whose.add_argument("--model", metavar="MODEL", type=model_name, help=f"who answers: {MODEL_HELP}")
-    science.add_argument("--image-folder", metavar="DIR", type=file_path, help="with the images, as DIR/ID/image.png")
+    whose.add_argument(
+        "--model", metavar="MODEL", type=model_name, help=f"model that answers the questions: {MODEL_HELP}"
+    )
+    science.add_argument(
+        "--image-folder", metavar="DIR", type=file_path, help="folder of images, named DIR/ID/image.png"
+    )
     science.add_argument(
         "--out",
         metavar="A.jsonl",
         type=file_path,
-        help="where the model's answers go; the same command resumes from it",
+        help="file for the model's answers; running the same command again resumes from it",
     )
     _batch_flag(science)
     science.add_argument("--order", choices=("answer-first", "reason-first"), default="reason-first")
@@ -94,14 +106,14 @@ def _batch_flag(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         metavar="N",
         type=positive,
-        help="maximum number of questions to ask at once (default: as many as fit into memory, at most 32)",
+        help="maximum number of questions per batch (default: as many as fit into memory, at most 32)",
     )
 
 
 def run_eval_vqa(arguments: argparse.Namespace) -> int:
-    """`qllava eval vqa`: accuracy with its interval, and by type of question."""
+    """Run `qllava eval vqa`: print accuracy with its confidence interval, in total and by question type."""
     if bool(arguments.shots) != bool(arguments.pool):
-        raise InputError("--shots K and --pool DATA belong together; give both or neither.")
+        raise InputError("--shots K and --pool DATA must be used together. Give both or neither.")
     from qllava.evaluation.vqa import evaluate_file
 
     result = quietly(
@@ -126,11 +138,11 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
         return 0
     low, high = result["ci95"]
     print(
-        f"{100 * result['accuracy']:.1f} % right: {result['correct']} of {result['n']} "
-        f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        f"Accuracy: {100 * result['accuracy']:.1f} %, {result['correct']} of {result['n']} answers are correct "
+        f"(95 % confidence interval {100 * low:.1f} to {100 * high:.1f} %)."
     )
     if arguments.read:
-        print(f"{result['unread']} answers could not be read, and count as wrong.")
+        print(f"{result['unread']} answers did not match --read and count as wrong.")
     for name, accuracy in sorted(result["by_type"].items()):
         low, high = result["by_type_ci95"][name]
         print(f"  {name:<16}{100 * accuracy:6.1f} %  ({100 * low:.1f} to {100 * high:.1f} %)")
@@ -138,11 +150,13 @@ def run_eval_vqa(arguments: argparse.Namespace) -> int:
 
 
 def run_eval_scienceqa(arguments: argparse.Namespace) -> int:
-    """`qllava eval scienceqa`: accuracy in all, with an image and by group, and what could not be read."""
+    """Run `qllava eval scienceqa`: print accuracy in total and by group, and the number of unreadable answers."""
     if arguments.model and not arguments.out:
-        raise InputError("Name the file for the model's answers with --out.")
+        raise InputError("--model needs --out. Give the file for the model's answers.")
     if arguments.answers and (arguments.out or arguments.image_folder or arguments.batch_size):
-        raise InputError("--out, --image-folder and --batch-size belong to --model; with --answers nothing is asked.")
+        raise InputError(
+            "--out, --image-folder and --batch-size need --model. Remove them, or give --model instead of --answers."
+        )
     from qllava.evaluation.scienceqa import answer_problems, score_file
 
     def run() -> Any:

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: how one is added, flags that several take, numbers that are checked."""
+"""Helpers shared by the commands of `qllava`: adding a command, common flags, types of flags."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_verb(verbs: Verbs, verb_name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Parser:
-    """A verb that `run` carries out; `summary` is its line in the help."""
+    """Add a command that calls `run`; `summary` is its line in the help."""
     verb = verbs.add_parser(verb_name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     verb.set_defaults(run=run, checks={})
     return verb
 
 
 def json_flag(parser: argparse.ArgumentParser) -> None:
-    """`--json`."""
+    """Add the flag `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
 def reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model will read the data (nano's own parts where nothing is said), with what looks at these flags."""
+    """Add the flags that choose the tokenizer and processor for reading data, and their checks."""
     parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -39,15 +39,21 @@ def reading_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="T",
         type=file_path,
-        help="a tokenizer's file or folder; images then count as LLaVA-1.5's",
+        help="tokenizer file or folder; images then take as many tokens as in LLaVA-1.5",
     )
     parser.add_argument("--template", choices=("plain", "vicuna_v1", "llama_2", "llama_3", "chatml"))
-    parser.add_argument("--max-length", metavar="N", type=positive, default=2048, help="(default: 2048)")
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=positive,
+        default=2048,
+        help="maximum number of tokens in a sample (default: 2048)",
+    )
     looks(parser, image_folder=check_folder, model=check_model, tokenizer=check_data)
 
 
 def parameters_flag(parser: argparse._ActionsContainer, temperature: float, taken: Sequence[str]) -> None:
-    """`--parameters`: those of the chat API, but for the names in `taken`, which qllava sets itself."""
+    """Add `--parameters`: parameters of the chat API, except the names in `taken`, which qllava sets itself."""
 
     def parameters(text: str) -> dict[str, Any]:
         try:
@@ -58,26 +64,26 @@ def parameters_flag(parser: argparse._ActionsContainer, temperature: float, take
         if not isinstance(read, dict) or not read.keys().isdisjoint(taken):
             raise argparse.ArgumentTypeError(
                 f"expected a JSON object of parameters such as temperature, without {', '.join(taken)}, which qllava "
-                f"sets; not {text}"
+                f"sets itself; got {text}"
             )
         return read
 
-    about = f'of every call (default: {{"temperature": {temperature}, "max_tokens": 1024}})'
+    about = f'parameters of every call, as JSON (default: {{"temperature": {temperature}, "max_tokens": 1024}})'
     parser.add_argument("--parameters", metavar="JSON", type=parameters, help=about)
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse an integer of at least 1."""
     return _number(text, int, 1)
 
 
 def rank(text: str) -> int:
-    """A whole number of at least 0."""
+    """Parse an integer of at least 0."""
     return _number(text, int, 0)
 
 
 def temperature(text: str) -> float:
-    """A number of at least 0, and finite."""
+    """Parse a finite number of at least 0."""
     return _number(text, float, 0)
 
 
@@ -93,6 +99,6 @@ def _number(text: str, kind: Callable[[str], N], least: int) -> N:
 
 
 def quietly(run: Callable[[], T], as_json: bool) -> T:
-    """Run, with what libraries print on stdout sent to stderr when stdout belongs to the JSON."""
+    """Call `run`; if `as_json`, redirect to stderr what libraries print on stdout."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         return run()

@@ -1,4 +1,4 @@
-"""The verbs `qllava eval ...` that weigh answers against each other: ensemble, judge, agreement."""
+"""The commands `qllava eval ensemble`, `judge` and `agreement`: compare answers with each other."""
 
 from __future__ import annotations
 
@@ -15,70 +15,88 @@ if TYPE_CHECKING:
 
 
 def add(kinds: Verbs) -> None:
-    """Add these evaluations to `eval`."""
-    ensemble = add_verb(kinds, "ensemble", run_eval_ensemble, "two sets of ScienceQA answers as one, and what it gains")
+    """Add these evaluations to `qllava eval`."""
+    ensemble = add_verb(
+        kinds, "ensemble", run_eval_ensemble, "combine two sets of ScienceQA answers and measure the gain"
+    )
     ensemble.add_argument(
         "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
     )
-    ensemble.add_argument("--split", default="test", help="which of the problems (default: test)")
-    ensemble.add_argument("--answers", metavar="A.jsonl", type=file_path, required=True, help="of the first")
-    ensemble.add_argument("--partner", metavar="B.jsonl", type=file_path, required=True, help="of the second")
+    ensemble.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    ensemble.add_argument(
+        "--answers", metavar="A.jsonl", type=file_path, required=True, help="answers of the first model"
+    )
+    ensemble.add_argument(
+        "--partner", metavar="B.jsonl", type=file_path, required=True, help="answers of the second model"
+    )
     ensemble.add_argument(
         "--rule",
         choices=("complement", "judge"),
         required=True,
-        help="complement: the partner where the first cannot be read; judge: a model decides where they differ",
+        help="complement: use --partner where an answer of --answers is unreadable; judge: a judge decides differences",
     )
     _judge_flags(ensemble)
     json_flag(ensemble)
     looks(ensemble, problems=check_file, answers=check_file, partner=check_file, store=check_kept)
     _add_judge(kinds)
-    agreement = add_verb(kinds, "agreement", run_eval_agreement, "does a judge decide as people do, with intervals")
+    agreement = add_verb(
+        kinds, "agreement", run_eval_agreement, "measure how often a judge and people agree, with confidence intervals"
+    )
     agreement.add_argument(
-        "--votes", metavar="V.jsonl", type=file_path, required=True, help="people's, as the demo wrote"
+        "--votes", metavar="V.jsonl", type=file_path, required=True, help="people's votes, as written by the demo"
     )
     agreement.add_argument(
         "--judgments",
         metavar="J.jsonl",
         type=file_path,
         required=True,
-        help="the judge's, by `qllava eval judge --votes`",
+        help="the judge's votes, as written by `qllava eval judge --votes`",
     )
-    agreement.add_argument("--html", metavar="FILE", type=file_path, help="write a page with a plot")
+    agreement.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with a plot")
     json_flag(agreement)
     looks(agreement, votes=check_file, judgments=check_file, html=check_written)
 
 
 def _add_judge(kinds: Verbs) -> None:
-    judge = add_verb(kinds, "judge", run_eval_judge, "a language model rates answers beside a reference, or votes")
+    judge = add_verb(kinds, "judge", run_eval_judge, "let a language model rate answers against a reference, or vote")
     what = judge.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--questions", metavar="Q.jsonl", type=file_path, help="rate answers: question_id, text, category, image"
+        "--questions",
+        metavar="Q.jsonl",
+        type=file_path,
+        help="rate answers to these questions: records with question_id, text, category, image",
     )
     what.add_argument(
-        "--votes", metavar="V.jsonl", type=file_path, help="vote on the pairs of answers that people voted on"
+        "--votes", metavar="V.jsonl", type=file_path, help="vote on the pairs of answers in this file of people's votes"
     )
-    judge.add_argument("--reference", metavar="R.jsonl", type=file_path, help="the answers to be compared with")
-    judge.add_argument("--answers", metavar="A.jsonl", type=file_path, help="the answers to be rated")
-    judge.add_argument("--contexts", metavar="C.jsonl", type=file_path, help="the images in captions and boxes")
+    judge.add_argument("--reference", metavar="R.jsonl", type=file_path, help="reference answers to compare with")
+    judge.add_argument("--answers", metavar="A.jsonl", type=file_path, help="answers to rate")
     judge.add_argument(
-        "--pictures", metavar="DIR", type=file_path, help="with --votes, for a judge that sees: kept images"
+        "--contexts", metavar="C.jsonl", type=file_path, help="captions and boxes that describe the images"
+    )
+    judge.add_argument(
+        "--pictures",
+        metavar="DIR",
+        type=file_path,
+        help="with --votes: folder of kept images, for a judge that accepts images",
     )
     _judge_flags(judge)
-    judge.add_argument("--out", metavar="J.jsonl", type=file_path, required=True, help="where every reply is written")
+    judge.add_argument("--out", metavar="J.jsonl", type=file_path, required=True, help="file for the judge's replies")
     json_flag(judge)
     read = dict.fromkeys(("questions", "votes", "reference", "answers", "contexts"), check_file)
     looks(judge, pictures=check_folder, store=check_kept, out=check_written, **read)
 
 
 def _judge_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--judge", metavar="NAME", help="a model's name, as its server calls it")
-    parser.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server (default: OPENAI_BASE_URL)")
+    parser.add_argument("--judge", metavar="NAME", help="name of the judge model on its server")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL)"
+    )
     parser.add_argument(
         "--store",
         metavar="FILE",
         type=file_path,
-        help="where replies are kept, so that none is asked twice (the cache)",
+        help="file that caches replies, so that no call is sent twice",
     )
     parameters_flag(parser, 0.0, ("model", "messages", "stream", "n"))
 
@@ -91,9 +109,11 @@ def _judge(arguments: argparse.Namespace) -> Judge:
 
 
 def run_eval_ensemble(arguments: argparse.Namespace) -> int:
-    """`qllava eval ensemble`: accuracy of both and of the two together, who helped where, and the gain."""
+    """Run `qllava eval ensemble`: print the accuracy of each model and of the ensemble, and the gain."""
     if (arguments.rule == "judge") != bool(arguments.judge):
-        raise InputError("--rule judge and --judge NAME belong together; give both, or --rule complement alone.")
+        raise InputError(
+            "--rule judge and --judge NAME must be used together. Give both, or --rule complement without --judge."
+        )
     from qllava.evaluation.ensemble import combine_files
 
     judge = _judge(arguments) if arguments.judge else None
@@ -113,15 +133,19 @@ def run_eval_ensemble(arguments: argparse.Namespace) -> int:
 
 
 def run_eval_judge(arguments: argparse.Namespace) -> int:
-    """`qllava eval judge`: relative scores by category, or a judge's votes for `eval agreement`."""
+    """Run `qllava eval judge`: print relative scores by category, or write a judge's votes for `eval agreement`."""
     if not arguments.judge:
-        raise InputError("Name the judge with --judge, as its server calls it.")
+        raise InputError("--judge is missing. Give the name of the judge model on its server.")
     if arguments.votes and (arguments.reference or arguments.answers):
-        raise InputError("--reference and --answers belong to --questions; with --votes both answers are in the votes.")
+        raise InputError(
+            "--reference and --answers need --questions. Remove them: the file of --votes contains both answers."
+        )
     if arguments.questions and not (arguments.reference and arguments.answers):
-        raise InputError("To rate answers, name them with --answers and what they are compared with by --reference.")
+        raise InputError(
+            "--questions needs --answers (the answers to rate) and --reference (the answers to compare with)."
+        )
     if arguments.questions and arguments.pictures:
-        raise InputError("--pictures belongs to --votes; answers are rated by the images' --contexts.")
+        raise InputError("--pictures needs --votes. To rate answers, describe the images with --contexts.")
     judge = _judge(arguments)
 
     def run() -> Any:
@@ -141,7 +165,7 @@ def run_eval_judge(arguments: argparse.Namespace) -> int:
 
 
 def run_eval_agreement(arguments: argparse.Namespace) -> int:
-    """`qllava eval agreement`: people against the judge, people against people, and the judge's biases."""
+    """Run `qllava eval agreement`: print agreement of people and judge, of people with each other, and biases."""
     from qllava.evaluation import pages
     from qllava.evaluation.agreement import compare_files
 

@@ -1,4 +1,4 @@
-"""The verbs around a trained model: merge, export, chat."""
+"""The commands that use a trained model: merge, export, chat."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from qllava.config import InputError
 
 
 def add(verbs: Verbs) -> None:
-    """Add the verbs of this module."""
+    """Add the commands of this module."""
     _add_merge(verbs)
     _add_export(verbs)
     _add_chat(verbs)
 
 
 def _add_merge(verbs: Verbs) -> None:
-    merge = add_verb(verbs, "merge", run_merge, "make a standalone model from a run's adapter, and verify it")
+    merge = add_verb(
+        verbs, "merge", run_merge, "merge a run's adapter into its base, write a standalone model, and verify it"
+    )
     merge.add_argument(
         "folder", metavar="RUN", type=file_path, help="folder of a finished run or of one of its checkpoints"
     )
@@ -41,11 +43,15 @@ def _add_merge(verbs: Verbs) -> None:
         "--base",
         choices=("nf4", "original"),
         default="nf4",
-        help="add the adapter to the dequantized 4-bit weights that training saw (default), or to the original ones",
+        help="add the adapter to the dequantized 4-bit weights, as in training (default), or to the original weights",
     )
     merge.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
-    merge.add_argument("--no-verify", action="store_true", help="do not reload and compare the merged model")
+    merge.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of one weight file (default: 5GB)"
+    )
+    merge.add_argument(
+        "--no-verify", action="store_true", help="do not reload the merged model and compare it with the adapter model"
+    )
     base_flag(merge)
     json_flag(merge)
     looks(merge, folder=check_run, out=check_written_folder)
@@ -53,7 +59,9 @@ def _add_merge(verbs: Verbs) -> None:
 
 def _add_export(verbs: Verbs) -> None:
     export = add_verb(verbs, "export", run_export, "write a merged model in the format of llama.cpp and Ollama")
-    export.add_argument("model", metavar="MODEL", type=model_name, help="a merged folder, or the hub name of a LLaVA")
+    export.add_argument(
+        "model", metavar="MODEL", type=model_name, help="folder of a merged model, or the hub name of a LLaVA"
+    )
     export.add_argument("out", metavar="OUT", type=file_path, help="folder to write the files into")
     export.add_argument("--format", choices=("gguf",), required=True, help="gguf: llama.cpp, Ollama, LM Studio")
     export.add_argument("--quantize", choices=("f16", "bf16", "q8_0"), default="f16", help="(default: f16)")
@@ -64,33 +72,50 @@ def _add_chat(verbs: Verbs) -> None:
     chat = add_verb(verbs, "chat", run_chat, "ask a model about images")
     chat.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
     chat.add_argument(
-        "--image", metavar="FILE", type=file_path, nargs="+", action="extend", default=[], help="show this first"
+        "--image",
+        metavar="FILE",
+        type=file_path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="images to show with the first question",
     )
-    chat.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer, and leave")
-    chat.add_argument("--load-in-4bit", action="store_true", help="keep the language model in NF4")
-    chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)")
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this one question, print the answer, and exit")
+    chat.add_argument("--load-in-4bit", action="store_true", help="load the language model in 4 bit (NF4)")
+    chat.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: by device)"
+    )
     chat.add_argument("--max-new-tokens", metavar="N", type=positive, default=256, help="(default: 256)")
-    chat.add_argument("--temperature", metavar="T", type=temperature, help="0 is greedy (default: 0)")
+    chat.add_argument(
+        "--temperature", metavar="T", type=temperature, help="sampling temperature; 0 is greedy decoding (default: 0)"
+    )
     chat.add_argument(
         "--sampling",
         choices=("asked", "recommended"),
         default="asked",
-        help="asked: by --temperature alone (default); recommended: with the values that the model brings",
+        help="asked: use only --temperature (default); recommended: use the model's own sampling values",
     )
     chat.add_argument("--seed", metavar="N", type=int, help="random seed for sampling")
-    chat.add_argument("--system", metavar="TEXT", help="tells the model how to answer")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument(
-        "--compare", metavar="MODEL", type=model_name, help="put every question to both, blindly, and vote"
+        "--compare",
+        metavar="MODEL",
+        type=model_name,
+        help="second model: both answer each question, and you vote without seeing their names",
     )
     chat.add_argument(
-        "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
+        "--votes",
+        metavar="FILE",
+        type=file_path,
+        default=Path("votes.jsonl"),
+        help="file for the votes (default: votes.jsonl)",
     )
     base_flag(chat)
     looks(chat, image=check_file, votes=check_kept, model=check_finished, compare=check_finished)
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
-    """`qllava merge`: status 1 when the merged model does not answer as the adapter does."""
+    """Run `qllava merge`; return status 1 if the merged model does not match the adapter model."""
     from qllava.merge import merge
 
     verify = not arguments.no_verify
@@ -109,7 +134,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(result)))
     elif result.kl_per_token is None or result.top1_agreement is None:
-        print(f"Merged into {arguments.out}; not verified, as asked.")
+        print(f"Wrote the merged model to {arguments.out}. It is not verified (--no-verify).")
     else:
         onto = ", onto the original weights, which training never saw" if result.base == "original" else ""
         held = "and verified" if result.verified else f"and not the model that was trained{onto}"
@@ -122,7 +147,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """`qllava export`: the files of another program's format."""
+    """Run `qllava export`: write the files and print their sizes."""
     from qllava.export.gguf import export
 
     for path in export(arguments.model, arguments.out, quantize=arguments.quantize):
@@ -132,9 +157,11 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    """`qllava chat`: one answer with `--prompt`, else a conversation, or a comparison with a second model."""
+    """Run `qllava chat`: answer one `--prompt`, hold a conversation, or compare two models."""
     if arguments.compare is not None and arguments.prompt is not None:
-        raise InputError("--compare asks for votes, so it takes no --prompt; type the questions.")
+        raise InputError(
+            "--compare cannot be used with --prompt, because it asks for votes. Remove --prompt and type the questions."
+        )
     from qllava.cli.terminal import chat_loop, compare_loop
     from qllava.inference import Settings
 

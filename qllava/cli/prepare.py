@@ -1,4 +1,4 @@
-"""The verbs before a training: doctor, check, inspect, plan."""
+"""The commands to use before training: doctor, check, inspect, plan."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from qllava.training.options.sizes import check_bytes
 
 
 def add(verbs: Verbs) -> None:
-    """Add the verbs of this module."""
-    doctor = add_verb(verbs, "doctor", run_doctor, "look at this machine and say what is missing")
+    """Add the commands of this module."""
+    doctor = add_verb(verbs, "doctor", run_doctor, "check this machine and list what is missing")
     json_flag(doctor)
     _add_check(verbs)
     _add_inspect(verbs)
@@ -35,14 +35,20 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_check(verbs: Verbs) -> None:
-    check = add_verb(verbs, "check", run_check, "read a whole data set before training, and say what is wrong with it")
-    check.add_argument("data", metavar="DATA", type=file_path, nargs="*", help="files or folders of one data set")
+    check = add_verb(verbs, "check", run_check, "check a whole data set before training and list its problems")
+    check.add_argument("data", metavar="DATA", type=file_path, nargs="*", help="files or folders of the data set")
     reading_flags(check)
     check.add_argument(
-        "--eval-file", metavar="FILE", type=file_path, help="held-out examples: checked too, and looked for in DATA"
+        "--eval-file",
+        metavar="FILE",
+        type=file_path,
+        help="held-out examples: check them, and report those that are also in DATA",
     )
     check.add_argument(
-        "--config", metavar="RECIPE.yaml", type=model_name, help="the data and model of a recipe, in place of the flags"
+        "--config",
+        metavar="RECIPE.yaml",
+        type=model_name,
+        help="recipe whose data and model to check, instead of the flags",
     )
     json_flag(check)
     looks(check, data=check_data, eval_file=check_data, config=_check_recipe)
@@ -50,33 +56,50 @@ def _add_check(verbs: Verbs) -> None:
 
 def _add_inspect(verbs: Verbs) -> None:
     inspect = add_verb(
-        verbs, "inspect", run_inspect, "show samples as the model gets them: images, tokens, what is learned"
+        verbs, "inspect", run_inspect, "show samples as the model sees them: images, tokens, which tokens are learned"
     )
     inspect.add_argument("data", metavar="DATA", type=file_path, help="a file or folder of examples")
     reading_flags(inspect)
-    inspect.add_argument("--rows", metavar="N", type=positive, help="the first N (default: 8; with --json, all)")
+    inspect.add_argument(
+        "--rows",
+        metavar="N",
+        type=positive,
+        help="number of examples to show, from the first (default: 8; with --json, all)",
+    )
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--html", metavar="FILE", type=file_path, help="write a page with the images")
+    how.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with the images")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
     looks(inspect, data=check_data, html=check_written)
 
 
 def _add_plan(verbs: Verbs) -> None:
-    plan = add_verb(verbs, "plan", run_plan, "say how much memory a run will need, by part, and what would fit")
-    plan.add_argument("--config", metavar="RECIPE.yaml", type=model_name, help="recipe file; flags override it")
+    plan = add_verb(verbs, "plan", run_plan, "estimate the memory of a run, by part, and find settings that fit")
+    plan.add_argument("--config", metavar="RECIPE.yaml", type=model_name, help="recipe file; flags override its values")
     plan.add_argument(
         "--model",
         metavar="MODEL",
         type=model_name,
-        help="nano (default), a LLaVA's folder or hub name, or a run folder",
+        help="nano (default), the folder or hub name of a LLaVA, or a run folder",
     )
-    plan.add_argument("--language-model", metavar="L", type=model_name, help="of a new LLaVA; only config.json is read")
     plan.add_argument(
-        "--vision-tower", metavar="V", type=model_name, help="of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder"
+        "--language-model",
+        metavar="L",
+        type=model_name,
+        help="language model of a new LLaVA; only its config.json is read",
     )
-    plan.add_argument("--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 for stage 1, the projector alone")
-    plan.add_argument("--tokens-per-pack", metavar="N", type=positive, help="tokens that go through the model at once")
-    plan.add_argument("--fit", metavar="12GB", help="choose pack size, recomputation and optimizer to stay under this")
+    plan.add_argument(
+        "--vision-tower",
+        metavar="V",
+        type=model_name,
+        help="vision tower of a new LLaVA: open_clip:ARCH/PRETRAINED, or a folder",
+    )
+    plan.add_argument(
+        "--lora-r", metavar="R", type=rank, help="rank of LoRA; 0 is stage 1, which trains only the projector"
+    )
+    plan.add_argument("--tokens-per-pack", metavar="N", type=positive, help="maximum number of tokens in one pack")
+    plan.add_argument(
+        "--fit", metavar="12GB", help="memory limit: choose pack size, recomputation and optimizer to stay below it"
+    )
     base_flag(plan)
     json_flag(plan)
     parts = {"model": check_model, "language_model": check_model, "vision_tower": check_part}
@@ -84,7 +107,7 @@ def _add_plan(verbs: Verbs) -> None:
 
 
 def _check_recipe(path: str, what: str) -> None:
-    """Raise InputError for a recipe that is not there, or has keys or values that are not possible."""
+    """Raise InputError for a recipe that does not exist, or has unknown keys or invalid values."""
     from qllava.training.options import command
 
     check_file(path, what)
@@ -92,7 +115,7 @@ def _check_recipe(path: str, what: str) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """`qllava doctor`: a line per finding; status 1 when training cannot run."""
+    """Run `qllava doctor`: print a line per check; return status 1 if training cannot run."""
     from qllava.doctor import examine
 
     checks = quietly(examine, arguments.json)
@@ -101,17 +124,21 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))
     else:
         print("\n".join(check.line() for check in checks))
-        print("\nReady: `make finetune` teaches nano to see." if healthy else '\nFix the checks marked "fail" first.')
+        print(
+            "\nThis machine is ready. Run `make finetune` to train nano."
+            if healthy
+            else '\nFix the checks marked "fail" first.'
+        )
     return 0 if healthy else 1
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """`qllava check`: status 1 when an example would not be learned as it is written."""
+    """Run `qllava check`; return status 1 if an example would not be learned as written."""
     from qllava.training.data import Part
     from qllava.training.preview import Source, check_sources, reader_of, sources_of_recipe
 
     if bool(arguments.data) == bool(arguments.config):
-        raise InputError("Name the data to check, or a recipe with --config; one of the two.")
+        raise InputError("Give either the data to check or a recipe with --config, not both and not neither.")
 
     def run() -> Any:
         if arguments.config:
@@ -129,7 +156,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    """`qllava inspect`: the first examples as the model gets them, in the terminal, as a page, or as JSON."""
+    """Run `qllava inspect`: show the first examples as the model sees them: in the terminal, as a page, or as JSON."""
     from qllava.training.data import Part
     from qllava.training.preview import Source, inspect_examples, reader_of
 
@@ -147,7 +174,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """`qllava plan`: the peak by part; status 1 when nothing fits."""
+    """Run `qllava plan`: print the peak memory by part; return status 1 if no setting fits."""
     from qllava.training.plan import as_json, as_text, plan
 
     found = quietly(

@@ -1,4 +1,4 @@
-"""The verb `qllava synthesize`: instruction data from captions and boxes."""
+"""The command `qllava synthesize`: write instruction data from captions and boxes."""
 
 from __future__ import annotations
 
@@ -42,27 +42,38 @@ _FOR_MODELS = (
 
 
 def add(verbs: Verbs) -> None:
-    """Add the verb of this module."""
+    """Add the command of this module."""
     verb = add_verb(verbs, "synthesize", run_synthesize, "write instruction data from captions and boxes")
     verb.add_argument(
         "contexts",
         metavar="CONTEXTS",
         type=model_name,
-        help="JSONL of image, captions and boxes; COCO's annotations; nano",
+        help="JSONL with image, captions and boxes; COCO annotations; or nano",
     )
     verb.add_argument(
-        "out", metavar="OUT", type=file_path, help="examples to write: .json, or .jsonl for an example a line"
+        "out", metavar="OUT", type=file_path, help="file for the examples: .json, or .jsonl for one example per line"
     )
-    verb.add_argument("--teacher", metavar="NAME", required=True, help="rules, or the name of a language model")
-    verb.add_argument("--types", metavar="T,...", type=_types, help=f"of {', '.join(_TYPES)} (default: all but naive)")
-    verb.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="part I of N, from 1/N to N/N")
     verb.add_argument(
-        "--report", metavar="FILE", type=file_path, help=f"page about the examples (default: {REPORT_FILE} by OUT)"
+        "--teacher", metavar="NAME", required=True, help="`rules`, or the name of a language model on its server"
     )
-    verb.add_argument("--image-folder", metavar="DIR", type=file_path, help="the images, for the report's samples")
+    verb.add_argument(
+        "--types", metavar="T,...", type=_types, help=f"types of examples: {', '.join(_TYPES)} (default: all but naive)"
+    )
+    verb.add_argument(
+        "--shard", metavar="I/N", type=_shard, default=(1, 1), help="process only part I of N, from 1/N to N/N"
+    )
+    verb.add_argument(
+        "--report",
+        metavar="FILE",
+        type=file_path,
+        help=f"HTML page about the examples (default: {REPORT_FILE} in the folder of OUT)",
+    )
+    verb.add_argument(
+        "--image-folder", metavar="DIR", type=file_path, help="folder of the images, to show some in the report"
+    )
     rules = verb.add_argument_group("with --teacher rules")
-    rules.add_argument("--seed", metavar="N", type=rank, help="of wording and choice (default: 0)")
-    rules.add_argument("--brief", action="store_true", help="conversations with answers of a word or two")
+    rules.add_argument("--seed", metavar="N", type=rank, help="random seed for wording and selection (default: 0)")
+    rules.add_argument("--brief", action="store_true", help="write conversations with answers of one or two words")
     _add_asking(verb.add_argument_group("with a language model"))
     json_flag(verb)
     written = {"out": check_written, "report": check_written, "export_batch": check_written, "store": check_kept}
@@ -76,35 +87,41 @@ def _check_contexts(given: str, what: str) -> None:
 
 
 def _add_asking(asking: argparse._ArgumentGroup) -> None:
-    asking.add_argument("--base-url", metavar="URL", help="of its server (default: OPENAI_BASE_URL, else OpenAI's)")
-    asking.add_argument("--style", metavar="S,...", type=_styles, help=f"of instructions: {', '.join(_STYLES)}")
-    asking.add_argument("--prompts", metavar="DIR", type=file_path, help="changed copies of the prompts' files")
+    asking.add_argument(
+        "--base-url", metavar="URL", help="URL of the model's server (default: $OPENAI_BASE_URL, else OpenAI)"
+    )
+    asking.add_argument("--style", metavar="S,...", type=_styles, help=f"styles of instructions: {', '.join(_STYLES)}")
+    asking.add_argument(
+        "--prompts", metavar="DIR", type=file_path, help="folder with your edited copies of the prompt files"
+    )
     parameters_flag(asking, 0.7, ("model", "messages", "response_format", "stream", "n"))
     asking.add_argument(
-        "--replies", choices=("schema", "blocks"), help="their form (default: JSON by a schema where the server can)"
+        "--replies",
+        choices=("schema", "blocks"),
+        help="format of replies (default: schema if the server supports JSON schemas, else blocks)",
     )
     asking.add_argument(
-        "--store", metavar="FILE", type=file_path, help="where replies are kept (default: OUT.calls.jsonl)"
+        "--store", metavar="FILE", type=file_path, help="file that stores replies (default: OUT.calls.jsonl)"
     )
-    asking.add_argument("--concurrency", metavar="N", type=positive, help="calls at a time (default: 16)")
-    asking.add_argument("--retries", metavar="N", type=rank, help="attempts after the first (default: 6)")
+    asking.add_argument("--concurrency", metavar="N", type=positive, help="number of parallel calls (default: 16)")
+    asking.add_argument(
+        "--retries", metavar="N", type=rank, help="maximum number of retries of a failed call (default: 6)"
+    )
     asking.add_argument("--timeout", metavar="S", type=positive, help="seconds to wait for a reply (default: 300)")
-    asking.add_argument("--max-calls", metavar="N", type=positive, help="maximum number of requests, of all runs")
+    asking.add_argument("--max-calls", metavar="N", type=positive, help="maximum number of requests, over all runs")
     asking.add_argument(
         "--max-tokens-total", metavar="N", type=positive, help="maximum number of tokens, prompts included"
     )
     how = asking.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="estimate calls and tokens, and ask nobody")
+    how.add_argument("--dry-run", action="store_true", help="estimate calls and tokens without sending any call")
+    how.add_argument("--export-batch", metavar="FILE", type=file_path, help="write the missing calls to a batch file")
     how.add_argument(
-        "--export-batch", metavar="FILE", type=file_path, help="write the calls that are needed as a batch file"
-    )
-    how.add_argument(
-        "--import-batch", metavar="FILE", type=file_path, nargs="+", help="keep the replies of batches, and write OUT"
+        "--import-batch", metavar="FILE", type=file_path, nargs="+", help="store the replies of batches, and write OUT"
     )
 
 
 def run_synthesize(arguments: argparse.Namespace) -> int:
-    """`qllava synthesize`: status 1 when a call has no reply after every attempt; the next run asks it again."""
+    """Run `qllava synthesize`; return status 1 if a call failed after all retries (the next run sends it again)."""
     from qllava.synthesis.contexts import read_contexts
     from qllava.synthesis.prompting import DEFAULT_TYPES
     from qllava.synthesis.tasks import make_tasks, of_shard
@@ -114,11 +131,15 @@ def run_synthesize(arguments: argparse.Namespace) -> int:
     idle = [name for name in others if (given := getattr(arguments, name)) is not None and given is not False]
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
-        other = "the name of a language model" if by_rules else "rules"
-        raise InputError(f"{flag} has no effect with --teacher {arguments.teacher}; leave it out, or give {other}.")
+        other = "NAME (a language model)" if by_rules else "rules"
+        raise InputError(
+            f"{flag} has no effect with --teacher {arguments.teacher}. Remove {flag}, or give --teacher {other}."
+        )
     types = arguments.types or DEFAULT_TYPES
     if arguments.style and not {"conversation", "reasoning"} & set(types):
-        raise InputError(f"--style has no effect on {' and '.join(types)}, whose questions are drawn from a list.")
+        raise InputError(
+            f"--style has no effect on {' and '.join(types)}, whose questions come from a list. Remove --style."
+        )
     contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
     tasks = make_tasks(contexts, types, arguments.style or ())
     return (_by_rules if by_rules else _by_model)(arguments, contexts, tasks)
@@ -160,7 +181,7 @@ def _by_model(arguments: argparse.Namespace, contexts: Sequence[Context], tasks:
 
 
 def _job(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Job:
-    """The job of a command line. Raises InputError before anything is asked or written."""
+    """Return the job of a command line; raise InputError before a call is sent or a file is written."""
     from qllava.synthesis.output import beside
     from qllava.synthesis.pipeline import Job
     from qllava.synthesis.prompting import Prompts
@@ -168,7 +189,7 @@ def _job(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Job:
 
     parameters = PARAMETERS if arguments.parameters is None else arguments.parameters
     asking = Asking(arguments.teacher, Prompts(arguments.prompts), parameters, arguments.replies)
-    for task in tasks:  # every prompt that is used is read, once, before the first call
+    for task in tasks:  # read every prompt file before the first call
         if task.type != "naive":
             asking.prompt(task)
     return Job(tasks, asking, arguments.out, arguments.store or beside(arguments.out, "calls"))
@@ -184,53 +205,53 @@ def _write_report(arguments: argparse.Namespace, contexts: Sequence[Context]) ->
     try:
         write_report(rows, contexts, path, arguments.image_folder or image_folder(arguments.contexts))
     except OSError as error:
-        raise InputError(f"{path}: the report cannot be written ({error.strerror}); name another --report.") from error
+        raise InputError(
+            f"{path}: the report cannot be written ({error.strerror}). Give another file with --report."
+        ) from error
     return path
 
 
 def _say(
     arguments: argparse.Namespace, counts: Counts, as_json: dict[str, Any], remarks: Sequence[str], report: Path
 ) -> None:
-    """Print how it ended."""
+    """Print the result of a run."""
     if arguments.json:
         print(json.dumps({"out": str(arguments.out), "report": str(report), **as_json}))
     else:
         print(
-            "\n".join(
-                [counts.text(), *remarks, f"{arguments.out}: {as_json['rows']:,} examples. What they hold: {report}"]
-            )
+            "\n".join([counts.text(), *remarks, f"{arguments.out}: {as_json['rows']:,} examples. Statistics: {report}"])
         )
 
 
 def _remarks(result: Result, job: Job, imported: bool) -> list[str]:
-    """What a user should know about calls, and do about tasks that are not settled."""
+    """Return lines about the calls that were made and the calls that are still missing."""
     from qllava.synthesis.output import beside
 
     lines = []
     if result.imported is not None:
         found = result.imported
         lines.append(
-            f"Of the batch {found.replies:,} replies are new, {found.known:,} were known, {found.failed:,} requests "
-            f"failed, {found.foreign:,} belong to something else."
+            f"Batch: {found.replies:,} new replies, {found.known:,} known replies, {found.failed:,} failed requests, "
+            f"{found.foreign:,} replies to other calls."
         )
     lines.append(f"{result.calls:,} calls, {result.tokens:,} tokens; {job.store} keeps {result.calls_kept:,}.")
     failed, left = result.counts.total("failed"), result.counts.total("left")
     if failed:
         first = next(task.id for task in job.tasks if task.id in result.failures)
         lines.append(
-            f"{failed:,} failed, the first, {first}: {result.failures[first]}. The same command asks them again, after "
-            f"all others; {beside(job.out, 'left_out')} names each."
+            f"{failed:,} calls failed. First: {first}: {result.failures[first]}. The same command retries them after "
+            f"all others. All failed calls are listed in {beside(job.out, 'left_out')}."
         )
     if left:
-        how = "--export-batch writes the calls" if imported else "the budget is spent, a larger one goes on"
-        lines.append(f"{left:,} are still to be asked: {how}.")
+        how = "write them with --export-batch" if imported else "the budget is spent; run again with a larger one"
+        lines.append(f"{left:,} calls are still missing: {how}.")
     return lines
 
 
 def _export_text(exported: Exported) -> str:
     first, *rest = exported.files
     where = f"{first} to {rest[-1].name} ({len(exported.files)} files)" if rest else str(first)
-    nothing = "" if exported.calls else " Nothing is left to ask: the file is empty."
+    nothing = "" if exported.calls else " All calls have replies already, so the file is empty."
     return f"{where}: {exported.calls:,} calls.{nothing}"
 
 
@@ -238,24 +259,24 @@ def _estimate_text(expected: dict[str, int], max_calls: int | None, max_tokens: 
     limits = []
     if max_calls is not None:
         limits.append(
-            f"--max-calls {max_calls:,} bounds the requests that are sent, repairs, further attempts and earlier runs "
-            f"included; {expected['requests_so_far']:,} were sent."
+            f"--max-calls {max_calls:,} limits the number of requests, including repairs, retries "
+            f"and earlier runs; {expected['requests_so_far']:,} were sent so far."
         )
     if max_tokens is not None:
         limits.append(
-            f"--max-tokens-total {max_tokens:,} bounds the tokens of prompts and replies, earlier runs included; a "
-            f"request is sent only when the most that it can cost still fits; {expected['tokens_so_far']:,} were spent."
+            f"--max-tokens-total {max_tokens:,} limits the tokens of prompts and replies, including earlier runs. A "
+            f"request is sent only if its maximum cost still fits. {expected['tokens_so_far']:,} were used so far."
         )
     tokens = expected["prompt_tokens"] + expected["completion_tokens"]
     return (
-        f"{expected['tasks']:,} examples to make; {expected['calls']:,} calls to ask, about {tokens:,} tokens "
+        f"{expected['tasks']:,} examples to write with {expected['calls']:,} calls, about {tokens:,} tokens "
         f"({expected['prompt_tokens']:,} of prompts, {expected['completion_tokens']:,} of replies).\n"
-        f"At most, if every reply is as long as allowed and must be written again: {expected['calls_at_most']:,} "
-        f"calls, {expected['tokens_at_most']:,} tokens (one for each byte of a prompt). With every further attempt "
+        f"Upper bound, if every reply has the maximum length and needs a repair: {expected['calls_at_most']:,} "
+        f"calls, {expected['tokens_at_most']:,} tokens (one token per byte of a prompt). Including all retries "
         f"that --retries allows: {expected['requests_at_most']:,} requests.\n"
         + "".join(f"{limit}\n" for limit in limits)
-        + "A token is taken for four characters, or one that is not Latin; a reply for as long as the worked "
-        "examples. Nobody was asked."
+        + "The estimate counts one token per four Latin characters or per other character, and replies as "
+        "long as the worked examples. No call was sent."
     )
 
 
@@ -268,10 +289,12 @@ def _styles(text: str) -> tuple[str, ...]:
 
 
 def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Names with commas between them, each known and given once."""
+    """Parse comma-separated names; each must be known and given once."""
     names = tuple(text.split(","))
     if len(set(names)) < len(names) or not set(names) <= set(known):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, each once, not {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected a comma-separated list of {','.join(known)}, each at most once, not {text}"
+        )
     return names
 
 

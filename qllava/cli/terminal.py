@@ -4,8 +4,8 @@
     you> What is on the table?
     A red cup.
 
-`/help` lists the commands; Ctrl-C stops the answer, not the program. With a prompt it answers once and returns. With a
-second model every question is put to both, on sides that nobody knows, and asks for a vote.
+`/help` lists the commands. Ctrl-C stops the answer, not the program. With `--prompt`, `qllava chat` answers once and
+returns. With a second model, both answer every question in random order without their names, and the user votes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from qllava.surroundings import user_name
 from qllava.voting.duel import Contender, Duel, contenders
 from qllava.voting.votes import Verdict, VoteFile
 
-HELP = """/image FILE      shows an image with your next question
-/again           asks the last question again
-/edit TEXT       asks it in other words
-/clear           begins a new conversation
-/system TEXT     tells the model how to answer; without TEXT no longer
-/temperature T   0 gives the likeliest answer, 1 draws freely
-/sampling WHAT   recommended: as the model recommends; asked: the likeliest, or by /temperature
-/length N        the most tokens of an answer
-/model           what is loaded
-/quit            leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+HELP = """/image FILE      show an image with your next question
+/again           ask the last question again
+/edit TEXT       replace the last question by TEXT
+/clear           start a new conversation
+/system TEXT     set the system prompt; without TEXT, remove it
+/temperature T   set the sampling temperature; 0 is greedy decoding
+/sampling WHAT   recommended: the model's own sampling values; asked: only /temperature
+/length N        set the maximum number of tokens of an answer
+/model           show which model is loaded
+/quit            exit (or Ctrl-D); Ctrl-C stops an answer"""
 SAMPLING = ("asked", "recommended")
 _VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
 
@@ -54,7 +54,11 @@ def chat_loop(
     base_model: Sequence[str] = (),
     recommended_sampling: bool = False,
 ) -> int:
-    """Load the model and talk; returns the exit status. Raises InputError for what cannot be loaded or asked."""
+    """Load the model and run a conversation; return the exit status.
+
+    Raises:
+        InputError: If the model or an image cannot be loaded, or the one prompt cannot be answered.
+    """
     _look_at(images)
     chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base_model)
     chat = replace(chat, recommended_sampling=recommended_sampling)
@@ -78,7 +82,7 @@ def compare_loop(
     base_model: Sequence[str] = (),
     recommended_sampling: bool = False,
 ) -> int:
-    """Load two models (or one twice), put every question to both, and keep the votes; returns the exit status."""
+    """Load two models (or one twice), ask both every question, store the votes, and return the exit status."""
     _look_at(images)
     file = VoteFile(votes)
 
@@ -89,11 +93,11 @@ def compare_loop(
 
     first = loaded(models[0])
     second = first if same_model(*models) else loaded(models[1])
-    # One model twice is compared with itself where it draws.
+    # The same model twice: compare samples of one model.
     warm = tuple(_temperature(chat, settings) for chat in (first, second))
     cold = 0.0 if second is first else warm[0]
     pair = contenders((first, second), (cold, warm[1]))
-    _greet(f"Every question goes to two models. Votes go to {votes}. /image FILE shows an image, /quit leaves.")
+    _greet(f"Both models answer every question. Votes are written to {votes}. /image FILE shows an image, /quit exits.")
     _read_lines(_Comparison(pair, list(images), settings, file).handle)
     return 0
 
@@ -105,12 +109,12 @@ def _temperature(chat: Chat, settings: Settings) -> float:
 
 
 def _recommends(chat: Chat) -> str:
-    """A line for the greeting; empty where the model recommends nothing."""
+    """Return a line for the greeting; empty if the model recommends no sampling values."""
     said = recommendation(chat.model.generation_config)
     if not said:
         return ""
-    used = "used" if chat.recommended_sampling else "not used; /sampling recommended does"
-    return f"\nThe model recommends for sampling: {said} ({used})."
+    used = "used" if chat.recommended_sampling else "not used; to use it, type /sampling recommended"
+    return f"\nRecommended sampling of the model: {said} ({used})."
 
 
 def _look_at(images: Iterable[Path]) -> None:
@@ -126,17 +130,17 @@ def _greet(text: str) -> None:
 
 
 def _read_lines(handle: Callable[[str], bool]) -> None:
-    """Hand in each line until one says to leave."""
+    """Pass each line to `handle` until it returns False."""
     while (line := _read_line("you> ")) is not None:
         try:
             if not handle(line.strip()):
                 break
-        except InputError as error:  # one question went wrong; the conversation goes on
+        except InputError as error:  # one question failed; the conversation continues
             print(error, file=sys.stderr)
 
 
 def _read_line(prompt: str) -> str | None:
-    """The next line, or None at the end of the input. Ctrl-C at the prompt leaves too, as in other chats."""
+    """Return the next line, or None at the end of the input or on Ctrl-C at the prompt."""
     try:
         return input(prompt if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
@@ -146,13 +150,13 @@ def _read_line(prompt: str) -> str | None:
 def _image(argument: str) -> Path:
     path = Path(expanded(argument.strip().strip("'\"")))  # terminals quote a file that is dropped on them
     if not argument.strip() or path.is_dir():
-        raise InputError("/image takes the name of an image's file.")
+        raise InputError("/image needs the path of an image file.")
     open_image(path)
     return path
 
 
 class _Terminal:
-    """One conversation, the images that wait for the next question, and how to answer."""
+    """One conversation, the images for the next question, and the sampling settings."""
 
     def __init__(self, chat: Chat, images: list[Path], settings: Settings) -> None:
         self.chat = chat
@@ -161,7 +165,7 @@ class _Terminal:
         self.settings = settings
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False when it says to leave."""
+        """Handle one input line; return False to exit."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/quit":
@@ -182,13 +186,13 @@ class _Terminal:
         elif command == "/model":
             print("\n".join(f"{name:<28}{value}" for name, value in about(self.chat).items()))
         elif command.startswith("/"):
-            print(HELP if command == "/help" else f"unknown command {command}; /help lists them")
+            print(HELP if command == "/help" else f"Unknown command {command}. /help lists the commands.")
         elif line:
             self.ask(line)
         return True
 
     def ask(self, question: str) -> None:
-        """Print the answer as it comes. A question that fails, or is stopped before it said anything, is forgotten."""
+        """Stream the answer to the terminal; forget a question that fails or is stopped before the first token."""
         self.session.ask(question, self.waiting)
         if self._answer():
             self.waiting = []
@@ -215,7 +219,7 @@ class _Terminal:
                 self.settings = replace(self.settings, system=argument or None)
             elif command == "/sampling":
                 if argument not in SAMPLING:
-                    raise InputError(f"/sampling takes {' or '.join(SAMPLING)}, not {argument!r}.")
+                    raise InputError(f"/sampling must be {' or '.join(SAMPLING)}, not {argument!r}.")
                 self.chat = replace(self.chat, recommended_sampling=argument == "recommended")
                 self.settings = replace(self.settings, temperature=None)
             elif command == "/length":
@@ -230,7 +234,7 @@ class _Terminal:
                 self.settings = replace(self.settings, temperature=temperature)
         except ValueError:
             least = "a whole number of at least 1" if command == "/length" else "a number of at least 0"
-            raise InputError(f"{command} takes {least}, not {argument!r}.") from None
+            raise InputError(f"{command} must be {least}, not {argument!r}.") from None
 
 
 class _Comparison:
@@ -245,14 +249,14 @@ class _Comparison:
         self.votes = votes
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False when it says to leave."""
+        """Handle one input line; return False to exit."""
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return False
         if command == "/image":
             self.waiting.append(_image(argument))
         elif command.startswith("/"):
-            print("/image FILE shows an image with the next question, /quit leaves")
+            print("/image FILE shows an image with the next question, /quit exits")
         elif line:
             self._compare(line)
         return True

@@ -53,7 +53,7 @@ def test_images_commands_and_mistakes(
     without = chat.answer(None, "What?", max_new_tokens=8)
     assert with_image != without
     out = captured.out
-    assert out.startswith(f"{with_image}\n{without}\nunknown command /fly")
+    assert out.startswith(f"{with_image}\n{without}\nUnknown command /fly")
     assert "missing.png" in captured.err
 
 
@@ -109,7 +109,7 @@ def test_a_question_is_asked_again_in_other_words_and_with_other_settings(
     what, where = (chat.answer(None, question, max_new_tokens=8) for question in ("What?", "Where?"))
     assert captured.out.startswith(f"{what}\n{what}\n{where}\n{chat.answer(None, 'Where?', max_new_tokens=2)}\n")
     assert any(line.startswith("Computes in") for line in out)
-    assert "/temperature takes a number of at least 0, not 'warm'" in captured.err
+    assert "/temperature must be a number of at least 0, not 'warm'" in captured.err
 
 
 def test_two_models_are_compared_and_the_vote_kept(
@@ -134,5 +134,5 @@ def test_sampling_as_the_model_recommends_is_asked_for(
     captured = capsys.readouterr()
     plain, with_it, again = captured.out.splitlines()[:3]
     assert plain == again == chat.answer(None, "What?", max_new_tokens=8) != with_it
-    assert "/sampling takes asked or recommended, not 'odd'" in captured.err
+    assert "/sampling must be asked or recommended, not 'odd'" in captured.err
     assert any(line.split()[-2:] == ["temperature", "9"] for line in captured.out.splitlines())

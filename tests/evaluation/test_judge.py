@@ -262,10 +262,10 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--questions q", "Name the judge"),
-        ("--questions q --judge j", "name them with --answers"),
-        ("--votes v --judge j --answers a", "belong to --questions"),
-        ("--questions q --answers a --reference r --judge j --pictures p", "--pictures belongs to --votes"),
+        ("--questions q", "--judge is missing"),
+        ("--questions q --judge j", "--questions needs --answers"),
+        ("--votes v --judge j --answers a", "need --questions"),
+        ("--questions q --answers a --reference r --judge j --pictures p", "--pictures needs --votes"),
     ],
 )
 def test_flags_that_do_not_go_together(

@@ -66,5 +66,5 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"The tokenizer .*tokenizer\.json cannot be read"):
         read_tokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(InputError, match="gone does not exist; give a folder that holds a model, or a name on the hub"):
+    with pytest.raises(InputError, match="gone does not exist. Give the folder of a model or a hub name"):
         read_tokenizer(tmp_path / "gone")

@@ -46,12 +46,12 @@ def test_what_is_printed_says_what_to_do_next(tmp_path: Path, capsys: pytest.Cap
     with ChatServer(lambda r: Said("no", status=400) if "picture 3" in r.last else well(r)) as server:
         assert run(tmp_path, "--base-url", server.url) == 1
         said = capsys.readouterr().out
-        assert "3 failed, the first, p0003-conversation: status 400: no. The same command asks them again" in said
+        assert "3 calls failed. First: p0003-conversation: status 400: no. The same command retries them" in said
         server.answer = well
         assert run(tmp_path, "--base-url", server.url) == 0
         assert "3 calls," in capsys.readouterr().out
         assert run(tmp_path, "--base-url", server.url, "--parameters", "{}", "--max-calls", "33") == 0
-    assert "18 are still to be asked: the budget is spent" in capsys.readouterr().out
+    assert "18 calls are still missing: the budget is spent" in capsys.readouterr().out
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +59,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     told = json.loads(capsys.readouterr().out)
     assert (told["dry_run"], told["calls"], told["calls_at_most"]) == (True, 24, 48)
     assert run(tmp_path, "--dry-run") == 0
-    assert "Nobody was asked." in capsys.readouterr().out
+    assert "No call was sent." in capsys.readouterr().out
     assert names(tmp_path) == {"contexts.jsonl"}
 
 
@@ -83,8 +83,8 @@ def test_a_batch_leaves_requests_and_takes_results(tmp_path: Path, capsys: pytes
 def test_a_dry_run_says_what_the_limits_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--dry-run", "--max-calls", "7", "--max-tokens-total", "5000") == 0
     said = capsys.readouterr().out
-    assert "--max-calls 7 bounds the requests that are sent, repairs, further attempts and earlier runs" in said
-    assert "--max-tokens-total 5,000 bounds the tokens of prompts and replies" in said
+    assert "--max-calls 7 limits the number of requests, including repairs, retries and earlier runs" in said
+    assert "--max-tokens-total 5,000 limits the tokens of prompts and replies" in said
     assert f"{48 * 7:,} requests" in said
     assert run(tmp_path, "--dry-run", "--json", "--retries", "1") == 0
     assert json.loads(capsys.readouterr().out)["requests_at_most"] == 48 * 2

@@ -128,7 +128,7 @@ def test_every_scheduler_works_and_says_what_it_needs(name: str, parts: Tiny) ->
             resolved(parts, words)
         words += ["--lr_scheduler_kwargs", ARGUMENTS[name]]
     if name in ("reduce_lr_on_plateau", "greedy"):
-        with pytest.raises(InputError, match="follows the held-out loss"):
+        with pytest.raises(InputError, match="needs the held-out loss"):
             resolved(parts, words)
         words += ["--eval_strategy", "steps"]
     resolved(parts, words)
@@ -142,30 +142,30 @@ def test_every_scheduler_works_and_says_what_it_needs(name: str, parts: Tiny) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--per_device_train_batch_size 0", "per_device_train_batch_size is 0; give a number of at least 1"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size is 0. Give a number of at least 1"),
         ("--per_device_eval_batch_size -1", "per_device_eval_batch_size is -1"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0"),
         ("--num_train_epochs 0", "nothing would be trained"),
         ("--num_train_epochs -1", "nothing would be trained"),
-        ("--max_steps -2", "-1 leaves it to num_train_epochs"),
-        ("--learning_rate -0.0001", "learning_rate is -0.0001; give a number of at least 0"),
-        ("--learning_rate nan", "give a finite number"),
+        ("--max_steps -2", "only -1 has a meaning"),
+        ("--learning_rate -0.0001", "learning_rate is -0.0001. Give a number of at least 0"),
+        ("--learning_rate nan", "Give a finite number"),
         ("--warmup_steps -1", "warmup_steps is -1"),
         ("--adam_beta1 1", "below 1"),
-        ("--lora_dropout 1", "lora_dropout is 1.0; give a number of at least 0 and below 1"),
+        ("--lora_dropout 1", "lora_dropout is 1.0. Give a number of at least 0 and below 1"),
         ("--max_length 0", "max_length is 0"),
         ("--save_total_limit 0", "save_total_limit is 0"),
         ("--seed -1", "seed is -1"),
         ("--seed 4294967296", "at most 4294967295"),
-        ("--logging_steps 0", "logging_steps is 0.0; give a number above 0"),
-        ("--save_steps 1.5", "give a whole number, or a share"),
+        ("--logging_steps 0", "logging_steps is 0.0. Give a number above 0"),
+        ("--save_steps 1.5", "Give a whole number, or a fraction"),
         ("--save_strategy best", "save_strategy best needs"),
         ("--optim_args lr", "optim_args has no effect"),
         ("--optim sgd --optim_args momentum=much", "optim sgd cannot be used here with its arguments"),
-        ("--optim sgd --optim_args momentun=0.9", "momentun, which optim sgd does not read; possible are momentum"),
+        ("--optim sgd --optim_args momentun=0.9", "momentun, which optim sgd does not read. Known keys: momentum"),
         ('--gradient_checkpointing_kwargs {"odd":1}', "or gradient_checkpointing_kwargs, its alias) is {'odd': 1}"),
         ('--activation_checkpointing_kwargs {"early_stop":1,"odd":1}', "torch.utils.checkpoint does not take that"),
-        ("--dataloader_multiprocessing_context spawn", "multiprocessing_context needs workers"),
+        ("--dataloader_multiprocessing_context spawn", "multiprocessing_context needs data loader workers"),
     ],
 )
 def test_numbers_that_are_not_possible(words: str, said: str, parts: Tiny) -> None:
@@ -177,9 +177,13 @@ def test_numbers_that_are_not_possible(words: str, said: str, parts: Tiny) -> No
 @pytest.mark.parametrize(
     ("words", "stage1", "said"),
     [
-        ("--metric_for_best_model accuracy", False, "'accuracy', which is not reported; choose eval_loss, eval_exact"),
-        ("--metric_for_best_model exact_match", True, "because stage 1 answers no questions; choose eval_loss"),
-        ("--metric_for_best_model eval_exact_match --eval_questions 0", False, "because eval_questions is 0; choose"),
+        (
+            "--metric_for_best_model accuracy",
+            False,
+            "'accuracy', which is not reported. Choose one of eval_loss, eval_exact",
+        ),
+        ("--metric_for_best_model exact_match", True, "because stage 1 answers no questions. Choose one of eval_loss"),
+        ("--metric_for_best_model eval_exact_match --eval_questions 0", False, "because eval_questions is 0. Choose"),
         ("--metric_for_best_model loss", True, ""),
         ("--metric_for_best_model eval_exact_match", False, ""),
         ("--metric_for_best_model mean_token_accuracy", True, ""),

@@ -104,7 +104,7 @@ def test_a_recipe_without_data_and_a_command_without_either(tmp_path: Path, caps
     (tmp_path / "recipe.yaml").write_text("lora_r: 4\n", encoding="utf-8")
     for words, message in (
         (["check", "--config", str(tmp_path / "recipe.yaml")], "names no train_file"),
-        (["check"], "Name the data to check, or a recipe with --config"),
+        (["check"], "Give either the data to check or a recipe with --config"),
     ):
         capsys.readouterr()
         assert main(words) == 1

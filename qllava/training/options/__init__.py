@@ -1,1 +1,1 @@
-"""The settings of a run, read and checked before torch is imported."""
+"""Settings of a training run: reading and checking them before torch is imported."""

@@ -1,4 +1,4 @@
-"""The entrance of both recipes: what is wrong with a command line is said before torch is imported."""
+"""Entry points of both recipes; errors in a command line are reported before torch is imported."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qllava.training.options.defaults import FINETUNE, PRETRAIN, Defaults
 
 
 def pretrain(args: Sequence[str] | None = None) -> int:
-    """Run `pretrain_projector` with a command line (the process's own by default); returns the exit status."""
+    """Run `pretrain_projector` with a command line (default: of this process) and return the exit status."""
     return _begin(PRETRAIN, args)
 
 
 def finetune(args: Sequence[str] | None = None) -> int:
-    """Run `finetune_lora` with a command line (the process's own by default); returns the exit status."""
+    """Run `finetune_lora` with a command line (default: of this process) and return the exit status."""
     return _begin(FINETUNE, args)
 
 
@@ -33,13 +33,13 @@ def _begin(defaults: Defaults, args: Sequence[str] | None) -> int:
         given = command.read(line, **defaults.for_parsing())
         look(given, stage1=defaults is PRETRAIN)
         if given.values.get("use_cpu"):
-            hide_gpus()  # the model would be loaded onto the first one, and computed in its type
+            hide_gpus()  # otherwise the model would be loaded onto the first GPU, in its type
     except (InputError, OSError) as error:
-        # Each machine of a run looks at its own disk, and one of its processes speaks.
+        # Every process checks its own machine; one process per machine prints the error.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"qllava: {explain(error)}", file=sys.stderr)
         return 1
-    # Here begin the seconds of importing.
+    # The imports below take seconds.
     from qllava.training import main, run
     from qllava.training.settings import resolve
 

@@ -1,7 +1,7 @@
-"""The command line of a recipe, read without torch and TRL: `--config FILE.yaml`, and flags over it.
+"""Parser of a recipe's command line, without torch and TRL: `--config FILE.yaml`, and flags that override it.
 
-What is found here is what TRL's parser finds: the types and choices of every field are those of `table.py`. A wrong
-flag ends the process with status 2, as argparse does; anything wrong in the YAML is an InputError, which the recipes
+It finds the same errors as TRL's parser: the types and choices of every field are in `table.py`. A wrong
+flag ends the process with status 2, like argparse. An error in the YAML is an InputError, which the recipes
 print as one sentence.
 """
 
@@ -28,30 +28,30 @@ from qllava.training.options.typed import TypedLoader
 
 @dataclass(frozen=True)
 class Given:
-    """What the user set, and what applies where nothing was set."""
+    """The values that the user set, and the defaults for all others."""
 
     values: Mapping[str, Any]
-    """By name, of the right type: those of the YAML, and the flags over them."""
+    """Values by name, of the right type: those of the YAML, overridden by flags."""
     output_dir: str
-    """Where the run goes unless `values` says otherwise."""
+    """Default folder of the run."""
     nano: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults when the model is nano."""
+    """Defaults if the model is nano."""
     flags: frozenset[str] = frozenset()
-    """The names that were set by a flag; the others are the YAML's."""
+    """Names that were set by a flag; the others were set in the YAML."""
 
     @property
     def is_nano(self) -> bool:
-        """Whether the parts are nano's own."""
+        """Whether the model is built from nano's own parts."""
         names = {own.name for own in fields(ModelConfig)}
         return ModelConfig(**{name: value for name, value in self.values.items() if name in names}).is_nano
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Values that take the place of a field's own default."""
+        """Values that replace the defaults of fields."""
         return {"output_dir": self.output_dir, **(self.nano if self.is_nano else {})}
 
     def get(self, name: str) -> Any:
-        """The value that applies."""
+        """Return the value of a setting, or its default."""
         return self.values.get(name, self.defaults.get(name, FIELDS[name].default))
 
 
@@ -60,12 +60,12 @@ def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Gi
 
     Args:
         args: The command line.
-        output_dir: The run's folder unless the settings name one.
-        nano: Values that take the place of the defaults when the model is nano.
+        output_dir: Default folder of the run.
+        nano: Values that replace the defaults if the model is nano.
 
     Raises:
-        InputError: For a YAML that cannot be read, an unknown key, a value of another type or outside what is
-            possible, and a field that would have no effect.
+        InputError: For an unreadable YAML, an unknown key, a value of a wrong type or out of bounds, or a
+            field that would have no effect.
     """
     found = vars(_parser().parse_args(list(args)))
     config = found.pop("config", None)
@@ -87,19 +87,22 @@ def show_help(args: Sequence[str], defaults: Defaults) -> bool:
 
 
 def _parser(shown: Mapping[str, Any] | None = None, about: str | None = None) -> Parser:
-    """A flag for every field, in both spellings, and `--no_FIELD` for what is on by default.
+    """Return a parser with a flag for every field, in both spellings, and `--no_FIELD` for fields that default to on.
 
     Args:
-        shown: For the help alone: values that apply in place of a field's own default.
-        about: What the recipe does, for the help.
+        shown: Values to show in the help instead of a field's own default.
+        about: Description of the recipe, for the help.
     """
     parser = Parser(usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]", description=about)
     parser.add_argument(
-        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="settings; flags win over them"
+        "--config",
+        metavar="FILE.yaml",
+        default=argparse.SUPPRESS,
+        help="recipe file with settings; flags override its values",
     )
     groups: dict[bool, Any] = {
-        True: parser.add_argument_group("model, data and training"),
-        False: parser.add_argument_group("of TRL's SFTConfig, where they are explained"),
+        True: parser.add_argument_group("settings of model, data and training"),
+        False: parser.add_argument_group("settings of TRL's SFTConfig, explained in its documentation"),
     }
     for own in FIELDS.values():
         _add(groups[bool(own.help)], own, (shown or {}).get(own.name, own.default))
@@ -107,7 +110,7 @@ def _parser(shown: Mapping[str, Any] | None = None, about: str | None = None) ->
 
 
 def _add(group: Any, own: Field, applies: Any) -> None:
-    """Add the flags of a field; the help shows the default that applies."""
+    """Add the flags of a field; the help shows its default."""
     name, dashed = own.name, own.name.replace("_", "-")
     options = [f"--{name}"] + ([f"--{dashed}"] if dashed != name else [])
     kind: dict[str, Any] = {"type": _typed(own), "metavar": own.kind.upper()}
@@ -129,7 +132,7 @@ def _add(group: Any, own: Field, applies: Any) -> None:
 
 
 def _typed(own: Field) -> Callable[[str], Any]:
-    """What makes a flag's value of its text."""
+    """Return the function that converts the text of a flag into its value."""
 
     def convert(text: str) -> Any:
         try:
@@ -141,15 +144,15 @@ def _typed(own: Field) -> Callable[[str], Any]:
 
 
 def value_of(own: Field, given: Any) -> Any:
-    """A field's value from text, or from what a YAML made of more than text.
+    """Convert text, or a list or mapping of a YAML, into a field's value.
 
     Raises:
-        ValueError: For a value of another type; the message says what is expected.
+        ValueError: For a value of another type; the message names the expected type.
     """
     if given is None:
         if own.default is None or own.name in _NOTHING:
             return _NOTHING.get(own.name)
-        raise ValueError(f"expected {_EXPECTED[own.kind]}, not nothing")
+        raise ValueError(f"expected {_EXPECTED[own.kind]}, not an empty value")
     if isinstance(given, list):
         if own.kind == "list" or own.name in LISTS:
             return [_part(value) if isinstance(value, dict) else _scalar(own, value) for value in given]
@@ -162,13 +165,13 @@ def value_of(own: Field, given: Any) -> Any:
 
 
 def _part(given: dict[str, Any]) -> dict[str, Any]:
-    """One file of a mixture, `~` expanded in its paths."""
+    """Return one file of a data mixture, with `~` expanded in its paths."""
     paths = ("path", "image_folder")
     return {key: expanded(one) if key in paths and isinstance(one, str) else one for key, one in given.items()}
 
 
 _NOTHING: Mapping[str, Any] = {"max_length": None, "max_grad_norm": 0.0}
-"""What nothing means, in fields whose default is something; transformers compares max_grad_norm with a number."""
+"""Meaning of an empty value, in fields with another default; transformers compares max_grad_norm with a number."""
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -178,7 +181,7 @@ _EXPECTED = {
     "choice": "one of its choices",
     "list": "a list of names",
     "dict": "a mapping, as JSON on the command line",
-    "object": "an object of Python's",
+    "object": "a Python object",
 }
 _WORDS = {
     **dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True),
@@ -188,7 +191,7 @@ _WORDS = {
 
 def _scalar(own: Field, text: Any) -> Any:
     kind = own.kind
-    if not isinstance(text, str):  # within a list, where YAML decided
+    if not isinstance(text, str):  # an item of a list, whose type YAML has decided
         text = str(text)
     expected = ValueError(f"expected {_EXPECTED[kind]}, not {text!r}")
     if kind in ("int", "float"):
@@ -205,13 +208,13 @@ def _scalar(own: Field, text: Any) -> Any:
             return json.loads(text)
         except ValueError as error:
             raise ValueError(f"expected {_EXPECTED[kind]}; {text} is not JSON ({error})") from error
-    if kind == "dict" and own.name not in PATHS and not own.refused:  # deepspeed may be a file too
+    if kind == "dict" and own.name not in PATHS and not own.refused:  # `deepspeed` may also be the path of a file
         raise expected
     return expanded(text) if own.name in PATHS else text
 
 
 def _read_yaml(path: str, flags: Collection[str]) -> dict[str, Any]:
-    """Return the settings of a file, each of its type; values that flags replace are not checked further."""
+    """Return the typed settings of a YAML file; values that flags override are not checked further."""
     place = Path(expanded(path))
     try:
         given = TypedLoader.read(place.read_text(encoding="utf-8"), list_like=LISTS)
@@ -222,12 +225,14 @@ def _read_yaml(path: str, flags: Collection[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # PyYAML has no error of its own for the date 2024-13-45
         raise InputError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
     if given is None:
-        raise InputError(f"The configuration {path} must hold `key: value` lines.")
+        raise InputError(f"The configuration {path} must contain `key: value` lines.")
     values = {}
     for written, (value, line) in given.items():
         where, key = f"{path}:{line}", RENAMED.get(written, written)
         if key != written and key in given:
-            raise InputError(f"{where}: {written} is the old name of {key}, which is given too; keep {key}.")
+            raise InputError(
+                f"{where}: {written} is the old name of {key}, and both are set. Keep {key} and remove {written}."
+            )
         if key not in FIELDS:
             raise InputError(f"{where}: unknown key {key!r}{suggestion(key, FIELDS)}")
         try:
@@ -244,21 +249,21 @@ def _read_yaml(path: str, flags: Collection[str]) -> dict[str, Any]:
 
 
 def _check(own: Field, value: Any) -> None:
-    """Raise InputError for a value that is not possible."""
+    """Raise InputError for an invalid value."""
     if own.refused and value != own.default:
-        raise InputError(f"The setting {own.name} has no effect in qllava: {own.refused}; remove it.")
+        raise InputError(f"The setting {own.name} has no effect in qllava: {own.refused}. Remove {own.name}.")
     if own.choices and value is not None and value not in own.choices:
-        raise InputError(f"The setting {own.name} is {value!r}; possible are {', '.join(own.choices)}.")
+        raise InputError(f"The setting {own.name} is {value!r}. It must be one of {', '.join(own.choices)}.")
     if own.name == "max_steps" and (value == 0 or value < -1):
-        why = "nothing would be trained" if value == 0 else "-1 leaves it to num_train_epochs"
-        raise InputError(f"The setting max_steps is {value}; {why}, so give a number of at least 1, or leave it out.")
+        why = "nothing would be trained" if value == 0 else "only -1 has a meaning (use num_train_epochs)"
+        raise InputError(f"The setting max_steps is {value}: {why}. Give a number of at least 1, or remove max_steps.")
     least, most, why = RANGES.get(own.name, (None, None, ""))
     if value is None or isinstance(value, str | list | dict):
         return
     if isinstance(value, float) and not abs(value) < float("inf"):
-        raise InputError(f"The setting {own.name} is {value}; give a finite number.")
+        raise InputError(f"The setting {own.name} is {value}. Give a finite number.")
     if (least is not None and value < least) or (most is not None and value > most):
-        raise InputError(f"The setting {own.name} is {value}{why}; give a number {_between(least, most)}.")
+        raise InputError(f"The setting {own.name} is {value}{why}. Give a number {_between(least, most)}.")
 
 
 def _between(least: float | None, most: float | None) -> str:

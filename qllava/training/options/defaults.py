@@ -1,4 +1,4 @@
-"""What each recipe does where the user sets nothing: its folder, its learning rates, and what nano needs."""
+"""Defaults of each recipe: output folder, learning rates, and the settings of nano."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Found by trying: nano is a thousandth of a 7B, and learns at higher rates, without recomputation.
+# Found by experiment: nano has a thousandth of the parameters of a 7B and needs higher rates, and no recomputation.
 NANO_PRETRAIN: dict[str, Any] = {
     "learning_rate": 3e-3,
     "per_device_train_batch_size": 32,
@@ -31,35 +31,35 @@ NANO_FINETUNE: dict[str, Any] = {
 }
 
 PRETRAIN_RATE, FINETUNE_RATE, PROJECTOR_RATE = 1e-3, 2e-4, 2e-5
-"""Learning rates of LLaVA-1.5: the projector's in stage 1, LoRA's and the projector's in stage 2."""
+"""Learning rates of LLaVA-1.5: of the projector in stage 1, of LoRA and of the projector in stage 2."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """One recipe's."""
+    """Defaults of one recipe."""
 
     about: str
-    """What it does, for `--help`."""
+    """Description of the recipe, for `--help`."""
     output_dir: str
-    """Where it writes."""
+    """Folder of the run."""
     nano: Mapping[str, Any]
-    """Settings of nano's own."""
+    """Settings for nano."""
     rates: Mapping[str, float]
-    """Learning rates of any other model."""
+    """Learning rates for all other models."""
 
     def for_parsing(self) -> dict[str, Any]:
-        """The arguments of `command.read` and `settings.parse`."""
+        """Return the keyword arguments of `command.read` and `settings.parse`."""
         return {"output_dir": self.output_dir, "nano": self.nano}
 
 
 PRETRAIN = Defaults(
-    "Stage 1: align a new projector with captions.",
+    "Stage 1: train a new projector on captions.",
     "runs/pretrain_projector",
     NANO_PRETRAIN,
     {"learning_rate": PRETRAIN_RATE},
 )
 FINETUNE = Defaults(
-    "Tune a LLaVA: LoRA on a 4-bit language model, and the projector.",
+    "Stage 2: tune a LLaVA with LoRA on a 4-bit language model, together with the projector.",
     "runs/finetune_lora",
     NANO_FINETUNE,
     {"learning_rate": FINETUNE_RATE, "projector_lr": PROJECTOR_RATE},

@@ -1,4 +1,4 @@
-"""Every setting by name, joined from the table of classes and qllava's own configurations; and what numbers may be."""
+"""All settings by name, joined from `table.py` and the dataclasses of `qllava.config`, with the bounds of numbers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PATHS = frozenset(
         *("pretrain_file", "image_folder", "output_dir", "deepspeed", "base_model"),
     )
 )
-"""Settings that hold a path, or may: `~` is expanded in each."""
+"""Settings that hold, or may hold, a path; `~` is expanded in them."""
 
 LISTS = frozenset(("train_file", "eval_file", "pretrain_file", "report_to", "debug"))
-"""Settings of text that a YAML may give as a list too."""
+"""Text settings that a YAML may also give as a list."""
 
-# The least and the most that a number may be. None: no bound. A string says why a number just outside is refused.
+# Minimum and maximum of a number (None: no bound), and a reason why a number just outside is refused.
 _NOTHING = "; nothing would be trained"
 _AT_LEAST_1 = (1, None, "")
 _AT_LEAST_0 = (0, None, "")
@@ -36,7 +36,7 @@ RANGES: Mapping[str, tuple[float | None, float | None, str]] = {
     **dict.fromkeys(("learning_rate", "projector_lr", "weight_decay", "max_grad_norm", "warmup_steps"), _AT_LEAST_0),
     **dict.fromkeys(("eval_delay", "dataloader_num_workers", "recompute_layers", "eval_questions"), _AT_LEAST_0),
     "eval_questions_final": _AT_LEAST_0,
-    "lora_r": _AT_LEAST_0,  # 0 is stage 1 for `qllava plan`; a stage 2 refuses it
+    "lora_r": _AT_LEAST_0,  # `qllava plan` takes 0 for stage 1; stage 2 refuses 0
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "adam_epsilon"), _ABOVE_0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _SHARE),
     "seed": (0, 2**32 - 1, ""),
@@ -44,20 +44,20 @@ RANGES: Mapping[str, tuple[float | None, float | None, str]] = {
 
 
 def of_config(config: type) -> tuple[Field, ...]:
-    """The fields of one of `qllava.config`'s dataclasses."""
+    """Return the fields of one dataclass of `qllava.config`."""
     hints = get_type_hints(config)
     fields = []
     for own in dataclasses.fields(config):
         choices = tuple(own.metadata.get("choices", ()))
         kind = "choice" if choices else _kind(hints[own.name])
-        # One that is not in the table fails a test; until then, no resumed run may change it.
+        # A field that is missing in `OURS` fails a test; until it is added, a resumed run must not change it.
         use = OURS.get(own.name, "decides")
         fields.append(Field(own.name, kind, own.default, use, choices=choices, help=own.metadata.get("help", "")))
     return tuple(fields)
 
 
 def _kind(hint: Any) -> Kind:
-    """The kind of an annotation: `int`, `float | None` and the like."""
+    """Return the kind of a type annotation such as `int` or `float | None`."""
     some = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (plain,) = (one for one in some if one is not type(None))
     if get_origin(plain) is list:
@@ -70,7 +70,7 @@ def _kind(hint: Any) -> Kind:
 MODEL, DATA, LOOP = of_config(ModelConfig), of_config(DataConfig), of_config(LoopConfig)
 _OUR_NAMES = {field.name for field in LOOP}
 _OF_TRL = {field.name: field for field in TRL}
-# TRL says what one of its fields is, and we say what its default is.
+# For a field of TRL, TRL defines the type and qllava may define the default.
 _LOOP = tuple(
     dataclasses.replace(_OF_TRL[own.name], default=own.default, help=own.help) if own.name in _OF_TRL else own
     for own in LOOP
@@ -82,5 +82,5 @@ FIELDS: Mapping[str, Field] = {
 
 
 def deciding(names: Iterable[str]) -> list[str]:
-    """Those of some names that decide what a run learns: a resumed run must have the same values."""
+    """Return the names of settings that decide what a run learns; a resumed run must not change them."""
     return [name for name in names if name not in FIELDS or FIELDS[name].use == "decides"]

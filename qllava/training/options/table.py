@@ -1,8 +1,8 @@
-"""Every setting of a recipe in one table: whether it is used, and whether a resumed run may change it.
+"""One table of all settings of a recipe: whether a setting is used, and whether a resumed run may change it.
 
 TRL's `SFTConfig` (with what it inherits from transformers' `TrainingArguments`) has over a hundred fields, and
-importing it takes seconds. They are written down here, so that a command line is checked, and explained by `--help`,
-before torch is imported. Each field is of one class:
+importing it takes seconds. They are listed here, so that a command line is checked, and `--help` is printed,
+before torch is imported. Each field belongs to one class:
 
     decides   used; it decides what the run learns, so a resumed run must have the same value
     free      used; it decides how the run computes, saves or reports, and a resumed run may have another value
@@ -27,19 +27,19 @@ class Field:
     """One setting."""
 
     name: str
-    """As a flag and as a key of the YAML."""
+    """Name of the flag and of the YAML key."""
     kind: Kind
-    """`switch` is a bool whose flag needs a value (unset, something else decides); `dict` a mapping, or its JSON."""
+    """`switch` is a bool whose flag needs a value (None: decided elsewhere); `dict` is a mapping, or its JSON."""
     default: Any
-    """TRL's for a field of TRL's, ours for one of ours."""
+    """Default value: TRL's for a field of TRL, qllava's for its own field."""
     use: Use
-    """Its class: see the head of this file."""
+    """Class of the field; see the module docstring."""
     refused: str = ""
-    """The reason, for a field that is refused; empty for one that is used."""
+    """Why the field is refused; empty for a field that is used."""
     choices: tuple[str, ...] = ()
-    """The values that are possible; empty for any."""
+    """Allowed values; empty if all are allowed."""
     help: str = ""
-    """One sentence; TRL documents its own fields."""
+    """One sentence for the help; empty for fields that TRL documents."""
 
 
 def _decides(name: str, kind: Kind, default: Any, *, choices: tuple[str, ...] = ()) -> Field:
@@ -55,23 +55,22 @@ def _refused(name: str, kind: Kind, default: Any, reason: str, *, choices: tuple
 
 
 _PACKS = "qllava packs the samples itself, images included"
-_ANSWERS = "the loss counts the answers, and in stage 1 the captions, and nothing else"
-_EVAL_TYPE = "an evaluation computes in the type that training computes in"
+_ANSWERS = "the loss is always computed on the answers only (in stage 1 on the captions)"
+_EVAL_TYPE = "evaluation uses the same data type as training"
 _COMPILE = (
-    "every pack has other lengths and other groups of samples, and torch would compile the whole model again for each; "
-    "see `compile_layers`"
+    "packs differ in length and grouping, so torch would recompile the whole model for every pack; see `compile_layers`"
 )
 _LIGER = (
     "its kernels would replace the norms and gates that `compile_layers` compiles, and TRL removes the field in its "
     "version 2"
 )
-_PREDICTIONS = "an evaluation computes the loss and answers questions; it keeps no predictions"
-_HUB = "nothing is published while it is being trained; upload the finished run's folder, or what `qllava merge` wrote"
-_SCRIPTS = "it is for transformers' example scripts; `eval_strategy` says when a run is evaluated"
+_PREDICTIONS = "evaluation computes the loss and answers questions, but stores no predictions"
+_HUB = "a run is not uploaded during training; upload the folder of the finished run or of the merged model"
+_SCRIPTS = "only transformers' example scripts use it; `eval_strategy` decides when a run is evaluated"
 _WHOLE = "a checkpoint holds and restores everything that resuming needs"
 _FSDP = (
-    "4-bit weights are laid out for FSDP when the model is built, before the trainer reads this field, so give "
-    "accelerate the settings: accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml"
+    "4-bit weights are prepared for FSDP before the trainer reads this field; give the FSDP settings to "
+    "accelerate instead: accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml"
 )
 
 _WHEN = ("no", "steps", "epoch")
@@ -81,7 +80,7 @@ SCHEDULERS = (
     *("reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
 )
 FOLLOWING = ("reduce_lr_on_plateau", "greedy")
-"""Schedulers that change the learning rate at evaluations alone."""
+"""Schedulers that change the learning rate only at evaluations."""
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor"),
     *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit"),
@@ -126,7 +125,7 @@ TRL: tuple[Field, ...] = (
         "label_smoothing_factor",
         "float",
         0.0,
-        "it needs the logits of all tokens, and only those of the learned tokens are computed, some at a time",
+        "it needs the logits of all tokens, and qllava computes only those of the learned tokens",
     ),
     _free("bf16", "switch", None),
     _free("fp16", "bool", False),
@@ -142,19 +141,19 @@ TRL: tuple[Field, ...] = (
     _refused("torch_compile_mode", "str", None, _COMPILE),
     _refused("use_liger_kernel", "bool", False, _LIGER),
     _refused("liger_kernel_config", "dict", None, _LIGER),
-    _refused("use_cache", "bool", False, "training reads every token once, without a cache of keys and values"),
+    _refused("use_cache", "bool", False, "training needs no cache of keys and values"),
     _refused(
         "neftune_noise_alpha",
         "float",
         None,
-        "its noise is scaled by the length of one sample, and a pack holds several",
+        "its noise is scaled by the length of one sample, and a pack holds several samples",
     ),
     _free("torch_empty_cache_steps", "int", None),
     _refused(
         "auto_find_batch_size",
         "bool",
         False,
-        "when memory runs out, packs are halved and the samples of a step stay the same",
+        "when memory runs out, qllava halves the packs and keeps the samples of a step",
     ),
     _free("logging_strategy", "choice", "steps", choices=_WHEN),
     _free("logging_steps", "float", 10),
@@ -203,7 +202,7 @@ TRL: tuple[Field, ...] = (
         "load_best_model_at_end",
         "bool",
         False,
-        "the last weights are the result; every checkpoint can be merged instead",
+        "the result of a run is its last weights; to use a checkpoint, merge it",
     ),
     _decides("metric_for_best_model", "str", None),
     _decides("greater_is_better", "switch", None),
@@ -211,7 +210,7 @@ TRL: tuple[Field, ...] = (
     _refused("restore_callback_states_from_checkpoint", "bool", False, _WHOLE),
     _free("full_determinism", "bool", False),
     _decides("seed", "int", 42),
-    _refused("data_seed", "int", None, "the field `seed` draws the order too"),
+    _refused("data_seed", "int", None, "the field `seed` also decides the order of the data"),
     _free("use_cpu", "bool", False),
     _refused(
         "accelerator_config",
@@ -225,7 +224,7 @@ TRL: tuple[Field, ...] = (
         None,
         "a pack is computed by one process; several processes, started by `accelerate launch`, share the samples",
     ),
-    _refused("dataloader_drop_last", "bool", False, "every sample is in a step of every epoch"),
+    _refused("dataloader_drop_last", "bool", False, "every epoch uses every sample"),
     _free("dataloader_num_workers", "int", 0),
     _free("dataloader_pin_memory", "bool", True),
     _free("dataloader_persistent_workers", "bool", False),
@@ -235,18 +234,18 @@ TRL: tuple[Field, ...] = (
         "dataloader_in_order",
         "bool",
         True,
-        "the samples of a step would depend on which worker is the fastest",
+        "the samples of a step would depend on the speed of the workers",
     ),
-    _refused("remove_unused_columns", "bool", True, "qllava's collator takes the columns that it needs"),
-    _refused("label_names", "list", None, "what is learned follows from the conversation alone"),
+    _refused("remove_unused_columns", "bool", True, "qllava's collator selects the columns that it needs"),
+    _refused("label_names", "list", None, "labels are computed from the conversation"),
     _refused(
         "train_sampling_strategy",
         "choice",
         "random",
-        "samples about one image come together, in an order that the seed draws",
+        "samples about one image stay together, in an order drawn with the seed",
         choices=("random", "sequential", "group_by_length", "batch_rebalance"),
     ),
-    _refused("length_column_name", "str", "length", "lengths are counted when the data is encoded"),
+    _refused("length_column_name", "str", "length", "qllava counts the lengths when it encodes the data"),
     _refused("ddp_find_unused_parameters", "switch", None, "every pack uses all parameters that are trained"),
     _free("ddp_bucket_cap_mb", "int", None),
     _free("ddp_broadcast_buffers", "switch", None),
@@ -277,7 +276,7 @@ TRL: tuple[Field, ...] = (
     _refused(
         "truncation_mode", "choice", "keep_start", "the field `too_long` decides", choices=("keep_end", "keep_start")
     ),
-    _refused("shuffle_dataset", "bool", False, "the seed draws the order of every epoch"),
+    _refused("shuffle_dataset", "bool", False, "qllava shuffles every epoch with the seed"),
     _refused("packing", "bool", False, _PACKS),
     _refused("packing_strategy", "choice", "bfd", _PACKS, choices=("bfd", "bfd_split", "wrapped")),
     _refused("padding_free", "bool", False, _PACKS),
@@ -285,19 +284,19 @@ TRL: tuple[Field, ...] = (
         "pad_to_multiple_of",
         "str",
         "auto",
-        "TRL's own collators read it, and qllava's lays the samples into packs, which are not padded",
+        "only TRL's collators read it; qllava's collator builds packs without padding",
     ),
     _refused("eval_packing", "switch", None, _PACKS),
     _refused("completion_only_loss", "switch", None, _ANSWERS),
     _refused("assistant_only_loss", "bool", False, _ANSWERS),
     _decides("loss_type", "choice", "nll", choices=("nll", "dft", "chunked_nll")),
     _free("activation_offloading", "bool", False),
-    _refused("pad_token", "str", None, "the model's tokenizer has a padding token, which is never learned"),
+    _refused("pad_token", "str", None, "qllava uses the padding token of the tokenizer, which is never learned"),
 )
-"""TRL's, in the order of its own `--help`."""
+"""Fields of TRL, in the order of TRL's `--help`."""
 
-# A path is free, because a run may be moved to another machine: data is known by its bytes, the base by its
-# fingerprint. So is what says how the same is computed, and what is measured.
+# Paths are free, because a run may be moved to another machine: data is identified by the hash of its bytes,
+# the base by its fingerprint. Settings that only change how the result is computed or measured are free too.
 OURS: Mapping[str, Use] = {
     "model_name_or_path": "free",
     "language_model": "free",
@@ -331,4 +330,4 @@ OURS: Mapping[str, Use] = {
     "eval_questions_final": "free",
     "overwrite_output_dir": "free",
 }
-"""Ours; `qllava.config` has their types, defaults and help."""
+"""qllava's own settings; `qllava.config` has their types, defaults and help."""

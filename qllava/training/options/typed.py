@@ -1,7 +1,7 @@
-"""A recipe's YAML with its values as they were typed: what `no`, `1e-4` or `2024` means is for the setting to say.
+"""YAML loader that keeps values as text, so that each setting decides what `no`, `1e-4` or `2024` means.
 
-YAML 1.1 reads `no` as false, `1e-4` as text and `012` as ten. Here the value of a key stays text until the type of the
-setting is known. Lists and mappings below it are YAML's, but for numbers such as `1e-4`, which are numbers.
+YAML 1.1 reads `no` as false, `1e-4` as text and `012` as ten. Here a value remains text until the type of the
+setting is known. Lists and mappings inside a value are read as YAML, except that `1e-4` is read as a number.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import yaml
 
 
 class Typed(NamedTuple):
-    """A value, and where it was read."""
+    """A value and its position in the file."""
 
     value: Any
-    """Text, None, or a list or mapping."""
+    """Text, None, a list or a mapping."""
     line: int
-    """Line of its key, from 1."""
+    """Line number of the key, counted from 1."""
 
 
 class TypedLoader(yaml.SafeLoader):
-    """Reads a mapping of settings; see the head of this file."""
+    """A loader for a mapping of settings; see the module docstring."""
 
     @classmethod
     def read(cls, text: str, *, list_like: Collection[str] = ()) -> dict[str, Typed] | None:
         """Return keys with their values and lines; None when the text is not a mapping of names.
 
         Args:
-            text: The file's.
-            list_like: Names whose lists hold text, which stays as it was typed too.
+            text: Content of the file.
+            list_like: Names of settings whose list items remain text too.
 
         Raises:
-            yaml.YAMLError: When it is not YAML, or has a key twice.
+            yaml.YAMLError: If the text is not YAML, or has a key twice.
         """
         loader = cls(text)
         try:
@@ -48,7 +48,7 @@ class TypedLoader(yaml.SafeLoader):
                     return None
                 line = key.start_mark.line + 1
                 if key.value in found:
-                    raise yaml.YAMLError(f"the key {key.value!r} is there twice, the second time in line {line}")
+                    raise yaml.YAMLError(f"the key {key.value!r} is set twice, the second time in line {line}")
                 found[key.value] = Typed(loader._typed(value, key.value in list_like), line)
             return found
         finally:
@@ -56,14 +56,14 @@ class TypedLoader(yaml.SafeLoader):
 
     def _typed(self, node: yaml.Node, list_like: bool) -> Any:
         if isinstance(node, yaml.ScalarNode):
-            # A plain null is one; a "null" in quotes is a text.
+            # An unquoted null is None; a "null" in quotes is text.
             return None if node.tag == "tag:yaml.org,2002:null" else node.value
         if list_like and isinstance(node, yaml.SequenceNode):
             return [self._typed(one, False) for one in node.value]
         return self.construct_object(node, deep=True)
 
 
-# As YAML 1.2 has it: a number may have an exponent without a point before it.
+# As in YAML 1.2, a number may have an exponent without a decimal point.
 TypedLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

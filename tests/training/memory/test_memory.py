@@ -314,7 +314,7 @@ def test_amounts(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "12", "GB", "-3GB", "0GB", "a lot", "12TB"])
 def test_amounts_that_are_none(text: str) -> None:
-    with pytest.raises(InputError, match="write it as 12GB"):
+    with pytest.raises(InputError, match="Write it like 12GB"):
         parse_bytes(text)
 
 

@@ -8,6 +8,7 @@ models on this disk (`NAMES`, and `PARTS` for those that a preset names inside),
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -36,6 +37,8 @@ NANO_IS_SMALL = {
     "PRETRAIN_IMAGES": 12, "TRAIN_IMAGES": 16, "NAMELESS_IMAGES": 4, "QUESTIONS_PER_IMAGE": 4,
     "VALIDATION_QUESTIONS": 8, "TEST_QUESTIONS": 16, "UNSEEN_QUESTIONS": 8,
 }  # fmt: skip
+TRIED = (8192, 2048)
+"""Pack lengths that `fit` tries, of the seven: each is a measurement of seconds."""
 LCS = "blip_laion_cc_sbu_558k.json"
 NOT_RUN = {
     "hf ": "downloads from a hub",
@@ -138,11 +141,12 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 
 def fresh_folder(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """The clone as a folder to type in: recipes, demo and what a reader brings; nano is small."""
+    """The clone as a folder to type in: recipes, demo and what a reader brings; nano is small, and plans try less."""
     for name in ("recipes", "demo", "docs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     for name, count in NANO_IS_SMALL.items():
         patch.setattr(nano, name, count)
+    patch.setattr(importlib.import_module("qllava.training.memory.fit"), "PACK_SIZES", TRIED)
     patch.setenv("QLLAVA_CACHE", str(folder / "cache"))
     patch.chdir(folder)
     own_data(folder)

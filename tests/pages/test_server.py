@@ -29,7 +29,7 @@ Server = tuple[str, Command]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Its answers end with its context: shorter ones than the usual 512 show the same.
-    return make_tiny_llava(tmp_path_factory.mktemp("demo") / "model", context=256)
+    return make_tiny_llava(tmp_path_factory.mktemp("demo") / "model", context=160)
 
 
 @pytest.fixture(scope="module")

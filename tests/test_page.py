@@ -128,7 +128,7 @@ def test_light_dark_and_narrow_are_thought_of() -> None:
     assert "max-width: 34rem" in html
 
 
-def test_a_image_comes_back_as_it_was() -> None:
+def test_an_image_comes_back_as_it_was() -> None:
     image = Image.effect_noise((40, 30), 50).convert("RGB")
     html = page.image(image, "noise")
     data = re.search(r"base64,([^\"]+)", html)

@@ -152,7 +152,7 @@ def test_a_file_that_is_too_large_is_said_in_words(browser: Any, demo: str, tmp_
     page.close()
 
 
-def test_a_image_is_pasted(browser: Any, demo: str) -> None:
+def test_an_image_is_pasted(browser: Any, demo: str) -> None:
     data = io.BytesIO()
     make_image("blue", (200, 100)).save(data, "png")
     page = browser.new_page()

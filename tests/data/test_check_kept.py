@@ -99,14 +99,14 @@ def test_a_file_that_was_only_touched_is_not_read(train: Path, work: list[str]) 
     assert again(train, work) == []
 
 
-def test_a_image_that_changed_is_decoded_again_alone(train: Path, work: list[str]) -> None:
+def test_an_image_that_changed_is_decoded_again_alone(train: Path, work: list[str]) -> None:
     looked_at(train)
     Image.new("RGB", (9, 9)).save(train.parent / "red.png")
     assert again(train, work) == ["red.png"]
     assert again(train, work) == []
 
 
-def test_a_image_that_broke_is_found_though_the_rows_are_known(train: Path, work: list[str]) -> None:
+def test_an_image_that_broke_is_found_though_the_rows_are_known(train: Path, work: list[str]) -> None:
     looked_at(train)
     whole = (train.parent / "red.png").read_bytes()
     (train.parent / "red.png").write_bytes(b"no image")
@@ -121,7 +121,7 @@ def test_a_image_that_broke_is_found_though_the_rows_are_known(train: Path, work
     assert Verdict.over([looked_at(train)]).ok
 
 
-def test_a_image_that_went_missing_is_found(train: Path, work: list[str]) -> None:
+def test_an_image_that_went_missing_is_found(train: Path, work: list[str]) -> None:
     looked_at(train)
     (train.parent / "blue.png").unlink()
     assert again(train, work) == ["blue.png"]

@@ -251,7 +251,7 @@ def test_trimming_takes_whole_rounds_from_the_end(template: Template) -> None:
             assert f"so {3 - len(fitting)} of 3 answers are lost; raise max_length" in str(problems[0])
 
 
-def test_trimming_never_takes_a_image() -> None:
+def test_trimming_never_takes_an_image() -> None:
     late = example("What colour?", "red", "<image>\nAnd this?", "blue")
     length = len(encoder().encode_all([late])[0].input_ids)
     problems: list[Problem] = []

@@ -250,7 +250,7 @@ def test_what_the_processor_does_to_colours_is_undone(change: dict[str, bool], t
     assert one.images[0].tobytes() == noise.tobytes()
 
 
-def test_a_image_that_cannot_be_read_is_said_with_its_row(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_said_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"^train.json, example 3, id x7: .*bad.png"):
         show(example("<image>\nWhat?", "A bus.", images=(tmp_path / "bad.png",)), encoder(), None)
@@ -289,7 +289,7 @@ def test_a_plain_terminal() -> None:
     ]
 
 
-def test_a_image_in_the_terminal(image: Path) -> None:
+def test_an_image_in_the_terminal(image: Path) -> None:
     lines = terminal(shown("<image>\nWhat?", "red", images=(image,)), colour=False).splitlines()
     assert lines[0].endswith("learned (in ⟦ ⟧), bus.png 64×32")
     assert "<image ×16>·↵" in lines

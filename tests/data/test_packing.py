@@ -100,7 +100,7 @@ def test_bins_hold_everything_once_and_no_more_than_fits(sizes: list[int], capac
     assert sum(2 * load <= capacity for load in loads) <= 1
 
 
-def test_a_image_of_two_samples_that_cannot_share_is_looked_at_once() -> None:
+def test_an_image_of_two_samples_that_cannot_share_is_looked_at_once() -> None:
     packs = [
         sample("a", [1, P, P, 20, 3], [N] * 4 + [3], "x.png"),
         sample("b", [7, P, P, 20, 3], [N] * 4 + [3], "x.png"),
@@ -147,7 +147,7 @@ def test_an_epoch_shows_every_sample_once_in_steps_of_the_size_asked_for(
     assert all(np.array_equal(a, b) for a, b in zip(steps, again, strict=True))
 
 
-def test_samples_of_a_image_come_together_and_epochs_differ() -> None:
+def test_samples_of_an_image_come_together_and_epochs_differ() -> None:
     images = np.repeat(np.arange(1, 101), 3)
     steps = list(steps_of(images, 6, seed=0, epoch=0))
     whole = [sorted(np.unique(images[step], return_counts=True)[1].tolist()) for step in steps]

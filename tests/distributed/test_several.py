@@ -223,7 +223,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(runs: Runs) -> None
     assert saved.name == "checkpoint-4" and fault(saved) is None
 
 
-def test_a_image_that_one_process_cannot_read_ends_both(runs: Runs) -> None:
+def test_an_image_that_one_process_cannot_read_ends_both(runs: Runs) -> None:
     ends = sorted(runs.ended("unreadable"), key=lambda end: end["raised"])
     assert [end["raised"] for end in ends] == ["Elsewhere", "InputError"]
     assert "row-8" in ends[1]["said"]

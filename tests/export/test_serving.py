@@ -75,7 +75,7 @@ class TestChatTemplate:
         assert found.replace(marker, "<image>") == wanted
         assert wanted.count("<image>") == 3 and "Where __> is it?" in wanted
 
-    def test_without_a_image(self, name: str) -> None:
+    def test_without_an_image(self, name: str) -> None:
         written = TEMPLATES[name].chat_template()
         messages = [{"role": "user", "content": QUESTION}]
         assert by_llama_cpp(written, messages) == by_transformers(written, messages)

@@ -66,24 +66,24 @@ class TestRows:
         assert "the-row" in message
         return message
 
-    def test_a_image_that_is_missing(self, refused: Refused, images: Path) -> None:
+    def test_an_image_that_is_missing(self, refused: Refused, images: Path) -> None:
         message = self.refused_rows(refused, images, [row(), row(image="1.png")])
         assert "1.png" in message and "train.json, example 2" in message
 
     @pytest.mark.parametrize("content", [b"no image", b""], ids=["text", "empty"])
-    def test_a_image_that_is_none(self, refused: Refused, images: Path, content: bytes) -> None:
+    def test_an_image_that_is_none(self, refused: Refused, images: Path, content: bytes) -> None:
         (images / "1.png").write_bytes(content)
         message = self.refused_rows(refused, images, [row(image="1.png")])
         assert "1.png" in message and "not an image that can be read" in message
 
-    def test_a_image_that_is_cut_off(self, refused: Refused, images: Path) -> None:
+    def test_an_image_that_is_cut_off(self, refused: Refused, images: Path) -> None:
         Image.effect_noise((60, 60), 50).save(images / "1.png")
         whole = (images / "1.png").read_bytes()
         (images / "1.png").write_bytes(whole[: len(whole) // 2])
         message = self.refused_rows(refused, images, [row(image="1.png")])
         assert "1.png" in message and "cannot be decoded" in message
 
-    def test_a_image_that_a_worker_process_meets(self, refused: Refused, images: Path) -> None:
+    def test_an_image_that_a_worker_process_meets(self, refused: Refused, images: Path) -> None:
         (images / "1.png").write_bytes(b"no image")
         message = self.refused_rows(refused, images, [row(image="1.png")], dataloader_num_workers=1, skip_check=True)
         assert message.startswith("qllava: id the-row: ") and "not an image that can be read" in message

@@ -177,7 +177,7 @@ def test_a_model_without_a_chat_template_is_refused(chat: Chat) -> None:
         Chat(chat.model, processor, "bare").answer(None, "Hello?")
 
 
-def test_a_image_with_transparency_or_rotation_is_made_upright_rgb(chat: Chat, tmp_path: Path) -> None:
+def test_an_image_with_transparency_or_rotation_is_made_upright_rgb(chat: Chat, tmp_path: Path) -> None:
     image = make_image("red", (40, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"

@@ -80,7 +80,7 @@ def test_answers_and_their_end_are_learned_and_nothing_else(tokenizer: PreTraine
             assert len(said) >= 6
 
 
-def test_a_map_stands_where_a_image_will(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_map_stands_where_an_image_will(tokenizer: PreTrainedTokenizerFast) -> None:
     kinds: Counter[str] = Counter()
     for seed in range(400):
         scene, ids, labels = a_text(seed, tokenizer)

@@ -260,7 +260,7 @@ def test_a_question_is_answered_once(server: Server) -> None:
     assert visitor.press("vote-left", "click") == [] or "Left was" not in visitor.refused
 
 
-def test_a_image_that_is_sent_twice_is_two_images(server: Server, red: Path) -> None:
+def test_an_image_that_is_sent_twice_is_two_images(server: Server, red: Path) -> None:
     visitor = Visitor(server[0])
     files = [("files", (red.name, red.read_bytes()))] * 2
     paths = visitor.client.post("/gradio_api/upload", files=files).json()

@@ -138,7 +138,7 @@ def test_a_server_that_takes_no_schema_is_asked_for_blocks_after_one_call(tmp_pa
     assert new.out.read_bytes() == job.out.read_bytes()
 
 
-def test_a_image_that_the_server_does_not_like_is_no_sign_against_schemas(tmp_path: Path) -> None:
+def test_an_image_that_the_server_does_not_like_is_no_sign_against_schemas(tmp_path: Path) -> None:
     def too_long(request: Request) -> Said:
         return Said("too long", status=400) if "picture 0" in request.last else well(request)
 

@@ -171,7 +171,7 @@ class TestBefore:
         assert "in the evaluation" not in out
         assert "NOT CHECKED, as asked: an image that cannot be read will end the run when its batch comes." in out
 
-    def test_a_image_that_cannot_be_read_is_found_before_the_run_unless_skipped(self, tmp_path: Path) -> None:
+    def test_an_image_that_cannot_be_read_is_found_before_the_run_unless_skipped(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(b"no image")
         rows = [{"id": "x", "image": "a.png", "question": "a", "answer": "b"}]
         part = Part(write_records(tmp_path / "t.json", rows), None)

@@ -323,7 +323,7 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
         if IMAGE_TOKEN in system:
             raise Unusable("images", f"the system prompt holds {IMAGE_TOKEN}", "images belong into questions")
     if not any(turn.learned for turn in placed if turn.role == "assistant"):
-        raise Unusable("nothing learned", "no answer of the conversation is learned", "remove the record")
+        raise Unusable("nothing learned", "no answer of this conversation is used for training", "remove the record")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)
     if marks != images:
         problem = f"the questions hold {marks} {IMAGE_TOKEN}, the example names {count_of(images)}"

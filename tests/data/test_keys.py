@@ -254,7 +254,7 @@ def test_an_answer_that_is_not_to_be_learned_is_only_read(folder: Path, encoder:
 def test_a_record_of_which_nothing_is_learned_is_an_error(folder: Path, kind: str) -> None:
     with pytest.raises(RecordError, match=r"says that nothing of it is learned \('label'\)"):
         read(folder, kind, {"id": "x7", **ASKED, "label": False})
-    with pytest.raises(RecordError, match="no answer of the conversation is learned"):
+    with pytest.raises(RecordError, match="no answer of this conversation is used for training"):
         read(folder, kind, {"id": "x7", "messages": [CHAT[0], CHAT[1] | {"weight": 0}]})
 
 

@@ -120,7 +120,7 @@ class TestTooSmallADisk:
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, tmp_path / "run"))
         said = refusal(caught.value)
-        assert f" to {tmp_path / 'run'} (2 checkpoints of " in said and "are free there" in said
+        assert f" in {tmp_path / 'run'} (up to 2 checkpoints of " in said and "are free. Make room" in said
         assert "save_total_limit" in said and not Run(tmp_path / "run").checkpoints()
 
     def test_for_stage_2_is_refused_before_stage_1(
@@ -226,7 +226,7 @@ class TestARealDisk:
         assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
         hint = "Make room, or make it writable, and give the command again."
         assert said.endswith(f"what was saved before is untouched. {hint}")
-        with pytest.raises(InputError, match="are free there; make room"):
+        with pytest.raises(InputError, match="are free. Make room"):
             pretrain(stage1_settings(tiny, folder, **LONG))
         assert self.unharmed(folder) == found
         ballast.unlink()

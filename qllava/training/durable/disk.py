@@ -83,7 +83,7 @@ def check(needs: Mapping[Path, Need]) -> None:
         return
     largest = max(needs.values(), key=lambda need: need.total)
     raise InputError(
-        f"The run will write {format_bytes(total)} to {run} ({largest.checkpoints} checkpoints of "
-        f"{format_bytes(largest.each)} at one time, and the result), and {format_bytes(free)} are free there; make "
-        "room, choose another output_dir, or keep fewer checkpoints (save_total_limit, a larger save_steps)."
+        f"There is not enough disk space: the run needs {format_bytes(total)} in {run} (up to {largest.checkpoints} "
+        f"checkpoints of {format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make "
+        "room, choose another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
     )

@@ -5,6 +5,8 @@ is a run of its own (`make test-search`, which sets HYPOTHESIS_PROFILE); what it
 
 Tests compute on the CPU on every machine: types, kernels and figures are others on a GPU. Those that are marked `gpu`
 need one and run in a tier of their own (`make test-gpu`, which sets QLLAVA_TEST_GPU).
+
+Fixtures import torch and transformers themselves: the process that only hands the tests out to others needs neither.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported, and for the processes that tests start.
 os.environ.update(
@@ -24,16 +26,15 @@ os.environ.update(
     else dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
 )
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
-from transformers import PreTrainedTokenizerBase
 
 from tests import commands, skips
-from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
-from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
-from tests.tiny_runs import Tiny, make_tiny_runs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tests.tiny_runs import Tiny
 
 GPU_TIER = os.environ.get("QLLAVA_TEST_GPU") == "1"
 
@@ -93,6 +94,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The Llama-2 tokenizer in legacy mode, as LLaVA trained with it, and `<image>` as one more token."""
+    from tests.sentencepiece_models import legacy_tokenizer
+
     folder = tmp_path_factory.mktemp("llama_tokenizer")
     shutil.copy(shared_data / "llama_tokenizer.model", folder / "tokenizer.model")
     return legacy_tokenizer(folder)
@@ -101,6 +104,8 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """A small sentencepiece tokenizer of the same kind, trained here, because Llama's may not be copied."""
+    from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
+
     return legacy_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("trained_tokenizer")))
 
 
@@ -114,6 +119,9 @@ def sentencepiece_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokeniz
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Random numbers that a test draws without a generator of its own are the same in every run and every order."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)  # the global generator is the one that must not surprise
     torch.manual_seed(0)
@@ -137,12 +145,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Parts of a tiny LLaVA and both stages trained over them, once for all tests; read only."""
+    from tests.tiny_runs import make_tiny_runs
+
     return make_tiny_runs(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA that exists already, in llava-hf's layout."""
+    from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
+
     folder = tmp_path_factory.mktemp("llava") / "tiny"
     processor = make_tiny_processor()
     save_llava(make_tiny_model(processor), processor, folder)

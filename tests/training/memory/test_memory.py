@@ -181,10 +181,10 @@ class TestExtrapolation:
     """A few layers tell what all of them take."""
 
     @pytest.mark.parametrize("changes", [{}, {"prune_last_layer": False, "lora_first": False}, {"lora": None}])
-    @pytest.mark.parametrize("recomputed", [0, 1, 5, None])
+    @pytest.mark.parametrize("recomputed", [0, 1, 4, None])
     def test_equals_the_whole_step(self, recomputed: int | None, changes: dict[str, Any]) -> None:
         # On the CPU, where no allowance for a card hides a difference; a vocabulary that makes the layers the peak.
-        setup = on_cpu(small(vocabulary=64, layers=9), tokens_per_pack=150, recompute_layers=recomputed, **changes)
+        setup = on_cpu(small(vocabulary=64, layers=7), tokens_per_pack=150, recompute_layers=recomputed, **changes)
         few, all_of_them = estimate(setup), estimate(setup, whole=True)
         assert few.peak_bytes == pytest.approx(all_of_them.peak_bytes, rel=0.001)
         for part, size in all_of_them.parts.items():

@@ -132,7 +132,9 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InputError(f"The grid {path}: seeds must be a list of whole numbers.")
     if not isinstance(given.get("measure"), str):
-        raise InputError(f"The grid {path} has no evaluation; give it under the key measure, such as `vqa {{model}} test.json`.")
+        raise InputError(
+            f"The grid {path} has no evaluation; give one under the key measure, such as `vqa {{model}} test.json`."
+        )
     changes = list(_changes(given, path))
     variants = tuple(_variant(name, changed, given, path, changes[0][0]) for name, changed in changes)
     for variant in variants:

@@ -108,7 +108,7 @@ class TestWhatWillBeWritten:
         (first / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(600))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_600, 400))
         disk.check({first: Need(1, 300, 100), tmp_path: Need(1, 500, 100)})
-        with pytest.raises(InputError, match=f"to {tmp_path} "):
+        with pytest.raises(InputError, match=f"in {tmp_path} "):
             disk.check({tmp_path: Need(1, 400, 100)})
 
 

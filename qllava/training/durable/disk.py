@@ -84,6 +84,6 @@ def check(needs: Mapping[Path, Need]) -> None:
     largest = max(needs.values(), key=lambda need: need.total)
     raise InputError(
         f"There is not enough disk space: the run needs {format_bytes(total)} in {run} (up to {largest.checkpoints} "
-        f"checkpoints of {format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make "
+        f"checkpoint{'s' * (largest.checkpoints > 1)} of {format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make "
         "room, choose another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
     )

@@ -82,8 +82,9 @@ def check(needs: Mapping[Path, Need]) -> None:
     if total <= free:
         return
     largest = max(needs.values(), key=lambda need: need.total)
+    kept = "one checkpoint" if largest.checkpoints == 1 else f"up to {largest.checkpoints} checkpoints"
     raise InputError(
-        f"There is not enough disk space: the run needs {format_bytes(total)} in {run} (up to {largest.checkpoints} "
-        f"checkpoint{'s' * (largest.checkpoints > 1)} of {format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make "
-        "room, choose another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
+        f"There is not enough disk space: the run needs {format_bytes(total)} in {run} ({kept} of "
+        f"{format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make room, choose "
+        "another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
     )

@@ -146,7 +146,8 @@ def check(
             _write(file, at_their_examples(table, seen, uses))
     except OSError as error:
         raise InputError(
-            f"What was found in {path} cannot be kept in {root} ({error.strerror or error}); make room there, "
+            f"The results of the check of {path} cannot be written to {root} ({error.strerror or error}); make room "
+            "there, "
             "or name another folder in $QLLAVA_CACHE."
         ) from error
     layout = Layout(encoder.image_token_id)

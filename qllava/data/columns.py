@@ -58,7 +58,7 @@ def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict
             batches = pa.ipc.open_stream(source)
             schema = batches.schema
         if not can_be_records(schema.names):
-            problem = "the table has none of the columns conversations, messages, question"
+            problem = "the table needs one of the columns conversations, messages, question"
             on_problem(Problem("not an example", problem, "see the formats in docs/data.md", Place(str(path))))
             return
         wanted = _wanted(schema)
@@ -71,7 +71,7 @@ def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict
         if kind == "Arrow stream":
             source.seek(max(source.size() - len(END_OF_STREAM), 0))
             if source.read() != END_OF_STREAM:  # a stream that is cut between two batches looks sound otherwise
-                raise ValueError("it ends without its end mark")
+                raise ValueError("the file is truncated (its end mark is missing)")
 
 
 def _wanted(schema: Any) -> list[str]:

@@ -26,7 +26,7 @@ def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
     first_of = _firsts(contents, order)
     for index in np.sort(same):
         earlier = where.place(first_of[contents[index]])
-        problem = f"the example says the same about the same images as {earlier}"
+        problem = f"the example has the same text and the same images as {earlier}"
         on_problem(where.problem(index, "duplicate", problem, "remove one, unless it shall count twice", "note"))
     order = np.lexsort((np.arange(len(ids)), ids))
     first_of = _firsts(ids, order)
@@ -57,7 +57,7 @@ def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: 
             found = np.isin(chunk.flatten().to_numpy(zero_copy_only=False), held_out)
             for index in np.unique(owner[found]):
                 problem = "a question with its images and answer is in the evaluation file too"
-                hint = "remove it from one of the two, or the evaluation measures what was learned by heart"
+                hint = "remove it from one of the two, or the evaluation measures memorized answers"
                 on_problem(where.problem(offset + int(index), "in the evaluation", problem, hint, "warning"))
             offset += len(chunk)
 

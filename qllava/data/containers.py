@@ -69,7 +69,7 @@ def _shards(path: Path, on_problem: OnProblem) -> list[Path]:
             state = json.loads((path / "state.json").read_bytes())
             return [path / PurePath(file["filename"]).name for file in state["_data_files"]]
         except (ValueError, LookupError, TypeError, RecursionError):
-            problem = "this does not name the files of a saved dataset"
+            problem = "this file does not list the data files of a saved dataset"
             on_problem(Problem("not a data file", problem, "save it again", Place(str(path / "state.json"))))
             return []
     inside = [file for folder in (path, path / "data") if folder.is_dir() for file in folder.iterdir()]

@@ -153,11 +153,11 @@ def _about(seen: Sequence[Seen]) -> Iterator[tuple[str, Problem]]:
         if one.problem is not None:
             yield one.name, one.problem
         elif one.colour is not None:
-            problem, hint = f"every pixel has the colour {one.colour}", "look at it: its content may be lost"
+            problem, hint = f"every pixel has the colour {one.colour}", "open the image: its content may be lost"
             yield one.name, Problem("one colour", problem, hint, place, severity="note")
         elif one.pixels is not None and first.setdefault(one.pixels, one.name) != one.name:
             problem = f"it is the same image as {first[one.pixels]}"
-            hint = "name one of the files in all records, if that is meant"
+            hint = "if this is intended, use one of the two file names in all records"
             yield one.name, Problem("same image", problem, hint, place, severity="note")
 
 

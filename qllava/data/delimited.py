@@ -59,7 +59,7 @@ def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[
 def _unreadable(error: csv.Error, place: Place) -> Problem:
     if "field limit" in str(error):
         problem = f"a field is longer than {_LONGEST:,} characters"
-        hint = "a quote that is not closed takes everything behind it for one field; close it, or shorten the field"
+        hint = "an unclosed quote makes one field of all text after it; close the quote, or shorten the field"
         return Problem("table", problem, hint, place)
     return Problem("table", f"the record cannot be read ({error})", _QUOTES, place)
 

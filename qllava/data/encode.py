@@ -87,7 +87,10 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
-            raise InputError("The tokenizer tells no offsets (it is a slow one); load it with AutoTokenizer.")
+            raise InputError(
+                "The tokenizer returns no character offsets because it is a slow one; load a fast one with "
+                "AutoTokenizer."
+            )
         vocabulary = self.tokenizer.get_vocab()
         if vocabulary.get(IMAGE_TOKEN) != self.image_token_id:
             raise InputError(
@@ -255,7 +258,9 @@ class Encoder:
             if last > end:
                 break
             if (first and tokens.ends[first - 1] > start) or (last and tokens.ends[last - 1] > end_):
-                problem = f"a token reaches over the edge of the answer {rendered.text[start:end_][:40]!r} ..."
+                problem = (
+                    f"a token is partly inside and partly outside of the answer {rendered.text[start:end_][:40]!r} ..."
+                )
                 raise example.problem("token edge", problem, "take white space off its ends")
             labels[first:last] = ids[first:last]
         if all(label == IGNORE_INDEX for label in labels):

@@ -106,7 +106,7 @@ def count_of(images: int) -> str:
 def no_records(path: Path) -> RecordError:
     """The error of a file that holds nothing."""
     return RecordError(
-        Problem("no examples", "the file holds no examples", "give it at least one conversation", Place(str(path)))
+        Problem("no examples", "the file contains no examples", "give it at least one conversation", Place(str(path)))
     )
 
 

@@ -95,7 +95,7 @@ def _grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as RGB; the value that a PNG declares transparent becomes white."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("some of its values are infinite or no number")
+        raise ValueError("some pixel values are infinite or NaN")
     low, high = float(values.min()), float(values.max())
     if low >= 0:
         low = 0.0

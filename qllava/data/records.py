@@ -47,7 +47,9 @@ def record_text(record: dict[str, Any], key: str, place: Place, id: str) -> str:
     text = record.get(key)
     if not isinstance(text, str):
         problem = f"{key!r} holds no text"
-        raise RecordError(Problem("no text", problem, "write it there, empty if nothing was said", place, id))
+        raise RecordError(
+            Problem("no text", problem, "add the text; write an empty text if there was no answer", place, id)
+        )
     _check_unicode(text, key, place, id)
     return text
 

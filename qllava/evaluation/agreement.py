@@ -35,7 +35,7 @@ from qllava.voting.votes import VERDICTS, Verdict, Vote, read_votes
 Codes = NDArray[np.int64]  # (N,) places in VERDICTS
 _MIRRORED: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 _IN_ORDER = np.array([0, 1, 2, 1])  # of VERDICTS, left < tie < right
-_ALIKE = "both always give the same verdict, so chance agrees as often"
+_ALIKE = "both always give the same verdict, so agreement by chance is complete"
 _CONSTANT = "one of the two always gives the same verdict"
 
 
@@ -136,7 +136,10 @@ def compare_files(votes: Path, judgments: Path) -> Report:
     """`qllava eval agreement`. Raises InputError for unreadable files, or when no judgment belongs to a vote."""
     given, judged = read_votes(votes), read_judgments(judgments)
     if not {found.id for found in judged} & {vote.id for vote in given}:
-        raise InputError(f"No judgment in {judgments} belongs to a vote in {votes}; their ids differ.")
+        raise InputError(
+            f"No judgment in {judgments} has the id of a vote in {votes}; give the judgments that were made of these "
+            "votes."
+        )
     return compare(given, judged)
 
 
@@ -162,7 +165,7 @@ def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: 
     by_judge = [(float(item.verdict == side), float(side is not None)) for item, side in longer]
     by_people = [(float(item.vote.vote == side), float(side is not None)) for item, side in longer]
     difference = [(mine[0] - theirs[0], mine[1]) for mine, theirs in zip(by_judge, by_people, strict=True)]
-    no_length = "on no vote did both decide for a side, with answers of different length"
+    no_length = "there is not a single vote with answers of different length on which both preferred a side"
     return Report(
         judge=judgments[0].judge if judgments else "",
         with_people=measure(people, judge, asked, resamples=resamples),
@@ -172,7 +175,7 @@ def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: 
         inconsistent=sum(item.left_first != item.right_first for item in judged),
         unread=sum(None in verdicts for _, verdicts in both),
         unjudged=sum(len(verdicts) < 2 and None not in verdicts for _, verdicts in both),
-        first=share([item.seen_first for item in judged], "the judge never decided for a side"),
+        first=share([item.seen_first for item in judged], "the judge never preferred a side"),
         consistent=share([(float(item.left_first == item.right_first), 1.0) for item in judged], ""),
         judge_longer=share(by_judge, no_length),
         people_longer=share(by_people, no_length),

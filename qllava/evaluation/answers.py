@@ -30,7 +30,9 @@ def read_answers(path: Path) -> dict[str, str]:
     for place, record in read_records(path):
         id, text = _answer(record, place)
         if id in answers:
-            raise RecordError(Problem("answer twice", "this question has an answer already", "keep one", place, id))
+            raise RecordError(
+                Problem("answer twice", "an earlier line already answers this question", "keep one", place, id)
+            )
         answers[id] = text
     if not answers:
         raise InputError(f"{path} holds no answers; give it lines with question_id and text.")
@@ -61,7 +63,7 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
     except FileNotFoundError:
         return {}
     except ForeignEndError as error:
-        raise InputError(f"{path} holds something else than answers; name another file for --out.") from error
+        raise InputError(f"{path} is not a file of answers; give another file for --out.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); choose another place.") from error
 
@@ -76,9 +78,9 @@ def _checked(
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise InputError(f"{place}: this is not an answer; name another file for --out.")
+            raise InputError(f"{place}: this line is not an answer; give another file for --out.")
         if other := _other(record, settings, asked):
-            raise InputError(f"{place}: {other}; name another file for --out.")
+            raise InputError(f"{place}: {other}; give another file for --out.")
         yield _answer(record, place)
 
 
@@ -96,7 +98,7 @@ def _other(record: Mapping[str, Any], settings: Mapping[str, Any], asked: Mappin
             )
         return f"the answer was given with {name} {record.get(name)}, and this run has {name} {value}"
     if record.get("asked") != asked.get(str(record.get("question_id"))):
-        return f"question {record.get('question_id')} was asked in other words, or with another image"
+        return f"question {record.get('question_id')} had another text or another image when it was answered"
     return ""
 
 

@@ -67,7 +67,7 @@ class Decisions:
             "inconsistent": self.inconsistent,
             "seen_first": first
             if self.seen_first.n
-            else {**first, "ci95": None, "undefined": "it took neither answer"},
+            else {**first, "ci95": None, "undefined": "it decided for neither answer"},
         }
 
 
@@ -136,11 +136,11 @@ class EnsembleResult:
             f"tokens read, {cost['completion_tokens']:,} written.",
             f"{found.inconsistent} decisions changed with the order, {found.unread} could not be read; there the "
             "first's answer stands.",
-            f"It took the answer it saw first: {found.seen_first}",
+            f"Decisions for the answer it saw first: {found.seen_first}",
         ]
         low, high = found.seen_first.ci95
         if found.seen_first.n and not low <= 0.5 <= high:
-            lines.append("That is a bias of position: this judge decides by the order of the answers.")
+            lines.append("This judge has a position bias: it decides by the order of the answers.")
         return lines
 
 
@@ -152,7 +152,10 @@ def combine_files(
     first, second = read_answers(answers), read_answers(partner)
     for path, given in ((answers, first), (partner, second)):
         if not any(problem.id in given for problem in asked):
-            raise InputError(f"{path} answers none of the {len(asked)} problems in {problems}; check both names.")
+            raise InputError(
+                f"{path} answers none of the {len(asked)} problems in {problems}; check that both files are of the "
+                "same data set and split."
+            )
     return combine(asked, first, second, rule, judge)
 
 

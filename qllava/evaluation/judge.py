@@ -146,14 +146,14 @@ class JudgeResult:
         """The figures for the terminal."""
         cost = self.answered.to_json()
         lines = [f"{name:<16}{_said(found)}" for name, found in {"all": self.total, **self.categories}.items()]
-        lines.append(f"To stand first is worth {self.first_place} points.")
+        lines.append(f"The first position is worth {self.first_place} points (0 without bias).")
         if self.failed:
             lines.append(
                 f"{self.failed} of {2 * len(self.ratings)} replies could not be read: {self.one_order} questions have "
                 f"the scores of one order, {self.left_out} are left out."
             )
         if self.without_context:
-            lines.append(f"Of {self.without_context} questions the judge knew nothing of the image.")
+            lines.append(f"For {self.without_context} questions the judge had no captions or boxes of the image.")
         lines.append(
             f"Judge: {cost['name']}, {cost['calls']} calls, {cost['prompt_tokens']:,} tokens read, "
             f"{cost['completion_tokens']:,} written."

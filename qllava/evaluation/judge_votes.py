@@ -76,7 +76,7 @@ def vote_on_file(votes: Path, judge: Judge, out: Path, *, contexts: Path | None,
         raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
     if pictures is not None and not pictures.is_dir():
         raise InputError(
-            f"The folder {pictures} does not exist; give the folder that the demo was given with --keep-pictures."
+            f"The folder {pictures} does not exist; give the folder that you passed to the demo with --keep-pictures."
         )
     known = {context.id: shown(context, "detail") for context in read_contexts(contexts)} if contexts else {}
     kept = {path.stem: path for path in sorted(pictures.iterdir()) if path.is_file()} if pictures else {}

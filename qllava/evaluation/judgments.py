@@ -46,7 +46,7 @@ def read_judgments(path: Path) -> list[Judgment]:
     for place, record in read_records(path):
         found = _judgment(record, place)
         if (found.id, found.order) in judgments:
-            problem = f"this vote has a judgment {found.order} already"
+            problem = f"this vote already has a judgment for the order {found.order}"
             raise RecordError(Problem("judged twice", problem, "keep one of them", place, found.id))
         judgments[found.id, found.order] = found
     judges = sorted({found.judge for found in judgments.values()})

@@ -200,7 +200,10 @@ def score_file(problems: Path, answers: Path, *, split: str = "test") -> Science
     asked = read_problems(problems, split)
     given = read_answers(answers)
     if not any(problem.id in given for problem in asked):
-        raise InputError(f"{answers} answers none of the {len(asked)} problems in {problems}; check both names.")
+        raise InputError(
+            f"{answers} answers none of the {len(asked)} problems in {problems}; check that both files are of the "
+            "same data set and split."
+        )
     return score(asked, given)
 
 
@@ -224,7 +227,7 @@ def answer_problems(
 
     asked = read_problems(problems, split)
     if image_folder is None and any(problem.image for problem in asked):
-        raise InputError("Some problems have images; name their folder with --image-folder.")
+        raise InputError("Some problems have images; give their folder with --image-folder.")
     images = find_images(asked, image_folder or problems.parent)
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
@@ -321,7 +324,7 @@ def _problem(id: str, record: Any, path: Path) -> ScienceProblem:
     if not 2 <= len(choices) <= len(LETTERS):
         raise InputError(f"{path}, problem {id}: {len(choices)} choices; expected 2 to {len(LETTERS)}.")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(f"{path}, problem {id}: 'answer' must be the place of the right choice, from 0 on.")
+        raise InputError(f"{path}, problem {id}: 'answer' must be the index of the right choice, counted from 0.")
     if image is not None and (not isinstance(image, str) or Path(id, image).parts != (id, image)):
         raise InputError(f"{path}, problem {id}: 'image' must be null or the name of a file in the problem's folder.")
     subject, grade = text("subject"), text("grade")

@@ -152,7 +152,9 @@ def embed_images(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
             found = attempt(partial(_embed, model, chat.processor.image_processor, some))
             if found is None:
                 if len(some) == 1:
-                    raise InputError(f"Memory does not suffice to look at {some[0]}; close other programs.")
+                    raise InputError(
+                        f"There is not enough memory to compute features of the image {some[0]}; close other programs."
+                    )
                 size = len(some) // 2
                 continue
             out.append(found)

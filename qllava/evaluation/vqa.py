@@ -243,7 +243,7 @@ def reader(pattern: str) -> re.Pattern[str]:
     except re.error as error:
         raise InputError(f"--read {pattern!r} is not a regular expression ({error}); correct it.") from error
     if compiled.groups != 1:
-        raise InputError(f"--read {pattern!r} has {compiled.groups} groups; put one around what the answer is.")
+        raise InputError(f"--read {pattern!r} has {compiled.groups} groups; put exactly one group around the answer.")
     return compiled
 
 
@@ -271,7 +271,9 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
                 raise InputError(f"{example.where}: {error}") from error
             # Every answer gets the same room, whatever else is in its batch.
             if len(prompt.input_ids) + ANSWER_TOKENS > context:
-                long = f"the question has {len(prompt.input_ids)} tokens with all that stands before it"
+                long = (
+                    f"the question has {len(prompt.input_ids)} tokens together with the text and the images before it"
+                )
                 space = f"{ANSWER_TOKENS} for an answer do not fit into the {context} of this model"
                 raise InputError(f"{example.where}: {long}, and {space}; give fewer --shots or a shorter example.")
             prompts.append(prompt)

@@ -139,10 +139,14 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     variants = tuple(_variant(name, changed, given, path, changes[0][0]) for name, changed in changes)
     for variant in variants:
         if variant.against not in dict(changes):
-            raise InputError(f"The grid {path}: {variant.name} is against {variant.against!r}, which is not a variant.")
+            raise InputError(
+                f"The grid {path}: {variant.name} has `against: {variant.against}`, which is not the name of a variant."
+            )
     folders = [variant.folder for variant in variants]
     if not variants or len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
-        raise InputError(f"The grid {path}: variants need names that make folders, each another, none `aligned`.")
+        raise InputError(
+            f"The grid {path}: the names of variants must be different, usable as folder names, and not `aligned`."
+        )
     return Grid(variants, tuple(dict.fromkeys(seeds)))
 
 
@@ -169,7 +173,7 @@ def _variant(name: str, changed: dict[str, Any], given: dict[str, Any], path: Pa
     pretrain = {**shared, **given["pretrain"], **changed.get("pretrain", {})}
     reserved = {"output_dir", "seed", *(["projector"] if given["pretrain"] else [])}
     if taken := reserved & {*finetune, *pretrain}:
-        raise InputError(f"The grid {path}: {name} sets {min(taken)}, which the grid itself does; remove it.")
+        raise InputError(f"The grid {path}: {name} sets {min(taken)}, which the grid sets itself; remove it.")
     measure, against = changed.get("measure", given["measure"]), str(changed.get("against", first))
     return Variant(name, pretrain if given["pretrain"] else None, finetune, measure, against)
 
@@ -247,7 +251,9 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
     text, path = yaml.safe_dump(settings, sort_keys=False), folder.with_name(f"{folder.name}.yaml")
     try:
         if folder.is_dir() and path.read_text(encoding="utf-8") != text:
-            raise InputError(f"{folder} was begun with other settings than the grid's now; name another --out.")
+            raise InputError(
+                f"{folder} was started with other settings than the grid has now; give another folder with --out."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     except OSError as error:
@@ -280,7 +286,9 @@ def _measure(out: Path, variant: Variant, seed: int, run: Command) -> None:
             figures = json.loads(said)
             float(figures["accuracy"]), *figures["ci95"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"`qllava eval {shlex.join(words)}` gives no accuracy; measure something else.") from error
+            raise InputError(
+                f"`qllava eval {shlex.join(words)}` returns no accuracy; change `measure` in the grid."
+            ) from error
         write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 

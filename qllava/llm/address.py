@@ -121,7 +121,7 @@ def _key() -> str:
     """The key, or nothing. Raises InputError for one that no header can hold, without showing it."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and (key.isprintable() or not key)):
-        raise InputError("OPENAI_API_KEY holds characters that no key has; copy it again.")
+        raise InputError("OPENAI_API_KEY contains characters that cannot be part of an API key; copy the key again.")
     return key
 
 

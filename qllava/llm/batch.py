@@ -178,7 +178,8 @@ def _read_file(path: Path, call_of: Callable[[str], Call | None], store: Store) 
         store.add(*new.values())
     if foreign and not (replies or known or failed):
         raise InputError(
-            f"{path}: none of its {foreign} results answers a call of this command; give the contexts, teacher, types, "
+            f"{path}: none of its {foreign} results belongs to a call of this command; give the contexts, teacher, "
+            "types, "
             "prompts and parameters with which the requests were written."
         )
     return Imported(replies, known, failed, foreign)

@@ -114,7 +114,7 @@ def check_bounded(call: Call) -> None:
     """Raise InputError for a call whose reply may have any length: no limit of tokens could be kept."""
     if reply_limit(call) is None:
         raise InputError(
-            "A limit of tokens cannot be kept while a reply may have any length; give max_tokens or "
+            "--max-tokens-total needs a limit for the length of a reply; give max_tokens or "
             "max_completion_tokens in --parameters."
         )
 

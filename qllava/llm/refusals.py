@@ -66,7 +66,10 @@ def trouble_of(response: httpx.Response, address: Address) -> Trouble:
     if status == 402 or (status == 429 and b"insufficient_quota" in response.content):
         raise InputError(f"{address.url}: the account has no credit left ({reason}); add to it and start again.")
     if wait is not None and wait > _LONGEST_WAIT:
-        raise InputError(f"{address.url} wants no request for {wait / 60:,.0f} minutes ({reason}); start again then.")
+        raise InputError(
+            f"{address.url} accepts no request for {wait / 60:,.0f} minutes ({reason}); run the command again after "
+            "that."
+        )
     return Trouble(reason, status, wait, passes=status in _PASSING or status == 200)
 
 
@@ -96,8 +99,8 @@ class Standing:
             self._away += 1
             if self._away >= _HOPELESS:
                 raise InputError(
-                    f"{self._away} calls in a row had no reply, the last one: {error}. Mend what is wrong and start "
-                    "again; what was answered is kept."
+                    f"{self._away} calls in a row had no reply; the last error: {error}. Fix the cause and run the "
+                    "command again; replies so far are kept."
                 ) from error
             return
         if error.status is not None:  # the server is there

@@ -38,7 +38,7 @@ from qllava.locks import Lock
 
 Message: TypeAlias = dict[str, Any]
 
-_ADVICE = "wait until it ends, or give this run a store of its own"
+_ADVICE = "wait until that process ends, or give this run another file with --store"
 _LONGEST_LINE = 1 << 32  # bytes
 
 
@@ -168,8 +168,8 @@ class Store:
         try:
             if not self._journal.restore():  # deleted; the lock ensures that no other run has made a new one
                 raise InputError(
-                    f"{self.path} was replaced by another file during the run; start again, which asks for what is "
-                    "missing."
+                    f"{self.path} was replaced by another file during the run; run the command again, which asks "
+                    "only for missing replies."
                 )
             self._journal.append(b"".join(line for line, _ in records))
         except OSError as error:
@@ -186,8 +186,8 @@ class Store:
                 record = _record(line)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
-                    f"{self.path}, line {number}: this is not a reply that was kept ({error}); "
-                    "remove the line, and its call will be asked again."
+                    f"{self.path}, line {number}: this line is not a stored reply ({error}); "
+                    "remove the line, and the call will be sent again."
                 ) from error
             self._note(record, len(line))
         journal.mend()
@@ -277,4 +277,4 @@ def _open(path: Path) -> Journal:
 
 
 def _no_place(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: the replies cannot be kept here ({error.strerror}); choose another place.")
+    return InputError(f"{path}: the replies cannot be stored in this file ({error.strerror}); choose another place.")

@@ -105,7 +105,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
     pair = path.with_name(f"captions_{name}"), path.with_name(f"instances_{name}")
     for file in pair:
         if not file.is_file():
-            raise InputError(f"{file} is missing: COCO's annotations are a pair of files; put it beside the other.")
+            raise InputError(f"{file} is missing: COCO's annotations are a pair of files; put both into one folder.")
     return pair
 
 

@@ -80,7 +80,7 @@ def read_contexts(source: str | Path) -> list[Context]:
         except Unusable as error:
             problems.append(Problem(error.kind, error.problem, error.hint, place, _said_id(record)))
     if not contexts and not problems:
-        problem, hint = "there are no images in it", "give it captions and boxes of at least one image"
+        problem, hint = "the file contains no images", "give it captions and boxes of at least one image"
         problems.append(Problem("no contexts", problem, hint, Place(str(path))))
     if problems:
         more = len(problems) - _SHOWN
@@ -105,7 +105,10 @@ def _nano_scenes(source: str) -> int | None:
         return dataset.TRAIN_IMAGES
     if not (number.isascii() and number.isdigit() and 1 <= int(number) <= dataset.TRAIN_IMAGES):
         most = f"{dataset.TRAIN_IMAGES:,}"
-        raise InputError(f"{source}: nano has from 1 to {most} training scenes; write nano:100 for the first 100.")
+        raise InputError(
+            f"{source}: the number after `nano:` must be from 1 to {most} (nano's training scenes); write nano:100 "
+            "for the first 100."
+        )
     return int(number)
 
 

@@ -127,7 +127,7 @@ def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: l
                         separator = ",\n"
                 file.write("\n]\n")
             if _stamps(captions) != before:
-                raise InputError(f"{captions} was changed while it was read; run the command again.")
+                raise InputError(f"{captions} changed while qllava was reading it; run the command again.")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
 
@@ -150,6 +150,8 @@ def _check_places(captions: Path, out: Path, page: Path | None) -> None:
         if not path.parent.is_dir():
             raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist. Create it first.")
         if path.exists() and captions.exists() and path.samefile(captions):
-            raise InputError(f"{path} is the file of the captions itself; name another to write.")
+            raise InputError(f"{path} is also the file of captions that is read; give another output file.")
     if page is not None and page.absolute() == out.absolute():
-        raise InputError(f"{out} was named for the examples and for the page; name two files.")
+        raise InputError(
+            f"{out} is given both for the examples (OUT) and for the page (--html); give two different files."
+        )

@@ -138,7 +138,7 @@ def example_turns(prompt: Prompt) -> Iterable[Turns]:
 def _check_names(folder: Path) -> None:
     """A file whose name is mistyped would be passed over in silence."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; copy {_OWN}, change the copy, and name that.")
+        raise InputError(f"{folder} is not a folder; copy {_OWN}, change the copy, and give its path to --prompts.")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")}
     if there - _FILES or not there:
         wrong = ", ".join(sorted(there - _FILES)) or "no text file at all"

@@ -42,7 +42,9 @@ def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> t
     """
     same = chats[0] is chats[1]
     if same and temperatures[0] == temperatures[1]:
-        raise InputError(f"Both would be {label(chats[0])} at one temperature: choose two, or two models.")
+        raise InputError(
+            f"Both sides would be {label(chats[0])} at the same temperature: choose two temperatures or two models."
+        )
     names = [label(chat) for chat in chats]
     pieces = 1
     while names[0] == names[1] and not same and pieces < 9:  # two folders `merged`: their parent folders differ
@@ -86,7 +88,7 @@ class Duel:
         """
         with self._claiming:
             if self._begun:
-                raise InputError("This pair was asked already; ask the next question.")
+                raise InputError("This pair of models has already answered its question; ask the next question.")
             self._begun = True
         turn = user_turn(question, len(images))
         said = [("system", system)] if system else []
@@ -124,10 +126,10 @@ class Duel:
     def vote(self, verdict: Verdict, rater: str) -> Vote:
         """The judgement as a line of the file; once, and only when both answers are whole."""
         if not self.whole:
-            raise InputError("Both answers have to be complete before a vote; ask again.")
+            raise InputError("You can vote when both answers are complete; ask the question again.")
         with self._claiming:
             if self.voted:
-                raise InputError("This pair has its vote already; ask the next question.")
+                raise InputError("This pair of answers already has a vote; ask the next question.")
             self.voted = True
         return Vote(
             id=uuid.uuid4().hex,

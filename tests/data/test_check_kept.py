@@ -200,7 +200,7 @@ def test_a_cache_that_is_no_folder(train: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError) as error:
         looked_at(train)
     assert str(error.value) == (
-        f"What was found in {train} cannot be kept in {train.parent}/file/checked (Not a directory); "
+        f"The results of the check of {train} cannot be written to {train.parent}/file/checked (Not a directory); "
         "make room there, or name another folder in $QLLAVA_CACHE."
     )
     assert (train.parent / "file").read_text() == "mine"
@@ -223,7 +223,7 @@ def test_a_full_disk(train: Path, small_files: Callable[[int], None], work: list
     finally:
         small_files(0)  # before pytest writes its next dot
     assert str(error.value).startswith(
-        f"What was found in {train} cannot be kept in {train.parents[1]}/cache/checked ("
+        f"The results of the check of {train} cannot be written to {train.parents[1]}/cache/checked ("
     )
     assert str(error.value).endswith("); make room there, or name another folder in $QLLAVA_CACHE.")
     assert list((train.parents[1] / "cache" / "checked").glob("*")) == []
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_for_the_images(train: Path, small_files: Callable[[
     looked_at(train, images=False)
     small_files(50)
     try:
-        with pytest.raises(InputError, match="cannot be kept in"):
+        with pytest.raises(InputError, match="cannot be written to"):
             looked_at(train)
     finally:
         small_files(0)

@@ -98,7 +98,7 @@ class TestColumns:
         assert packs_of(path) == (
             [],
             [
-                f"{path}: the table has none of the columns conversations, messages, question; "
+                f"{path}: the table needs one of the columns conversations, messages, question; "
                 "see the formats in docs/data.md."
             ],
         )
@@ -125,7 +125,8 @@ class TestColumns:
         rows, problems = packs_of(path)
         assert len(rows) == 4
         assert problems == [
-            f"t.any, example 5: from here on the Arrow stream cannot be read (it ends without its end mark); {AGAIN}"
+            "t.any, example 5: from here on the Arrow stream cannot be read (the file is truncated (its end mark is "
+            f"missing)); {AGAIN}"
         ]
 
     def test_checksums_of_pages_are_looked_at(self, folder: Path) -> None:

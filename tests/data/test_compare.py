@@ -79,14 +79,16 @@ class TestRepeated:
     def test_each_is_compared_with_the_first(self, folder: Path) -> None:
         bus, car = ("What?", "A bus."), ("What?", "A car.")
         rows = [row(None, *said) for said in (car, bus, bus, ("Hello", "Ho"), car, bus)]
-        said = "duplicate: t.jsonl, line {}, None: the example says the same about the same images as t.jsonl, line {}"
+        said = (
+            "duplicate: t.jsonl, line {}, None: the example has the same text and the same images as t.jsonl, line {}"
+        )
         assert again(checked(folder, "t.jsonl", *rows)) == [said.format(n, of) for n, of in ((3, 2), (5, 1), (6, 2))]
 
     def test_rows_of_two_files(self, folder: Path) -> None:
         first = checked(folder, "1.jsonl", row("x", "What?", "A bus."), row("y", "Who?", "I."))
         second = checked(folder, "2.jsonl", row("z", "Who?", "You."), row("y", "Why?", "So."), row("w", "Who?", "I."))
         assert again(first, second) == [
-            "duplicate: 2.jsonl, line 3, w: the example says the same about the same images as 1.jsonl, line 2",
+            "duplicate: 2.jsonl, line 3, w: the example has the same text and the same images as 1.jsonl, line 2",
             "duplicate id: 2.jsonl, line 2, y: 1.jsonl, line 2 has the same id",
         ]
         assert again(first) == again(second) == []
@@ -138,7 +140,7 @@ class TestLeaked:
         assert not verdict.ok and verdict.errors == 0
         assert str(next(verdict.problems())) == (
             "1.jsonl, line 3, id 2: a question with its images and answer is in the evaluation file too; "
-            "remove it from one of the two, or the evaluation measures what was learned by heart."
+            "remove it from one of the two, or the evaluation measures memorized answers."
         )
         assert "A run would go on, but not every example" in verdict.text()
         assert Verdict.over([first, second]).ok
@@ -190,7 +192,7 @@ def test_as_whoever_reads_all_rows_would_find(folder: Path, files: list[list[Any
         for line, (id, image, rounds) in enumerate(rows, start=1):
             at, content = f"{n}.jsonl, line {line}", (image, tuple(rounds))
             if content in contents:
-                same.append(f"duplicate: {at}, {id}: the example says the same about the same images as "
+                same.append(f"duplicate: {at}, {id}: the example has the same text and the same images as "
                             f"{contents[content]}")  # fmt: skip
             contents.setdefault(content, at)
             first, shown, what = ids.setdefault(id, (at, image, content))

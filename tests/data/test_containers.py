@@ -107,7 +107,7 @@ class TestFolders:
     def test_a_state_that_is_broken(self, folder: Path, state: str) -> None:
         (folder / "state.json").write_text(state)
         assert packs_of(folder)[1] == [
-            f"{folder}/state.json: this does not name the files of a saved dataset; save it again."
+            f"{folder}/state.json: this file does not list the data files of a saved dataset; save it again."
         ]
 
     @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def test_one_colour_and_the_same_image_are_noted(
     first = noted(tmp_path, encoder, *names)
     assert first == [
         f"rows.json, example 2, id of b.bmp: {tmp_path}/b.bmp: it is the same image as {tmp_path}/a.png; "
-        "name one of the files in all records, if that is meant.",
+        "if this is intended, use one of the two file names in all records.",
         f"rows.json, example 4, id of d.png: {tmp_path}/d.png: every pixel has the colour #ffffff; "
-        "look at it: its content may be lost.",
+        "open the image: its content may be lost.",
         f"rows.json, example 5, id of e.png: {tmp_path}/e.png: every pixel has the colour #010203; "
-        "look at it: its content may be lost.",
+        "open the image: its content may be lost.",
     ]
     monkeypatch.setattr(decoded, "_decode", lambda name: pytest.fail(f"{name} is decoded again"))
     assert noted(tmp_path, encoder, *names) == first

@@ -80,8 +80,8 @@ class TestTables:
         rows, problems = packs_of(folder / "t.csv")
         assert [row["question"] for _, row in rows] == ["c"]
         assert problems == [
-            "t.csv, line 2: a field is longer than 5,000 characters; a quote that is not closed takes everything "
-            "behind it for one field; close it, or shorten the field."
+            "t.csv, line 2: a field is longer than 5,000 characters; an unclosed quote makes one field of all "
+            "text after it; close the quote, or shorten the field."
         ]
 
     def test_words_that_are_missing_are_an_error_of_the_row(self, folder: Path) -> None:

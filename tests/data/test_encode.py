@@ -201,7 +201,7 @@ def test_a_sample_that_teaches_nothing_is_an_error() -> None:
 
 def test_a_token_over_the_edge_of_an_answer_is_an_error() -> None:
     melting = Template("melting", assistant_start=" re", end_of_turn="<|im_end|>")
-    with pytest.raises(InputError, match="a token reaches over the edge"):
+    with pytest.raises(InputError, match="a token is partly inside and partly outside"):
         encoder(melting).encode(example("What?", "d"))
 
 

@@ -189,10 +189,10 @@ def test_an_absolute_name_inside_the_folder_is_taken(folder: Path) -> None:
         ('[{"question": "a", "answer": "b"},\n {"id": }]', "train.json, line 2: this is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "train.json, line 2: this is not valid JSON"),
         ('{\n"question": "a"\n}', "train.json, line 1: this is not valid JSON"),
-        ("question,answer\n", "the file holds no examples"),
-        ("", "the file holds no examples"),
-        (" \n\n", "the file holds no examples"),
-        ("[]", "the file holds no examples"),
+        ("question,answer\n", "the file contains no examples"),
+        ("", "the file contains no examples"),
+        (" \n\n", "the file contains no examples"),
+        ("[]", "the file contains no examples"),
     ],
 )
 def test_a_broken_file_is_named(folder: Path, text: str, message: str) -> None:

@@ -93,7 +93,7 @@ def test_values_that_are_no_number_are_refused(value: float, tmp_path: Path) -> 
     values = RAMP.astype("float32")
     values[3, 5] = value
     Image.fromarray(values).save(path := tmp_path / "height.tiff")
-    with pytest.raises(InputError, match=r"height\.tiff: .* infinite or no number"):
+    with pytest.raises(InputError, match=r"height\.tiff: .* infinite or NaN"):
         open_image(path)
 
 

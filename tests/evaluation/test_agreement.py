@@ -86,7 +86,7 @@ def test_a_constant_judge_has_no_correlation() -> None:
             "ci95": None,
             "undefined": "one of the two always gives the same verdict",
         }
-    assert found.first.value is None and found.first.undefined == "the judge never decided for a side"
+    assert found.first.value is None and found.first.undefined == "the judge never preferred a side"
     assert found.judge_longer.value is None
     always = judged(random_votes(verdicts=("tie",)), lambda vote, order: "tie").with_people
     assert always.agreement.value == 1.0 and always.kappa.value is None
@@ -214,7 +214,10 @@ def test_a_vote_that_is_none_is_named(change: dict[str, Any], said: str, tmp_pat
     [
         ([{"id": "1", "order": "first", "vote": "left"}], "the order is 'first'"),
         ([{"id": "1", "order": "left-first"}], "the vote is 'missing'"),
-        ([{"id": "1", "order": "left-first", "vote": "left", "judge": j} for j in "ab"], "has a judgment left-first"),
+        (
+            [{"id": "1", "order": "left-first", "vote": "left", "judge": j} for j in "ab"],
+            "already has a judgment for the order",
+        ),
         (
             [{"id": i, "order": "left-first", "vote": "left", "judge": i} for i in "ab"],
             "judgments of a and b; give one judge's",
@@ -251,5 +254,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "20 votes on 5 questions, judged by scripted" in said and "Kendall's tau-b" in said
     other = write(tmp_path / "other.jsonl", [Judgment("x", "left-first", "tie", "j").to_json()])
     assert cli.main([*line[:-1], str(other)]) == 1
-    assert "their ids differ" in capsys.readouterr().err
+    assert "has the id of a vote" in capsys.readouterr().err
     assert cli.main([*line, "--html", str(tmp_path / "no" / "page.html")]) == 1

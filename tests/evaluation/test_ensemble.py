@@ -155,7 +155,7 @@ def test_a_judge_that_takes_the_first_answer_is_exposed(science: Path, tmp_path:
     # GPT-3's empty answers give no letter to repeat; everywhere else the two orders lead to two letters.
     assert found.decisions.inconsistent + found.decisions.unread == len(found.decisions.problems)
     assert found.ensemble.total == found.first.total and found.gain.value == 0.0
-    assert "bias of position" in found.text()
+    assert "position bias" in found.text()
 
 
 def test_a_third_answer_counts_when_it_is_given_twice(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_third_answer_counts_when_it_is_given_twice(tmp_path: Path) -> None:
         assert len(server.requests) == 2
     assert found.helped == ("1",)
     assert found.decisions is not None and found.decisions.seen_first.n == 0
-    assert found.to_json()["judge"]["seen_first"]["undefined"] == "it took neither answer"
+    assert found.to_json()["judge"]["seen_first"]["undefined"] == "it decided for neither answer"
 
 
 def test_the_judge_gets_the_problem_in_words(tmp_path: Path) -> None:

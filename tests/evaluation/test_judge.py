@@ -230,7 +230,7 @@ class TestLlavaBench:
             assert cli.main([*line, "--base-url", server.url]) == 0
             assert len(server.requests) == asked == found["judge"]["asked_now"]
         said = capsys.readouterr().out
-        assert "all             100.0" in said and "Of 45 questions" in said
+        assert "all             100.0" in said and "For 45 questions" in said
         assert found["relative_score"] == pytest.approx(100) and found["n"] == 90 and found["failed"] == 0
         assert set(found["by_category"]) == {"conv", "detail", "complex"}
         assert found["judge"]["name"] == "scripted" and found["judge"]["parameters"]["temperature"] == 0.0

@@ -205,7 +205,7 @@ def test_a_problem_that_cannot_be_asked_is_named(change: dict[str, Any], said: s
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ('{"question_id": "1", "text": "C"}\n{"question_id": 1, "text": "C"}', "line 2, id 1: .*answer already"),
+        ('{"question_id": "1", "text": "C"}\n{"question_id": 1, "text": "C"}', "line 2, id 1: .*already answers"),
         ('{"question_id": "1"}', "'text' holds no text"),
         ('{"text": "C"}', "no question_id"),
         ('{"question_id": "1", "te', "not valid JSON"),
@@ -258,14 +258,14 @@ def test_answers_of_another_run_are_not_continued(
         answering("answer-first")
     whole = out.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    for key, said in (("fingerprint", "does not say which model"), ("asked", "asked in other words")):
+    for key, said in (("fingerprint", "does not say which model"), ("asked", "had another text")):
         without = [{name: value for name, value in row.items() if name != key} for row in rows]
         out.write_text("".join(json.dumps(row) + "\n" for row in without))  # as an older qllava wrote it
-        with pytest.raises(InputError, match=f"line 1: .*{said}.*; name another file for --out"):
+        with pytest.raises(InputError, match=f"line 1: .*{said}.*; give another file for --out"):
             answering()
     out.write_text(whole)
     make_image("blue").save(tmp_path / "pictures" / "3" / "image.png")
-    with pytest.raises(InputError, match="question 3 was asked in other words, or with another image"):
+    with pytest.raises(InputError, match="question 3 had another text or another image when it was answered"):
         answering()
     out.write_text(whole)
     for foreign in ("precious text without a line's end", '{"question_id": "1", "text": "C"}\n', "no json\n"):

@@ -140,5 +140,5 @@ def test_images_are_looked_at_in_halves_when_memory_runs_out(tmp_path: Path, mon
     np.testing.assert_allclose(embed_images(chat, paths), expected, atol=1e-6)
     assert sizes == [3, 1, 1, 1]
     most = 0
-    with pytest.raises(InputError, match=r"Memory does not suffice to look at .*red\.png"):
+    with pytest.raises(InputError, match=r"There is not enough memory to compute features of the image .*red\.png"):
         embed_images(chat, paths)

@@ -111,12 +111,12 @@ def test_places_are_made_only_where_they_are_spoken_of(tmp_path: Path) -> None:
         ({"seeds": []}, "whole numbers"),
         ({"seeds": [1.5]}, "whole numbers"),
         ({"measure": None}, "measure"),
-        ({"variants": {}}, "need names"),
-        ({"variants": {"A b": {}, "a-b": {}}}, "each another"),
-        ({"variants": {"aligned": {}}}, "none `aligned`"),
+        ({"variants": {}}, "the names of variants"),
+        ({"variants": {"A b": {}, "a-b": {}}}, "must be different"),
+        ({"variants": {"aligned": {}}}, "not `aligned`"),
         ({"variants": {"a": {"seed": 1}}}, "a sets seed"),
         ({"variants": {"a": {"projector": "x"}}}, "a sets projector"),
-        ({"variants": {"a": {"against": "b"}}}, "against 'b'"),
+        ({"variants": {"a": {"against": "b"}}}, "`against: b`"),
         ({"variants": {"a": 3}}, "variant a"),
         ({"grid": {"lora_r": 8}}, "lora_r must have a list"),
         ({"finetune": [1]}, "the value of finetune must be a mapping"),
@@ -172,7 +172,7 @@ def test_each_checkpoint_is_measured_and_the_last_is_the_result(tmp_path: Path) 
 def test_a_measure_without_an_accuracy_is_said(tmp_path: Path) -> None:
     pretend = Pretend()
     grid = read_grid(grid_file(tmp_path, seeds=[1]))
-    with pytest.raises(InputError, match="gives no accuracy"):
+    with pytest.raises(InputError, match="returns no accuracy"):
         run_grid(grid, tmp_path / "out", lambda words, log: "{}" if words[0] == "eval" else pretend(words, log))
     assert not list(tmp_path.rglob("*.measured/*.json"))
 

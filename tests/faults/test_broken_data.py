@@ -168,19 +168,19 @@ FILES = {
         f"{{folder}}/train.json: this is a folder without data files; name a file, or a folder of Parquet, Arrow or "
         f"tar files: {FORMATS}.",
     ),
-    "nothing in it": Case("", "{folder}/train.json: the file holds no examples; give it at least one conversation."),
+    "nothing in it": Case("", "{folder}/train.json: the file contains no examples; give it at least one conversation."),
     "white space in it": Case(
-        " \n\t\n", "{folder}/train.json: the file holds no examples; give it at least one conversation."
+        " \n\t\n", "{folder}/train.json: the file contains no examples; give it at least one conversation."
     ),
     "only a byte order mark": Case(
-        b"\xef\xbb\xbf", "{folder}/train.json: the file holds no examples; give it at least one conversation."
+        b"\xef\xbb\xbf", "{folder}/train.json: the file contains no examples; give it at least one conversation."
     ),
     "a list without examples": Case(
-        "[\n]", "{folder}/train.json: the file holds no examples; give it at least one conversation."
+        "[\n]", "{folder}/train.json: the file contains no examples; give it at least one conversation."
     ),
     "a table with a header alone": Case(
         "question,answer\n",
-        "{folder}/train.csv: the file holds no examples; give it at least one conversation.",
+        "{folder}/train.csv: the file contains no examples; give it at least one conversation.",
         file="train.csv",
     ),
     "a table with other columns": Case(
@@ -270,7 +270,7 @@ FILES = {
     ),
     "Parquet without the columns": Case(
         lambda path: pq.write_table(pa.table({"text": ["a"]}), path),
-        f"{{folder}}/train.parquet: the table has none of the columns conversations, messages, question; {DOCS}.",
+        f"{{folder}}/train.parquet: the table needs one of the columns conversations, messages, question; {DOCS}.",
         file="train.parquet",
     ),
 }  # fmt: skip
@@ -552,7 +552,7 @@ def test_the_two_halves_of_a_duplicate(folder: Path) -> None:
     (folder / "train.json").write_text(lines([SOUND, SOUND]))
     found = verdict(folder / "train.json")
     assert [str(problem) for problem in found.problems()] == [
-        "train.json, example 2, id a1: the example says the same about the same images as train.json, example 1; "
+        "train.json, example 2, id a1: the example has the same text and the same images as train.json, example 1; "
         "remove one, unless it shall count twice.",
         "train.json, example 2, id a1: train.json, example 1 has the same id; give each example an id of its own.",
     ]

@@ -239,7 +239,7 @@ def test_results_of_something_else_are_refused(tmp_path: Path, job: Job) -> None
     requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     pipeline.export_batch(replace(job, asking=Asking("another", Prompts())), requests)
     run_batch(requests, results)
-    with pytest.raises(InputError, match="none of its 90 results answers a call of this command"):
+    with pytest.raises(InputError, match="none of its 90 results belongs to a call of this command"):
         pipeline.import_batch(job, [results])
     results.write_text('{"custom_id": "a", "response": null}\n{"id": 3}\n')
     with pytest.raises(InputError, match=r"results\.jsonl, line 2: this line is not a result of a batch API"):

@@ -158,7 +158,7 @@ def test_a_limit_of_tokens_needs_replies_that_have_one(tmp_path: Path) -> None:
             async with Client(store, URL, max_tokens=1000) as teacher:
                 await teacher.ask(Call("m", ({"role": "user", "content": "?"},), {}, "1"))
 
-    with pytest.raises(InputError, match="while a reply may have any length; give max_tokens"):
+    with pytest.raises(InputError, match="a limit for the length of a reply; give max_tokens"):
         asyncio.run(run())
 
 

@@ -267,7 +267,7 @@ def test_openai_needs_a_key_and_the_environment_may_name_another_server(
 
 def test_a_key_that_no_header_can_hold_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u201csecret\u201d")
-    with pytest.raises(InputError, match="holds characters that no key has") as caught:
+    with pytest.raises(InputError, match="contains characters that cannot be part of an API key") as caught:
         ask(tmp_path, "http://127.0.0.1:9/v1", ["a"])
     assert "secret" not in str(caught.value)
 

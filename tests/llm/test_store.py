@@ -222,5 +222,5 @@ def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere.calls\.jsonl: the replies cannot be kept here"):
+    with pytest.raises(InputError, match=r"nowhere.calls\.jsonl: the replies cannot be stored in this file"):
         Store(tmp_path / "nowhere" / "calls.jsonl")

@@ -256,7 +256,7 @@ def test_a_question_is_answered_once(server: Server) -> None:
     asked, left, right, *_ = visitor.ask("Which?", box="pair")
     assert texts(asked, "user") == ["Which?"] and not texts(left, "user") and not texts(right, "user"), "once"
     again = visitor.answer("pair")
-    assert "asked already" in last(again)
+    assert "already answered" in last(again)
     assert visitor.press("vote-left", "click") == [] or "Left was" not in visitor.refused
 
 

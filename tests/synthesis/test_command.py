@@ -133,7 +133,7 @@ def test_rules_write_what_their_own_module_writes(tmp_path: Path) -> None:
         ("m", ["--style", "steps", "--types", "detail"], "--style has no effect on detail"),
         ("m", [], "https://api.openai.com/v1 needs a key"),
         ("m", ["--prompts", "nowhere"], "nowhere does not exist"),
-        ("m", ["--store", "nowhere/calls.jsonl"], "the replies cannot be kept here"),
+        ("m", ["--store", "nowhere/calls.jsonl"], "the replies cannot be stored in this file"),
     ],
 )
 def test_wrong_input(

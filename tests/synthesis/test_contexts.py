@@ -184,7 +184,7 @@ class TestNano:
 
     @pytest.mark.parametrize("source", ["nano:0", "nano:x", "nano:", "nano:7001", "nano:-1"])
     def test_a_number_that_is_none(self, source: str) -> None:
-        with pytest.raises(InputError, match="7,000 training scenes"):
+        with pytest.raises(InputError, match=r"must be from 1 to 7,000 \(nano.s training scenes\)"):
             read_contexts(source)
 
 

@@ -114,8 +114,8 @@ def test_a_broken_row_or_file_leaves_what_was_there(tmp_path: Path) -> None:
         (json.dumps(rows), "example 2, id bad"),
         ("\n".join(map(json.dumps, rows)), "line 2, id bad"),
         (json.dumps(rows[0]) + "\n{half", "line 2: this is not valid JSON"),
-        ("", "holds no examples"),
-        ("[]", "holds no examples"),
+        ("", "contains no examples"),
+        ("[]", "contains no examples"),
     ):
         (tmp_path / "captions.json").write_text(content)
         with pytest.raises(InputError, match=said):
@@ -129,12 +129,12 @@ def test_places_are_looked_at_before_anything_is_read(tmp_path: Path, monkeypatc
     (tmp_path / "link.json").symlink_to(data)
     monkeypatch.setattr(filtering, "read_records", lambda path: pytest.fail("the file was read"))
     for out, page, said in (
-        (data, None, "the captions itself"),
-        (tmp_path / "link.json", None, "the captions itself"),
+        (data, None, "also the file of captions"),
+        (tmp_path / "link.json", None, "also the file of captions"),
         (tmp_path, None, "is a folder"),
         (tmp_path / "no" / "out.json", None, "does not exist"),
         (tmp_path / "out.json", tmp_path / "no" / "page.html", "does not exist"),
-        (tmp_path / "out.json", tmp_path / "out.json", "two files"),
+        (tmp_path / "out.json", tmp_path / "out.json", "two different files"),
     ):
         with pytest.raises(InputError, match=said):
             filter_captions(data, out, concepts="simple", page=page)
@@ -154,7 +154,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: p
         return choose(*args, **kwargs)
 
     monkeypatch.setattr(filtering, "select", meanwhile)
-    with pytest.raises(InputError, match="was changed"):
+    with pytest.raises(InputError, match="changed while"):
         filter_captions(data, tmp_path / "out.json", concepts="simple")
     assert [p.name for p in tmp_path.iterdir()] == ["captions.json"]
 

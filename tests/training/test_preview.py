@@ -130,7 +130,7 @@ def test_inspect_as_a_page(tmp_path: Path, tiny: Tiny, capsys: Capture) -> None:
 
 def test_inspect_of_nothing_and_of_a_broken_row(tmp_path: Path, tiny: Tiny, capsys: Capture) -> None:
     for content, message in (
-        ([], "the file holds no examples"),
+        ([], "the file contains no examples"),
         ([{"id": "x"}], "example 1, id x: an example has one of the keys"),
     ):
         data = write_records(tmp_path / "data.json", content)

@@ -136,7 +136,7 @@ def test_each_side_answers_as_its_model_does(chats: tuple[Chat, Chat]) -> None:
     image = make_image("red")
     for seed in (0, 1, 2, 3):
         duel = Duel(contenders(chats, (0.0, 0.0)), seed)
-        with pytest.raises(InputError, match="complete before a vote"):
+        with pytest.raises(InputError, match="both answers are complete"):
             duel.vote("left", "anna")
         *_, (left, right) = duel.answer("What?", [image], hashes=["ab"], max_new_tokens=12)
         for said, side in ((left, duel.contenders["left"]), (right, duel.contenders["right"])):
@@ -144,7 +144,7 @@ def test_each_side_answers_as_its_model_does(chats: tuple[Chat, Chat]) -> None:
         vote = duel.vote("tie", "anna")
         assert vote.answers == {"left": left, "right": right} and vote.pictures == ("ab",) and vote.seed == seed
         assert vote.models == {side: duel.contenders[side].name for side in ("left", "right")}
-        with pytest.raises(InputError, match="vote already"):
+        with pytest.raises(InputError, match="already has a vote"):
             duel.vote("tie", "anna")
 
 
@@ -154,12 +154,12 @@ def test_a_pair_that_was_stopped_has_no_vote(chats: tuple[Chat, Chat]) -> None:
     next(growing)
     duel.stopped.set()
     list(growing)
-    with pytest.raises(InputError, match="complete before a vote"):
+    with pytest.raises(InputError, match="both answers are complete"):
         duel.vote("left", "anna")
 
 
 def test_one_model_is_compared_at_two_temperatures_only(chats: tuple[Chat, Chat]) -> None:
-    with pytest.raises(InputError, match="at one temperature"):
+    with pytest.raises(InputError, match="at the same temperature"):
         contenders((chats[0], chats[0]), (0.5, 0.5))
     names = [side.name for side in contenders((chats[0], chats[0]), (0.0, 0.5))]
     assert names == ["tiny0", "tiny0 (temperature 0.5)"]

@@ -96,7 +96,7 @@ class TestAImage:
         Image.fromarray(np.full((4, 4), np.nan, np.float32), "F").save(tmp_path / "nan.tiff")
         with Image.open(tmp_path / "nan.tiff") as raw:
             assert np.isnan(np.asarray(raw)).all()
-        with pytest.raises(InputError, match="infinite or no number"):
+        with pytest.raises(InputError, match="infinite or NaN"):
             open_image(tmp_path / "nan.tiff")
         Image.fromarray(np.full((4, 4), 0.5, np.float32), "F").save(tmp_path / "half.tiff")
         assert np.asarray(open_image(tmp_path / "half.tiff")).dtype == np.uint8

@@ -111,11 +111,11 @@ def _device() -> Check:
         return Check("device", "ok", f"{card.name}, {card.total_memory / 2**30:.0f} GiB{more}")
     if torch.version.cuda and shutil.which("nvidia-smi"):
         return Check(
-            "device", "warn", f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) cannot use it",
+            "device", "warn", f"an NVIDIA driver is installed, but torch (CUDA {torch.version.cuda}) cannot use it",
             "update the driver, or install the torch build that fits it",
         )  # fmt: skip
     return Check(
-        "device", "ok", f"CPU with {torch.get_num_threads()} threads (enough for nano; a 7B wants a CUDA card)"
+        "device", "ok", f"CPU with {torch.get_num_threads()} threads (enough for nano; a 7B model needs a CUDA GPU)"
     )
 
 
@@ -123,11 +123,11 @@ def _bf16() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return Check("bf16", "ok", "not needed: the CPU computes in fp32")
+        return Check("bf16", "ok", "not needed; on the CPU training computes in fp32")
     # Emulated bf16 runs on older cards, slower than fp16: it does not count.
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Check("bf16", "ok", "this card has it")
-    return Check("bf16", "ok", "this card has none: training takes fp16 with loss scaling")
+        return Check("bf16", "ok", "supported by this GPU")
+    return Check("bf16", "ok", "not supported by this GPU; training uses fp16 with loss scaling")
 
 
 def _nf4() -> Check:
@@ -149,9 +149,9 @@ def _nf4() -> Check:
     y.sum().backward()
     error = (y.detach() - x.detach() @ weight.T).abs().max().item()
     if error > 1e-3 or x.grad is None:
-        lost = "no gradient" if x.grad is None else f"the result is off by {error:.1e}"
-        return Check("NF4", "fail", f"a 4-bit layer computes wrongly on {device} ({lost})", REPAIR)
-    return Check("NF4", "ok", f"a 4-bit layer computes right on {device}, forward and backward")
+        lost = "no gradient" if x.grad is None else f"the error of the result is {error:.1e}"
+        return Check("NF4", "fail", f"a 4-bit layer gives wrong results on {device} ({lost})", REPAIR)
+    return Check("NF4", "ok", f"a 4-bit layer works on {device}, forward and backward")
 
 
 def _nano() -> Check:
@@ -159,17 +159,22 @@ def _nano() -> Check:
     if not list(weights.rglob("*.safetensors")):
         return Check("nano", "fail", "its weights are missing", "install qllava again, or run recipes/build_nano.py")
     size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
-    return Check("nano", "ok", f"weights are there, {size / 1e6:.1f} MB")
+    return Check("nano", "ok", f"weights found, {size / 1e6:.1f} MB")
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     detail = f"{free / 1e9:.0f} GB free here"
     if free < 1e9:
-        return Check("disk", "fail", f"{free / 1e9:.1f} GB free here", "make room: even nano's checkpoints need 1 GB")
+        return Check(
+            "disk", "fail", f"{free / 1e9:.1f} GB free here", "free disk space: even nano's checkpoints need 1 GB"
+        )
     if free < DISK_FOR_7B:
         return Check(
-            "disk", "warn", detail, f"enough for nano; download and merge of a 7B want {DISK_FOR_7B / 1e9:.0f} GB"
+            "disk",
+            "warn",
+            detail,
+            f"enough for nano; downloading and merging a 7B model needs {DISK_FOR_7B / 1e9:.0f} GB",
         )
     return Check("disk", "ok", detail)
 

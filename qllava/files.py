@@ -343,4 +343,4 @@ def _write(file: int, content: bytes) -> None:
 
 def unwritable(path: Path, error: OSError) -> InputError:
     """Return the error for a file that cannot be written."""
-    return InputError(f"{path} cannot be written ({error.strerror}); make room, or choose another place.")
+    return InputError(f"{path} cannot be written ({error.strerror}). Free disk space, or choose another folder.")

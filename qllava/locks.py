@@ -137,7 +137,7 @@ class Lock:
             )
             return
         except NotImplementedError:
-            print(f"qllava: {what} cannot be locked: do not start a second process on it.", file=sys.stderr)
+            print(f"qllava: {what} cannot be locked. Do not start a second process on it.", file=sys.stderr)
             return
         with contextlib.suppress(OSError):
             self._file = self.path.stat()

@@ -118,7 +118,7 @@ def merge(
             another = base == "original" and four_bit and math.isfinite(found.kl_per_token)
             if not (found.agrees or another):
                 raise InputError(
-                    f"The merged model differs from what was trained (KL {found.kl_per_token:.2e} per token, the same "
+                    f"The merged model differs from the adapter model (KL {found.kl_per_token:.2e} per token, the same "
                     f"token {found.top1_agreement:.1%} of the time, or a tie {found.same_or_tie:.1%}), so it was not "
                     f"written; {_what_helps(dtype)}"
                 )
@@ -141,15 +141,15 @@ def merge(
 def _record(run: Path, base_model: Sequence[str]) -> Recipe:
     """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
     if not run.is_dir():
-        raise InputError(f"The folder {run} does not exist; give a run of finetune_lora or its checkpoint.")
+        raise InputError(f"The folder {run} does not exist. Give a finetune_lora run or one of its checkpoints.")
     record = run / RECORD_FILE
     if Run(run).kind == "merged" or ((run / "config.json").is_file() and not record.is_file()):
-        raise InputError(f"{run} is a whole model already; give the run that it was merged from, or use it as it is.")
+        raise InputError(f"{run} is already a merged model. Use it directly, or give the run that it was merged from.")
     if said := Run(run).without_model:
         raise InputError(said)
     read_record(run)
     if not Run(run).has_adapter:
-        raise InputError(f"{run} holds no adapter; give a run of finetune_lora or its checkpoint.")
+        raise InputError(f"{run} has no adapter. Give a finetune_lora run or one of its checkpoints.")
     return located(run, base_model)
 
 
@@ -164,8 +164,8 @@ def _write(
     need, free = sum(tensor.nbytes for tensor in shapes.values()), shutil.disk_usage(aside).free
     if need > free:
         raise InputError(
-            f"The merged model takes {need / 1e9:.1f} GB and {aside.parent} has {free / 1e9:.1f} GB left; make room or "
-            "choose another place."
+            f"The merged model needs {need / 1e9:.1f} GB, but {aside.parent} has only {free / 1e9:.1f} GB free. "
+            "Free disk space or give another folder."
         )
     packed = quantized_weights(plan.model) if four_bit else set()
     device = computing_device()
@@ -209,7 +209,9 @@ def _read_anew(folder: Path, plan: Outline) -> Any:
         ("chat template", plan.processor.chat_template, processor.chat_template),
     ):
         if wrote != read:
-            raise InputError(f"The {what} of the merged model is read back as another one; it was not written.")
+            raise InputError(
+                f"The {what} of the merged model changed when it was read back, so the model was not written."
+            )
     with torch.device("meta"):
         return LlavaForConditionalGeneration(config).eval()
 
@@ -231,7 +233,8 @@ def read_probes(run: Path) -> list[dict[str, Tensor]]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read ({one_line(error)}), so the merge cannot be verified; --no-verify merges without."
+            f"{path} cannot be read ({one_line(error)}), so the merge cannot be verified. "
+            "To merge without verification, use --no-verify."
         ) from error
     rows: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -340,8 +343,8 @@ def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
 
 def _what_helps(dtype: str) -> str:
     """Return how the refusal of a merge ends: rounding may be as large as what a short run has learned."""
-    report = f"please report this with the {LEDGER_FILE}."
-    return report if dtype == "float32" else f"give --dtype float32, which rounds nothing of it away, or {report}"
+    report = f"please report this bug with the {LEDGER_FILE}."
+    return report if dtype == "float32" else f"use --dtype float32, which avoids rounding, or {report}"
 
 
 def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> list[str]:

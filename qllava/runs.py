@@ -130,13 +130,13 @@ class Run:
             return None
         usable = [place for place in saved if Run(place).has_adapter]
         other = f", or use its newest checkpoint, {usable[-1]}" if usable else ""
-        return f"{self.folder} has not finished training yet; give the training command again to resume it{other}."
+        return f"{self.folder} is not finished. Run the training command again to resume it{other}."
 
     @property
     def without_model(self) -> str | None:
         """What to say of a run that has no model to ask, unfinished or a pretraining; None for anything else."""
         if self.kind == "stage 1" and (self.folder / PROJECTOR_FILE).is_file():
-            return f"{self.folder} is a pretraining, which leaves only a projector; give it to finetune_lora."
+            return f"{self.folder} is a stage 1 run, which has only a projector. Use it with finetune_lora --projector."
         return self.unfinished
 
     @property
@@ -156,9 +156,9 @@ class Run:
             read = yaml.safe_load(self.settings.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             said = " ".join(str(error).split())
-            raise InputError(f"{self.settings} cannot be read ({said}); repair or remove the run.") from error
+            raise InputError(f"{self.settings} cannot be read ({said}). Repair the file or remove the run.") from error
         if not isinstance(read, dict):
-            raise InputError(f"{self.settings} cannot be read (it holds no settings); repair or remove the run.")
+            raise InputError(f"{self.settings} contains no settings. Repair the file or remove the run.")
         return {RENAMED.get(str(name), str(name)): value for name, value in read.items()}
 
     def checkpoints(self, after: Path | None = None) -> list[Path]:
@@ -198,7 +198,7 @@ def newest_nano_run(runs: Path = RUNS) -> Path:
     """Return the folder of the nano run that finished last. Raises InputError when there is none."""
     finished = finished_nano_runs(runs)
     if not finished:
-        raise InputError(f"No nano run in {runs}/ has finished yet; run `make finetune` first.")
+        raise InputError(f"There is no finished nano run in {runs}/. Run `make finetune` first.")
     return finished[-1]
 
 

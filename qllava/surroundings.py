@@ -68,8 +68,8 @@ def find_home() -> None:
     os.environ["HOME"] = str(folder)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"qllava: user {user_name()} has no home folder that can be written; caches go to {folder}. Set HOME, or "
-            "QLLAVA_CACHE and HF_HOME, to keep them elsewhere.",
+            f"qllava: user {user_name()} has no writable home folder, so caches are written to {folder}. Set HOME, or "
+            "QLLAVA_CACHE and HF_HOME, to use other folders.",
             file=sys.stderr,
         )
 

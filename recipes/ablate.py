@@ -45,8 +45,10 @@ def run(words: Sequence[str], log: Path) -> str:
         said.write(done.stdout)
     if done.returncode != 0:
         lines = log.read_text(encoding="utf-8").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise InputError(f"{words[0]} failed ({last.removeprefix('qllava: ').rstrip('.')}); all it said is in {log}.")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        raise InputError(
+            f"{words[0]} failed ({last.removeprefix('qllava: ').rstrip('.')}); its whole output is in {log}."
+        )
     return done.stdout
 
 
@@ -57,10 +59,10 @@ def small_llama() -> Path:
     folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
     if not folder.is_dir():
         with whole_folder(folder, Path.is_dir) as aside:
-            print("Making nano's smaller LLaMA, once: this takes minutes.", file=sys.stderr)
+            print("Training nano's smaller LLaMA (once). This takes minutes.", file=sys.stderr)
             build = [sys.executable, str(HERE / "build_nano.py"), "--small", "--out", str(aside)]
             if subprocess.run(build, stdout=sys.stderr, check=False).returncode != 0:
-                raise InputError("nano's smaller LLaMA could not be made; see above.")
+                raise InputError("nano's smaller LLaMA could not be trained. See the errors above.")
     return folder
 
 
@@ -71,19 +73,24 @@ def ablate(grid: Grid, out: Path) -> None:
 
     page = ablation_report.write(out, grid, run_grid(grid, out, run))
     print((out / "table.md").read_text(encoding="utf-8"))
-    print(f"The page: {page}")
+    print(f"Report: {page}")
 
 
 def command_line() -> Parser:
     """What the recipe understands."""
     parser = Parser(description="Change one thing at a time, repeat by seed, measure all alike.")
     parser.add_argument(
-        "--config", type=file_path, default=HERE / "grids" / "ablate.yaml", help="the grid (default: grids/ablate.yaml)"
+        "--config",
+        type=file_path,
+        default=HERE / "grids" / "ablate.yaml",
+        help="grid of runs (default: grids/ablate.yaml)",
     )
-    parser.add_argument("--out", type=file_path, default=Path("runs/ablate"), help="a folder (default: runs/ablate)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these seeds instead of the grid's")
     parser.add_argument(
-        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="the value of {NAME} in the grid"
+        "--out", type=file_path, default=Path("runs/ablate"), help="folder for the runs (default: runs/ablate)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds to use instead of those of the grid")
+    parser.add_argument(
+        "--place", type=_place, nargs="+", metavar="NAME=PATH", default=[], help="value of {NAME} in the grid"
     )
     looks(parser, config=check_file, out=check_written_folder)
     return parser

@@ -93,10 +93,10 @@ def build_small_llama(out: Path) -> None:
 def command_line() -> Parser:
     """What the recipe understands."""
     parser = Parser(description="Make nano's weights again.")
+    parser.add_argument("--out", type=file_path, required=True, help="folder to write `tower` and `llama` into")
     parser.add_argument(
-        "--out", type=file_path, required=True, help="a folder; `tower` and `llama` are written into it"
+        "--small", action="store_true", help="build a LLaMA with half the layers of nano's, and no tower"
     )
-    parser.add_argument("--small", action="store_true", help="a LLaMA of half the layers, from nano's; no tower")
     looks(parser, out=check_written_folder)
     return parser
 

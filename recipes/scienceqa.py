@@ -42,16 +42,18 @@ def write_records(problems: Path, images: Path, split: str, out: Path) -> None:
         for order in ORDERS:
             write_whole(out / f"{order}.json", json.dumps(rows[order]))
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
+        raise InputError(f"{out} cannot be written ({error.strerror}). Give another --out.") from error
 
 
 def command_line() -> Parser:
     """What the recipe understands."""
     parser = Parser(description="Write ScienceQA as LLaVA's JSON, in both orders.")
     parser.add_argument("--problems", type=file_path, required=True, help="ScienceQA's problems.json")
-    parser.add_argument("--image_folder", type=file_path, required=True, help="its images: DIR/train/ID/image.png")
-    parser.add_argument("--split", default="train", help="which of the problems (default: train)")
-    out = "a folder for answer-first.json and reason-first.json"
+    parser.add_argument(
+        "--image_folder", type=file_path, required=True, help="folder of ScienceQA's images: DIR/train/ID/image.png"
+    )
+    parser.add_argument("--split", default="train", help="split to convert (default: train)")
+    out = "folder for answer-first.json and reason-first.json"
     parser.add_argument("--out", type=file_path, required=True, help=out)
     looks(parser, problems=check_file, image_folder=check_folder, out=check_written_folder)
     return parser

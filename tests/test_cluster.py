@@ -96,7 +96,10 @@ class TestSlurm:
             "sys.exit(main(lambda settings: os.kill(os.getpid(), signal.SIGUSR1), lambda: None))\n"
         )
         status, asked, said = submit(tmp_path, ends)
-        assert (status, asked) == (75, "requeue 4711\n") and "ended by SIGUSR1; the same command continues" in said
+        assert (status, asked) == (
+            75,
+            "requeue 4711\n",
+        ) and "stopped by SIGUSR1; run the same command to resume" in said
 
     def test_the_shell_outlives_the_signal(self, tmp_path: Path) -> None:
         """Some clusters are set up to signal the batch shell too."""

@@ -386,7 +386,7 @@ class TestRefusals:
         (run / "qllava.json").write_text(json.dumps(record), encoding="utf-8")
         for base in ("nf4", "original"):
             message = self.refused(run, tmp_path / "out", base=base)
-            assert "is not the one that this adapter was trained on" in message and str(language_model) in message
+            assert "was trained on another base than" in message and str(language_model) in message
 
     def test_the_base_is_gone(self, tiny: Tiny, tmp_path: Path) -> None:
         run = tmp_path / "run"
@@ -416,7 +416,7 @@ class TestRefusals:
         assert "is not empty" in self.refused(tiny.stage2, tmp_path / "out")
 
     def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "is a pretraining, which leaves only a projector" in self.refused(tiny.stage1, tmp_path / "out")
+        assert "is a stage 1 run, which has only a projector" in self.refused(tiny.stage1, tmp_path / "out")
 
     def test_no_folder(self, tmp_path: Path) -> None:
         assert "nope does not exist" in self.refused(tmp_path / "nope", tmp_path / "out")
@@ -429,7 +429,7 @@ class TestRefusals:
         run.mkdir()
         shutil.copytree(tiny.stage2 / "checkpoint-2", run / "checkpoint-2")
         message = self.refused(run, tmp_path / "out")
-        assert "has not finished training yet" in message and str(run / "checkpoint-2") in message
+        assert "is not finished" in message and str(run / "checkpoint-2") in message
 
     def test_a_merged_folder(self, merged: tuple[Path, MergeResult], tmp_path: Path) -> None:
         assert "is a whole model already" in self.refused(merged[0], tmp_path / "out")
@@ -446,7 +446,7 @@ class TestRefusals:
             return tensor[:2] if "lora_A" in name else tensor[:, :2] if "lora_B" in name else tensor
 
         message = self.refused(self.adapter(tiny, tmp_path, cut), tmp_path / "out")
-        assert "another rank" in message and "rank 2, and r is 4" in message
+        assert "does not match its" in message and "rank 2, and r is 4" in message
 
     def test_an_adapter_of_another_base(self, tiny: Tiny, tmp_path: Path) -> None:
         def widen(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -456,7 +456,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("name", "said"),
-        [("layers.1.mlp.up_proj.lora_A", "lacks lora_A or lora_B"), ("linear_1.weight", "lacks the projector's")],
+        [
+            ("layers.1.mlp.up_proj.lora_A", "has no lora_A or no lora_B"),
+            ("linear_1.weight", "incomplete: the projector's"),
+        ],
     )
     def test_an_adapter_that_is_not_whole(self, tiny: Tiny, tmp_path: Path, name: str, said: str) -> None:
         shutil.copytree(tiny.stage2, tmp_path / "run")
@@ -511,7 +514,7 @@ class TestRefusals:
             state = load_file(weights)
             state["model.norm.weight"][0] += 1
             save_file(state, weights, metadata={"format": "pt"})
-        said = {"missing": "has no weights", "cut off": "cut off or damaged", "changed": "another weights"}[how]
+        said = {"missing": "has no weights", "cut off": "truncated or corrupt", "changed": "another weights"}[how]
         message = self.refused(run, tmp_path / "out")
         assert said in message and str(place) in message
 
@@ -562,4 +565,4 @@ class TestRefusals:
         state = {name: t + 0.05 if "lora_B" in name else t for name, t in load_file(path).items()}
         save_file(state, path, metadata={"format": "pt"})
         message = self.refused(tmp_path / "run", tmp_path / "out")
-        assert "differs from what was trained" in message
+        assert "differs from the adapter model" in message

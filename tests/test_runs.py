@@ -70,7 +70,10 @@ def test_the_nano_runs_that_finished_come_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a: [", "- a list\n", ""])
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"run\.yaml cannot be read \(.*\); repair or remove the run\.$"):
+    with pytest.raises(
+        InputError,
+        match=r"run\.yaml (cannot be read \(.*\)|contains no settings)\. Repair the file or remove the run\.$",
+    ):
         Run(tmp_path).read_settings()
 
 
@@ -79,14 +82,14 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> No
     [
         ((), None),
         (("config.json", "model.safetensors"), None),
-        (("run.yaml", "data.json"), "has not finished training yet; give the training command again to resume it."),
+        (("run.yaml", "data.json"), "is not finished. Run the training command again to resume it."),
         (("run.yaml", "stage1/checkpoint-2/projector.safetensors"), "again to resume it."),
         (("run.yaml", "checkpoint-2/projector.safetensors"), "again to resume it."),
         (
             ("checkpoint-2/adapter_config.json", "checkpoint-10/adapter_config.json"),
             "newest checkpoint, {}/checkpoint-10.",
         ),
-        (("run.yaml", "projector.safetensors"), "is a pretraining, which leaves only a projector; give it to"),
+        (("run.yaml", "projector.safetensors"), "is a stage 1 run, which has only a projector. Use it with"),
         (("run.yaml", "projector.safetensors", "adapter_config.json"), None),
     ],
 )

@@ -134,7 +134,7 @@ def test_a_user_without_a_home_gets_one_and_is_told(nobody: Path, capsys: pytest
     assert cache_folder() == home / ".cache" / "qllava"
     assert home.stat().st_mode & 0o777 == 0o700
     said = capsys.readouterr().err
-    assert said.startswith(f"qllava: user uid-{os.getuid()} has no home folder") and str(home) in said
+    assert said.startswith(f"qllava: user uid-{os.getuid()} has no writable home folder") and str(home) in said
     surroundings.find_home()
     assert capsys.readouterr().err == ""
     assert surroundings.user_name() == f"uid-{os.getuid()}" == os.environ["LOGNAME"]
@@ -174,7 +174,7 @@ def test_a_real_unknown_user(tmp_path: Path) -> None:
         line, environment = [sys.executable, "-c", code], {"PYTHONPATH": str(ROOT), "TMPDIR": folder}
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.strip()) == (0, f"{folder}/qllava-home-54321/.cache/qllava"), done.stderr
-        assert f"user uid-54321 has no home folder that can be written; caches go to {folder}" in done.stderr
+        assert f"user uid-54321 has no writable home folder, so caches are written to {folder}" in done.stderr
 
 
 def test_threads_sleep_while_they_wait() -> None:

@@ -1,11 +1,11 @@
-"""Load a model, ask it about images, stream what it says: used by chat, demo, evaluation and during training.
+"""Loading models and generating answers about images; used by chat, demo, evaluation and training.
 
     import qllava
-    chat = qllava.load("nano")                      # or a merged folder, a run folder, a hub name
+    chat = qllava.load("nano")                      # or a merged model, a run, a hub name
     print(chat.answer("photo.jpg", "What is this?"))
 
-`load` turns a name into a `Chat`, and a `Session` is one person's conversation with it. `answer_prompts` answers
-encoded prompts on a model that is in memory already.
+`load` returns a `Chat`, and a `Session` is one user's conversation with it. `answer_prompts` answers
+encoded prompts with a loaded model.
 """
 
 from __future__ import annotations

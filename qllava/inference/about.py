@@ -1,6 +1,6 @@
-"""What a loaded model is, in lines for people: its base, its adapter, its template, what it scored.
+"""Facts about a loaded model for display: base, adapter, template, scores.
 
-Read from the files in its folder; nothing is named by a path of this machine, so that a page may show it to others.
+They are read from the model's folder and contain no local paths, so that a public page may show them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SCORES = {
 
 
 def label(chat: Chat) -> str:
-    """A short name: the folder's own (a checkpoint's after its run's), or the hub name."""
+    """Return a short name: the name of the folder (for a checkpoint, of run and checkpoint) or the hub name."""
     folder = Path(expanded(chat.name))
     if not folder.is_dir():
         return chat.name
@@ -36,7 +36,7 @@ def label(chat: Chat) -> str:
 
 
 def about(chat: Chat) -> dict[str, str]:
-    """Facts by name, in the order to show them; what is not known is left out."""
+    """Return facts by name, in display order; unknown facts are omitted."""
     folder = Path(expanded(chat.name))
     config = chat.model.config
     text, vision, image = config.get_text_config(), config.vision_config, ImageLayout.of_config(config)
@@ -63,7 +63,7 @@ def about(chat: Chat) -> dict[str, str]:
         facts["Template"] = str(merged.get("template"))
     if merged.get("kl_per_token") is not None:
         facts["Merge"] = (
-            f"{'verified' if merged.get('verified') else 'not what was trained'}: "
+            f"{'verified' if merged.get('verified') else 'differs from the adapter model'}: "
             f"{merged['kl_per_token']:.1e} nats per token from the adapter model"
         )
     return facts | _scores(merged.get("results", {}))
@@ -74,7 +74,7 @@ def _scores(results: dict[str, Any]) -> dict[str, str]:
     for key, name in _SCORES.items():
         value = results.get(key)
         if isinstance(value, int | float):
-            facts[name] = f"{value:.3f}" if key == "eval_loss" else f"{100 * value:.1f} % right"
+            facts[name] = f"{value:.3f}" if key == "eval_loss" else f"{100 * value:.1f} % correct"
     return facts
 
 

@@ -1,4 +1,4 @@
-"""How many prompts are answered at once: as many as fit into memory, and fewer after it has run out.
+"""Batch sizes for answering: as many prompts as fit into memory, and fewer after it has run out.
 
 `memory.prompts_that_fit` says what a batch takes; here is what may be taken, and what to do when it was too much all
 the same (another program, fragments of the allocator, a kernel with a workspace of its own).
@@ -66,7 +66,7 @@ class Room:
     def halve(self, count: int) -> None:
         """Answer at most half as many at once from here on, because so many were too many; says so."""
         self.most = count // 2
-        line = f"Out of memory with {count} questions at once; at most {self.most} from here on."
+        line = f"Out of memory with batches of {count} questions; using at most {self.most} from now on."
         tqdm.write(line, file=sys.stderr)
 
 
@@ -142,8 +142,8 @@ class Batches:
         what = names[first] if names else f"question {first + 1}"
         others = f" and {len(batch) - 1} others at once" if len(batch) > 1 else ""
         raise InputError(
-            f"Memory does not suffice to answer {what} of {self._lengths[first]:,} tokens{others}: besides the model "
-            f"it takes about {_size(need.peak)}, and {_size(self._free)} may be used; ask with fewer images or a "
+            f"Not enough memory to answer {what} of {self._lengths[first]:,} tokens{others}. Besides the model "
+            f"it needs about {_size(need.peak)}, and {_size(self._free)} are available. Use fewer images or a "
             "shorter conversation, allow fewer tokens for the answer, load the model in 4 bit, or close other programs."
         )
 

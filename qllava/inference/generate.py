@@ -1,4 +1,4 @@
-"""From token ids and pixels to answers, on any LLaVA in memory: batches, streams, a stop that stops.
+"""Generation of answers from token ids and pixels: batches, streaming, and stopping.
 
 Shapes in this file:
 
@@ -97,7 +97,9 @@ def choosers(decoding: Decoding, seed: int | None) -> LogitsProcessorList:
             found += [TypicalLogitsWarper(float(decoding.typical_p))] if decoding.typical_p < 1 else []
             found.append(SeededSampling(1.0, seed))
     except ValueError as error:
-        raise InputError(f"The model recommends what cannot be done ({error}); leave --sampling out.") from error
+        raise InputError(
+            f"The model's recommended sampling values are invalid ({error}). Remove --sampling."
+        ) from error
     return LogitsProcessorList(found)
 
 
@@ -218,12 +220,14 @@ def generation_settings(
     Raises InputError when the longest leaves no room for an answer, or `temperature` is none.
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise InputError("An answer needs at least 1 token, and a temperature of at least 0; change them.")
+        raise InputError(
+            "The length of an answer must be at least 1 token, and the temperature at least 0. Change them."
+        )
     context = positions_of(model.config.get_text_config())
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest >= context:
         raise InputError(
-            f"The conversation has {longest} tokens, but this model reads at most {context}; begin a new one."
+            f"The conversation has {longest} tokens, but the model's context is {context}. Start a new conversation."
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(

@@ -50,7 +50,7 @@ def open_given(image: GivenImage) -> Image.Image:
     """
     if isinstance(image, str | Path):
         if str(image).startswith(("http://", "https://")):
-            raise InputError(f"{image} is an address, and nothing is downloaded; save the image and give its file.")
+            raise InputError(f"{image} is a URL. Download the image and give its file.")
         return open_image(Path(image))
     if isinstance(image, bytes | bytearray | memoryview):
         return _of_bytes(bytes(image))
@@ -70,13 +70,15 @@ def _content(file: Any) -> bytes:
         file.seek(0)
     content = file.read()
     if not isinstance(content, bytes):
-        raise InputError(f"A file object of an image gave {type(content).__name__}; open it as binary (mode 'rb').")
+        raise InputError(
+            f"A file object of an image returned {type(content).__name__}. Open the file as binary (mode 'rb')."
+        )
     return content
 
 
 def _of_bytes(content: bytes) -> Image.Image:
     if not content:
-        raise InputError("An image given as bytes is empty; give the content of an image file.")
+        raise InputError("An image given as bytes is empty. Give the content of an image file.")
     try:
         return open_image(io.BytesIO(content))  # type: ignore[arg-type]  # Pillow reads from it as from a path
     except RecordError as error:

@@ -54,13 +54,13 @@ def _written_anew(image: Path, name: str) -> bytes:
             too_large = opened.width * opened.height > MAX_PIXELS
             profile = opened.info.get("icc_profile")
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not an image that can be read here; use PNG, JPEG, WebP, GIF or TIFF.") from None
+        raise InputError(f"{name} is not an image in a supported format. Use PNG, JPEG, WebP, GIF or TIFF.") from None
     except Image.DecompressionBombError:
         too_large = True
     except (OSError, ValueError, SyntaxError):
         too_large = False  # `open_image` says what is wrong
     if too_large:
-        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller.")
+        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels. Use a smaller image.")
     try:
         pixels = open_image(image)
     except RecordError as error:

@@ -1,4 +1,4 @@
-"""`load`: from the name that a user types to a `Chat`."""
+"""`load`: load a model by name and return a `Chat`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def load(
         settle_threads(network)
         return Chat(network.eval(), processor, str(folder))
     if base_model:
-        raise InputError(
-            f"{model} is not a run with an adapter, so it needs no separate base model; remove --base-model."
-        )
+        raise InputError(f"{model} is not a run with an adapter, so it has no separate base. Remove --base-model.")
     if said := Run(folder).without_model:
         raise InputError(said)
     from qllava.models.assemble import nf4

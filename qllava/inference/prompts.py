@@ -39,7 +39,7 @@ class Prompt:
 def user_turn(question: str, images: int) -> Turn:
     """A question after its images, as a turn; an `<image>` in it is text. Raises InputError for an empty one."""
     if not question.strip():
-        raise InputError("The question is empty; write what you want to know.")
+        raise InputError("The question is empty. Write a question.")
     return Turn(role="user", content=ask(as_text(question, [IMAGE_TOKEN]), images))
 
 
@@ -68,7 +68,9 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
         raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in conversation.turns if turn.role == "user")
     if marks != len(images):
-        raise InputError(f"The questions hold {marks} {IMAGE_TOKEN} for {len(images)} images; make them equal.")
+        raise InputError(
+            f"The questions contain {marks} {IMAGE_TOKEN} for {len(images)} images. Both numbers must be equal."
+        )
     text = render(processor, _without_control(conversation, _control_tokens(processor.tokenizer)))
     bos = processor.tokenizer.bos_token
     special = not (bos and text.startswith(bos))  # else a template that writes BOS gets two
@@ -95,7 +97,7 @@ def render(processor: LlavaProcessor, conversation: Conversation) -> str:
         InputError: The model has no template, it refuses the conversation, or it leaves the instructions out.
     """
     if not processor.chat_template:
-        raise InputError("This model has no chat template; add the one it was trained with as chat_template.jinja.")
+        raise InputError("This model has no chat template. Add the template of its training as chat_template.jinja.")
     probe = f"{IMAGE_TOKEN}\nprobe"
     try:
         whole = probe in processor.apply_chat_template([{"role": "user", "content": probe}])
@@ -114,17 +116,17 @@ def render(processor: LlavaProcessor, conversation: Conversation) -> str:
     except _RAISED as error:
         if instructions and _works(written, turns):
             raise InputError(
-                f"The chat template of this model takes no instructions (system prompt): {one_line(error)}; leave them "
-                "out, or write them into the question."
+                f"The chat template of this model accepts no system prompt: {one_line(error)}. Remove it, or write "
+                "it into the question."
             ) from error
         raise InputError(
-            f"The chat template of this model cannot write this conversation: {one_line(error)}; begin a new one, or "
-            "mend chat_template.jinja in the model's folder."
+            f"The chat template of this model rejects this conversation: {one_line(error)}. Start a new one, or "
+            "correct chat_template.jinja in the model's folder."
         ) from error
     if conversation.system and conversation.system.strip() not in rendered:
         raise InputError(
-            "The chat template of this model leaves instructions (a system prompt) out, so they would have no effect; "
-            "write them into the question."
+            "The chat template of this model ignores the system prompt, so it would have no effect. Remove it, or "
+            "write it into the question."
         )
     return rendered
 

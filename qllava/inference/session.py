@@ -65,9 +65,9 @@ class Session:
     def ask_again(self, index: int = -1, question: str | None = None) -> Exchange:
         """Forget an answer and all that came after it, and ask again, in other words perhaps. Raises InputError."""
         if not self.exchanges:
-            raise InputError("No question was asked yet.")
+            raise InputError("Ask a question first. This conversation has none yet.")
         if question is not None and not question.strip():
-            raise InputError("Write the question in other words; nothing was changed.")
+            raise InputError("The question is unchanged. Edit the question before sending it.")
         old = self.exchanges[index]
         self.stop()
         del self.exchanges[index:]

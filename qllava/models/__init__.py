@@ -1,1 +1,1 @@
-"""The parts of a LLaVA: towers, their assembly with a language model, and the layout on disk."""
+"""Models: vision towers, language models, their assembly into a LLaVA, and the layout on disk."""

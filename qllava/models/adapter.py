@@ -1,6 +1,6 @@
-"""What is trained, put onto a base and on disk: LoRA and projector, and the record of the base that they belong to.
+"""Adapters: adding LoRA and projector to a base model, and saving and loading them.
 
-projector.safetensors                          the projector alone: what a stage 1 leaves, and a stage 2 starts from
+projector.safetensors                          the projector: result of stage 1, start of stage 2
 adapter_config.json, adapter_model.safetensors LoRA and the projector, in peft's layout
 qllava.json                                    the `Recipe` of the base, with its fingerprint
 """
@@ -34,12 +34,12 @@ from qllava.runs import ADAPTER_FILE, PROJECTOR_FILE
 
 
 def add_lora(assembled: Assembled, lora: Lora) -> PeftModel:
-    """LoRA on every linear layer of the language model, and the projector trained whole, in fp32.
+    """Add LoRA to all linear layers of the language model, and make the projector trainable, in fp32.
 
     The model is changed in place.
     """
     with warnings.catch_warnings():
-        # peft asks for recomputation by the name that transformers is about to drop.
+        # peft reads an attribute that transformers has deprecated.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         model: Any = get_peft_model(assembled.model, lora.peft_config())
     _freeze_identity(model, assembled.recipe)
@@ -48,7 +48,7 @@ def add_lora(assembled: Assembled, lora: Lora) -> PeftModel:
 
 
 def train_projector_only(assembled: Assembled) -> LlavaForConditionalGeneration:
-    """Everything frozen but the projector; the model is changed in place."""
+    """Make only the projector trainable; the model is changed in place."""
     assembled.model.model.multi_modal_projector.requires_grad_(True)
     _freeze_identity(assembled.model, assembled.recipe)
     _unmark(assembled.model)
@@ -56,16 +56,16 @@ def train_projector_only(assembled: Assembled) -> LlavaForConditionalGeneration:
 
 
 def _unmark(model: Any) -> None:
-    """Take the marks of a 4-bit model away; peft has read them by then.
+    """Remove the flags that mark a model as 4-bit; peft has read them before.
 
-    TRL casts whatever trains on a marked model to bf16, where a step of the projector mostly rounds to nothing, and
-    transformers refuses to train one without an adapter, which is what stage 1 does.
+    TRL casts trainable weights of a marked model to bf16, where most updates of the projector are rounded away,
+    and transformers refuses to train a marked model without an adapter, which stage 1 does.
     """
     model.is_loaded_in_4bit = model.is_quantized = False
 
 
 def _freeze_identity(model: nn.Module, recipe: Recipe) -> None:
-    """A linear projector's second layer is the identity and stays it."""
+    """Freeze the second layer of a linear projector, which is the identity."""
     if recipe.model is None and recipe.projector_type == "linear":
         for name, parameter in model.named_parameters():
             if "multi_modal_projector" in name and ("linear_2" in name):
@@ -73,9 +73,14 @@ def _freeze_identity(model: nn.Module, recipe: Recipe) -> None:
 
 
 def projector_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The projector that is in use (under peft: the trained copy), under its own names, on the CPU.
+    """Return the tensors of the projector in use (under peft, the trained copy) on the CPU.
 
-    state: the model's, where it has been gathered from several processes.
+    Args:
+        model: The model.
+        state: State of the model, if it was gathered from several processes.
+
+    Returns:
+        Tensors by their names inside the projector.
     """
     found: dict[str, torch.Tensor] = {}
     for name, tensor in (model.state_dict() if state is None else state).items():
@@ -85,14 +90,15 @@ def projector_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None =
 
 
 def save_projector(model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write `projector.safetensors` into a folder; `state` as in `projector_state`."""
+    """Write `projector.safetensors` into a folder; for `state` see `projector_state`."""
     save_file(projector_state(model, state), folder / PROJECTOR_FILE)
 
 
 def load_projector(model: Any, folder: Path) -> None:
-    """Put the projector that a stage 1 wrote into a model that has no adapter yet.
+    """Load the projector of a stage 1 run into a model that has no adapter yet.
 
-    Raises InputError when there is none, or its widths are other ones.
+    Raises:
+        InputError: If the folder has no projector, or the projector has other shapes than the model.
     """
     path = folder / PROJECTOR_FILE
     try:
@@ -106,41 +112,42 @@ def load_projector(model: Any, folder: Path) -> None:
     if own != given:
         differing = next(name for name in sorted(own.keys() | given.keys()) if own.get(name) != given.get(name))
         raise InputError(
-            f"The projector {path} does not fit this model: {differing} is {given.get(differing)} there and "
-            f"{own.get(differing)} here; it was trained for another tower, language model or projector_type."
+            f"The projector {path} does not fit this model: {differing} has the shape {given.get(differing)}, and the "
+            f"model needs {own.get(differing)}. Give a projector of the same tower, language model and projector_type."
         )
     projector.load_state_dict(state)
 
 
 def refuse_not_finite(state: Mapping[str, torch.Tensor], path: Path, hint: str) -> None:
-    """Raises InputError, with the file and the tensor, when weights that were read are NaN or infinite."""
+    """Raise InputError, naming the file and the tensor, if weights contain NaN or infinity."""
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{path} cannot be trained on: values of {name} are not finite; {hint}.")
+            raise InputError(f"{path} cannot be used: {name} contains NaN or infinity; {hint}.")
 
 
 def continue_adapter(model: PeftModel, folder: Path) -> None:
-    """Put LoRA and projector of another run into a model that `add_lora` returned; they are trained on.
+    """Load LoRA and projector of another run into a model of `add_lora`, to train them further.
 
-    Raises InputError when they are of another shape.
+    Raises:
+        InputError: If the adapter has another shape or kind than the model.
     """
     given, own = Lora.of_folder(folder), Lora.of_model(model)
     if own is None or (given.r, given.alpha) != (own.r, own.alpha):
         raise InputError(
-            f"The adapter in {folder} has lora_r {given.r} and lora_alpha {given.alpha}, and it is trained on as it "
-            "is: a second one on top would fit only while the first is there. Leave both settings out, or merge "
+            f"The adapter in {folder} has lora_r {given.r} and lora_alpha {given.alpha}, and further training cannot "
+            "change them. Remove both settings to train this adapter further, or merge "
             "the run and start from the merged model."
         )
     if given.variant != own.variant:
         raise InputError(
-            f"The adapter in {folder} is of the kind {given.variant}, and a run trains the kind {own.variant}; merge "
-            "it and start from the merged model."
+            f"The adapter in {folder} is of the kind {given.variant}, and runs train only {own.variant}. Merge "
+            "the adapter and start from the merged model."
         )
     try:
         state = load_file(folder / ADAPTER_FILE)
         other = sorted(state.keys() ^ get_peft_model_state_dict(model).keys())
         if other:
-            raise InputError(f"The adapter in {folder} does not fit this base: {other[0]} is in one of them alone.")
+            raise InputError(f"The adapter in {folder} does not fit this base: only one of them has {other[0]}.")
         refuse_not_finite(state, folder / ADAPTER_FILE, "give an earlier checkpoint, or another run")
         set_peft_model_state_dict(model, state)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -148,11 +155,12 @@ def continue_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
-    """Put the adapter of a run or checkpoint onto its base, in eval mode.
+    """Load the adapter of a run or checkpoint onto its base, in eval mode.
 
-    Raises InputError when it cannot be read or does not fit.
+    Raises:
+        InputError: If the adapter cannot be read or does not fit the base.
     """
-    if not (folder / ADAPTER_FILE).is_file():  # peft would unpickle adapter_model.bin, or ask the hub
+    if not (folder / ADAPTER_FILE).is_file():  # otherwise peft would unpickle adapter_model.bin, or query the hub
         raise InputError(f"The adapter in {folder} has no {ADAPTER_FILE}; copy it again (safetensors only).")
     try:
         with warnings.catch_warnings():
@@ -167,14 +175,14 @@ def load_adapter(assembled: Assembled, folder: Path) -> PeftModel:
 def load_run(folder: Path, base_model: Sequence[str | Path] = ()) -> tuple[Any, LlavaProcessor]:
     """Load the model of a run folder or one of its checkpoints as it was trained, in eval mode.
 
-    That is the base, in NF4 if it was, plus the adapter.
+    The base is loaded in NF4 if it was trained in NF4.
 
     Args:
         folder: The run or checkpoint.
-        base_model: Where its base is now, if that has moved.
+        base_model: New locations of parts of its base, if they have moved.
 
     Raises:
-        InputError: Parts are missing, or the base is another one.
+        InputError: If parts are missing, or the base is not the one of the run.
     """
     with at_its_base(folder):
         assembled = assemble(located(folder, base_model))

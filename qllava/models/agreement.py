@@ -1,11 +1,11 @@
-"""Whether the parts of a model agree: config, tokenizer, processor, generation config and weights.
+"""Checks that the parts of a model fit each other: config, tokenizer, processor, generation config and weights.
 
-A folder whose parts come from different models is loaded by transformers without a word, and ends later in an index
-error or a device-side assert. Everything that can be compared is compared here, before weights are loaded: shapes are
-read from the headers of the files. `qllava check --model`, `qllava plan` and a run ask the same functions; each of them
-compares what is there, so a config.json alone can be planned.
+transformers loads parts of different models without an error, and training fails later with an index
+error or a device-side assert. These checks run before weights are loaded: shapes are
+read from the headers of the files. `qllava check --model`, `qllava plan` and a run call the same functions;
+each function checks only files that exist, so that `plan` works with a config.json alone.
 
-Every function raises InputError: one sentence with the file and both values.
+Every function raises InputError, with the file and both values in the message.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from qllava.models.weights import EMBEDDING, HEAD, Weights, llava_name
 
 _ADVICE = "take both from the same model"
 _SCALES = re.compile(r"\.(?:SCB|absmax|quant_state\.\w+)$")
-"""How tensors end that bitsandbytes writes for each of its own."""
+"""Suffixes of the additional tensors that bitsandbytes writes for each packed weight."""
 _LAYER = re.compile(r"(?P<stack>language_model\.model|vision_tower\.vision_model\.encoder)\.layers\.(?P<number>\d+)\.")
 
 
 def check_llava_config(name: str, config: Any) -> None:
-    """The values of a LLaVA's config.json fit each other, and qllava can train it."""
+    """Check that the values of a LLaVA's config.json fit each other, and that qllava can train the model."""
     check_text_config(name, config.text_config)
     check_feature_layer(name, config.vision_feature_layer, config.vision_config)
     text, vision = config.text_config, config.vision_config
     strategy = config.vision_feature_select_strategy
     if strategy not in ("default", "full"):
         raise InputError(
-            f"{name}: config.json has the vision_feature_select_strategy {strategy!r}; possible are 'default', 'full'."
+            f"{name}: config.json has the vision_feature_select_strategy {strategy!r}. It must be 'default' or 'full'."
         )
     _check_heads(name, "vision_config", vision)
     sides = (vision.image_size, vision.patch_size)
@@ -56,7 +56,7 @@ def check_llava_config(name: str, config: Any) -> None:
 
 
 def check_text_config(name: str, text: Any) -> None:
-    """The values of a language model's config fit each other."""
+    """Check that the values of a language model's config fit each other."""
     _check_heads(name, "the language model", text)
     heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if heads % shared:
@@ -68,34 +68,34 @@ def check_text_config(name: str, text: Any) -> None:
 
 
 def refuse_quantized(name: str, config: Any) -> None:
-    """A model that is trained comes in 16 bit; one that is only asked may be packed."""
+    """Raise InputError if a model to be trained is already quantized."""
     for part in (config, getattr(config, "text_config", None)):
         if getattr(part, "quantization_config", None):
-            raise InputError(f"{name} is quantized already; give the model in 16 bit, which qllava quantizes itself.")
+            raise InputError(f"{name} is already quantized. Give the 16-bit model; qllava quantizes it.")
 
 
 def check_feature_layer(name: str, layer: Any, vision: Any) -> None:
-    """The layer of the tower that features come from exists, and is one."""
+    """Check that vision_feature_layer is a single layer of the tower that exists."""
     depth = vision.num_hidden_layers
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise InputError(
-            f"{name} takes the features of several layers (vision_feature_layer {layer}); qllava trains models that "
-            "take one, such as -2."
+            f"{name} uses features of several layers (vision_feature_layer {layer}). qllava trains only models that "
+            "use one layer, such as -2."
         )
     if not -depth - 1 <= layer <= depth:
         raise InputError(
-            f"{name}: vision_feature_layer is {layer}, and the tower has {depth} layers; give one from {-depth - 1} to "
+            f"{name}: vision_feature_layer is {layer}, and the tower has {depth} layers. Give one from {-depth - 1} to "
             f"{depth}."
         )
-    if layer == 0:  # transformers takes it for unset
+    if layer == 0:  # transformers treats 0 as unset
         raise InputError(
-            f"{name}: vision_feature_layer is 0, which transformers does not compute; give {-depth - 1} for the "
-            "embeddings before the first layer, or a layer."
+            f"{name}: vision_feature_layer is 0, which transformers treats as unset. Give {-depth - 1} for the "
+            "embeddings before the first layer, or another layer."
         )
 
 
 def check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
-    """Every id of a LLaVA's tokenizer has a row in the embedding, and `<image>` is the token that the model fills."""
+    """Check that a LLaVA's embedding has a row for every token id, and that `<image>` is image_token_index."""
     vocabulary = tokenizer.get_vocab()
     rows = config.text_config.vocab_size
     _check_rows(name, vocabulary, rows)
@@ -110,14 +110,14 @@ def check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
 
 
 def check_language_model(name: str, text: Any, tokenizer: Any) -> None:
-    """A language model's tokenizer belongs to it: a few added tokens may be new to the embedding, a vocabulary not."""
+    """Check that the embedding of a language model covers its vocabulary; only added tokens may exceed it."""
     own = tokenizer.get_vocab()
     added = set(tokenizer.added_tokens_encoder)
     _check_rows(name, {token: id for token, id in own.items() if token not in added}, text.vocab_size)
 
 
 def check_processor(name: str, config: Any, processor: Any) -> None:
-    """Images become squares of the size that the tower takes, and `<image>` is written for them."""
+    """Check that the processor makes images of the tower's size, and writes `<image>` for them."""
     token = str(getattr(processor, "image_token", IMAGE_TOKEN))
     if token != IMAGE_TOKEN:
         raise _differ(name, "processor_config.json", f"the image_token {token!r}", "the tokenizer", repr(IMAGE_TOKEN))
@@ -132,24 +132,24 @@ def check_processor(name: str, config: Any, processor: Any) -> None:
         )  # fmt: skip
     if not torch.isfinite(torch.as_tensor(pixels)).all():
         raise InputError(
-            f"{name}: preprocessor_config.json makes pixels that are no numbers (image_std must not be 0); copy it "
+            f"{name}: preprocessor_config.json gives pixels that are not finite (image_std must not be 0). Copy it "
             "from where the weights came from."
         )
 
 
 def check_packed(name: str, config: Any, weights: Weights) -> None:
-    """Weights that bitsandbytes has packed, as config.json says, bring their scales; without them it asserts later."""
+    """Check that weights are packed if config.json says so; otherwise bitsandbytes fails later in an assert."""
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     if settings.get("quant_method") == "bitsandbytes" and not any(_SCALES.search(tensor) for tensor in weights):
         raise InputError(
-            f"{name}: config.json has a quantization_config of bitsandbytes, and none of the weights is packed; remove "
-            f"that key, or {_ADVICE}."
+            f"{name}: config.json has a quantization_config of bitsandbytes, but the weights are not packed. Remove "
+            f"quantization_config, or {_ADVICE}."
         )
 
 
 def check_weights(name: str, config: Any, weights: Weights) -> None:
-    """Every tensor that config.json asks for is there in its shape, and no layer that it does not know of."""
+    """Check that the weights have exactly the layers, and the tensor shapes, of config.json."""
     if getattr(config, "quantization_config", None):
         return  # packed tensors have shapes of their own
     wanted = shapes_of(name, config)
@@ -173,7 +173,7 @@ def check_weights(name: str, config: Any, weights: Weights) -> None:
 
 
 def check_table(name: str, text: Any, weights: Weights) -> None:
-    """Embedding and head have a row for each id, each as wide as the model."""
+    """Check that embedding and head have the shape (vocab_size, hidden_size)."""
     expected = (text.vocab_size, text.hidden_size)
     for table in (EMBEDDING, HEAD):
         if table in weights and weights.shape(table) != expected:
@@ -184,7 +184,7 @@ def check_table(name: str, text: Any, weights: Weights) -> None:
 
 
 def shapes_of(name: str, config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that a LLaVA's config.json asks for, under their names on disk."""
+    """Return the shapes of all tensors of a LLaVA's config.json, by their names on disk."""
     with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
         with torch.device("meta"):
             model: Any = LlavaForConditionalGeneration(config)
@@ -192,7 +192,7 @@ def shapes_of(name: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def read_config(folder: Path, name: str) -> Any:
-    """A model's config.json, as transformers reads it."""
+    """Return a model's config.json, read by transformers."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' own checks of a config raise errors of many kinds
@@ -200,12 +200,12 @@ def read_config(folder: Path, name: str) -> Any:
 
 
 def read_generation(folder: Path, name: str, text: Any) -> GenerationConfig | None:
-    """A model's generation_config.json, whose tokens are all in the vocabulary; None where there is none.
+    """Return a model's generation_config.json after a check of its token ids; None if the file does not exist.
 
     Args:
-        folder: Where it is.
-        name: The model, as the user gave it.
-        text: The config of its language model.
+        folder: Folder of the file.
+        name: Name of the model, as the user gave it.
+        text: Config of its language model.
     """
     if not (folder / "generation_config.json").is_file():
         return None
@@ -216,7 +216,7 @@ def read_generation(folder: Path, name: str, text: Any) -> GenerationConfig | No
 
 
 def _differ(name: str, file: str, value: str, other: str, expected: str) -> InputError:
-    """The sentence for two files of a model that say different things."""
+    """Return the error for two files of a model that contradict each other."""
     return InputError(f"{name}: {file} has {value}, and {other} has {expected}; {_ADVICE}.")
 
 
@@ -238,14 +238,14 @@ def _check_rows(name: str, vocabulary: dict[str, int], rows: int) -> None:
 
 
 def _check_ids(name: str, file: str, config: Any, rows: int) -> None:
-    """Refuse ids of tokens that are not in the vocabulary."""
+    """Raise InputError for token ids outside the vocabulary."""
     for key, id in _ids(config.to_dict()):
         if id >= rows:
             raise _differ(name, file, f"the {key} {id}", "config.json", f"a vocab_size of {rows}")
 
 
 def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """The ids of tokens among settings: `eos_token_id` and the like, one or several, and tokens that are suppressed."""
+    """Yield the token ids in a config: one or several `*_token_id`, and suppressed tokens."""
     for key, value in values.items():
         if key.endswith("_token_id") or key in ("suppress_tokens", "begin_suppress_tokens"):
             for id in value if isinstance(value, list | tuple) else [value]:

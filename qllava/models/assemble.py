@@ -1,12 +1,12 @@
-"""Parts become a LLaVA that can be tuned: 4-bit language model, fp32 projector, frozen tower.
+"""Assembly of a trainable LLaVA: 4-bit language model, fp32 projector, frozen tower.
 
     language model (NF4) ---------\
     projector (fp32, trained) -----> LlavaForConditionalGeneration --adapter.py: LoRA, by full path--> PeftModel
     tower (frozen, no graph) -----/
 
-Chosen: the language model is loaded alone, quantized, and put in its place in an empty LLaVA, so that nothing else
-can be quantized by a mismatched list of names; a LLaVA that exists already is loaded with the full names of what must
-stay as it is.
+A new LLaVA: the language model is loaded and quantized alone, then put into an empty LLaVA, so that a
+mismatched list of module names cannot quantize anything else. An
+existing LLaVA is loaded with the full names of the modules that must not be quantized.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from qllava.models.outline import Outline, Recipe, outline, settle_template
 from qllava.models.shapes import Shapes
 from qllava.models.vision import load_tower
 
-# Full names: a bare "multi_modal_projector" or "vision_tower" matches nothing, and both would be quantized.
+# Full names are needed: "multi_modal_projector" or "vision_tower" alone matches nothing, and both would be quantized.
 _KEPT_IN_FULL = ["model.multi_modal_projector", "model.vision_tower", "lm_head"]
 
 
 @dataclass
 class Assembled:
-    """A LLaVA with what belongs to it, before anything was adapted."""
+    """A LLaVA with its processor and recipe, before LoRA is added."""
 
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
@@ -49,18 +49,19 @@ class Assembled:
 
     @property
     def template(self) -> Template:
-        """The conversation template by its name."""
+        """The conversation template of the recipe."""
         return TEMPLATES[self.recipe.template]
 
 
 def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
-    """Load or build the model of a recipe; a new projector is drawn from `seed`.
+    """Load or build the model of a recipe; a new projector is initialized with `seed`.
 
-    Raises InputError as `outline` does, and when the weights cannot be loaded.
+    Raises:
+        InputError: For the same reasons as `outline`, and if the weights cannot be loaded.
     """
     plan = outline(recipe)
     dtype: torch.dtype = getattr(torch, plan.recipe.dtype)
-    # Of several processes each has a card of its own.
+    # With several processes, each has its own GPU.
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     quantization = nf4(dtype) if recipe.load_in_4bit else None
     if recipe.model is not None:
@@ -77,10 +78,10 @@ def assemble(recipe: Recipe, *, seed: int = 0) -> Assembled:
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization for the language model only; `dtype` is what its layers compute in.
+    """Return the config for NF4 with double quantization of the language model; its layers compute in `dtype`.
 
-    Where accelerate was told of FSDP, the packed weights are held as numbers of that type: FSDP leaves bytes whole in
-    every process.
+    If accelerate is configured for FSDP, packed weights are stored in `dtype`, because FSDP does not shard but keeps
+    weights of type uint8 in full in every process.
     """
     shared_out = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return BitsAndBytesConfig(
@@ -94,15 +95,15 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _from_parts(plan: Outline, dtype: torch.dtype, device: str, seed: int) -> LlavaForConditionalGeneration:
-    """A LLaVA of a language model that is loaded alone, a tower and a new projector."""
+    """Build a LLaVA from a language model, a tower and a new projector."""
     recipe, tower, tokenizer = plan.recipe, plan.tower, plan.processor.tokenizer
-    assert recipe.language_model and recipe.vision_tower and tower  # `outline` has seen to it
+    assert recipe.language_model and recipe.vision_tower and tower  # `outline` guarantees this
     if tower.model.device.type == "meta":
         tower = load_tower(nano_part(recipe.vision_tower, "tower"), image_aspect=recipe.image_aspect)
     name = nano_part(recipe.language_model, "llama")
     llm = load_language_model(name, dtype, device, four_bit=recipe.load_in_4bit, tokens=len(tokenizer))
     if recipe.load_in_4bit:
-        # It would be saved inside the merged model's config, and programs would take plain weights for packed ones.
+        # Otherwise the merged model's config would contain it, and programs would treat plain weights as packed.
         del llm.config.quantization_config
     layer, projector_type = recipe.vision_feature_layer, recipe.projector_type
     shapes = Shapes.of_parts(llm.config, tower.model.config, tokenizer, layer=layer, projector_type=projector_type)
@@ -118,9 +119,10 @@ def _from_parts(plan: Outline, dtype: torch.dtype, device: str, seed: int) -> Ll
 
 
 def load_language_model(name: str, dtype: torch.dtype, device: str, *, four_bit: bool, tokens: int) -> Any:
-    """Load a LLaMA-family model (safetensors, no remote code), with room for so many tokens.
+    """Load a LLaMA-family model (safetensors, no remote code), with an embedding of at least `tokens` rows.
 
-    Raises InputError when it cannot be read.
+    Raises:
+        InputError: If the model cannot be read.
     """
     folder = model_folder(name)
     try:
@@ -145,7 +147,7 @@ def load_language_model(name: str, dtype: torch.dtype, device: str, *, four_bit:
 
 
 def _grow_embeddings(model: Any, tokens: int) -> None:
-    """Make room for new tokens; a new row is the mean of the old, so that it is never likely."""
+    """Enlarge the embeddings for new tokens; a new row is the mean of the old rows, so that it is never likely."""
     old = model.get_input_embeddings().weight.shape[0]
     if tokens <= old:
         return
@@ -156,7 +158,7 @@ def _grow_embeddings(model: Any, tokens: int) -> None:
 
 
 def _draw_projector(projector: Any, kind: str, seed: int) -> None:
-    """Initialize in fp32 from a seed of its own; `linear` is W in `linear_1` and a fixed identity in `linear_2`."""
+    """Initialize the projector in fp32 from a seed; for `linear`, `linear_2` is a fixed identity."""
     generator = torch.Generator().manual_seed(seed)
     for name in ("linear_1", "linear_2"):
         layer = getattr(projector, name)
@@ -171,16 +173,16 @@ def prepare_for_training(model: Any) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Otherwise a forward pass without gradients repacks the weights in place, and training after an evaluation
-            # on such a CPU goes on with no gradients and no error.
+            # Otherwise a forward pass without gradients repacks the weights in place, and training after an
+            # evaluation on such a CPU continues without gradients and without an error.
             module.support_avx512bf16_for_cpu = False
     tower = model.model.vision_tower
-    # `enable_input_require_grads` hooks the tower's embedding too: it would run in the graph and be checkpointed.
+    # `enable_input_require_grads` also hooks the tower's embedding, which would put the tower into the graph.
     tower.forward = torch.no_grad()(tower.forward)
-    # In training autocast does this; an answer during a run, and chat, are computed without it.
+    # In training autocast does this; answers during a run and in chat are computed without autocast.
     model.model.multi_modal_projector.register_forward_pre_hook(_to_own_dtype)
 
 
 def _to_own_dtype(projector: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Features come in the tower's type, the projector is fp32."""
+    """Cast features from the tower's type to the projector's type, fp32."""
     return (inputs[0].to(projector.linear_1.weight.dtype), *inputs[1:])

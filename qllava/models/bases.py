@@ -1,10 +1,10 @@
-"""Where the base of a run is now: its record says where it was, and a folder may have moved.
+"""Locating the base model of a run, which may have moved since the run recorded its location.
 
-    located(Path("runs/mine"))                                  as the record says
-    located(Path("runs/mine"), ["/new/llava-1.5-7b-hf"])        where `--base-model` says it is
+    located(Path("runs/mine"))                                  at the recorded location
+    located(Path("runs/mine"), ["/new/llava-1.5-7b-hf"])        at the location given with `--base-model`
 
-Each folder takes the place of the part that its config.json says it is. Whether it is the same base is found by its
-fingerprint, when it is read (`outline.py`).
+The config.json of a given folder decides which part the folder replaces. The
+fingerprint is compared when the base is read (`outline.py`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _PARTS = {"model": "LLaVA", "language_model": "language model", "vision_tower": 
 
 
 def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Recipe:
-    """What the model of a run or checkpoint was built from, with its parts where they are now.
+    """Return the recipe of a run's or checkpoint's base, with the current locations of its parts.
 
     Args:
         run: The folder of a run or checkpoint.
-        base_model: Where parts of its base are now: one folder, or several.
+        base_model: New locations of parts of its base: one folder, or several.
 
     Raises:
-        InputError: The run does not say what it was built from, a part is not where it was, or a given folder is not a
-            part of its base.
+        InputError: If the run has no record of its base, a part has moved, or a given folder is not a part
+            of its base.
     """
     record = read_record(run)
     given = [base_model] if isinstance(base_model, str | Path) else list(base_model)
@@ -42,7 +42,9 @@ def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Re
         part, place = _part_of(one), expanded(str(one))
         if getattr(record, part) is None:
             built = ", ".join(_PARTS[own] for own in _PARTS if getattr(record, own) is not None)
-            raise InputError(f"{one} is a {_PARTS[part]}, and {run} was built from: {built}; give {FLAG} for these.")
+            raise InputError(
+                f"{one} is a {_PARTS[part]}, but {run} was built from: {built}. Use {FLAG} only for these parts."
+            )
         if not place.startswith("open_clip:"):
             place = str(Path(place).absolute())
         record = replace(record, **{part: place})  # type: ignore[arg-type]  # the three parts are strings
@@ -50,23 +52,25 @@ def located(run: Path, base_model: str | Path | Sequence[str | Path] = ()) -> Re
         place = getattr(record, part)
         if place is not None and Path(place).is_absolute() and not Path(place).is_dir():
             raise InputError(
-                f"The base of {run} is not there any more: its {called} was {place}; say where it is now with {FLAG} "
-                "(that it is the same one is checked)."
+                f"The base of {run} has moved: its {called} {place} does not exist. Give the new location with "
+                f"{FLAG}; its fingerprint is checked."
             )
     return record
 
 
 @contextmanager
 def at_its_base(run: Path) -> Iterator[None]:
-    """Name the flag where the base of a run cannot be fetched. Raises InputError."""
+    """Add the advice to use `--base-model` to an error about the base of a run."""
     try:
         yield
     except HubError as error:
-        raise InputError(f"The base of {run}: {str(error).rstrip('.')}; or give it as a folder with {FLAG}.") from error
+        raise InputError(
+            f"The base of {run}: {str(error).rstrip('.')}; or give the base's folder with {FLAG}."
+        ) from error
 
 
 def _part_of(folder: str | Path) -> str:
-    """Which part of a LLaVA a folder holds. Raises InputError when it is none."""
+    """Return which part of a LLaVA a folder holds; raise InputError if it holds none."""
     if str(folder).startswith("open_clip:"):
         return "vision_tower"
     path = Path(expanded(str(folder))) / "config.json"
@@ -74,7 +78,7 @@ def _part_of(folder: str | Path) -> str:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{folder} is not a base model ({path} cannot be read); give its folder with {FLAG}."
+            f"{folder} is not a base model ({path} cannot be read). Give the folder of the base model with {FLAG}."
         ) from error
     if kind == "llava":
         return "model"
@@ -82,4 +86,6 @@ def _part_of(folder: str | Path) -> str:
         return "language_model"
     if kind in KINDS:
         return "vision_tower"
-    raise InputError(f"{folder} is a model of type '{kind}', which is not part of a LLaVA; give another {FLAG}.")
+    raise InputError(
+        f"{folder} is a model of type '{kind}', which is not part of a LLaVA. Give another folder with {FLAG}."
+    )

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a run's adapter, and of a merged folder."""
+"""Model cards: the README.md of a run's adapter, and of a merged model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _TOLD = (
 
 
 def base_of(record: Recipe) -> str:
-    """The base of a run, in words."""
+    """Describe the base of a run."""
     if record.model:
         return public_name(record.model)
     return f"{public_name(record.language_model)} with the tower {public_name(record.vision_tower)}"
 
 
 def public_name(part: str | None) -> str:
-    """A part by its hub name, or by the last piece of its folder's path: others need not know this machine."""
+    """Return a part's hub name, or only the last component of its path, so that local paths are not published."""
     path = Path(expanded(str(part)))
     return path.resolve().name if path.is_absolute() or path.is_dir() else str(part)
 
 
 def results_of(run: Path) -> dict[str, Any]:
-    """What a run has measured, empty where it has not."""
+    """Return the results of a run; empty if it has none."""
     path = run / RESULTS_FILE
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
@@ -50,10 +50,10 @@ def write_card(
     told: Sequence[str],
     results: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `README.md`: what it is, then base, data by hash, settings, evaluation and a note on licences.
+    """Write `README.md`: description, base, hashes of the data, settings, evaluation and a note on licences.
 
-    run: the run's folder or one of its checkpoints. library: as the hub calls it. told: paragraphs of its own.
-    results: what was measured, where the run's folder does not say it yet.
+    `run` is a run or one of its checkpoints, `library` the hub's name of the library, `told` own paragraphs, and
+    `results` the results if the run's folder does not hold them yet.
     """
     base = record.model or ""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
@@ -67,7 +67,10 @@ def write_card(
         lines += [paragraph, ""]
     lines += [f"Base: {base_of(record)} (identity {record.fingerprint}); template {record.template}.", ""]
     if said := _recommends(folder, record):
-        lines += [f"The base model recommends for sampling: {said}. qllava uses it only when asked to.", ""]
+        lines += [
+            f"Recommended sampling of the base model: {said}. qllava uses it only with `--sampling recommended`.",
+            "",
+        ]
     lines += _facts(run_folder)
     if results := results or results_of(run):
         lines += ["Results:", "", "```json", json.dumps(results, indent=2), "```", ""]
@@ -76,19 +79,19 @@ def write_card(
 
 
 def _recommends(folder: Path, record: Recipe) -> str:
-    """What the model's `generation_config.json` recommends: a merged folder's own, or that of a run's base."""
+    """Return the sampling values of `generation_config.json`, of a merged model or of a run's base."""
     try:
         base = str(record.model or record.language_model)
         if not (folder / GENERATION_FILE).is_file() and base != NANO:
             folder = settings_folder(base)
         found = json.loads((folder / GENERATION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, InputError):  # most have none, and a base may be gone by now
+    except (OSError, ValueError, InputError):  # most models have none, and the base may have moved
         return ""
     return recommendation(found) if isinstance(found, dict) else ""
 
 
 def _facts(run: Path) -> list[str]:
-    """Data and settings of a run, as lists of Markdown; what its folder does not hold is left out."""
+    """Return data and settings of a run as Markdown; omit what its folder does not hold."""
     lines = []
     if (run / DATA_FILE).is_file():
         data = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))

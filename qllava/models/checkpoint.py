@@ -1,8 +1,8 @@
-"""A whole LLaVA on disk: the layout of llava-hf's checkpoints, which vLLM, SGLang, llama.cpp and transformers read.
+"""Reading and writing a LLaVA in llava-hf's layout, which vLLM, SGLang, llama.cpp and transformers read.
 
-Chosen: the names are written here and not by `save_pretrained`, because transformers 5 saves a model that was built
-from parts under names of its own, which other programs do not know. A folder is written aside and renamed, so it is
-whole or not there.
+Tensor names are written here and not by `save_pretrained`, because transformers 5 saves a model that was built
+from parts under names that other programs do not know. A folder is written under a temporary name and renamed, so it is
+complete or does not exist.
 
     model.vision_tower.X           ->  vision_tower.vision_model.X          (CLIP and SigLIP alike)
     model.multi_modal_projector.X  ->  multi_modal_projector.X
@@ -49,19 +49,20 @@ _TOKENIZERS_AND_PROCESSORS = (
     ("tokenizer.json", "tokenizer.model"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-# Settings of sampling. Beside `do_sample: false` (as Vicuna's file has them) they make a generation config invalid.
+# Sampling settings. Together with `do_sample: false` (as in Vicuna's file) they make a generation config invalid.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def build_processor(tokenizer: Any, tower: Tower, chat_template: str | None = None) -> LlavaProcessor:
-    """Join tokenizer and tower to a processor that writes exactly `tower.layout.tokens` tokens for an image.
+    """Build a processor from tokenizer and tower; it writes exactly `tower.layout.tokens` tokens for an image.
 
-    Raises InputError when `<image>` is not one token of the tokenizer: it has to be added before.
+    Raises:
+        InputError: If the tokenizer does not have `<image>` as one token.
     """
     ids = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != IMAGE_TOKEN:
-        # LlavaProcessor would take the first piece of the word for the image token and say nothing.
-        raise InputError(f"The tokenizer has no token {IMAGE_TOKEN}; add it as a special token first.")
+        # LlavaProcessor would silently use the first piece of the word as image token.
+        raise InputError(f"The tokenizer has no token {IMAGE_TOKEN}. Add {IMAGE_TOKEN} as a special token first.")
     return LlavaProcessor(
         image_processor=tower.image_processor,
         tokenizer=tokenizer,
@@ -79,18 +80,22 @@ def write_weights(
     *,
     max_shard_size: int | str,
 ) -> None:
-    """Write safetensors, in shards where they are many; no more than one shard is in memory.
+    """Write safetensors files, with at most one shard in memory.
 
-    tensors: shapes and types by name; they may be on the meta device.
-    read: gives what is written under a name.
+    Args:
+        folder: Folder for the files.
+        tensors: Shapes and types by name, may be on the meta device.
+        read: Returns the tensor to write under a name.
+        max_shard_size: Maximum size of a file, such as "5GB".
 
-    Raises InputError when the size is not understood.
+    Raises:
+        InputError: If `max_shard_size` cannot be parsed.
     """
     try:
         split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     except ValueError as error:
         raise InputError(
-            f"The shard size '{max_shard_size}' is not understood; write a number and a unit, such as 5GB."
+            f"The shard size '{max_shard_size}' cannot be read. Give a number and a unit, such as 5GB."
         ) from error
     for name, keys in split.filename_to_tensors.items():
         write_tensors(folder / name, {key: read(key).contiguous() for key in keys})
@@ -99,16 +104,16 @@ def write_weights(
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write one safetensors file, which every user may read who may read its folder."""
+    """Write one safetensors file with normal file permissions."""
     save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors makes it the owner's alone, and a server may be another user.
+    # safetensors makes the file readable only for its owner, and a server may run as another user.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_settings(folder: Path, model: Any, processor: LlavaProcessor, *, dtype: torch.dtype, tied: bool) -> None:
     """Write everything but the weights: configs, tokenizer, image processor and chat template.
 
-    tied: the head is the embedding itself, and is not among the weights.
+    `tied` says that the head is the embedding itself and has no weights of its own.
     """
     _save_config(model, folder, dtype, tied)
     _save_generation_config(model, processor.tokenizer, folder)
@@ -124,17 +129,18 @@ def load_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a LLaVA and its processor from a folder or a hub name, in llava-hf's layout or in transformers' own.
 
-    `dtype` is that of the weights that are not quantized; `quantization_config` and `device_map` are transformers' own.
-    The model comes in eval mode. A processor that does not say how many image tokens an image takes (old llava-hf
+    `dtype` is the type of weights that are not quantized; `quantization_config` and `device_map` are passed on.
+    The model is in eval mode. A processor that does not specify the number of image tokens (old llava-hf
     files) is completed from the model.
 
-    Raises InputError when it is not a LLaVA, or files are missing, cut off, or do not belong together.
+    Raises:
+        InputError: If it is not a LLaVA, or files are missing, truncated, or do not fit each other.
     """
-    config, processor = load_config(folder_or_name)  # first: it is quick, the weights are not
+    config, processor = load_config(folder_or_name)  # first, because it is fast
     if getattr(config, "quantization_config", None):
         agreement.check_packed(folder_or_name, config, open_weights(folder_or_name))
     loading: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device_map}
-    if quantization_config is not None:  # handing in None would drop the one that the checkpoint brings
+    if quantization_config is not None:  # passing None would drop the checkpoint's own config
         loading["quantization_config"] = quantization_config
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
@@ -154,32 +160,32 @@ def load_llava(
 
 
 def load_config(folder_or_name: str, *, fetch: bool = True) -> tuple[LlavaConfig, LlavaProcessor]:
-    """What `load_llava` loads but for the weights: config and processor.
+    """Load config and processor of a LLaVA, without its weights.
 
     Args:
-        folder_or_name: The model.
-        fetch: Whether the weights of a model on the hub are fetched, to be compared; those of a folder always are.
+        folder_or_name: Folder or hub name of the model.
+        fetch: Whether to download the weights of a hub model to check them; weights of a folder are always checked.
 
     Raises:
-        InputError: Something is missing, or parts of the model do not agree (`agreement.py`), its weights included.
+        InputError: If files are missing, or parts of the model do not fit each other (`agreement.py`).
     """
     if (folder := Path(expanded(folder_or_name))).is_dir():
         _check_folder(folder)
     config, processor = look_at(folder_or_name)
     if processor is None:
-        raise InputError(f"{folder_or_name} lacks its tokenizer or processor files; download the model again.")
+        raise InputError(f"{folder_or_name} has no tokenizer or processor files. Download the model again.")
     if fetch and not folder.is_dir():
         agreement.check_weights(folder_or_name, config, open_weights(folder_or_name))
     return config, processor
 
 
 def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
-    """The config of a LLaVA, and its processor where one is there; whatever else is there is compared with them.
+    """Load the config of a LLaVA, and its processor if it exists, and check that all existing files fit each other.
 
-    Nothing is fetched from the hub but small files.
+    Only small files are downloaded from the hub.
 
     Raises:
-        InputError: It is not a LLaVA, a file cannot be read, or parts of it do not agree.
+        InputError: If it is not a LLaVA, a file cannot be read, or its parts do not fit each other.
     """
     name = folder_or_name
     folder = settings_folder(name)
@@ -206,26 +212,28 @@ def look_at(folder_or_name: str) -> tuple[LlavaConfig, LlavaProcessor | None]:
 
 @contextmanager
 def write_aside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` and rename it to `folder` at the end; after any error nothing is left of it.
+    """Yield a temporary folder, and rename it to `folder` at the end; remove it after an error.
 
-    Raises InputError when `folder` holds something, or when writing fails.
+    Raises:
+        InputError: If `folder` is not empty, or writing fails.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty; choose another folder or remove it first.")
+        raise InputError(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
     try:
         with whole_folder(folder) as aside:
             yield aside
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{folder} could not be written ({one_line(error)}) and nothing was left there; "
-            "make room or choose another place."
+            f"{folder} could not be written ({one_line(error)}); incomplete files were removed. "
+            "Free disk space or choose another folder."
         ) from error
 
 
 def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The model's tensors under their names on disk; a head that is the embedding is among them.
+    """Return the model's tensors by their names on disk, including a head that is tied to the embedding.
 
-    Raises ValueError for a model that is quantized or wrapped.
+    Raises:
+        ValueError: If the model is quantized or wrapped.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -237,7 +245,7 @@ def names_on_disk(model: LlavaForConditionalGeneration) -> dict[str, torch.Tenso
 
 
 def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torch.dtype, tied: bool) -> None:
-    """Write config.json, with the spellings of transformers 4 beside those of 5 where they differ."""
+    """Write config.json with the keys of both transformers 4 and 5."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
@@ -249,11 +257,11 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torc
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     written["torch_dtype"] = written["dtype"]
     for part in (written, written["text_config"], written["vision_config"]):
-        part.pop("_name_or_path", None)  # a folder of this machine
+        part.pop("_name_or_path", None)  # a local path
     text = written["text_config"]
     rope = text.get("rope_parameters")
     if rope:
-        # Without rope_theta, transformers 4 takes 10000: wrong for every LLaMA 3, and silently.
+        # Without rope_theta, transformers 4 silently uses 10000, which is wrong for every LLaMA 3.
         text["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -261,7 +269,7 @@ def _save_config(model: LlavaForConditionalGeneration, folder: Path, dtype: torc
 
 
 def _save_generation_config(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
-    """Write a generation_config.json that every version accepts; special tokens it lacks come from the tokenizer."""
+    """Write a generation_config.json that every version accepts; missing special tokens come from the tokenizer."""
     generation: Any = copy.deepcopy(model.generation_config)
     if not generation.do_sample:
         for name in _SAMPLING:
@@ -291,19 +299,19 @@ def _save_processor(processor: LlavaProcessor, folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Find what is wrong with a folder before transformers spends minutes on it."""
+    """Raise InputError early if a folder is not a complete LLaVA."""
     refuse_llava_own(str(folder), [path.name for path in folder.iterdir()], folder)
     if not (folder / "config.json").is_file():
-        hint = "it holds an adapter: merge it first" if Run(folder).has_adapter else "no config.json"
-        raise InputError(f"{folder} is not a LLaVA ({hint}); expected a folder that `qllava merge` or llava-hf wrote.")
+        hint = "it is an adapter: merge it first" if Run(folder).has_adapter else "no config.json"
+        raise InputError(f"{folder} is not a LLaVA ({hint}). Give a merged model or a model in llava-hf's layout.")
     for either in _TOKENIZERS_AND_PROCESSORS:
         if not any((folder / name).is_file() for name in either):
-            raise InputError(f"{folder} lacks {' or '.join(either)}; copy or download the model again.")
+            raise InputError(f"{folder} has no {' or '.join(either)}. Copy or download the model again.")
     open_weights(str(folder))  # reads the headers and compares them with the files' lengths
 
 
 def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source: str) -> None:
-    """Make sure that the processor writes as many image tokens as the model has features, or say what is wrong."""
+    """Make the processor write as many image tokens as the model has features; raise InputError if it cannot."""
     vision: Any = config.vision_config
     layout = ImageLayout.of_config(config)
     if processor.patch_size is None or processor.vision_feature_select_strategy is None:
@@ -314,7 +322,7 @@ def _settle_image_tokens(processor: LlavaProcessor, config: LlavaConfig, source:
     if written.tokens != layout.tokens:
         raise InputError(
             f"The processor of {source} writes {written.tokens} image tokens for an image and the model has "
-            f"{layout.tokens} features; correct patch_size, vision_feature_select_strategy and "
+            f"{layout.tokens} features. Correct patch_size, vision_feature_select_strategy and "
             "num_additional_image_tokens in its processor_config.json."
         )
 

@@ -1,4 +1,4 @@
-"""What a LLaVA that exists already decides itself: settings that would change only a LLaVA that is built from parts."""
+"""Settings that an existing LLaVA determines itself; the user can choose them only for a new LLaVA."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from qllava.models.checkpoint import load_config
 
 
 def decided(config: Any, processor: Any) -> dict[str, Any]:
-    """The settings `projector_type`, `vision_feature_layer` and `image_aspect` as a model has them.
+    """Return `projector_type`, `vision_feature_layer` and `image_aspect` of a model.
 
     Args:
-        config: Of the model.
-        processor: Of the model; how it makes an image square decides the aspect.
+        config: Config of the model.
+        processor: Processor of the model; the way it makes an image square determines `image_aspect`.
     """
     pads = bool(getattr(processor.image_processor, "do_pad", False))
     crops = bool(getattr(processor.image_processor, "do_center_crop", False))
@@ -24,5 +24,5 @@ def decided(config: Any, processor: Any) -> dict[str, Any]:
 
 
 def decided_by(model: str) -> dict[str, Any]:
-    """The same for a folder or a hub name, whose weights are not fetched. Raises InputError when it cannot be read."""
+    """Return the same for a folder or hub name, without fetching weights; raise InputError if it cannot be read."""
     return decided(*load_config(model, fetch=False))

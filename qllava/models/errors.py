@@ -1,4 +1,4 @@
-"""What other libraries raise and report when they load a model, turned into one sentence."""
+"""Conversion of errors that libraries raise while loading a model into InputErrors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from safetensors import SafetensorError
 
 from qllava.config import InputError
 
-# What torch raises when it reads a file of weights only and meets anything else.
+# Errors of torch when a file that is read with `weights_only` contains other objects.
 UNPICKLING_REFUSED = pickle.UnpicklingError
-# What goes wrong inside open_clip and transformers when a file is missing, cut off, or of another architecture.
+# Errors of open_clip and transformers for files that are missing, truncated, or of another architecture.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, UNPICKLING_REFUSED, SafetensorError)
 
 
 @contextmanager
 def one_sentence(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a library raises while a model's files are read into one InputError.
+    """Convert any error of a library while a model's files are read into one InputError.
 
-    transformers raises far more than it documents for a file whose values do not fit together (AssertionError,
-    IndexError, ZeroDivisionError, errors of its own dataclasses), so nothing is left out but what a user asks for
+    transformers raises many undocumented errors for a file with inconsistent values (AssertionError,
+    IndexError, ZeroDivisionError, errors of its own dataclasses), so every Exception is converted
     (Ctrl-C is not an Exception).
 
     Args:
-        what: What is read, with its name.
-        advice: What to do about it.
+        what: Name of the file that is read.
+        advice: Advice for the user.
 
     Raises:
-        InputError: Something was raised; an InputError, and running out of memory, come through as they are.
+        InputError: For any error; an InputError and an out-of-memory error are raised unchanged.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def one_sentence(what: str, advice: str) -> Iterator[None]:
 
 
 def check_loading(report: Mapping[str, Any], what: str) -> None:
-    """Raise InputError when transformers' loading report says that weights are missing or of another size."""
+    """Raise InputError if transformers' loading report lists missing weights or weights of another size."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing:
         raise lacks(what, missing[0], f"{len(missing)} of its weights")
@@ -52,28 +52,30 @@ def check_loading(report: Mapping[str, Any], what: str) -> None:
 
 
 def lacks(what: str, tensor: str, which: str = "weights") -> InputError:
-    """The sentence for a model without one of its tensors; `which` says how many are missing where that is known."""
+    """Return the error for missing tensors; `which` gives their number if it is known."""
     return InputError(
-        f"{what} lacks {which}, {tensor} among them; copy or download it again (a checkpoint of other code has to be "
+        f"{what} lacks {which}, for example {tensor}. Copy or download it again (a checkpoint of other code must be "
         "converted to transformers' names first)."
     )
 
 
 def does_not_fit(what: str, tensor: str, found: Sequence[int], expected: Sequence[int]) -> InputError:
-    """The sentence for a tensor of another shape than config.json asks for."""
+    """Return the error for a tensor with another shape than in config.json."""
     return InputError(
         f"{what} has weights that do not fit its config.json: {tensor} is {tuple(found)} and should be "
-        f"{tuple(expected)}; take config and weights from the same model."
+        f"{tuple(expected)}. Take config and weights from the same model."
     )
 
 
 def one_line(error: BaseException) -> str:
-    """Return a library's message, which may run over pages, as at most 300 characters on one line."""
+    """Return the message of a library's error as one line of at most 300 characters."""
     text = " ".join(str(error).split())
-    if "custom code" in text and "trust_remote_code" in text:  # transformers says how to run it, which is not for here
-        return "it brings code of its own, which qllava never runs; take a model that transformers itself knows"
-    if "weights_only" in text:  # torch says how to unpickle all the same
-        return "it holds more than tensors, and qllava unpickles nothing; get the weights as safetensors"
+    if "custom code" in text and "trust_remote_code" in text:  # replace transformers' advice to run it
+        return (
+            "it needs its own Python code, which qllava never runs; use a model that transformers supports without it"
+        )
+    if "weights_only" in text:  # replace torch's advice to unpickle it
+        return "it contains pickled objects, which qllava never loads; get the weights as safetensors"
     if not text or isinstance(error, KeyError):  # the key alone says nothing
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 300 else text[:297] + "..."
@@ -90,9 +92,9 @@ _NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, of a card or of the machine, in whatever way a library says so.
+    """Return whether an error means that GPU or host memory ran out.
 
-    torch has an error of its own for its CUDA allocator only: its CPU allocator, cuBLAS and the CUDA runtime raise a
+    torch has a special error only for its CUDA allocator: its CPU allocator, cuBLAS and the CUDA runtime raise a
     plain RuntimeError, and numpy and Python a MemoryError.
     """
     said = str(error).lower()

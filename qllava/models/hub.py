@@ -1,7 +1,7 @@
-"""Where a model's files are: a folder of the user's, or a repository of the hub, fetched into its cache.
+"""Locating a model's files: a local folder, or a hub repository that is downloaded into the hub's cache.
 
-Everything that reads a model asks here first and then reads a folder, so that what can go wrong between here and the
-hub (a gated model, a wrong name, no network, a download that was cut off) is said once, in one sentence.
+All code that reads a model gets its folder here. One place reports errors of the hub (a gated model, a wrong name,
+no network, an incomplete download).
 
 Weights are taken wherever they are safetensors, in this order:
 
@@ -11,7 +11,7 @@ Weights are taken wherever they are safetensors, in this order:
     the conversion that the hub's own bot offers in a pull request,        the same; settings still come from main
     if it was made of the very pickles that main has
 
-A pickle is never read here. Where a model has nothing else, the sentence names the command that converts it.
+Pickles are never read here. If a model has only pickles, the error names the command that converts them.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from qllava.models.errors import one_line
 from qllava.models.layouts import PICKLES, Found, arrange, find_weights, read_index, refuse_llava_own
 
 BOT = "SFconvertbot"
-"""Who opens the hub's own conversions; a pull request of anybody else is not looked at."""
+"""Author of the hub's own conversions; pull requests of other authors are ignored."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SETTINGS = (".json", ".jinja", ".model", ".txt")
-"""How files of a model end that are not its weights."""
+"""Suffixes of a model's files that are not weights."""
 
 
 class HubError(InputError):
-    """A model of the hub cannot be had; the sentence says why, and what to do."""
+    """A hub model cannot be downloaded; the message gives the reason and what to do."""
 
 
 def settings_folder(name: str) -> Path:
-    """The folder with everything of a model but its weights: configs, tokenizer, processor.
+    """Return a folder with a model's configs, tokenizer and processor, without fetching weights.
 
     Args:
-        name: A folder, or a name on the hub.
+        name: A folder or a hub name.
 
     Raises:
-        InputError: The model does not exist, or it is in the layout of LLaVA's own code.
+        InputError: If the model does not exist, or is in the layout of LLaVA's own code.
     """
     folder = Path(expanded(name))
     if folder.is_dir():
@@ -69,13 +69,13 @@ def settings_folder(name: str) -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a whole model, whose safetensors have the names that transformers looks for.
+    """Return the folder of a complete model, with safetensors under the names that transformers expects.
 
     Args:
-        name: A folder, or a name on the hub.
+        name: A folder or a hub name.
 
     Raises:
-        InputError: The model does not exist, it cannot be fetched, or it has no safetensors.
+        InputError: If the model does not exist, cannot be downloaded, or has no safetensors.
     """
     folder = settings_folder(name)
     if not Path(expanded(name)).is_dir():
@@ -88,22 +88,22 @@ def model_folder(name: str) -> Path:
 
 
 def no_safetensors(name: str, files: Sequence[str]) -> InputError:
-    """What to say of a model whose weights are pickles, or that has none."""
+    """Return the error for a model without safetensors."""
     if not any(file.endswith(PICKLES) for file in files):
-        return InputError(f"{name} has no weights (*.safetensors); copy or download the model again.")
+        return InputError(f"{name} has no weights (*.safetensors). Copy or download the model again.")
     out = f"{Path(name).name}-safetensors"
     return InputError(
-        f"{name} has its weights as pickles only, which qllava does not open (safetensors only); convert them once: "
-        f"python -m qllava.models.convert {shlex.quote(name)} {shlex.quote(out)} (it reads tensors and nothing else), "
-        f"and give {out} in place of {name}."
+        f"{name} has only pickled weights, and qllava reads only safetensors. Convert them once: "
+        f"python -m qllava.models.convert {shlex.quote(name)} {shlex.quote(out)} (it reads only tensors), "
+        f"and use {out} in place of {name}."
     )
 
 
 def fetch(name: str, files: Sequence[str], revision: str = "main") -> Path:
-    """The folder in the hub's cache that holds these files of a repository, fetched where they are not there yet.
+    """Download files of a repository if they are not cached, and return their folder in the hub's cache.
 
     Raises:
-        HubError: They cannot be had.
+        HubError: If they cannot be downloaded.
     """
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob_of(file) for file in files]))
@@ -112,12 +112,12 @@ def fetch(name: str, files: Sequence[str], revision: str = "main") -> Path:
 
 
 def glob_of(file: str) -> str:
-    """A pattern that means this file and no other."""
+    """Return a glob pattern that matches only this file."""
     return re.sub(r"([\[*?])", r"[\1]", file)
 
 
 def repository_files(name: str) -> list[str]:
-    """Names of the files of a repository, in its top folder. Raises HubError."""
+    """Return the names of the files in a repository's top folder; raise HubError if the hub cannot be read."""
     try:
         siblings = HfApi().model_info(name).siblings or []
     except Exception as error:
@@ -128,11 +128,11 @@ def repository_files(name: str) -> list[str]:
 def _refuse_path(name: str, folder: Path) -> None:
     """Raise InputError for a path that is not a folder."""
     if folder.is_file():
-        raise InputError(f"{name} is a file; expected the folder of a model.")
+        raise InputError(f"{name} is a file. Give the folder of a model.")
     if said := no_folder(name):
         raise InputError(said)
     if not _HUB_NAME.fullmatch(name) or len(folder.parts) != name.count("/") + 1 or name.startswith("."):
-        raise InputError(f"The folder {name} does not exist; give a model's folder or its name on the hub.")
+        raise InputError(f"The folder {name} does not exist. Give the folder of a model or a hub name.")
 
 
 @lru_cache(maxsize=64)
@@ -148,7 +148,7 @@ def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Pa
         return cached
     small = [file for file in files if file.endswith(SETTINGS)]
     if not small:
-        raise HubError(f"The hub's {name} has no config.json, so it cannot be read as a model; correct the name.")
+        raise HubError(f"The hub repository {name} has no config.json, so it is not a model. Correct the name.")
     folder = fetch(name, small)
     refuse_llava_own(name, files, folder)
     return folder
@@ -187,10 +187,10 @@ def _known_as(name: str) -> str:
 
 
 def _conversion(name: str, files: Sequence[str]) -> tuple[str, Found | None]:
-    """The newest conversion that the hub's bot offers: its ref, and its weights; None where there is none.
+    """Return the ref and the weights of the newest conversion of the hub's bot; None if there is none.
 
-    Anybody may open a pull request: only the bot's are looked at, and only if the pickles beside the conversion are,
-    byte by byte, those of main.
+    Anybody may open a pull request, so only pull requests of the bot whose pickles are identical to those of main
+    with identical pickles are used.
     """
     pickles = [file for file in files if file.endswith(PICKLES)]
     if not pickles:
@@ -276,32 +276,34 @@ def _trouble(name: str, error: BaseException) -> HubError:
     full = any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain)
     codes = {one.response.status_code for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None}
     if raised(GatedRepoError):
-        said = f"{name} is gated: accept its licence on {page}, log in (hf auth login), and give the command again."
+        said = f"{name} is gated. Accept its licence on {page}, log in (hf auth login), and run the command again."
     elif raised(HFValidationError):
-        said = f"{name} is neither a folder nor a name on the hub (OWNER/NAME); correct it."
+        said = f"{name} is neither a folder nor a hub name (OWNER/NAME). Correct the name."
     elif raised(RepositoryNotFoundError) or codes & {401, 403}:
         said = (
-            f"The folder {name} does not exist, and the hub has no model of this name that you may read; correct the "
+            f"The folder {name} does not exist, and the hub has no model of this name that you may read. Correct the "
             "name, or log in if it is private (hf auth login)."
         )
     elif raised(OfflineModeIsEnabled) or is_offline_mode():
         said = (
-            f"{name} is not in the hub's cache, or not all of it, no folder of that name is here, and HF_HUB_OFFLINE "
-            f"is set; check the name, or fetch it once without that, where there is a network: hf download {name}"
+            f"{name} is not a folder, is not completely in the hub's cache, and HF_HUB_OFFLINE "
+            f"is set. Check the name, or download the model once without HF_HUB_OFFLINE: hf download {name}"
         )
     elif full:
-        said = f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}; make room, or set HF_HOME to another."
+        said = (
+            f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}. Free space, or set HF_HOME to another disk."
+        )
     elif raised(EntryNotFoundError) and not raised(LocalEntryNotFoundError):
-        said = f"A file of {name} is not on the hub any more ({one_line(error)}); give the command again."
+        said = f"A file of {name} was removed from the hub ({one_line(error)}). Run the command again."
     elif codes:
-        said = f"The hub refused {name} ({one_line(chain[-1])}); give the command again later."
+        said = f"The hub refused to send {name} ({one_line(chain[-1])}). Run the command again later."
     elif _unreachable(chain):
         said = (
-            f"{name} is not in the hub's cache, no folder of that name is here, and {constants.ENDPOINT} cannot be "
-            "reached; check the name and the network, or copy the model here and give its folder."
+            f"{name} is not a folder, is not in the hub's cache, and {constants.ENDPOINT} cannot be "
+            "reached. Check the name and the network, or copy the model to this machine and give its folder."
         )
     else:
-        said = f"The download of {name} ended early ({one_line(error)}); give the command again to resume it."
+        said = f"The download of {name} was interrupted ({one_line(error)}). Run the command again to resume it."
     return HubError(said)
 
 

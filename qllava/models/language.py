@@ -19,28 +19,29 @@ LANGUAGE_MODELS = {"llama": "LLaMA 1-3, Vicuna, SmolLM2, TinyLlama", "mistral": 
 
 
 def nano_part(name: str, part: str) -> str:
-    """The folder of one of nano's parts, or the name as it is."""
+    """Return the folder of a part of nano, or the name unchanged."""
     if name != "nano":
         return name
     folder = NANO_WEIGHTS / part
     if not (folder / "model.safetensors").is_file():
         raise InputError(
-            f"nano's weights are missing ({folder}); install qllava again, or make them with recipes/build_nano.py."
+            f"nano's weights are missing ({folder}). Install qllava again, or build them with recipes/build_nano.py."
         )
     return str(folder)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with `<image>` as one more token, and padding.
+    """Load the tokenizer of a language model, and add `<image>` and a padding token.
 
-    Raises InputError when it cannot be read.
+    Raises:
+        InputError: If the tokenizer cannot be read.
     """
     folder = settings_folder(name)
     try:
         # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}); download it again.") from error
+        raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}). Download it again.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -49,20 +50,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Config and tokenizer of a LLaMA-family model, compared with each other and with what else is there.
+    """Load config and tokenizer of a LLaMA-family model, and check that all existing files fit each other.
 
     Args:
-        name: A folder, or a name on the hub.
-        whole: Whether a tokenizer has to be there; else it is None where there is none.
+        name: A folder or a hub name.
+        whole: Whether a tokenizer is required; otherwise a missing tokenizer is returned as None.
 
     Raises:
-        InputError: The model is of another kind, or its parts do not agree.
+        InputError: If the model is of another type, or its parts do not fit each other.
     """
     folder = settings_folder(name)
     config = agreement.read_config(folder, f"The language model {name}")
     if config.model_type not in LANGUAGE_MODELS:
         supported = "; ".join(f"{kind} ({names})" for kind, names in LANGUAGE_MODELS.items())
-        raise InputError(f"The language model {name} is of type '{config.model_type}'; supported are: {supported}.")
+        raise InputError(f"The language model {name} is of type '{config.model_type}'. Supported types: {supported}.")
     with one_sentence(f"{name}: config.json", "correct it, or copy it from where the weights came from"):
         agreement.check_text_config(name, config)
     files = [path.name for path in folder.iterdir()]
@@ -77,5 +78,5 @@ def language_model_config(name: str, *, whole: bool = True) -> tuple[Any, PreTra
 
 
 def grown(rows: int, tokens: int) -> int:
-    """Rows of an embedding with room for so many tokens: as many as it has, or a multiple of 64."""
+    """Return the number of embedding rows for `tokens` tokens: `rows` if they suffice, else a multiple of 64."""
     return rows if tokens <= rows else -(-tokens // 64) * 64

@@ -1,6 +1,6 @@
-"""What a model's folder holds, by the names of its files: safetensors under any name, pickles, LLaVA's own layout.
+"""Recognition of a model folder by its file names: safetensors under any name, pickles, LLaVA's own layout.
 
-Nothing of a weight is read but the names of its tensors.
+Only the names of tensors are read, not their values.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def find_weights(files: Sequence[str], name: str) -> Found | None:
         missing = sorted(set(wanted) - set(shards))
         if missing:
             raise InputError(
-                f"The weights of {name} are incomplete ({missing[0]} is missing); copy or download the model again."
+                f"The weights of {name} are incomplete: {missing[0]} is missing. Copy or download the model again."
             )
         return Found(None, tuple(wanted), False)
     raise InputError(
-        f"{name} has several files of weights and no index ({', '.join(weights[:3])}); rename the one that is the "
-        f"model to {WEIGHTS}."
+        f"{name} has several weight files and no index ({', '.join(weights[:3])}). Rename the file with the model's "
+        f"weights to {WEIGHTS}."
     )
 
 
@@ -94,10 +94,12 @@ def read_index(path: Path) -> dict[str, str]:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in found.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read; copy or download the model again.") from error
+        raise InputError(f"{path} cannot be read. Copy or download the model again.") from error
     for shard in shards.values():
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise InputError(f"{path} names {shard}, which is outside its folder; get the model from elsewhere.")
+            raise InputError(
+                f"{path} refers to {shard}, which is outside its folder. Get the model from another source."
+            )
     return shards
 
 
@@ -108,12 +110,12 @@ def opened(path: Path) -> Any:
         InputError: It is missing, cut off or damaged.
     """
     if not path.is_file():
-        raise InputError(f"The weights {path} are not there; copy or download them again (safetensors only).")
+        raise InputError(f"The weights {path} are missing. Copy or download them again (safetensors only).")
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"The weights {path} are cut off or damaged ({one_line(error)}); copy or download them again."
+            f"The weights {path} are truncated or corrupt ({one_line(error)}). Copy or download them again."
         ) from error
 
 
@@ -169,7 +171,7 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     except OSError as error:
         if not _holds(out, key):
             raise InputError(
-                f"{out} cannot be written ({error.strerror}); set QLLAVA_CACHE to another folder."
+                f"{out} cannot be written ({error.strerror}). Set QLLAVA_CACHE to another folder."
             ) from error
     return out
 
@@ -211,7 +213,7 @@ def refuse_llava_own(name: str, files: Sequence[str], folder: Path) -> None:
     """
     if LLAVA_LORA in files:
         raise InputError(
-            f"{name} holds a LoRA of LLaVA's own code ({LLAVA_LORA}); merge it with LLaVA's merge_lora_weights.py, "
+            f"{name} is a LoRA of LLaVA's own code ({LLAVA_LORA}). Merge it with LLaVA's merge_lora_weights.py, "
             f"convert the result with {_SCRIPT}, and give that folder."
         )
     config = _json(folder / "config.json")
@@ -223,7 +225,7 @@ def refuse_llava_own(name: str, files: Sequence[str], folder: Path) -> None:
         return
     known = re.search(r"llava-v?1\.5-(7b|13b)", name.lower())
     raise InputError(
-        f"{name} is in the layout of LLaVA's own code ({marks[0]}), not of transformers; give the converted model "
+        f"{name} is in the layout of LLaVA's own code ({marks[0]}), not of transformers. Give the converted model "
         f"(llava-hf/llava-1.5-{known[1] if known else '7b'}-hf on the hub is LLaVA-1.5), or convert yours with "
         f"{_SCRIPT}."
     )
@@ -235,8 +237,8 @@ def projector_advice(folder: Path) -> str:
         command = (
             f"python -m qllava.models.convert {shlex.quote(str(folder))} {shlex.quote(folder.name + '-projector')}"
         )
-        return f"it holds LLaVA's own {LLAVA_PROJECTOR}: convert it once ({command}), and give that folder"
-    return "give the folder that pretrain_projector wrote"
+        return f"the folder has LLaVA's own {LLAVA_PROJECTOR}: convert it once ({command}), and give the new folder"
+    return "give the folder of a pretrain_projector run"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The ledger: which part of the model has how many parameters, in what type, and whether it learns.
+"""The ledger: number of parameters, type and number of trained parameters of each part of the model.
 
-It is printed when a run starts, written to its folder, and asserted: the mistakes that cost others days (LoRA on the
-tower, a quantized projector, a whole model that trains) end a run before its first step.
+It is printed when a run starts, written to its folder, and checked: common mistakes (LoRA on the tower, a
+quantized projector, a fully trained model) end a run before its first step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Line:
     part: str
     """One of `PARTS`."""
     parameters: int = 0
-    """How many there are; packed 4-bit weights count unpacked."""
+    """Number of parameters; packed 4-bit weights are counted unpacked."""
     trainable: int = 0
-    """How many of them learn."""
+    """Number of trained parameters."""
     dtypes: set[str] = field(default_factory=set)
-    """Their types; nf4 for packed weights."""
+    """Types of the parameters; nf4 for packed weights."""
 
 
 def ledger(model: nn.Module) -> list[Line]:
-    """One line for each part of a LLaVA, with or without LoRA. Shared weights (a tied head) count once."""
+    """Return one line for each part of a LLaVA; shared weights (a tied head) are counted once."""
     lines = {part: Line(part) for part in PARTS}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
@@ -56,9 +56,9 @@ def _part(name: str) -> str:
 
 
 def check(model: nn.Module) -> None:
-    """Assert what a run relies on: see the head of this file.
+    """Assert what a run relies on; see the module docstring.
 
-    An AssertionError here is a fault of qllava, not of the user.
+    An AssertionError here is a bug of qllava, not an error of the user.
     """
     for name, parameter in model.named_parameters():
         part = _part(name)
@@ -66,14 +66,14 @@ def check(model: nn.Module) -> None:
         if "lora_" in name:
             assert ".language_model." in name, f"LoRA outside the language model: {name}"
         if part != "language model":
-            assert not packed, f"quantized, but must not be: {name}"
+            assert not packed, f"must not be quantized: {name}"
         if parameter.requires_grad:
-            assert part in ("projector", "LoRA"), f"trains, but must not: {name}"
-            assert str(parameter.dtype) == "torch.float32", f"learns in {parameter.dtype}, not fp32: {name}"
+            assert part in ("projector", "LoRA"), f"must not be trained: {name}"
+            assert str(parameter.dtype) == "torch.float32", f"must be trained in fp32, not {parameter.dtype}: {name}"
 
 
 def format_ledger(lines: list[Line], rates: dict[str, float]) -> str:
-    """The ledger as a table of text; `rates` holds the learning rate by part."""
+    """Format the ledger as a text table; `rates` holds the learning rate by part."""
     rows = [("part", "parameters", "type", "trained", "learning rate")]
     for line in lines:
         rate = f"{rates[line.part]:g}" if line.trainable and line.part in rates else "-"

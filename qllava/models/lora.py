@@ -1,9 +1,9 @@
-"""LoRA as a value: what is trained of the language model, and everything that others must know of it.
+"""LoRA settings of a run or adapter, and everything that depends on the variant of LoRA.
 
-It comes from a run's settings or from an adapter's `adapter_config.json`. Whatever depends on the kind of LoRA is
-answered here: peft's config of it, what it adds to a weight, how many parameters it has, and whether the training step
-may compute it before its base layer. An adapter of a kind that is not known here is refused, because everything else
-would take it for plain LoRA. Torch and peft are imported where they are needed: settings are read without them.
+The values come from a run's settings or from an adapter's `adapter_config.json`. This module provides peft's config,
+the update of a weight, the number of parameters, and whether the training step
+may compute LoRA before its base layer. An adapter of an unknown variant is refused, because other code
+would treat it as plain LoRA. Torch and peft are imported only where needed, so that settings are read without them.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Lora:
     r: int
     """Rank."""
     alpha: float
-    """What is added is multiplied by alpha / r, or by alpha / sqrt(r) in `rslora`."""
+    """The update is multiplied by alpha / r, or by alpha / sqrt(r) in `rslora`."""
     dropout: float = 0.0
-    """Share of the inputs of A that is dropped in training."""
+    """Dropout probability of the inputs of A."""
     variant: Variant = "lora"
-    """Which function of its two matrices is added."""
+    """Variant of LoRA."""
     targets: str = LORA_TARGETS
-    """A regular expression for the full paths of the layers that have it."""
+    """Regular expression for the full paths of the layers with LoRA."""
 
     @classmethod
     def of_settings(cls, model: ModelConfig) -> Lora:
@@ -77,7 +77,7 @@ class Lora:
         """Read the adapter of a run or checkpoint.
 
         Raises:
-            InputError: The folder does not say, or its adapter is of a kind that is not known here.
+            InputError: If the adapter's config cannot be read, or is of an unknown variant.
         """
         where = f"The adapter in {folder}"
         try:
@@ -98,8 +98,8 @@ class Lora:
             off = name not in _READ and (name in _ASIDE or not value)
             if not off and allowed is not None and value not in allowed:
                 raise InputError(
-                    f"{where} has {name} {value!r} in its {ADAPTER_CONFIG_FILE}, which qllava would compute as plain "
-                    "LoRA beside the projector; merge it with peft and give the merged model."
+                    f"{where} has {name} {value!r} in its {ADAPTER_CONFIG_FILE}, which qllava does not "
+                    "support. Merge it with peft and give the merged model."
                 )
         variant: Variant = "rslora" if values.get("use_rslora") else "lora"
         r, alpha = int(values["r"]), values["lora_alpha"]

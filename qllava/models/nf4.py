@@ -18,7 +18,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 KIND: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
-"""How bitsandbytes is asked for it."""
+"""Arguments of bitsandbytes for NF4 with double quantization."""
 
 
 def unpacked(packed: Tensor, state: QuantState) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model is built from, before its weights: configs, tokenizer, template, and which weights belong to it.
+"""Everything of a model except its weights: configs, tokenizer, template, and the location of its weights.
 
 recipe --outline--> empty model + processor + `Base` (the weights on disk, one by one) --assemble.py--> Assembled
                                                                                        --merge--------> a new folder
@@ -32,7 +32,7 @@ from qllava.models.weights import Base, language_model_name, open_weights, tower
 
 
 def compute_dtype() -> torch.dtype:
-    """bf16 where the device has it, fp16 where it has not, fp32 on a CPU."""
+    """Return bf16 if the GPU supports it, else fp16; fp32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -40,7 +40,7 @@ def compute_dtype() -> torch.dtype:
 
 @dataclass
 class Outline:
-    """A LLaVA before its weights, which are on disk."""
+    """A LLaVA without loaded weights."""
 
     model: LlavaForConditionalGeneration
     """On the meta device, all of it."""
@@ -54,10 +54,11 @@ class Outline:
 
 
 def outline(recipe: Recipe) -> Outline:
-    """Everything of a recipe but the weights of its language model: minutes earlier, and in no memory.
+    """Read everything of a recipe except the weights of its language model, in seconds and with little memory.
 
-    Raises InputError for parts that are missing, of another kind, or of widths that do not fit, and when the recipe
-    carries the fingerprint of another base.
+    Raises:
+        InputError: If parts are missing, of another type or do not fit each other, or if the recipe has the
+            fingerprint of another base.
     """
     dtype: torch.dtype = getattr(torch, recipe.dtype) if recipe.dtype else compute_dtype()
     tower: Tower | None = None
@@ -83,8 +84,8 @@ def outline(recipe: Recipe) -> Outline:
         parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
         other = ", ".join(what for wanted, given, what in parts if wanted != given)
         raise InputError(
-            f"The base {name} is not the one that this adapter was trained on (another {other or 'kind'}); give the "
-            "base that the run used, with --base-model DIR if it is elsewhere now."
+            f"The adapter was trained on another base than {name} (different {other or 'kind'}). Give "
+            "the base of the run; if it has moved, use --base-model DIR."
         )
     own = decided(config, processor) if recipe.model is not None else {}
     filled = replace(recipe, **own, fingerprint=found, dtype=str(dtype).removeprefix("torch."))

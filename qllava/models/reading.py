@@ -1,6 +1,6 @@
-"""How a model reads: tokenizer, template, image tokens and images, without its weights.
+"""Tokenizer, template and image processing of a model, without its weights.
 
-This is all that `qllava check` and `qllava inspect` need, so a data set for a 7B is looked at on a laptop.
+`qllava check` and `qllava inspect` need nothing else, so data for a 7B model can be checked on a laptop.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ LLAVA_IMAGE = ImageLayout(24, 24, additional=1, drops_first=True)
 
 @dataclass(frozen=True)
 class Reader:
-    """What decides ids and labels.
+    """Everything that determines token ids and labels.
 
-    tokenizer: with `<image>` as one token.
-    template: how a conversation is written.
-    image: the tokens of an image.
-    image_processor: turns an image into pixels; None where only the tokenizer is known.
-    positions: how many tokens the language model reads; None where it is not known.
+    Attributes:
+        tokenizer: Tokenizer with `<image>` as one token.
+        template: Conversation template.
+        image: Tokens of an image.
+        image_processor: Turns an image into pixels; None if only the tokenizer is known.
+        positions: Maximum number of tokens of the language model; None if unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,27 +58,28 @@ class Reader:
 
 
 def read_model(model: str) -> Reader:
-    """The reader of nano, a run folder, a merged folder or a hub name.
+    """Return the reader of nano, a run, a merged model or a hub name.
 
-    Raises InputError when the model does not exist.
+    Raises:
+        InputError: If the model does not exist.
     """
     if model == NANO:
         return read_parts(NANO, NANO)
     folder = settings_folder(model)
-    advice = "name a LLaVA's folder, or give --tokenizer"
+    advice = "give the folder of a LLaVA, or use --tokenizer"
     if (folder / RECORD_FILE).is_file():  # a run: it has its own processor, and its base is elsewhere
         record = read_record(folder)
         positions = _positions_of_base(record)
         with one_sentence(model, advice):
             processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     elif not (folder / "config.json").is_file():
-        raise InputError(f"{model} cannot be read as a model (it has no config.json); {advice}.")
+        raise InputError(f"{model} is not a model: it has no config.json; {advice}.")
     else:
         config, processor = look_at(model)
         refuse_quantized(model, config)
         positions = Shapes(config).positions
         if processor is None:
-            raise InputError(f"{model} cannot be read as a model (it has no tokenizer or processor files); {advice}.")
+            raise InputError(f"{model} is not a complete model: it has no tokenizer or processor files; {advice}.")
     with one_sentence(model, advice):
         return _of_processor(processor, _template_of_folder(folder, processor), positions)
 
@@ -91,7 +93,7 @@ def _positions_of_base(record: Recipe) -> int | None:
 
 
 def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAspect = "pad") -> Reader:
-    """The reader of a LLaVA that is yet to be built from these parts."""
+    """Return the reader of a LLaVA that will be built from these parts."""
     text, tokenizer = language_model_config(nano_part(language_model, "llama"))
     assert tokenizer is not None  # it has to be there
     tower = load_tower(nano_part(vision_tower, "tower"), image_aspect=image_aspect)
@@ -99,9 +101,12 @@ def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAsp
 
 
 def read_tokenizer(path: Path) -> Reader:
-    """The reader of a tokenizer alone: a folder, a tokenizer.json or a sentencepiece tokenizer.model.
+    """Return the reader of a tokenizer: a folder, a tokenizer.json or a sentencepiece tokenizer.model.
 
-    An image is taken for LLaVA-1.5's. Raises InputError when it cannot be read.
+    An image takes as many tokens as in LLaVA-1.5.
+
+    Raises:
+        InputError: If the tokenizer cannot be read.
     """
     if not path.is_file():
         return _alone(load_tokenizer(str(path)))
@@ -111,7 +116,7 @@ def read_tokenizer(path: Path) -> Reader:
         else:
             tokenizer = LlamaTokenizer.from_pretrained(str(path), legacy=True)
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"The tokenizer {path} cannot be read ({one_line(error)}); download it again.") from error
+        raise InputError(f"The tokenizer {path} cannot be read ({one_line(error)}). Download it again.") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return _alone(tokenizer)

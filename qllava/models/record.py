@@ -17,10 +17,10 @@ BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_l
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is built from; written next to every adapter, so that the folder needs nothing else."""
+    """Parts that a model is built from; written next to every adapter, so that its folder is self-contained."""
 
     model: str | None
-    """A LLaVA's folder or hub name; None when it is built from the two parts below."""
+    """Folder or hub name of an existing LLaVA; None for a LLaVA built from the two parts below."""
     language_model: str | None
     """Folder or hub name of the language model."""
     vision_tower: str | None
@@ -36,9 +36,9 @@ class Recipe:
     load_in_4bit: bool
     """Whether the language model is held in NF4."""
     fingerprint: str = ""
-    """Of the base's weights, vocabulary and shapes; empty until it was loaded."""
+    """Hash of the base's weights, vocabulary and shapes; empty until the base was loaded."""
     dtype: str = ""
-    """Of what is not quantized; empty until it was loaded. Another device then loads the same, as training saw it."""
+    """Type of weights that are not quantized, used on every device; empty until the base was loaded."""
 
     @classmethod
     def of_settings(cls, model: ModelConfig) -> Recipe:
@@ -76,7 +76,7 @@ def read_record(folder: Path) -> Recipe:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} is not a run of qllava (it has no {path.name}); give the folder of a finished run or of a "
+            f"{folder} is not a run of qllava (it has no {path.name}). Give the folder of a finished run or of a "
             "checkpoint."
         ) from error
     except (OSError, ValueError, TypeError) as error:

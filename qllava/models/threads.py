@@ -1,4 +1,4 @@
-"""How many threads answer on a CPU.
+"""Number of torch threads for generating answers on a CPU.
 
 Threads of OpenMP that spin while they wait take the cores from each other as soon as another program runs: nano
 (hidden size 192) then answered at 1 token/s with two threads and at 25 to 34 with one, on two cores that eight programs

@@ -82,7 +82,7 @@ def config_of(visual: torch.nn.Module, *, source: str = "this tower") -> TowerCo
         return _siglip_config(trunk, source)
     kind = type(visual).__name__ if trunk is None else f"timm's {type(trunk).__name__}"
     pooling = " with attentional pooling" if getattr(visual, "attn_pool", None) is not None else ""
-    raise InputError(f"{source} is a {kind}{pooling}, which cannot be used as a tower; {SUPPORTED}.")
+    raise InputError(f"{source} is a {kind}{pooling}, which cannot be used as a vision tower; {SUPPORTED}.")
 
 
 def _named(spec: str) -> TowerConfig:
@@ -139,7 +139,9 @@ def square(sides: Any, source: str) -> int:
     """Return the side of a square, given as one number or as (height, width)."""
     height, width = sides if isinstance(sides, Sequence) else (sides, sides)
     if height != width:
-        raise InputError(f"{source} takes images or patches of {height} x {width}; LLaVA needs square ones.")
+        raise InputError(
+            f"{source} uses images or patches of {height} x {width}. LLaVA needs square images and patches."
+        )
     return int(height)
 
 
@@ -154,5 +156,5 @@ def _activation(layer: torch.nn.Module, source: str) -> str:
         if torch.allclose(layer(probe.clone()), ACT2FN[name](probe), rtol=0, atol=1e-6):
             return name
     raise InputError(
-        f"{source} uses the activation {type(layer).__name__}, which is none of {', '.join(names)}; {SUPPORTED}."
+        f"{source} uses the activation {type(layer).__name__}, which is not one of {', '.join(names)}; {SUPPORTED}."
     )

@@ -101,7 +101,8 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = 
     A file of weights does not say how it was trained: name the architecture with `-quickgelu` if it was so; its
     images are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.
 
-    Raises InputError when the name is unknown, files are missing or broken, or the tower is of another kind.
+    Raises:
+        InputError: If the name is unknown, files are missing or corrupt, or the tower is of another type.
     """
     if spec.startswith("open_clip:"):
         return _load_open_clip(spec, image_aspect)
@@ -121,7 +122,8 @@ def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") ->
     SigLIP tower (a timm trunk without class token) a `SiglipVisionModel`. Hidden states are equal to the source's to
     1e-5; the projection into the space shared with text is left out. `source` names the tower in errors.
 
-    Raises InputError for every other tower.
+    Raises:
+        InputError: For all other towers.
     """
     config = config_of(visual, source=source)
     if isinstance(config, CLIPVisionConfig):
@@ -156,8 +158,8 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
     arch, _, pretrained = name.partition("/")
     if arch not in open_clip.list_models():
         close = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists what there is."
-        raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); {hint}")
+        hint = f"Did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists all architectures."
+        raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'). {hint}")
     quick = bool(open_clip.get_model_config(arch).get("quick_gelu"))
     known = open_clip.get_pretrained_cfg(arch, pretrained)
     file = Path(expanded(pretrained))
@@ -167,7 +169,7 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
         tags = {tag: open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)}
         fitting = [tag for tag, config in tags.items() if bool(config.get("quick_gelu")) == quick]
         raise InputError(
-            f"'{spec}' names no weights of {arch}: after {arch}/ give the path of a weights file"
+            f"'{spec}' does not specify weights of {arch}. After {arch}/ give the path of a weights file"
             + (f" or one of {', '.join(fitting)}." if fitting else ".")
         )
     if known.get("quick_gelu") and not quick:
@@ -175,7 +177,7 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
         right = f"{arch}-quickgelu"
         advice = f"use open_clip:{right}/{pretrained}" if right in open_clip.list_models() else "choose other weights"
         raise InputError(
-            f"The weights '{pretrained}' were trained with QuickGELU, which {arch} does not compute; {advice}."
+            f"The weights '{pretrained}' were trained with QuickGELU, which {arch} does not use; {advice}."
         )
     return arch, pretrained
 
@@ -198,8 +200,8 @@ def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Towe
         mean, std, resample = list(saved.image_mean), list(saved.image_std), int(saved.resample)
     except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         raise InputError(
-            f"The vision tower {folder} has no readable preprocessor_config.json, which says how its images are "
-            "normalized; copy it from where the weights came from."
+            f"The vision tower {folder} has no readable preprocessor_config.json, which defines how its images are "
+            "normalized. Copy the file from the source of the weights."
         ) from error
     vision = model.vision_model if kind in ("clip", "siglip") else model
     return _tower(vision.eval(), mean, std, resample, image_aspect, str(folder))

@@ -57,9 +57,10 @@ def language_model_name(name: str) -> str:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of one or more safetensors files, by name; each is read when it is asked for.
+    """Tensors of safetensors files by name; a tensor is read when it is accessed.
 
-    Raises InputError for files that are missing, cut off or damaged.
+    Raises:
+        InputError: If files are missing, truncated or corrupt.
     """
 
     def __init__(self, files: Mapping[Path, list[str] | None], rename: Callable[[str], str] = llava_name) -> None:
@@ -71,7 +72,7 @@ class Weights(Mapping[str, Tensor]):
                 held = list(file.keys())
                 missing = sorted(set(names or []) - set(held))
                 if missing:
-                    raise InputError(f"The weights {path} lack {missing[0]}; copy or download them again.")
+                    raise InputError(f"The weights {path} lack {missing[0]}. Copy or download them again.")
                 for name in held:
                     self._places[rename(name)] = (path, name)
                     self._shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
@@ -125,9 +126,10 @@ def _begin(row: Tensor) -> Tensor:
 
 
 def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name) -> Weights:
-    """The weights of a model's folder or hub name; safetensors only.
+    """Open the weights of a model's folder or hub name; safetensors only.
 
-    Raises InputError when they are not there or not whole.
+    Raises:
+        InputError: If the weights are missing or incomplete.
     """
     folder = model_folder(folder_or_name)
     index = folder / INDEX

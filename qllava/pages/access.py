@@ -75,13 +75,17 @@ class Hosts:
         host = headers.get("host", "").lower()
         if host not in local and (self._shared is None or host != self._shared):
             return (
-                f"This page is served as http://127.0.0.1:{self.port} only; open that address. "
-                "Where a port is forwarded, give it the same number on both sides."
+                f"This page is only served as http://127.0.0.1:{self.port}. Open that address. "
+                "If you forward a port, use the same port number on both sides."
             )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None:
             ours = [f"http://{name}" for name in local]
             ours += [f"https://{self._shared}", f"http://{self._shared}"] if self._shared else []
             if origin.lower() not in ours:
-                return "This was sent by a page of another site; it is not accepted here."
-        return None if origin is not None or site in ("none", "same-origin") else "Another site asks for this."
+                return "Requests from pages of other sites are not accepted."
+        return (
+            None
+            if origin is not None or site in ("none", "same-origin")
+            else "Requests from other sites are not accepted."
+        )

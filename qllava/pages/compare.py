@@ -93,7 +93,7 @@ class Compare:
         visitor = visitor_of(self.visitors, request)
         duel, images = visitor.duel, visitor.images
         if duel is None:
-            raise gr.Error("Ask both a question first.")
+            raise gr.Error("Ask a question before you vote.")
         try:
             vote = duel.vote(verdict, visitor.rater)
             try:
@@ -113,7 +113,9 @@ class Compare:
         try:
             shutil.copyfile(image, self.keep / image.name)
         except OSError as error:
-            raise InputError(f"The image could not be kept ({error.strerror}); the vote was not counted.") from error
+            raise InputError(
+                f"The image could not be saved ({error.strerror}), so the vote was not counted."
+            ) from error
 
     def _view(self, visitor: Visitor, textbox: Any) -> View:
         duel = visitor.duel

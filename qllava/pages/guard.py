@@ -69,7 +69,9 @@ class Guard:
         if refusal is not None:
             return await _refuse(guarded, 421 if "served as" in refusal else 403, refusal)
         if owner is None and new is None and path == "/":
-            return await _refuse(guarded, 429, f"More than {MAX_NEW} new visitors came in a minute; try again soon.")
+            return await _refuse(
+                guarded, 429, f"There were more than {MAX_NEW} new visitors in a minute. Try again soon."
+            )
         refused = self._refused(scope, headers, owner)
         if refused is not None:
             return await _refuse(guarded, *refused)
@@ -82,17 +84,17 @@ class Guard:
         limit = MAX_IMAGES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # what a form adds to its files
         sent = headers.get("content-length", "0")
         if "chunked" in headers.get("transfer-encoding", "") or not sent.isdigit():
-            return 411, "Say first how many bytes you send."
+            return 411, "The request has no Content-Length."
         if int(sent) > limit:
             most = f"{MAX_IMAGES} images of {MAX_UPLOAD // 2**20} MB" if uploading else f"{MAX_MESSAGE // 2**20} MB"
-            return 413, f"This is too large: at most {most}."
+            return 413, f"The request is too large. The limit is {most}."
         if "/deep_link" in path:  # Gradio would keep the conversation on disk, under an address for anybody
-            return 403, "Conversations are not kept here."
+            return 403, "Links to conversations are not available."
         file = _file_of(path)
         if file is not None and not self._may_read(file, owner):
-            return 403, "This file does not exist, or it is not yours."
+            return 403, "This file does not exist, or belongs to another visitor."
         if owner is None and uploading:
-            return 403, "Uploads need the cookie of this page; allow it, and load the page again."
+            return 403, "Uploads need the cookie of this page. Allow cookies and reload the page."
         return None
 
     async def _hand_on(
@@ -112,7 +114,7 @@ class Guard:
         if scope["method"] == "POST":
             body = await _whole_body(receive)
             if self._names_others(body, owner):
-                return await _refuse(send, 403, "This file does not exist, or it is not yours.")
+                return await _refuse(send, 403, "This file does not exist, or belongs to another visitor.")
             receive = _again(body.replace(self.alias.encode(), str(self.folder).encode()), receive)
         return await self.app(scope, receive, send)
 

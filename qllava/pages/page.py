@@ -1,4 +1,4 @@
-"""The page: what stands where, and which handler each part calls."""
+"""Layout of the demo's page, and the handler of each element."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _compare_tab(compare: Compare) -> None:
     same = compare.chats[0] is compare.chats[1]
     what = "the model at two temperatures" if same else "two models"
     gr.HTML(
-        f"<p>Your question goes to {what}. Which one answers on which side is drawn at random for each question, and "
-        "shown after your vote.</p>",
+        f"<p>Your question goes to {what}. Their sides are drawn at random for each question and "
+        "revealed after your vote.</p>",
         elem_id="told",
     )
     asked = gr.Chatbot(
@@ -190,7 +190,7 @@ def _drawer(chat: Chat, names: tuple[str, ...], values: tuple[float, ...]) -> Dr
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(
             label="Instructions",
-            info="Given to the model before the conversation; models that were trained without may ignore them.",
+            info="System prompt; models that were trained without one may ignore it.",
         )
         with gr.Row():
             temperatures = tuple(

@@ -38,8 +38,8 @@ from qllava.voting.votes import VoteFile
 if TYPE_CHECKING:
     from qllava.inference import Chat
 
-SHARED = """--share: whoever has the public address can use this model until this program ends, and what is sent passes
-through a server of Gradio's. Images and questions of others reach this machine."""
+SHARED = """--share: anyone with the public address can use this model until this program ends, and all traffic passes
+through a server of Gradio. Images and questions of others reach this machine."""
 OPEN = "Without --auth it has no password."
 
 
@@ -112,13 +112,14 @@ def serve(
         )
     except OSError as error:
         print(
-            f"the page cannot be served on port {options.port} ({error}): choose another with --port", file=sys.stderr
+            f"The page cannot be served on port {options.port} ({error}). Choose another port with --port.",
+            file=sys.stderr,
         )
         return 1
     if page.share_url:
         hosts.share(page.share_url)
     visitors.sweep_for_ever()
-    print(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.", flush=True)
+    print(f"The page is available at {page.share_url or page.local_url}. Press Ctrl-C to stop.", flush=True)
     try:
         page.block_thread()
     finally:
@@ -131,18 +132,18 @@ def read_passwords(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a text file of lines NAME:PASSWORD.") from error
+        raise InputError(f"{path} cannot be read ({error}). Give a text file with lines NAME:PASSWORD.") from error
     pairs: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         name, colon, password = line.strip().partition(":")
         if line.strip() and not (name and colon and password):
             raise InputError(f"{path}, line {number}: expected NAME:PASSWORD.")  # the line itself may be a password
         if line.strip() and name in dict(pairs):
-            raise InputError(f"{path}, line {number}: {name} has a password already.")
+            raise InputError(f"{path}, line {number}: the name {name} is listed twice. Remove one of the lines.")
         if line.strip():
             pairs.append((name, password))
     if not pairs:
-        raise InputError(f"{path} names nobody; write a line NAME:PASSWORD for each person.")
+        raise InputError(f"{path} is empty. Write a line NAME:PASSWORD for each user.")
     return pairs
 
 
@@ -180,25 +181,36 @@ def _parser() -> Parser:
     )
     parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1 (default: 7860)")
     parser.add_argument(
-        "--votes", metavar="FILE", type=file_path, default=Path("votes.jsonl"), help="(default: votes.jsonl)"
+        "--votes",
+        metavar="FILE",
+        type=file_path,
+        default=Path("votes.jsonl"),
+        help="file for the votes (default: votes.jsonl)",
     )
-    parser.add_argument("--keep-pictures", metavar="DIR", type=file_path, help="keep the images of votes here")
-    parser.add_argument("--auth", metavar="FILE", type=file_path, help="ask for a password; lines of NAME:PASSWORD")
-    parser.add_argument("--share", action="store_true", help="a public address through Gradio's server")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)"
+        "--keep-pictures",
+        metavar="DIR",
+        type=file_path,
+        help="folder to save the images of votes in (default: not saved)",
+    )
+    parser.add_argument(
+        "--auth", metavar="FILE", type=file_path, help="require a password; file with lines NAME:PASSWORD"
+    )
+    parser.add_argument("--share", action="store_true", help="create a public address through Gradio's server")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: by device)"
     )
     base_flag(parser)
     parser.add_argument(
         "--sampling",
         choices=("asked", "recommended"),
         default="asked",
-        help="asked: by the page's temperature alone (default); recommended: with the values that the model brings",
+        help="asked: use only the page's temperature (default); recommended: use the model's own sampling values",
     )
     parser.add_argument(
         "--load-in-4bit",
         action=argparse.BooleanOptionalAction,
-        help="keep the language model in NF4 (default: on CUDA; a run is loaded as it was trained)",
+        help="load the language model in 4 bit, NF4 (default: on CUDA; a run is loaded as trained)",
     )
     looks(
         parser,
@@ -235,4 +247,6 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be a folder for images ({error.strerror}); choose another.") from error
+        raise InputError(
+            f"{path} cannot be used as a folder for images ({error.strerror}). Give another folder."
+        ) from error

@@ -20,7 +20,7 @@ from qllava.pages.visitors import Visitor, Visitors
 
 TROUBLE = "Not answered"
 MAX_QUESTION = 100_000
-NOTHING = "(The model answered nothing.)"
+NOTHING = "(The model gave an empty answer.)"
 ASKING: dict[str, Any] = {"value": None, "submit_btn": False, "stop_btn": True}
 WAITING: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
 
@@ -142,8 +142,8 @@ def in_words(error: Exception) -> str:
     """What went wrong, for the page; the kind of error and the whole of it go to the terminal."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     if out_of_memory(error):
-        return "The machine has not enough memory for this question; begin a new conversation, or use fewer images."
-    return f"The model failed ({type(error).__name__}); the terminal in which the demo was started says more."
+        return "There is not enough memory for this question. Start a new conversation, or use fewer images."
+    return f"The model failed ({type(error).__name__}). See the terminal of the demo for details."
 
 
 def as_text(text: str) -> str:
@@ -158,14 +158,16 @@ def plain(text: str) -> str:
 
 def _check_length(text: str) -> None:
     if len(text) > MAX_QUESTION:
-        raise InputError(f"The question has {len(text):,} characters, more than {MAX_QUESTION:,}; shorten it.")
+        raise InputError(
+            f"The question has {len(text):,} characters; the limit is {MAX_QUESTION:,}. Shorten the question."
+        )
 
 
 def _exchange_at(session: Session, index: int | tuple[int, int]) -> int:
     """The exchange of a message by its place in the chatbot."""
     place = (index[0] if isinstance(index, list | tuple) else index) // 2
     if not 0 <= place < len(session.exchanges):
-        raise gr.Error("This conversation is over; begin a new one.")
+        raise gr.Error("This conversation has ended. Start a new one.")
     return place
 
 

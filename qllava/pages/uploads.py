@@ -167,7 +167,7 @@ class Uploads:
             if path != target:
                 shutil.copyfile(path, target)
         except OSError as error:
-            raise InputError("This image is not here any more; upload it again.") from error
+            raise InputError("This image was removed from the server. Upload the image again.") from error
         if upload is not None and upload.owner == owner:
             self._drop(path)
         return target
@@ -194,8 +194,10 @@ class Uploads:
             if files > quota.files or size > quota.size:
                 most = f"{quota.files:,} images or {quota.size / 2**20:,.0f} MB"
                 if whose is None:
-                    raise TooMuch(f"The images of all visitors together reached {most}; try again later.")
-                raise TooMuch(f"Your images here reached {most}; clear the conversation, or load the page again.")
+                    raise TooMuch(f"The images of all visitors have reached the limit of {most}. Try again later.")
+                raise TooMuch(
+                    f"Your images have reached the limit of {most}. Clear the conversation, or reload the page."
+                )
 
     def used(self, owner: str | None = None) -> tuple[int, int]:
         """Return the number of images, and their bytes, of one owner or of all."""

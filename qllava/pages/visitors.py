@@ -65,7 +65,7 @@ class Visitors:
         """The visitor behind a `gr.Request`. Raises InputError for one without the page's cookie."""
         owner, page = self._key(request)
         if owner is None:
-            raise InputError("This page needs its cookie; allow it, and load the page again.")
+            raise InputError("This page needs its cookie. Allow cookies and reload the page.")
         with self._lock:
             if (owner, page) not in self._visitors:
                 rater = request.username or f"anonymous-{owner[:8]}"
@@ -123,9 +123,9 @@ class Visitors:
         mine, examples = self.uploads.folder / visitor.owner, self.uploads.folder / EXAMPLES
         paths = [Path(file).resolve() for file in files]
         if not all(path.is_relative_to(mine) or path.is_relative_to(examples) for path in paths):
-            raise InputError("This image is not yours; upload it again.")
+            raise InputError("This image belongs to another visitor. Upload the image again.")
         if len(paths) > MAX_IMAGES:
-            raise InputError(f"{len(paths)} images are too many for one question; at most {MAX_IMAGES}.")
+            raise InputError(f"{len(paths)} images are too many for one question. The limit is {MAX_IMAGES}.")
         visitor.folder.mkdir(parents=True, exist_ok=True)
         return tuple(
             self.uploads.take(visitor.owner, path, visitor.folder)

@@ -1,1 +1,1 @@
-"""Both stages of training: one loop (TRL's), its trainer, its memory and its report."""
+"""Training of both stages: the loop (TRL's), the trainer, memory planning and the report."""

@@ -1,4 +1,4 @@
-"""How the projector gets its start in a run of finetune: from a finished stage 1, or from one of the run's own."""
+"""Initial projector of a finetune_lora run: from a finished stage 1 run, or from a stage 1 inside the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qllava.training.stages import ALIGNMENT, Stage
 
 
 def captions_of(settings: Settings, assembled: Assembled, folder: Path) -> Prepared | None:
-    """Return what a stage 1 of the run's own would learn from; None where the projector has its start already."""
+    """Return the captions of the run's own stage 1; None if the run needs no stage 1."""
     exists = settings.model.model_name_or_path not in (None, NANO) and not settings.data.pretrain_file
     if settings.model.projector or exists or processes.by_main(lambda: Run(folder).stage1.finished):
         return None
@@ -44,16 +44,16 @@ def align(
     count: int,
     started: outcome.Started,
 ) -> None:
-    """Give the projector its start: a folder's, or a stage 1 of its own; a LLaVA that exists already has one.
+    """Initialize the projector: load it from a run, or train it in a stage 1; an existing LLaVA has a trained one.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         assembled: The model, whose projector is changed.
-        folder: Of the run.
+        folder: Folder of the run.
         captions: What `captions_of` returned.
-        begun: What decides the run.
-        count: Samples of stage 2, whose files have to fit on the disk before stage 1 begins.
-        started: Counts the time, and is kept when stage 1 has ended.
+        begun: Settings and data hashes that a resumed run must not change.
+        count: Number of samples of stage 2, to check that its files fit on the disk before stage 1 starts.
+        started: Timer of the run, saved after stage 1.
     """
     stage1 = Run(folder).stage1.folder
     if captions is None:
@@ -73,7 +73,7 @@ def align(
     }
     processes.by_main(partial(disk.check, needs))
     number = len(captions.lengths)
-    print(f"Stage 1: {total_steps(config, number):,} steps on {number:,} captions; the bar shows the time left.")
+    print(f"Stage 1: {total_steps(config, number):,} steps on {number:,} captions. The bar shows the remaining time.")
     train_stage(stage, train_projector_only(assembled), assembled)
     assembled.model.requires_grad_(False)
     processes.by_main(partial(_keep, stage1, folder, started.seconds, begun))

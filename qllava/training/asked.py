@@ -1,6 +1,6 @@
-"""Which held-out examples a run asks as questions: some evenly spaced, and at its end some drawn by the seed.
+"""Selection of held-out questions: evenly spaced during the run, drawn with the seed at its end.
 
-Only examples that became complete samples are asked. An example that was dropped as too long may have a prompt that
+Only examples that became complete samples are used. An example that was dropped as too long may have a prompt that
 exceeds the model's context, and one that was trimmed has lost its last question.
 """
 
@@ -17,7 +17,7 @@ from qllava.training.data import Part, Prepared
 
 
 class HeldOut:
-    """The held-out examples that can be asked, by their numbers in their files."""
+    """Held-out examples that can be used as questions, by their numbers in their files."""
 
     def __init__(self, parts: Sequence[Part], prepared: Prepared | None) -> None:
         """Find them.

@@ -36,21 +36,21 @@ def assembled(settings: Settings, start: Path | None = None) -> Assembled:
 
 
 def same_base(settings: Settings, start: Path) -> Recipe:
-    """Return the record of the base of an adapter. Raises InputError for a setting that would make it another one."""
+    """Return the recipe of an adapter's base; raise InputError if a setting contradicts it."""
     record = located(start, settings.model.base_model or ())
     for name in BELONGS_TO_BASE:
         if getattr(settings.model, name) != getattr(record, name):
             raise InputError(
-                f"The adapter in {start} was trained with {name} {getattr(record, name)}; leave the setting out, or "
+                f"The adapter in {start} was trained with {name} {getattr(record, name)}. Remove the setting, or "
                 "merge the run and start from the merged model."
             )
-    # What the base is held in is this device's matter.
+    # The type of the weights depends on this device.
     return replace(record, dtype="")
 
 
 def with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
     """Return the model with LoRA: a new one that changes nothing yet, or that of an adapter."""
-    set_seed(settings.train.seed)  # LoRA begins alike whether stage 1 was trained in this process or in one before
+    set_seed(settings.train.seed)  # same initial LoRA, whether stage 1 ran in this process or in an earlier one
     model = add_lora(assembled, Lora.of_settings(settings.model))
     if start:
         continue_adapter(model, start)

@@ -1,4 +1,4 @@
-"""What happens beside the training loop at its events: metrics are written, the bar moves, a checkpoint is reported."""
+"""Callbacks of the training loop: write metrics, update the progress bar, report checkpoints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Metrics(TrainerCallback):
 
 
 class Begin(TrainerCallback):
-    """What is settled when transformers has prepared the model: recomputation, and on a GPU a rehearsal."""
+    """Sets up recomputation when transformers has prepared the model, and on a GPU tries the largest batches."""
 
     def __init__(self, trainer: LlavaTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the first step."""
+        """Run before the first step."""
         if args.recompute_layers is not None:
             llava: Any = self.trainer.assembled.model
             recompute(llava.model.language_model, args.recompute_layers)
@@ -51,12 +51,12 @@ class Saved(TrainerCallback):
         self.call = call
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The checkpoint is complete."""
+        """Call the function after a checkpoint is complete."""
         self.call()
 
 
 class Progress(TrainerCallback):
-    """A bar of steps with the loss, and what is left."""
+    """Progress bar of steps, with the loss and the remaining time."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -70,11 +70,11 @@ class Progress(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One step further."""
+        """Advance the bar by one step."""
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Show the numbers that people look at."""
+        """Show the losses and the exact match."""
         shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_exact_match": "exact match"}
         found = {label: f"{logs[key]:.3f}" for key, label in shown.items() if logs and key in logs}
         if logs and "eval_exact_match" in logs:
@@ -84,10 +84,10 @@ class Progress(TrainerCallback):
             self.bar.set_postfix(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the bar where it is."""
+        """Close the bar."""
         self.close()
 
     def close(self) -> None:
-        """End the bar's line, so that what is printed next begins on a line of its own."""
+        """End the bar's line, so that the next output starts on a new line."""
         if self.bar is not None:
             self.bar.close()

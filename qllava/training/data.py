@@ -6,7 +6,7 @@ A mixture is written in the recipe's YAML:
       - {path: instruct.json, image_folder: coco/train2017}
       - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second example, drawn by the seed
 
-With `weight` in place of `repeat` the files have these shares of an epoch: the one that is largest for its share is
+With `weight` instead of `repeat`, weights are the files' shares of an epoch: the file that is largest for its share is
 read once, and the others are repeated until the shares hold, so that no example is left out.
 """
 
@@ -79,10 +79,12 @@ def parts_of(given: Any, image_folder: Path | None, field: str) -> list[Part]:
     if isinstance(given, str | Path):
         return [Part(Path(given), image_folder)]
     if not isinstance(given, list) or not given:
-        raise InputError(f"The setting {field} is {given!r}; give a file, or a list of {{path, repeat or weight}}.")
+        raise InputError(f"The setting {field} is {given!r}. Give a file, or a list of {{path, repeat or weight}}.")
     parts = [_part(entry, number, image_folder, field) for number, entry in enumerate(given, start=1)]
     if len({part.weight is None for part in parts}) > 1:
-        raise InputError(f"The setting {field} gives a weight to some files only; give one to each, or to none.")
+        raise InputError(
+            f"The setting {field} has a weight for some files only. Give a weight for every file, or for none."
+        )
     return parts
 
 
@@ -92,18 +94,18 @@ def _part(entry: Any, number: int, image_folder: Path | None, field: str) -> Par
         return Part(Path(entry), image_folder)
     known = ("path", "image_folder", "repeat", "weight")
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise InputError(f"{where}: expected a file, or {{path: FILE}} with {', '.join(known[1:])}.")
+        raise InputError(f"{where}: give a file, or {{path: FILE}} with {', '.join(known[1:])}.")
     if unknown := [str(key) for key in entry if key not in known]:
-        raise InputError(f"{where} has the unknown key {unknown[0]!r}; possible are {', '.join(known)}.")
+        raise InputError(f"{where} has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}.")
     if "repeat" in entry and "weight" in entry:
-        raise InputError(f"{where} has both repeat and weight; keep one.")
+        raise InputError(f"{where} has both repeat and weight. Keep one of them.")
     for key in ("repeat", "weight"):
         value = entry.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise InputError(f"{where}: {key} is {value!r}; give a number above 0.")
+            raise InputError(f"{where}: {key} is {value!r}. Give a number above 0.")
     folder = entry.get("image_folder")
     if folder is not None and not isinstance(folder, str):
-        raise InputError(f"{where}: image_folder is {folder!r}; give a folder.")
+        raise InputError(f"{where}: image_folder is {folder!r}. Give a folder.")
     own = Path(folder) if folder else image_folder
     return Part(Path(entry["path"]), own, float(entry.get("repeat", 1)), entry.get("weight"))
 
@@ -140,7 +142,7 @@ def prepare(
     checked, held_out = checked_parts(parts), checked_parts(evaluation)
     verdict = Verdict(checked, held_out, ()) if skip_check else Verdict.over(checked, held_out)
     if skip_check:
-        print("NOT CHECKED, as asked: an image that cannot be read will end the run when its batch comes.")
+        print("The data is NOT CHECKED (skip_check). An unreadable image will end the run when its batch is loaded.")
     if verdict.errors:
         if verdict.errors > 1:  # a single one is what the error says
             print(verdict.text(verbose=False), file=sys.stderr)
@@ -151,7 +153,7 @@ def prepare(
     if not any(part.summary.samples for part in checked):
         rows = sum(part.summary.rows for part in checked)
         raise InputError(
-            f"No sample is left to train on: all {rows} are longer than max_length, or than the model reads."
+            f"No sample is left to train on: all {rows} are longer than max_length or than the model's context."
         )
     trained = _open(checked, [p.repeat for p in parts], [p.weight for p in parts], seed)
     return trained, _open(held_out, [1.0] * len(held_out), [None] * len(held_out), seed) if held_out else None

@@ -1,4 +1,4 @@
-"""When a stage measures its held-out examples, and what depends on that."""
+"""Schedule of the evaluations of a stage, and settings that depend on evaluations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qllava.training.options.table import FOLLOWING
 from qllava.training.settings import TrainConfig, name_of
 
 _MOST = 10
-"""Evaluations of a stage where the user has not set eval_steps."""
+"""Number of evaluations in a stage if eval_steps is not set."""
 
 
 def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
-    """Raise InputError where a setting needs evaluations and none would be made; asked before anything is loaded."""
+    """Raise InputError if a setting needs evaluations and none would be made."""
     name = follows(config)
     if name and not (held_out and scores.evaluates(config)):
-        raise InputError(f"{name} needs evaluations during the run: set eval_strategy and eval_file too.")
+        raise InputError(f"{name} needs evaluations during the run. Set eval_strategy and eval_file too.")
 
 
 def follows(config: TrainConfig) -> str:
@@ -41,7 +41,7 @@ def leave_out(config: TrainConfig) -> None:
     if (scheduler := config.scheduler) in FOLLOWING:
         usual = LoopConfig.lr_scheduler_type
         config.lr_scheduler_type, config.lr_scheduler_kwargs = SchedulerType(usual), None
-        print(f"Stage 1 makes no evaluations, so it uses lr_scheduler_type {usual} in place of {scheduler}.")
+        print(f"Stage 1 runs no evaluations, so it uses lr_scheduler_type {usual} instead of {scheduler}.")
     if name_of(config.save_strategy) == "best":
         config.save_strategy = SaveStrategy.STEPS
 
@@ -60,7 +60,7 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
     if not scores.evaluates(config):
         return
     if evaluation is None:
-        print("No eval_file: nothing is measured during the run.")
+        print("No eval_file is set, so the run makes no evaluations.")
         config.eval_strategy, config.do_eval = "no", False
     elif config.eval_strategy == "steps" and not config.eval_steps:
         # Evaluations that decide something are made, whatever they cost.
@@ -68,9 +68,7 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
         if count:
             config.eval_steps = -(-total_steps(config, len(train.lengths)) // count)
         else:
-            print(
-                "One evaluation would cost more than the training: the held-out examples are measured at the end alone."
-            )
+            print("One evaluation would take longer than the training, so examples are evaluated only at the end.")
             config.eval_strategy = "no"
 
 

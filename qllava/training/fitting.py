@@ -1,4 +1,4 @@
-"""Settings of a stage that fit the memory it has: length of packs, recomputation, optimizer."""
+"""Choice of pack length, recomputation and optimizer so that a stage fits into memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     limits = [parse_bytes(config.fit_memory)] if config.fit_memory else []
     if on_card:  # a card sold with 8 GB has a little less
         limits.append(torch.cuda.mem_get_info()[1])
-    # Unequal cards must not choose unequal packs or optimizers.
+    # With GPUs of different sizes, all processes must choose the same packs and optimizer.
     limit = processes.lowest(min(limits))
     llava: Any = assembled.model
     setup = setup_of(config, llava.config, Lora.of_model(model), load_in_4bit=assembled.recipe.load_in_4bit)
@@ -62,7 +62,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     # From here on `recompute_layers` decides.
     config.gradient_checkpointing = config.activation_checkpointing = False
     line = (
-        f"memory: {format_bytes(plan.peak_bytes)} of {format_bytes(limit)} expected, with packs of "
+        f"memory: expected peak {format_bytes(plan.peak_bytes)} of {format_bytes(limit)}, with packs of "
         f"{plan.tokens_per_pack:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}"
     )
     return stage, [line]

@@ -1,7 +1,7 @@
-"""The folder of a run: opened, begun and finished. What is in it decides whether a command goes on or is refused.
+"""The folder of a run: opening, starting and finishing it. Its files decide whether a run is resumed or refused.
 
-run.yaml, data.json           what the run began with: settings, and the examples by their bytes
-results.json                  written last: a folder that has it holds a finished run
+run.yaml, data.json           settings of the run, and hashes of its data files
+results.json                  written last; marks the run as finished
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from qllava.training.settings import Settings
 from qllava.training.trial import try_out
 
 ABOUT_ADAPTER = (
-    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` asks the base with this adapter, which "
-    "is what was trained; `qllava merge {folder} merged` makes a model of it that needs no adapter."
+    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` uses the base with this adapter, exactly "
+    "as trained. `qllava merge {folder} merged` writes a standalone model."
 )
 
 
@@ -71,8 +71,8 @@ def settle_model(settings: Settings) -> None:
         given = getattr(settings.model, setting)
         if setting in settings.explicit and given != value:
             raise InputError(
-                f"The setting {setting} is {given}, and the model {name} has {value}, which training does not change; "
-                "leave it out, or build a new LLaVA from language_model and vision_tower."
+                f"The setting {setting} is {given}, but the model {name} has {value}, and training cannot change it. "
+                "Remove the setting, or build a new LLaVA from language_model and vision_tower."
             )
         setattr(settings.model, setting, value)
 
@@ -100,7 +100,7 @@ def _opened(settings: Settings, held: ExitStack) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a finished run. What marks it as one goes last: killed in between, it is none that could be continued."""
+    """Remove a finished run; delete results.json last, so that a partly removed run is never resumed."""
     results, settings = folder / RESULTS_FILE, folder / RUN_FILE
     for path in folder.iterdir():
         if path in (results, settings) or path.name in HIDDEN:
@@ -148,7 +148,7 @@ def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> l
     if given is not None:
         return parts_of(given, images(settings), field)
     if not settings.model.is_nano:
-        raise InputError(f"The setting {field} is missing: give a file of examples (nano alone brings its own).")
+        raise InputError(f"The setting {field} is missing. Give a file of examples (only nano has default data).")
     data = processes.main_first(nano.prepare)
     return [Part(getattr(data, nano_file), data.folder)]
 
@@ -166,8 +166,8 @@ def held_out(settings: Settings, *, stage1: bool = False) -> list[Part]:
 def finish(folder: Path, results: dict[str, Any]) -> None:
     """Write report, card and results; `results.json` comes last, because it marks the run as finished.
 
-    Killed before it, the same command goes on; killed after it, nothing is missing, nor after a power cut: what it
-    means is on the disk by then.
+    If the process is killed before, the same command resumes the run; if it is killed after, all files are
+    on the disk by then, even after a power failure.
     """
     write_report(folder, results)
     if adapter_at(str(folder)):
@@ -180,7 +180,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
 
 
 def say_next(done: str, commands: list[str]) -> None:
-    """Print what was done and what may be typed next."""
+    """Print what was done and which commands can follow."""
     print(f"\n{done}\nNext:")
     for command in commands:
         print(f"  {command}")

@@ -1,4 +1,4 @@
-"""The outermost call of a recipe: what a user can mend ends as one sentence and a status, never as a stack trace."""
+"""Entry point of a recipe: errors that a user can fix end in one sentence and an exit status, without a stack trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qllava.training.settings import Settings
 
 
 def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> int:
-    """Run a recipe: errors that a user can mend are one sentence on stderr and status 1, signals have their own."""
+    """Run a recipe; print errors that a user can fix on stderr and return status 1; signals have their own status."""
     prepare_process()
     try:
         with handled():
@@ -31,7 +31,7 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
     except processes.Elsewhere:
         return 1
     except InputError as error:
-        # One that was raised in a worker of the data loader comes with its stack trace as text, the message last.
+        # An error of a data loader worker contains its stack trace as text, with the message at the end.
         sentence = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         print(f"qllava: {sentence}", file=sys.stderr)
         return 1
@@ -39,8 +39,8 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
         if not out_of_memory(error):
             raise
         print(
-            f"qllava: Memory ran out ({one_line(error)}). Checkpoints are untouched. Lower fit_memory, max_length or "
-            "lora_r, or see what `qllava plan` proposes; then give the command again.",
+            f"qllava: Out of memory ({one_line(error)}). Checkpoints are unchanged. Lower fit_memory, max_length or "
+            "lora_r, or ask `qllava plan` for settings that fit; then run the command again.",
             file=sys.stderr,
         )
         return 1

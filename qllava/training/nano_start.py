@@ -1,4 +1,4 @@
-"""Where a run of one's own data on nano's parts gets its projector: from the newest finished nano run.
+"""Initial projector of a run with own data on nano's parts: from the newest finished nano run.
 
 LoRA starts from zero. Which run was taken is written to `run.yaml`, so that a resumed run takes the same one when a
 newer nano run has finished since. Where there is none, stage 1 comes first, on nano's own captions.
@@ -26,13 +26,13 @@ def take_projector(settings: Settings, folder: Path) -> None:
     resumed = processes.by_main(lambda: Run(folder).state == "interrupted")
     found = processes.by_main(partial(_began_with if resumed else _newest, folder))
     if found is None and resumed:
-        print("The projector is that of the run's own stage 1, with which it began.")
+        print("Using the projector of this run's own stage 1, as before.")
         return
     if found is None:
-        print(f"No nano run in {RUNS}/ has finished, so the projector is pretrained first, on nano's own captions.")
+        print(f"There is no finished nano run in {RUNS}/, so stage 1 trains the projector first, on nano's captions.")
         return
     settings.model.projector = found
-    print(f"The projector is that of {found}, a finished nano run; LoRA begins new.")
+    print(f"Using the projector of the finished nano run {found}; LoRA is newly initialized.")
 
 
 def _began_with(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The result of a run in figures, for the top of its report and the end of its output on the terminal.
+"""Key figures of a run, for the top of its report and the end of its terminal output.
 
 `command.json` is written when a run starts or is resumed: the command, with the launcher of several processes, the
 versions of the packages that compute, and the seconds of all starts so far.
@@ -92,7 +92,7 @@ def _version(name: str) -> str:
 
 
 def figures(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return label and value of each figure of a finished run; what was not measured says so or is left out."""
+    """Return label and value of each figure of a finished run; figures that were not measured say so or are omitted."""
     tuned = Run(folder).has_adapter
     found = [("Held-out accuracy", _accuracy(results, tuned)), ("Held-out loss", _loss(results))]
     if "seconds" in results:
@@ -111,7 +111,7 @@ def _accuracy(results: Mapping[str, Any], tuned: bool) -> str:
     share = results.get("eval_exact_match")
     if share is None:
         unknown = tuned and not {"stage2", "eval_loss"} & results.keys()
-        return "not measured, because there was no eval_file" if unknown else ""
+        return "not measured (no eval_file)" if unknown else ""
     low, high = results["ci95"]
     return f"{share:.1%} of {results['n']:,} questions, exact match (95 % interval {low:.1%} to {high:.1%})"
 
@@ -122,7 +122,7 @@ def _loss(results: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "48 s", "7 min 12 s", "2 h 5 min"."""
+    """Format seconds as "48 s", "7 min 12 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -132,7 +132,7 @@ def duration(seconds: float) -> str:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """Return what may be typed next, with a question of the run's own where it has one."""
+    """Return commands that can follow, with a question of the run's own data if it has one."""
     if not Run(folder).has_adapter:  # a stage 1 is only a projector
         return [f"python recipes/finetune_lora.py --projector {shlex.quote(str(folder))} ..."]
     samples = read_json(folder / SAMPLES_FILE)

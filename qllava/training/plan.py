@@ -1,4 +1,4 @@
-"""`qllava plan`: what a run will need, before anything but a config.json is downloaded.
+"""`qllava plan`: estimate the memory of a run; only config.json files are downloaded.
 
 Shapes of the models that presets name come with qllava (`models.known`), those of any other from its config.json, and
 those of open_clip's towers from open_clip itself.
@@ -70,20 +70,20 @@ def plan(
 
 
 def as_json(plan: memory.Plan) -> dict[str, Any]:
-    """The object that `--json` prints."""
+    """Return the object that `--json` prints."""
     chosen = {name: getattr(plan, name) for name in ("tokens_per_pack", "recompute_layers", "optim")}
     found = {"peak_bytes": plan.peak_bytes, "phases": plan.phases, "parts": plan.estimate.parts}
     return {**found, **chosen, "fits": plan.fits, "suggestion": plan.suggestion}
 
 
 def as_text(plan: memory.Plan) -> str:
-    """The peak of each phase, the parts of a step, and what to do."""
+    """Format the peak of each phase, the parts of a step, and the advice."""
     lines = ["phase"] + _bars(plan.phases) + ["part of a step"] + _bars(plan.estimate.parts)
     lines.append(f"{'peak':<12} {memory.format_bytes(plan.peak_bytes):>9}")
     verdict = {None: "", True: "It fits. ", False: "It does not fit. "}[plan.fits]
     lines.append(
-        f"with packs of {plan.tokens_per_pack:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; GB "
-        "are 2^30 bytes, as cards are sold"
+        f"with packs of {plan.tokens_per_pack:,} tokens, {plan.recompute_layers} layers recomputed, {plan.optim}; 1 GB "
+        "is 2^30 bytes"
     )
     return "\n".join([*lines, f"{verdict}{plan.suggestion}"])
 

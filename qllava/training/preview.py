@@ -1,4 +1,4 @@
-"""Data looked at before a run, as `qllava check` and `qllava inspect` do: with a model's reader, not its weights."""
+"""`qllava check` and `qllava inspect`: examine data before a run, without loading the model's weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def sources_of_recipe(config: str) -> tuple[list[Source], list[Source]]:
     images = Path(folder) if folder else None
     length, too_long = settings.train.max_length or 1 << 30, data.too_long
     if data.train_file is None:
-        raise InputError(f"The configuration {config} names no train_file, so there is nothing to check; name one.")
+        raise InputError(f"The configuration {config} has no train_file, so no data can be checked. Add train_file.")
     sources = [Source(parts_of(data.train_file, images, "train_file"), reader, length, too_long)]
     if data.pretrain_file:
         captions = replace(reader, template=PLAIN)
@@ -124,5 +124,5 @@ def inspect_examples(
     try:
         write_page(page, inspect.html(exhibits, title=f"Samples of {part.path.name}", about=about))
     except OSError as error:
-        raise InputError(f"{page} cannot be written ({error.strerror}); choose another place.") from error
-    print(f"Wrote {page} with {len(exhibits)} samples; open it in a browser.")
+        raise InputError(f"{page} cannot be written ({error.strerror}). Give another file.") from error
+    print(f"Wrote {page} with {len(exhibits)} samples. Open the page in a browser.")

@@ -1,4 +1,4 @@
-"""A run's folder as one page: what it learned, how the loss fell, what it answers before and after.
+"""The report of a run as one HTML page: results, loss curves, and answers before and after training.
 
 Reads what the run wrote and nothing else, so that it can be made again for any folder at any time, also in the middle
 of a run:
@@ -11,10 +11,10 @@ of a run:
 | `metrics.jsonl` | loss, exact match, gradient norm and learning rate of each stage | nothing was logged yet |
 | `spikes.jsonl` | marks on the loss, and a list of the samples of these steps | no loss jumped |
 | `samples.json` | images with question, truth, and the answers before and after | no samples |
-| `ledger.txt`, `run.yaml` | as they stand | absent |
+| `ledger.txt`, `run.yaml` | unchanged | absent |
 
-A report is written at the end of hours of training, so a damaged line or an image that is gone is said in the page and
-never raised.
+A report is written at the end of hours of training, so corrupt lines and missing images are reported in the
+page and never raised.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from qllava.training.durable.numbers import shown
 
 # The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
 LADDER = (
-    ("frequent_answer", "Most frequent answer", "the commonest training answer to each question text"),
-    ("blind", "Blind", "the trained model, looking at another image"),
+    ("frequent_answer", "Most frequent answer", "the most frequent training answer to each question text"),
+    ("blind", "Blind", "the trained model with the wrong image"),
     ("untrained", "Untrained", "the same parts before the first step"),
-    ("stage1", "After stage 1", "the projector alone has learned"),
-    ("stage2", "After stage 2", "projector and LoRA have learned"),
-    ("unseen_pairs", "Unseen pairs", "colour and form pairs that no training image shows"),
+    ("stage1", "After stage 1", "only the projector is trained"),
+    ("stage2", "After stage 2", "projector and LoRA are trained"),
+    ("unseen_pairs", "Unseen pairs", "pairs of colour and form that no training image shows"),
 )
-STAGES = {"pretrain": "Stage 1: the projector learns", "finetune": "Stage 2: projector and LoRA learn"}
+STAGES = {"pretrain": "Stage 1: training the projector", "finetune": "Stage 2: training projector and LoRA"}
 
-# Truths of more words than this are free text: comparing them letter by letter would call every good answer wrong.
+# Reference answers with more words are free text, for which exact match would count good answers as wrong.
 SHORT_ANSWER_WORDS = 4
 
 
@@ -66,7 +66,7 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
         *_samples_section(folder, read_json(folder / SAMPLES_FILE)),
         *_files_section(folder),
     ]
-    lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+    lines = "1 corrupt line" if damaged == 1 else f"{damaged} corrupt lines"
     notes = [f"{lines} of {METRICS_FILE} {'was' if damaged == 1 else 'were'} left out."] if damaged else []
     notes += [
         f"{name} cannot be read as JSON and was left out."
@@ -74,7 +74,7 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
         if (folder / name).exists() and read_json(folder / name) is None
     ]
     if not sections:
-        notes.append(f"This folder holds no results yet: no {METRICS_FILE}, no {RESULTS_FILE}, no {SAMPLES_FILE}.")
+        notes.append(f"This run has no results yet: {METRICS_FILE}, {RESULTS_FILE} and {SAMPLES_FILE} are missing.")
     body = [*(page.callout(note, "warning") for note in notes), *sections]
     out = folder / REPORT_FILE
     page.write_page(
@@ -112,10 +112,10 @@ def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
 def _lead(results: Any) -> str:
     if isinstance(results, dict) and _finite(results.get("eval_exact_match")) and "stage2" not in results:
         share = page.percent(results["eval_exact_match"])
-        return f"The trained model answers {share} of {results.get('n', 0):,} held-out questions right."
+        return f"The trained model answers {share} of {results.get('n', 0):,} held-out questions correctly."
     if isinstance(results, dict) and _finite(results.get("stage2")):
-        return f"After both stages {page.percent(results['stage2'])} of the held-out questions are answered right."
-    return "What was trained, how the loss fell, and what the model answers before and after."
+        return f"After both stages {page.percent(results['stage2'])} of the held-out answers are correct."
+    return "What was trained, the loss during training, and sample answers before and after training."
 
 
 def _finite(value: Any) -> bool:
@@ -128,7 +128,7 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
         return []
     figures = page.table(["", ""], outcome.figures(folder, results))
     following = page.code("\n".join(outcome.next_commands(folder)), wrap=True)
-    sections = [page.section("Result", figures, page.paragraph("What to do next:", muted=True), following)]
+    sections = [page.section("Result", figures, page.paragraph("Next steps:", muted=True), following)]
     ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
     if ladder:
         tiles = [
@@ -145,7 +145,7 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
         bars = [Bar(str(name), value) for name, value in by_type.items() if _finite(value)]
         if bars:
             bars.sort(key=lambda bar: -bar.value)
-            remark = page.paragraph("Share of right answers after stage 2, the best type first.", muted=True)
+            remark = page.paragraph("Accuracy after stage 2 by type of question, best type first.", muted=True)
             sections.append(page.section("By type of question", remark, page.bar_chart(bars)))
     return sections
 
@@ -172,7 +172,9 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
     last, total = records[-1].get("step"), records[-1].get("total_steps")
     parts = [page.grid(*charts)]
     if isinstance(total, int) and isinstance(last, int) and last < total:
-        parts.insert(0, page.callout(f"Not finished: the last record is of step {last} of {total}.", "warning"))
+        parts.insert(
+            0, page.callout(f"This stage is not finished: the last recorded step is {last} of {total}.", "warning")
+        )
     if jumps:
         parts.append(page.details(f"Steps whose loss jumped: {len(jumps):,}", _spikes_table(spikes)))
     if further:
@@ -235,19 +237,19 @@ def _samples_section(folder: Path, samples: Any) -> list[Html]:
     if not by_image:
         return []
     cards = [page.card(_image(folder, name), *map(_answers, group)) for name, group in by_image.items()]
-    remark = page.paragraph("Held-out images: the answer before training and after it.", muted=True)
+    remark = page.paragraph("Held-out images with the model's answers before and after training.", muted=True)
     return [page.section("Sample answers", remark, page.gallery(cards))]
 
 
 def _image(folder: Path, name: str) -> Html:
     """The image of a sample; a relative name is looked up in the run's folder first, then from where one stands."""
     if not name:
-        return page.paragraph("No image: a question of text alone.", muted=True)
+        return page.paragraph("No image: the question is text only.", muted=True)
     inside = folder / name
     try:
         return page.image(open_image(inside if inside.exists() else Path(name)), Path(name).name)
     except RecordError:
-        return page.paragraph(f"{name} cannot be opened any more.", muted=True)
+        return page.paragraph(f"The image {name} cannot be opened.", muted=True)
 
 
 def _answers(sample: Mapping[str, Any]) -> Html:

@@ -29,7 +29,7 @@ from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 
 
 def pretrain(settings: Settings) -> Path:
-    """Stage 1 alone: the projector learns from captions. Returns the run's folder."""
+    """Run stage 1 only: train the projector on captions; return the run's folder."""
     with ExitStack() as held:
         return _pretrain(settings, held)
 
@@ -55,7 +55,7 @@ def _pretrain(settings: Settings, held: ExitStack) -> Path:
     # Finish
     processes.by_main(partial(folders.finish, folder, {"seconds": started.seconds, **trained}))
     folders.say_next(
-        f"Stage 1 is done: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
+        f"Stage 1 is finished: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
     )
     return folder
 
@@ -68,7 +68,7 @@ def _begin(settings: Settings, folder: Path, files: list[Part]) -> dict[str, Any
 
 
 def finetune(settings: Settings) -> Path:
-    """Both stages, or the second alone where a projector is given. Returns the run's folder."""
+    """Run both stages, or only stage 2 if a projector is given; return the run's folder."""
     with ExitStack() as held:
         return _finetune(settings, held)
 
@@ -122,5 +122,5 @@ def _say_done(folder: Path, results: dict[str, Any]) -> None:
     for label, value in outcome.figures(folder, results):
         print(f"  {label:<19}{value}")
     folders.say_next(
-        f"The run is done: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
+        f"The run is finished: {folder} (open {folder / REPORT_FILE} in a browser)", outcome.next_commands(folder)
     )

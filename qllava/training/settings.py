@@ -129,7 +129,7 @@ def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
             # Without it TRL reads flags from a file PROGRAM.args too, which nobody expects.
             model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
-        raise InputError(f"The settings do not fit together: {one_line(error).rstrip('.')}.") from error
+        raise InputError(f"The settings contradict each other: {one_line(error).rstrip('.')}.") from error
     if not elsewhere:
         _refuse_what_is_not_here(train)
     return Settings(model, data, train, frozenset(given.values))
@@ -139,11 +139,17 @@ def _refuse_what_is_not_here(train: TrainConfig) -> None:
     """Raises InputError when a run cannot be on this machine as it is set."""
     if train.asks_cpu and torch.cuda.is_available():
         # The recipes hide GPUs before torch is imported; here it was imported earlier.
-        raise InputError("use_cpu is set, but this program sees a GPU already; start it with CUDA_VISIBLE_DEVICES=''.")
+        raise InputError(
+            "use_cpu is set, but torch has already found a GPU. Start the program with CUDA_VISIBLE_DEVICES=''."
+        )
     if train.fp16 and (train.asks_cpu or not _has_gpu()):
-        raise InputError("The setting fp16 needs a GPU, and there is none here; leave it out (a CPU computes in fp32).")
+        raise InputError(
+            "The setting fp16 needs a GPU, and this machine has none. Remove fp16 (a CPU computes in fp32)."
+        )
     if train.activation_offloading and (train.asks_cpu or not _has_gpu()):
-        raise InputError("The setting activation_offloading is for a GPU, and there is none here; leave it out.")
+        raise InputError(
+            "The setting activation_offloading needs a GPU, and this machine has none. Remove activation_offloading."
+        )
 
 
 def _has_gpu() -> bool:

@@ -85,7 +85,9 @@ def _trainer(
         kept=processes.by_main(partial(computed_in, start)) if start else {},
     )
     if processes.fsdp_asked() and not trainer.is_fsdp_enabled:
-        raise InputError("accelerate was told of FSDP and has none here, where no GPU is; take another configuration.")
+        raise InputError(
+            "accelerate is configured for FSDP, which needs a GPU, and there is none. Use another configuration."
+        )
     for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
         trainer.remove_callback(other)
     trainer.add_callback(Begin(trainer))
@@ -114,8 +116,8 @@ def _steps(stage: Stage, trainer: LlavaTrainer, start: Path | None) -> float:
                 raise Stopped(signal, trainer.state.global_step)
     except UNPICKLING_REFUSED as error:
         raise InputError(
-            f"{start} holds more than tensors, and qllava unpickles nothing; remove it, and the same command continues "
-            "from the one before."
+            f"{start} contains pickled objects, which qllava never loads. Remove it; the same command then "
+            "resumes from the checkpoint before it."
         ) from error
     finally:
         progress.close()
@@ -144,7 +146,7 @@ def _write_before(stage: Stage, trainer: LlavaTrainer, memory: list[str]) -> Non
     """Print and write what is known before the first step, once its files fit on the disk."""
     assembled = trainer.assembled
     if halved := trainer.pack_step.halved:
-        memory = [*memory, f"packs have at most {halved:,} tokens, as they were halved to when memory ran out"]
+        memory = [*memory, f"packs have at most {halved:,} tokens, because memory ran out with longer packs"]
     text = "\n".join([*_ledger_lines(stage, trainer), *memory])
     print(f"\n{text}\n")
     need = disk.needed(trainer.model, stage.config, assembled.processor.tokenizer, len(stage.train.lengths))
@@ -164,8 +166,8 @@ def _check_lengths(stage: Stage, assembled: Assembled) -> None:
     longest, most = int(stage.train.lengths.max()), stage.config.tokens_per_pack
     if most is not None and longest > most:
         raise InputError(
-            f"The longest sample has {longest} tokens and tokens_per_pack is {most}; raise it to {longest}, or lower "
-            "max_length and choose too_long."
+            f"The longest sample has {longest} tokens, but tokens_per_pack is {most}. Raise tokens_per_pack "
+            f"to {longest}, or lower max_length and set too_long."
         )
     window = getattr(assembled.model.config.text_config, "sliding_window", None)
     if window is not None and longest > window:

@@ -56,8 +56,7 @@ def try_out(config: TrainConfig) -> None:
     except Exception as error:  # optimizers come from many packages, and raise what they like
         arguments_of = "optim_args" if setting.startswith("optim") else "lr_scheduler_kwargs"
         raise InputError(
-            f"{setting} cannot be used here with its arguments ({one_line(error).rstrip('.')}); change it or "
-            f"{arguments_of}."
+            f"{setting} cannot be used with its arguments ({one_line(error).rstrip('.')}). Change it or {arguments_of}."
         ) from error
 
 
@@ -73,5 +72,5 @@ def _recompute(given: Any) -> None:
     except Exception as error:  # torch raises ValueError for some, and TypeError for others
         raise InputError(
             f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs, its alias) is {given}, and "
-            f"torch.utils.checkpoint does not take that ({one_line(error).rstrip('.')}); correct it, or leave it out."
+            f"torch.utils.checkpoint does not accept it ({one_line(error).rstrip('.')}). Correct or remove the setting."
         ) from error

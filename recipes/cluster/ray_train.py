@@ -35,10 +35,14 @@ def work(config: dict[str, Any]) -> None:
 def command_line() -> argparse.ArgumentParser:
     """The flags of this file; all others are the recipe's."""
     parser = argparse.ArgumentParser(description="Run finetune_lora on a Ray cluster.", allow_abbrev=False)
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes, one GPU each (default: 1)")
-    parser.add_argument("--cpu", action="store_true", help="without GPUs")
-    parser.add_argument("--failures", metavar="N", type=int, default=3, help="starts after a loss (default: 3)")
-    parser.add_argument("--shared", metavar="DIR", type=Path, help="where Ray writes its own files; all nodes see it")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=1, help="number of processes, with one GPU each (default: 1)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="run without GPUs")
+    parser.add_argument(
+        "--failures", metavar="N", type=int, default=3, help="maximum number of restarts after a failure (default: 3)"
+    )
+    parser.add_argument("--shared", metavar="DIR", type=Path, help="folder for Ray's own files, shared by all nodes")
     return parser
 
 

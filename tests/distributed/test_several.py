@@ -218,7 +218,7 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_both(runs: Runs) -> None
 def test_a_signal_to_one_process_stops_both_at_the_same_step(runs: Runs) -> None:
     ends = runs.ended("signal")
     assert [end["raised"] for end in ends] == ["Stopped", "Stopped"]
-    assert all("saved at step 4 and ended by SIGTERM" in end["said"] for end in ends)
+    assert all("saved at step 4 and stopped by SIGTERM" in end["said"] for end in ends)
     (saved,) = Run(runs.folder / "signal").checkpoints()
     assert saved.name == "checkpoint-4" and fault(saved) is None
 

@@ -156,7 +156,7 @@ class TestParts:
         assert str(path) in message and "(64, 1024)" in message and "(64, 32)" in message
 
     def test_a_folder_without_a_projector(self, refused: Refused, tmp_path: Path) -> None:
-        assert "give the folder that pretrain_projector wrote" in refused(projector=tmp_path)
+        assert "give the folder of a pretrain_projector run" in refused(projector=tmp_path)
 
     def test_an_adapter_of_another_base(self, refused: Refused, tiny: Tiny, tmp_path: Path) -> None:
         """The run was interrupted, and other weights lie under the name of its base since."""
@@ -230,7 +230,7 @@ class TestAFullDisk:
             # Before pytest writes its next dot: its own output may be a file that is larger.
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         monkeypatch.undo()
-        assert "could not be saved" in message and "Make room" in message
+        assert "could not be saved" in message and "Free disk space" in message
         assert before and {name: Path(name).read_bytes() for name in before} == before
         assert not (run / "results.json").exists() and not (run / ".partial").exists()
         line = flags(tiny, output_dir=run, projector=tiny.stage1, save_steps=1)
@@ -245,6 +245,6 @@ class TestAFullDisk:
         state = load_file(path)
         save_file({**state, "linear_1.bias": state["linear_1.bias"] * float("nan")}, path)
         message = refused(projector=tmp_path / "stage1")
-        assert f"{path} cannot be trained on: values of linear_1.bias are not finite" in message
+        assert f"{path} cannot be used: linear_1.bias contains NaN or infinity" in message
         assert not list((tmp_path / "run").glob("checkpoint-*"))
         assert not (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -224,8 +224,8 @@ class TestARealDisk:
         found = self.unharmed(folder)
         failed = folder / f"checkpoint-{int(found.name.removeprefix('checkpoint-')) + 2}"
         assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
-        hint = "Make room, or make it writable, and give the command again."
-        assert said.endswith(f"what was saved before is untouched. {hint}")
+        hint = "Free disk space, or make the folder writable, and run the command again."
+        assert said.endswith(f"Earlier checkpoints are unchanged. {hint}")
         with pytest.raises(InputError, match="are free. Make room"):
             pretrain(stage1_settings(tiny, folder, **LONG))
         assert self.unharmed(folder) == found
@@ -292,7 +292,7 @@ class TestDamageAcrossStages:
         damage(unfinished / "checkpoint-4" / name)
         finetune(settings(tiny, unfinished, pretrain_file=captions))
         said = capsys.readouterr().out
-        assert f"checkpoint-4 is skipped, it is not whole: {name}" in said
+        assert f"checkpoint-4: {name}" in said
         assert f"Continuing from {unfinished / 'checkpoint-2'}." in said and "Stage 1" not in said
         assert equal(unfinished, whole)
 

@@ -88,7 +88,7 @@ class TestDamagedCheckpoints:
         damage(place / name)
         found, (said,) = newest(unfinished)
         assert found == unfinished / "checkpoint-2"
-        assert said.startswith(f"{place} is skipped, it is not whole: ")
+        assert said.startswith(f"Skipping the corrupt checkpoint {place}: ")
         assert name == MANIFEST_FILE or name in said
 
     @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "removed"])
@@ -102,7 +102,7 @@ class TestDamagedCheckpoints:
         damage(unfinished / "checkpoint-4" / "optimizer.pt")
         pretrain(stage1_settings(tiny, unfinished))
         said = capsys.readouterr().out
-        assert "checkpoint-4 is skipped, it is not whole: optimizer.pt" in said
+        assert "checkpoint-4: optimizer.pt" in said
         assert f"Continuing from {unfinished / 'checkpoint-2'}." in said
         assert same(unfinished, tiny.stage1)
         assert fault(unfinished / "checkpoint-4") is None and not (unfinished / ".partial").exists()
@@ -112,7 +112,10 @@ class TestDamagedCheckpoints:
             flip(place / "projector.safetensors")
         pretrain(stage1_settings(tiny, unfinished))
         said = capsys.readouterr().out
-        assert said.count("is skipped") == 2 and "No intact checkpoint found; restarting the stage." in said
+        assert (
+            said.count("Skipping the corrupt checkpoint") == 2
+            and "No intact checkpoint found; restarting the stage." in said
+        )
         assert same(unfinished, tiny.stage1)
 
 
@@ -343,7 +346,7 @@ class TestSignals:
         assert saved is not None and not skipped
         step = int(saved.name.removeprefix("checkpoint-"))
         assert before <= step <= before + 2
-        assert f"saved at step {step} and ended by {number.name}" in said and "Traceback" not in said
+        assert f"saved at step {step} and stopped by {number.name}" in said and "Traceback" not in said
         assert not (folder / "results.json").exists()
         if number == signal.SIGTERM:
             process = start(tiny, folder)
@@ -359,7 +362,7 @@ class TestSignals:
         with monkeypatch.context() as patch:
             patch.setattr(SaveAndStop, "on_step_end", lambda *_, **__: None)
             patch.setattr(SaveAndStop, "agree", lambda self: "SIGTERM")
-            with pytest.raises(Stopped, match="saved at step 4 and ended by SIGTERM"):
+            with pytest.raises(Stopped, match="saved at step 4 and stopped by SIGTERM"):
                 pretrain(stage1_settings(tiny, folder, save_strategy="no"))
         (saved,) = Run(folder).checkpoints()
         assert saved.name == "checkpoint-4" and fault(saved) is None

@@ -63,8 +63,8 @@ def test_one_question_that_does_not_fit_is_one_sentence(chat: Chat, monkeypatch:
     with pytest.raises(InputError) as caught:
         ask(chat, QUESTIONS, names=[f"the question at example {i}" for i in range(5)])
     said = refusal(caught.value)
-    assert said.startswith("Memory does not suffice to answer the question at example 1 of ")
-    assert "besides the model it takes about" in said and "load the model in 4 bit" in said
+    assert said.startswith("Not enough memory to answer the question at example 1 of ")
+    assert "Besides the model it needs about" in said and "load the model in 4 bit" in said
 
 
 @pytest.mark.parametrize("question", QUESTIONS[:1])
@@ -74,8 +74,8 @@ def test_a_streamed_answer_that_does_not_fit_is_one_sentence(
     small_memory(monkeypatch, 0, OUT_OF_MEMORY)
     with pytest.raises(InputError) as caught:
         list(chat.stream(make_image("red"), question))
-    assert "Memory does not suffice to answer the question of" in refusal(caught.value)
-    with pytest.raises(InputError, match="Memory does not suffice to answer question 1 of"):
+    assert "Not enough memory to answer the question of" in refusal(caught.value)
+    with pytest.raises(InputError, match="Not enough memory to answer question 1 of"):
         chat.answer(make_image("red"), question)
 
 

@@ -152,7 +152,7 @@ def test_bad_images(chat: Chat, tmp_path: Path) -> None:
 def test_bad_settings_and_too_long_conversations(chat: Chat) -> None:
     with pytest.raises(InputError, match="at least 1 token"):
         chat.answer(None, "Hello?", max_new_tokens=0)
-    with pytest.raises(InputError, match="reads at most 512"):
+    with pytest.raises(InputError, match="context is 512"):
         chat.answer(None, "word " * 600)
     # Near the end of the context an answer is cut instead of running over it.
     assert chat.answer(None, "7" * 480, max_new_tokens=256) is not None

@@ -184,7 +184,7 @@ def test_what_a_model_recommends_is_taken_when_asked_for(chat: Chat) -> None:
 
 def test_what_cannot_be_done_is_said(chat: Chat) -> None:
     chat = with_habits(chat, do_sample=True, top_p=-5.0)
-    with pytest.raises(InputError, match=r"recommends what cannot be done .*--sampling"):
+    with pytest.raises(InputError, match=r"sampling values are invalid .*--sampling"):
         replace(chat, recommended_sampling=True).reply(ASKED, [make_image("red")])
 
 
@@ -207,4 +207,4 @@ def test_what_a_model_recommends_is_shown(chat: Chat, habits: dict[str, Any], sa
     (tmp_path / "generation_config.json").write_text(chat.model.generation_config.to_json_string(use_diff=True))
     write_card(tmp_path, tmp_path, RECIPE, "transformers", ["A model."])
     card = (tmp_path / "README.md").read_text()
-    assert (f"recommends for sampling: {said}." in card) is bool(said)
+    assert (f"Recommended sampling of the base model: {said}." in card) is bool(said)

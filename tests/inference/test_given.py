@@ -97,8 +97,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no bytes": (b"", "bytes is empty"),
     "bytes of a text": (b"no image", "8 bytes cannot be used: this is not an image that can be read"),
     "bytes that are cut off": (png()[:-400], "cannot be used"),
-    "a file of text": (io.StringIO("no image"), "open it as binary"),
-    "an address": ("https://example.org/a.png", "is an address, and nothing is downloaded"),
+    "a file of text": (io.StringIO("no image"), "Open the file as binary"),
+    "an address": ("https://example.org/a.png", "is a URL. Download the image"),
     "a missing file": ("nowhere/a.png", "nowhere/a.png"),
 }
 

@@ -72,7 +72,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 def test_a_run_that_has_not_finished(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "half")
     (run / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match="has not finished"):
+    with pytest.raises(InputError, match="is not finished"):
         load(str(run))
 
 

@@ -138,16 +138,16 @@ def test_every_template_takes_instructions(name: str, system: str | None) -> Non
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (NO_SYSTEM, "takes no instructions .*System role not supported.*leave them out"),
+        (NO_SYSTEM, "accepts no system prompt: .*System role not supported.*Remove it"),
         (
             "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}",
-            "leaves instructions .* out",
+            "ignores the system prompt",
         ),
-        ("{{ raise_exception('Only one turn') }}", "cannot write this conversation: Only one turn"),
-        ("{% for m in messages %}{{ 1 / 0 }}{% endfor %}", "cannot write this conversation"),
-        ("{{ messages[7]['content'] + 1 }}", "cannot write this conversation"),
-        ("{{ messages", "cannot write this conversation"),
-        ("{% for m in messages %}{{ m.nothing.at.all }}{% endfor %}", "cannot write this conversation"),
+        ("{{ raise_exception('Only one turn') }}", "rejects this conversation: Only one turn"),
+        ("{% for m in messages %}{{ 1 / 0 }}{% endfor %}", "rejects this conversation"),
+        ("{{ messages[7]['content'] + 1 }}", "rejects this conversation"),
+        ("{{ messages", "rejects this conversation"),
+        ("{% for m in messages %}{{ m.nothing.at.all }}{% endfor %}", "rejects this conversation"),
         (None, "no chat template"),
     ],
 )

@@ -67,7 +67,7 @@ def test_asking_again_forgets_what_came_after(chat: Chat, asked: list[Any]) -> N
     list(session.answer(chat, SHORT))
     assert [exchange.question for exchange in session.exchanges] == ["One?", "Two, rather?"]
     assert [turn.content for turn in asked[-1][0].turns] == ["One?", "Red.", "Two, rather?"]
-    with pytest.raises(InputError, match="No question was asked yet"):
+    with pytest.raises(InputError, match="Ask a question first"):
         Session().ask_again()
 
 
@@ -166,7 +166,7 @@ def test_a_card_names_no_path(tmp_path: Path) -> None:
     facts = about(chat)
     assert label(chat) == "mine" == facts["Model"]
     assert facts["Base"] == "llava, with the adapter of r merged" and "verified" in facts["Merge"]
-    assert facts["Held-out questions"] == "95.3 % right" and facts["Template"] == "chatml"
+    assert facts["Held-out questions"] == "95.3 % correct" and facts["Template"] == "chatml"
     assert str(tmp_path) not in str(facts)
     (folder / "merge.json").write_text("{half")
     assert "Base" not in about(chat)

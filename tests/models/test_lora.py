@@ -92,7 +92,7 @@ def test_a_config_that_cannot_be_read(text: str, tmp_path: Path) -> None:
 def test_another_kind_is_not_trained_on_as_this_one(tiny: Tiny, tmp_path: Path) -> None:
     Lora(4, 8, variant="rslora").peft_config().save_pretrained(tmp_path)
     model = add_lora(assemble(tiny.recipe()), Lora(4, 8))
-    with pytest.raises(InputError, match="of the kind rslora, and a run trains the kind lora; merge it"):
+    with pytest.raises(InputError, match="of the kind rslora, and runs train only lora. Merge the"):
         continue_adapter(model, tmp_path)
 
 

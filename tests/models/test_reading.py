@@ -61,7 +61,7 @@ def test_of_llamas_own(shared_data: Path) -> None:
 
 
 def test_what_is_no_model_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read as a model .*; name a LLaVA's folder, or give --tokenizer"):
+    with pytest.raises(InputError, match="is not a .*model: .*; give the folder of a LLaVA, or use --tokenizer"):
         read_model(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"The tokenizer .*tokenizer\.json cannot be read"):

@@ -105,7 +105,7 @@ def test_a_huge_image_is_not_decoded(server: Server, tmp_path: Path) -> None:
         ("", "question is empty"),
         (" \n ", "question is empty"),
         ("word " * 40_000, "200,000 characters"),
-        ("word " * 15_000, "this model reads at most"),
+        ("word " * 15_000, "the model's context is"),
     ],
 )
 def test_strange_text_gets_a_clear_answer(server: Server, text: str, said: str) -> None:
@@ -129,7 +129,7 @@ def test_a_control_token_that_is_typed_is_text(server: Server, model: Path, text
 def test_a_message_beyond_all_measure_is_refused(server: Server) -> None:
     visitor = Visitor(server[0])
     assert visitor.ask("x" * 3_000_000) == []
-    assert "at most 2 MB" in visitor.refused
+    assert "limit is 2 MB" in visitor.refused
     assert visitor.client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411, "of unknown length"
 
 
@@ -225,7 +225,7 @@ def test_a_message_makes_gradio_fetch_nothing(server: Server, model: Path) -> No
     visitor = Visitor(server[0])
     before = set(kept_by(model))
     for path in ("http://127.0.0.1:9/x.png", "https://example.com/x.png", "data:image/png;base64,AAAA"):
-        assert visitor.ask("What is it?", path) == [] and "not yours" in visitor.refused
+        assert visitor.ask("What is it?", path) == [] and "another visitor" in visitor.refused
     assert set(kept_by(model)) == before
 
 
@@ -235,9 +235,10 @@ def test_nobody_reads_what_another_has_uploaded(server: Server, red: Path) -> No
     assert other.client.get(f"/gradio_api/file={path}").status_code == 403
     assert httpx.get(f"{server[0]}/gradio_api/file={path}").status_code == 403
     for spelled in (path, path.replace("/uploads", "/../" + path.split("/")[2] + "/uploads")):
-        assert other.ask("What is it?", spelled) == [] and "not yours" in other.refused
+        assert other.ask("What is it?", spelled) == [] and "another visitor" in other.refused
         assert (
-            other.press("question-camera", "input", [other.file(spelled), None]) == [] and "not yours" in other.refused
+            other.press("question-camera", "input", [other.file(spelled), None]) == []
+            and "another visitor" in other.refused
         )
     chatbot, *_ = mine.ask("What is it?", path)
     shown = chatbot[0]["content"][0]["file"]["url"]
@@ -352,7 +353,7 @@ def test_stop_ends_the_models_thread_and_keeps_what_was_said(tmp_path: Path) -> 
         wait_until(lambda: not computes(process, tmp_path), 2)
         thread.join(10)
         assert last(answers[0])
-        assert last(visitor.ask("")) == "The question is empty; write what you want to know.", "it goes on"
+        assert last(visitor.ask("")) == "The question is empty. Write a question.", "it goes on"
 
 
 def test_a_hundred_wait_and_the_next_is_refused(tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_the_shared_address_is_accepted_once_it_is_known() -> None:
 def test_a_quota_bounds_files_and_bytes_of_one_and_of_all(tmp_path: Path, photo: bytes) -> None:
     uploads = Uploads(tmp_path, Quota(files=2, size=10**6), Quota(files=3, size=10**6))
     send(uploads, "anna", photo, photo)
-    with pytest.raises(TooMuch, match="Your images here reached 2 images"):
+    with pytest.raises(TooMuch, match="Your images have reached the limit of 2 images"):
         send(uploads, "anna", photo)
     send(uploads, "ben", photo)
-    with pytest.raises(TooMuch, match="of all visitors together"):
+    with pytest.raises(TooMuch, match="of all visitors have reached"):
         send(uploads, "cleo", photo)
     assert len(files_in(tmp_path)) == 3 and uploads.used("anna")[0] == 2
     small = Uploads(tmp_path / "small", Quota(files=9, size=len(photo) + 300), Quota(files=9, size=10**6))

@@ -33,4 +33,4 @@ def test_a_report_calls_it_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     called: list[object] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: called.append(given))
     write_report(tmp_path)
-    assert not called and "a.png cannot be opened any more." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not called and "a.png cannot be opened." in (tmp_path / "report.html").read_text(encoding="utf-8")

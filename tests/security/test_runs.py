@@ -62,7 +62,7 @@ def test_state_that_was_exchanged_runs_nothing(
     seal(place, begun)
     steps: list[int] = []
     monkeypatch.setattr(LlavaTrainer, "training_step", lambda *_: steps.append(1))
-    with pytest.raises(InputError, match="checkpoint-2 holds more than tensors, and qllava unpickles nothing"):
+    with pytest.raises(InputError, match="checkpoint-2 contains pickled objects, which qllava never loads"):
         finetune(stage2_settings(tiny, folder))
     assert not ran.exists() and not steps
 

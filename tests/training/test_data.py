@@ -80,28 +80,28 @@ class TestMixtures:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (3, "The setting train_file is 3; give a file, or a list of {path, repeat or weight}."),
-            ([], "The setting train_file is []; give a file, or a list of {path, repeat or weight}."),
+            (3, "The setting train_file is 3. Give a file, or a list of {path, repeat or weight}."),
+            ([], "The setting train_file is []. Give a file, or a list of {path, repeat or weight}."),
             (
                 [{}],
-                "The setting train_file, file 1: expected a file, or {path: FILE} with image_folder, repeat, weight.",
+                "The setting train_file, file 1: give a file, or {path: FILE} with image_folder, repeat, weight.",
             ),
             (
                 ["a", {"path": "b", "wieght": 2}],
-                "The setting train_file, file 2 has the unknown key 'wieght'; possible are path, image_folder, repeat, "
+                "The setting train_file, file 2 has the unknown key 'wieght'. Known keys: path, image_folder, repeat, "
                 "weight.",
             ),
-            ([{"path": "b", "repeat": 0}], "The setting train_file, file 1: repeat is 0; give a number above 0."),
-            ([{"path": "b", "weight": True}], "The setting train_file, file 1: weight is True; give a number above 0."),
+            ([{"path": "b", "repeat": 0}], "The setting train_file, file 1: repeat is 0. Give a number above 0."),
+            ([{"path": "b", "weight": True}], "The setting train_file, file 1: weight is True. Give a number above 0."),
             (
                 [{"path": "b", "weight": 1, "repeat": 1}],
-                "The setting train_file, file 1 has both repeat and weight; keep one.",
+                "The setting train_file, file 1 has both repeat and weight. Keep one of them.",
             ),
             (
                 [{"path": "b", "weight": 1}, "c"],
-                "The setting train_file gives a weight to some files only; give one to each, or to none.",
+                "The setting train_file has a weight for some files only. Give a weight for every file, or for none.",
             ),
-            ([{"path": "b", "image_folder": 2}], "The setting train_file, file 1: image_folder is 2; give a folder."),
+            ([{"path": "b", "image_folder": 2}], "The setting train_file, file 1: image_folder is 2. Give a folder."),
         ],
     )
     def test_a_list_that_makes_no_sense(self, given: Any, message: str) -> None:
@@ -169,7 +169,10 @@ class TestBefore:
         prepare([part], encoder(), seed=0, evaluation=[part], skip_check=True)
         out = capsys.readouterr().out
         assert "in the evaluation" not in out
-        assert "NOT CHECKED, as asked: an image that cannot be read will end the run when its batch comes." in out
+        assert (
+            "The data is NOT CHECKED (skip_check). An unreadable image will end the run when its batch is loaded."
+            in out
+        )
 
     def test_an_image_that_cannot_be_read_is_found_before_the_run_unless_skipped(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(b"no image")

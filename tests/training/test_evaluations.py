@@ -52,7 +52,7 @@ def test_about_ten_times(values: dict[str, Any], steps: int) -> None:
 
 def test_at_the_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert settled(train=10, held_out=100)[0] == "no"
-    assert "measured at the end alone" in capsys.readouterr().out
+    assert "evaluated only at the end" in capsys.readouterr().out
 
 
 def test_nothing_is_evaluated_on_start_without_held_out_rows() -> None:

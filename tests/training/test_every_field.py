@@ -161,10 +161,10 @@ def test_every_scheduler_works_and_says_what_it_needs(name: str, parts: Tiny) ->
         ("--save_steps 1.5", "Give a whole number, or a fraction"),
         ("--save_strategy best", "save_strategy best needs"),
         ("--optim_args lr", "optim_args has no effect"),
-        ("--optim sgd --optim_args momentum=much", "optim sgd cannot be used here with its arguments"),
+        ("--optim sgd --optim_args momentum=much", "optim sgd cannot be used with its arguments"),
         ("--optim sgd --optim_args momentun=0.9", "momentun, which optim sgd does not read. Known keys: momentum"),
         ('--gradient_checkpointing_kwargs {"odd":1}', "or gradient_checkpointing_kwargs, its alias) is {'odd': 1}"),
-        ('--activation_checkpointing_kwargs {"early_stop":1,"odd":1}', "torch.utils.checkpoint does not take that"),
+        ('--activation_checkpointing_kwargs {"early_stop":1,"odd":1}', "torch.utils.checkpoint does not accept it"),
         ("--dataloader_multiprocessing_context spawn", "multiprocessing_context needs data loader workers"),
     ],
 )
@@ -217,7 +217,7 @@ def test_an_optimizer_that_wants_to_be_told_of_training(parts: Tiny, monkeypatch
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (_OfAnotherPackage, {"lr": 0.1}))
     resolved(parts, [])
     monkeypatch.delattr(_OfAnotherPackage, "train")
-    with pytest.raises(InputError, match="cannot be used here with its arguments .Optimizer was not in train mode"):
+    with pytest.raises(InputError, match="cannot be used with its arguments .Optimizer was not in train mode"):
         resolved(parts, [])
 
 
@@ -267,7 +267,7 @@ def test_a_ready_llava_decides_itself(words: str, setting: str, hf_layout: Path,
         settings = resolve(command.read(line, output_dir=str(parts.stage2), nano={}))
     with pytest.raises(InputError) as caught:
         folders.settle_model(settings)
-    assert setting in refusal(caught.value) and "which training does not change" in str(caught.value)
+    assert setting in refusal(caught.value) and "training cannot change it" in str(caught.value)
 
 
 def test_what_a_ready_llava_has_is_recorded(hf_layout: Path, parts: Tiny) -> None:

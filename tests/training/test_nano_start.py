@@ -43,13 +43,16 @@ def test_of_the_newest_finished_nano_run(capsys: pytest.CaptureFixture[str]) -> 
     newest = finished("new", 3)
     finished("other", 5, model="llava")
     assert taken() == str(newest)
-    assert capsys.readouterr().out == f"The projector is that of {newest}, a finished nano run; LoRA begins new.\n"
+    assert (
+        capsys.readouterr().out
+        == f"Using the projector of the finished nano run {newest}; LoRA is newly initialized.\n"
+    )
 
 
 def test_where_there_is_none_stage_1_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert taken() is None
     said = capsys.readouterr().out
-    assert "No nano run in runs/ has finished" in said and "the projector is pretrained first" in said
+    assert "There is no finished nano run in runs/" in said and "stage 1 trains the projector first" in said
 
 
 def test_not_of_the_folder_that_is_written() -> None:
@@ -69,7 +72,7 @@ def test_a_resumed_run_takes_what_it_took(capsys: pytest.CaptureFixture[str]) ->
     (Path("runs/mine/stage1") / "results.json").touch()
     capsys.readouterr()
     assert taken() is None, "it began with a stage 1 of its own"
-    assert capsys.readouterr().out == "The projector is that of the run's own stage 1, with which it began.\n"
+    assert capsys.readouterr().out == "Using the projector of this run's own stage 1, as before.\n"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_settings_that_cannot_be_read() -> None:
     (Path("runs/mine") / "run.yaml").write_text("- a list")
     with pytest.raises(InputError) as caught:
         taken()
-    assert "run.yaml cannot be read" in refusal(caught.value)
+    assert "run.yaml contains no settings" in refusal(caught.value)
 
 
 def test_a_start_that_left_nothing_to_resume_counts_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,11 +113,11 @@ def test_a_start_that_left_nothing_to_resume_counts_for_nothing(capsys: pytest.C
     assert taken() == str(newest)
     (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": "another"}))
     assert taken() == str(newest)
-    assert "No nano run in runs/ has finished" not in capsys.readouterr().out
+    assert "There is no finished nano run in runs/" not in capsys.readouterr().out
 
 
 def test_a_nano_run_that_cannot_be_read_is_not_taken_for_none() -> None:
     (finished("new", 3) / "run.yaml").write_text("{")
     with pytest.raises(InputError) as caught:
         taken()
-    assert "repair or remove the run" in refusal(caught.value)
+    assert "Repair the file or remove the run" in refusal(caught.value)

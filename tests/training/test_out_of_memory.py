@@ -161,7 +161,7 @@ class TestOutOfMemory:
         small_card(trainer, 10)
         with pytest.raises(InputError) as caught:
             trainer.train()
-        assert "Memory does not suffice for one sample of 72 tokens, at step 1;" in refusal(caught.value)
+        assert "Out of memory at step 1 with a single sample of 72 tokens." in refusal(caught.value)
         assert not changed(before, trainer.model)
 
     def test_a_rehearsal_leaves_nothing_behind_but_shorter_rows(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_memory_that_runs_out_anywhere_is_one_sentence(error: Exception, capsys:
     chosen: Any = None
     assert main(failing, lambda: chosen) == 1
     said = capsys.readouterr().err
-    assert said.startswith("qllava: Memory ran out") and said.count("\n") == 1 and "qllava plan" in said
+    assert said.startswith("qllava: Out of memory") and said.count("\n") == 1 and "qllava plan" in said
     with pytest.raises(RuntimeError, match="shapes"):
         main(lambda _: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 shapes")), lambda: chosen)
 
@@ -358,7 +358,7 @@ class TestAnswers:
         small_memory(monkeypatch, 0)
         with pytest.raises(InputError) as caught:
             finetune(stage2_settings(tiny, tmp_path / "run"))
-        assert "Memory does not suffice to answer the question at rows.json, example" in refusal(caught.value).replace(
+        assert "Not enough memory to answer the question at rows.json, example" in refusal(caught.value).replace(
             f"{tiny.rows.parent}/", ""
         )
 

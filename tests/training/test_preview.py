@@ -103,7 +103,7 @@ def test_a_recipe_is_checked_as_it_would_be_trained(tiny: Tiny, rows: Path, tmp_
 def test_a_recipe_without_data_and_a_command_without_either(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "recipe.yaml").write_text("lora_r: 4\n", encoding="utf-8")
     for words, message in (
-        (["check", "--config", str(tmp_path / "recipe.yaml")], "names no train_file"),
+        (["check", "--config", str(tmp_path / "recipe.yaml")], "has no train_file"),
         (["check"], "Give either the data to check or a recipe with --config"),
     ):
         capsys.readouterr()

@@ -50,7 +50,7 @@ def test_a_whole_run(run: Path) -> None:
     for expected in (
         "Run my_run", "93.1\u00a0%", "87.4\u00a0%", "1,960", "8 min 32 s",
         "Most frequent answer", "Blind", "Untrained", "After stage 1", "After stage 2", "Unseen pairs",
-        "Stage 1: the projector learns", "Stage 2: projector and LoRA learn", "Exact match on", "Learning rate",
+        "Stage 1: training the projector", "Stage 2: training projector and LoRA", "Exact match on", "Learning rate",
         "62,016", "model_name_or_path: nano", "<details>",
     ):  # fmt: skip
         assert expected in html, expected
@@ -75,7 +75,7 @@ def test_own_data_begins_with_what_it_came_to(run: Path) -> None:
     said = ("58.0% of 500 questions, exact match (95 % interval 53.6% to 62.2%)", "1.2500 per learned token",
             "7 min 12 s", "1,234 tokens/s", "python x.py --lr 1", "torch 9.9", f"qllava merge {run}")  # fmt: skip
     places = [html.index(text) for text in said]
-    assert places == sorted(places) and places[-1] < html.index("Stage 2: projector")
+    assert places == sorted(places) and places[-1] < html.index("Stage 2: training projector")
     assert "answers 58.0" in html
 
 
@@ -84,11 +84,11 @@ def test_any_file_may_be_absent(run: Path, gone: str) -> None:
     (run / gone).unlink()
     html = write_report(run).read_text(encoding="utf-8")
     assert "After stage 2" in html
-    assert ("scene.png cannot be opened any more" in html) == (gone == "scene.png")
+    assert ("scene.png cannot be opened" in html) == (gone == "scene.png")
 
 
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
-    assert "holds no results yet" in write_report(tmp_path).read_text(encoding="utf-8")
+    assert "has no results yet" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_damage_is_said_and_not_raised(run: Path) -> None:
@@ -97,15 +97,15 @@ def test_damage_is_said_and_not_raised(run: Path) -> None:
     (run / "results.json").write_text("{")
     (run / "scene.png").write_bytes(b"no image")
     html = write_report(run).read_text(encoding="utf-8")
-    assert "1 damaged line of metrics.jsonl was left out" in html
+    assert "1 corrupt line of metrics.jsonl was left out" in html
     assert "results.json cannot be read" in html
-    assert "cannot be opened any more" in html
+    assert "cannot be opened" in html
 
 
 def test_an_interrupted_run_says_where_it_stands(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:-10]) + "\n")
-    assert "the last record is of step 30 of 40" in write_report(run).read_text(encoding="utf-8")
+    assert "the last recorded step is 30 of 40" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_free_text_is_not_called_wrong(run: Path) -> None:

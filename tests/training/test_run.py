@@ -201,7 +201,7 @@ class TestContinuing:
         content["computed"]["halved"] = 80
         manifest.write_text(json.dumps(content), encoding="utf-8")
         folder = finetune(stage2_settings(tiny, tmp_path / "run"))
-        assert "packs have at most 80 tokens, as they were halved to" in (folder / "ledger.txt").read_text()
+        assert "packs have at most 80 tokens, because memory ran out" in (folder / "ledger.txt").read_text()
 
     def test_on_another_base_is_refused(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = tmp_path / "run"
@@ -350,7 +350,7 @@ class TestFitMemory:
     def test_a_sample_that_is_longer_than_a_row(self, tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, tmp_path / "run", tokens_per_pack=40))
-        assert "has 78 tokens and tokens_per_pack is 40; raise it to 78" in refusal(caught.value)
+        assert "has 78 tokens, but tokens_per_pack is 40. Raise tokens_per_pack to 78" in refusal(caught.value)
 
     def test_a_sample_that_is_longer_than_what_the_model_sees(self, tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.language_model, tmp_path / "llama")

@@ -92,7 +92,7 @@ class TestOtherMachines:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         train = TrainConfig(output_dir="x", use_cpu=True)
         assert train.asks_cpu and not train.bf16 and not train.fp16
-        with pytest.raises(InputError, match="sees a GPU already; start it with CUDA_VISIBLE_DEVICES=''"):
+        with pytest.raises(InputError, match="has already found a GPU. Start the program with CUDA_VISIBLE_DEVICES=''"):
             read("--use_cpu", "true")
 
     @pytest.mark.parametrize("asked", [True, False])
@@ -215,7 +215,7 @@ def test_an_adapter_brings_all_that_its_base_is(tmp_path: Path) -> None:
     assert {name: getattr(found, name) for name in decides} == {name: getattr(of_base, name) for name in decides}
     for name, other in {"projector_type": "mlp2x_gelu", "image_aspect": "crop", "vision_feature_layer": "-2"}.items():
         settings = read("--model_name_or_path", str(tmp_path), f"--{name}", other)
-        with pytest.raises(InputError, match=f"was trained with {name} {getattr(of_base, name)}; leave the setting"):
+        with pytest.raises(InputError, match=f"was trained with {name} {getattr(of_base, name)}. Remove the setting"):
             same_base(settings, tmp_path)
 
 

@@ -44,8 +44,8 @@ def saving(what: str) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
-            f"{what} could not be saved ({one_line(error)}); what was saved before is untouched. Make room, or make it "
-            "writable, and give the command again."
+            f"{what} could not be saved ({one_line(error)}). Earlier checkpoints are unchanged. Free disk space, or "
+            "make the folder writable, and run the command again."
         ) from error
 
 
@@ -99,8 +99,8 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
             ]
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise InputError(
-                f"{place} was begun with other data or settings: {', '.join(shown)}{more}; give what it began with to "
-                "continue it, or choose another output_dir."
+                f"{place} was started with other data or settings: {', '.join(shown)}{more}. Use the original values "
+                "to resume it, or choose another output_dir."
             )
         return
 
@@ -198,7 +198,7 @@ def fault(folder: Path, *, read: bool = True) -> str | None:
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
             if read and _sha256(path) != expected["sha256"]:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,7 +214,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         reason = fault(place)
         if reason is None:
             return place, skipped
-        skipped.append(f"{place} is skipped, it is not whole: {reason}.")
+        skipped.append(f"Skipping the corrupt checkpoint {place}: {reason}.")
     return None, skipped
 
 

@@ -72,8 +72,8 @@ class Contents:
             )
         if before == "DeepSpeed" and count != processes.share()[1]:
             raise InputError(
-                f"{checkpoint} was saved by {count} processes under DeepSpeed, which continues with as many only."
+                f"{checkpoint} was saved by {count} processes under DeepSpeed. Resume it with {count} processes."
             )
         path = checkpoint / (ADAPTER_FILE if self.adapter else PROJECTOR_FILE)
-        hint = f"remove {checkpoint}, and the same command continues from the one before"
+        hint = f"remove {checkpoint}, and the same command resumes from the checkpoint before it"
         refuse_not_finite(load_file(path), path, hint)

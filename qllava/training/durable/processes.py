@@ -60,13 +60,15 @@ def meeting() -> Iterator[None]:
     alone = f"unset {', '.join(found)} to train in one process"
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in found]
     if missing and "LOCAL_RANK" in found and not any(name in found for name in SIZES[:3]):
-        raise InputError(f"LOCAL_RANK is set and {' and '.join(missing)} not: start with torchrun, or {alone}.")
+        raise InputError(
+            f"LOCAL_RANK is set, but {' and '.join(missing)} not. Start the run with torchrun, or {alone}."
+        )
     at = f"{found.get('MASTER_ADDR', '127.0.0.1')}:{found.get('MASTER_PORT', '29500')}"
     # Under torch's launcher rank 0 says it for all; otherwise the others may not exist, and each says it.
     if count > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or found.get("RANK") == "0"):
         because = next(f"{name}={found[name]}" for name in SIZES if found.get(name) == str(count))
         print(
-            f"qllava: waiting for {count} processes at {at}, this one included, because {because} is set; {alone}.",
+            f"qllava: waiting for {count} processes at {at} (including this one), because {because} is set; {alone}.",
             file=sys.stderr,
             flush=True,
         )
@@ -74,7 +76,7 @@ def meeting() -> Iterator[None]:
         yield
     except torch.distributed.DistError as error:
         raise InputError(
-            f"The {count} processes of this run did not find each other at {at} ({one_line(error)}): start all of "
+            f"The {count} processes of this run did not connect at {at} ({one_line(error)}). Start all of "
             f"them, or {alone}."
         ) from error
 
@@ -83,9 +85,7 @@ def _number(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise InputError(
-            f"{name} is set to {text!r} and must be a number; unset it to train in one process."
-        ) from error
+        raise InputError(f"{name} is {text!r}, but must be a number. Unset {name} to train in one process.") from error
 
 
 def several() -> bool:

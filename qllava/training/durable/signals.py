@@ -46,8 +46,8 @@ class Stopped(BaseException):
         return STATUS[self.name]
 
     def __str__(self) -> str:
-        where = f"saved at step {self.step} and ended" if self.step is not None else "ended"
-        return f"{where} by {self.name}; the same command continues the run."
+        where = f"saved at step {self.step} and stopped" if self.step is not None else "stopped"
+        return f"{where} by {self.name}; run the same command to resume."
 
 
 class SaveAndStop(TrainerCallback):
@@ -62,7 +62,7 @@ class SaveAndStop(TrainerCallback):
         if self.name is None:
             self.name = name
             # Not print: its buffer may be just being written.
-            os.write(2, f"\nqllava: {name}: the run is saved after this step and ends.\n".encode())
+            os.write(2, f"\nqllava: {name}: saving after this step, then stopping.\n".encode())
         if name == "SIGINT":
             # The kernel's own handling: Python's would wait for what torch is computing.
             signal.signal(signal.SIGINT, signal.SIG_DFL)

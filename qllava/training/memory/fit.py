@@ -49,7 +49,7 @@ class DoesNotFit(InputError):
 
 
 def settled(train: TrainConfig) -> set[str]:
-    """Which of `fit`'s choices the settings leave it none of: what the user sets explicitly wins."""
+    """Return the settings that the user fixed; `fit` must not change them."""
     chosen = {
         "tokens_per_pack": train.tokens_per_pack is not None,
         "recompute_layers": train.recompute_layers is not None or not train.gradient_checkpointing,
@@ -81,7 +81,7 @@ def fit(
     packs = _packs(setup, least_tokens, most_tokens, fixed)
     for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
         found: list[tuple[float, Setup]] = []
-        for tokens in tqdm(packs, desc="looking for what fits", leave=False, disable=None):
+        for tokens in tqdm(packs, desc="searching for settings that fit", leave=False, disable=None):
             # Smaller packs recompute nothing at best.
             if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
                 break
@@ -125,12 +125,12 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
         if fits
         else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
         f"{' even with one question at a time' if every[worst].questions else ''}, "
-        f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} that it may take; "
+        f"{format_bytes(phases[worst] - limit)} more than the limit of {format_bytes(limit)}: "
         f"{_advice(worst, every[worst], setup, limit)}{f' or a card of {card} GB' if card else ''}."
         if limit
-        else f"A card of {card} GB is enough."
+        else f"A GPU with {card} GB is enough."
         if card
-        else "No single card that is sold is enough; take a smaller language model."
+        else "No single GPU has enough memory. Use a smaller language model."
     )
     return Plan(setup.tokens_per_pack, again, setup.optim, found, phases, fits, suggestion)
 
@@ -203,7 +203,7 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
     kept, again = setup.layers
     card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
     return (
-        f"Training needs {format_bytes(found.peak_bytes)} at least ({setup.tokens_per_pack} tokens a pack, {again} of "
-        f"{kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
-        f"{format_bytes(limit)} that it may take; {would}{card} would do."
+        f"Training needs at least {format_bytes(found.peak_bytes)} ({setup.tokens_per_pack} tokens per pack, {again} "
+        f"of {kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
+        f"limit of {format_bytes(limit)}. It would fit with {would}{card}."
     )

@@ -64,7 +64,7 @@ def moments(
         if not out_of_memory(error):
             raise
     raise InputError(
-        f"Memory does not suffice for the state of {optim} beside the model; lower lora_r, or take "
+        f"There is not enough memory for the model and the state of {optim}. Lower lora_r, or set "
         "optim paged_adamw_8bit."
     )
 

@@ -98,9 +98,9 @@ def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel |
     kept: the kernel of the checkpoint that is resumed; it is taken if it works here.
     """
     if device.type != "cuda":
-        return Chosen("groups", "group by group, as everywhere but on CUDA")
+        return Chosen("groups", "the only kernel without CUDA")
     if dtype == torch.float32:
-        return Chosen("groups", "group by group, because the model computes in fp32")
+        return Chosen("groups", "the only kernel for fp32")
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     generator = torch.Generator(device).manual_seed(0)
@@ -122,9 +122,9 @@ def choose_layers(
     kept: the choice of the checkpoint that is resumed.
     """
     if asked is not None:
-        return Chosen("compiled" if asked else "plain", "as asked")
+        return Chosen("compiled" if asked else "plain", "set by compile_layers")
     if device.type != "cuda":
-        return Chosen("plain", "as everywhere but on CUDA")
+        return Chosen("plain", "the default without CUDA")
     generator = torch.Generator(device).manual_seed(0)
     pack = [
         torch.randn(1, TRIAL_TOKENS, width, dtype=dtype, device=device, generator=generator)

@@ -78,8 +78,8 @@ class PackStep:
                     raise
                 if processes.several():  # the others are in the midst of their packs
                     raise InputError(
-                        f"Memory does not suffice for a pack of {_longest(batches[-1])} tokens, at step {step}; "
-                        "several processes do not halve their packs on the way: set tokens_per_pack to less."
+                        f"Out of memory at step {step} with a pack of {_longest(batches[-1])} tokens. "
+                        "With several processes packs cannot be halved during the run. Lower tokens_per_pack."
                     ) from None
             # Not inside the except block: there the error still holds what the packs held.
             self._halve(step)
@@ -125,15 +125,15 @@ class PackStep:
         sample = max(map(_longest_sample, self._batches))
         if longest <= sample:
             raise InputError(
-                f"Memory does not suffice for one sample of {sample} tokens, at step {step}; lower max_length or "
-                "lora_r, or see what `qllava plan` proposes. Checkpoints are untouched."
+                f"Out of memory at step {step} with a single sample of {sample} tokens. Lower max_length or "
+                "lora_r, or ask `qllava plan` for settings that fit. Checkpoints are unchanged."
             )
         limit = max(longest // 2, sample)
         self.halved = limit
         self._collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._say(f"Out of memory at step {step}: packs have at most {limit:,} tokens from here on.")
+        self._say(f"Out of memory at step {step}: from now on packs have at most {limit:,} tokens.")
 
 
 def prepare_for_packs(config: TrainConfig) -> None:

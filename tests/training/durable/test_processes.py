@@ -97,7 +97,7 @@ def test_one_that_shares_out_refuses_what_was_not(tiny: Tiny, tmp_path: Path, mo
         (tmp_path / "global_step2" / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(InputError) as caught:
         trainer.check_start(tmp_path)
-    assert "was saved by 2 processes under DeepSpeed, which continues with as many only" in refusal(caught.value)
+    assert "was saved by 2 processes under DeepSpeed. Resume it with 2 processes" in refusal(caught.value)
 
 
 def test_a_weightless_row_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_says_what_is_waited_for(left_over: pytest.MonkeyPatch, capsys: pytest.C
     with processes.meeting():
         pass
     assert capsys.readouterr().err == (
-        f"qllava: waiting for 2 processes at 127.0.0.1:1, this one included, because WORLD_SIZE=2 is set; {alone}\n"
+        f"qllava: waiting for 2 processes at 127.0.0.1:1 (including this one), because WORLD_SIZE=2 is set; {alone}\n"
     )
     with pytest.raises(InputError) as caught, processes.meeting():
         raise torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.")
     said = str(caught.value)
-    assert said.startswith("The 2 processes of this run did not find each other at 127.0.0.1:1 (Timed out after 1801")
+    assert said.startswith("The 2 processes of this run did not connect at 127.0.0.1:1 (Timed out after 1801")
     assert said.endswith(alone)
 
 
@@ -159,7 +159,7 @@ def test_who_is_alone_waits_for_nobody(left_over: pytest.MonkeyPatch, capsys: py
     with processes.meeting():
         assert capsys.readouterr().err == ""
     left_over.setenv("WORLD_SIZE", "two")
-    with pytest.raises(InputError, match="WORLD_SIZE is set to 'two' and must be a number"), processes.meeting():
+    with pytest.raises(InputError, match="WORLD_SIZE is 'two', but must be a number"), processes.meeting():
         pass
     left_over.delenv("WORLD_SIZE")
     left_over.setenv("LOCAL_RANK", "0")
@@ -197,4 +197,4 @@ def test_a_run_that_waits_for_others_ends_by_a_signal(left_over: pytest.MonkeyPa
         assert process.wait(timeout=2) == 143
     finally:
         process.kill()
-    assert process.stderr().endswith("qllava: ended by SIGTERM; the same command continues the run.\n")
+    assert process.stderr().endswith("qllava: stopped by SIGTERM; run the same command to resume.\n")

@@ -22,7 +22,7 @@ def test_ends_at_once_where_nothing_is_trained(name: str, status: int, capsys: p
     number = getattr(signal, name)
     before = signal.getsignal(number)
     assert main(lambda settings: os.kill(os.getpid(), number), lambda: None) == status  # type: ignore[arg-type, return-value]
-    assert f"ended by {name}; the same command continues" in capsys.readouterr().err
+    assert f"stopped by {name}; run the same command to resume" in capsys.readouterr().err
     assert signal.getsignal(number) is before
 
 
@@ -67,7 +67,7 @@ def test_another_thread_is_let_alone() -> None:
 
 
 def test_says_where_it_stopped() -> None:
-    assert str(Stopped("SIGUSR1", 7)) == "saved at step 7 and ended by SIGUSR1; the same command continues the run."
+    assert str(Stopped("SIGUSR1", 7)) == "saved at step 7 and stopped by SIGUSR1; run the same command to resume."
 
 
 WORKERS = """

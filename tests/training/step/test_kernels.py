@@ -189,7 +189,11 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         ("asked", "kernel", "why"),
-        [(None, "plain", "but on CUDA"), (True, "compiled", "as asked"), (False, "plain", "as asked")],
+        [
+            (None, "plain", "default without CUDA"),
+            (True, "compiled", "set by compile_layers"),
+            (False, "plain", "set by compile_layers"),
+        ],
     )
     def test_layers_on_a_cpu(self, asked: bool | None, kernel: str, why: str) -> None:
         chosen = choose_layers(LlamaConfig(), torch.device("cpu"), torch.float32, asked)

@@ -79,7 +79,7 @@ def test_the_step_is_computed_again_in_halves() -> None:
     assert again == (pytest.approx(loss), pytest.approx(gradient), samples)
     assert small.packs == [1, 10, 1, 4, 5, 1], "the batch before, too: its gradient was thrown away"
     assert small.step.halved == 5
-    assert small.said == ["Out of memory at step 1: packs have at most 5 tokens from here on."]
+    assert small.said == ["Out of memory at step 1: from now on packs have at most 5 tokens."]
 
 
 def test_a_batch_that_was_made_before_is_cut() -> None:
@@ -92,7 +92,7 @@ def test_a_batch_that_was_made_before_is_cut() -> None:
 
 def test_a_sample_that_does_not_fit_ends_the_run() -> None:
     card = Card(most=2)
-    with pytest.raises(InputError, match="Memory does not suffice for one sample of 4 tokens, at step 1; "):
+    with pytest.raises(InputError, match="Out of memory at step 1 with a single sample of 4 tokens. "):
         card.compute([list(LENGTHS)])
 
 

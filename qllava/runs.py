@@ -198,7 +198,7 @@ def newest_nano_run(runs: Path = RUNS) -> Path:
     """Return the folder of the nano run that finished last. Raises InputError when there is none."""
     finished = finished_nano_runs(runs)
     if not finished:
-        raise InputError(f"There is no finished nano run in {runs}/. Run `make finetune` first.")
+        raise InputError(f"No nano run in {runs}/ is finished. Run `make finetune` first.")
     return finished[-1]
 
 

@@ -127,7 +127,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_user_without_a_home_gets_one_and_is_told(nobody: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="set QLLAVA_CACHE"):
+    with pytest.raises(InputError, match="Set QLLAVA_CACHE"):
         cache_folder()
     surroundings.find_home()
     home = nobody / f"qllava-home-{os.getuid()}"

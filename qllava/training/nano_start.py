@@ -29,7 +29,7 @@ def take_projector(settings: Settings, folder: Path) -> None:
         print("Using the projector of this run's own stage 1, as before.")
         return
     if found is None:
-        print(f"There is no finished nano run in {RUNS}/, so stage 1 trains the projector first, on nano's captions.")
+        print(f"No nano run in {RUNS}/ is finished, so stage 1 trains the projector first, on nano's captions.")
         return
     settings.model.projector = found
     print(f"Using the projector of the finished nano run {found}; LoRA is newly initialized.")

@@ -52,7 +52,7 @@ def test_of_the_newest_finished_nano_run(capsys: pytest.CaptureFixture[str]) -> 
 def test_where_there_is_none_stage_1_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert taken() is None
     said = capsys.readouterr().out
-    assert "There is no finished nano run in runs/" in said and "stage 1 trains the projector first" in said
+    assert "No nano run in runs/ is finished" in said and "stage 1 trains the projector first" in said
 
 
 def test_not_of_the_folder_that_is_written() -> None:
@@ -113,7 +113,7 @@ def test_a_start_that_left_nothing_to_resume_counts_for_nothing(capsys: pytest.C
     assert taken() == str(newest)
     (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": "another"}))
     assert taken() == str(newest)
-    assert "There is no finished nano run in runs/" not in capsys.readouterr().out
+    assert "No nano run in runs/ is finished" not in capsys.readouterr().out
 
 
 def test_a_nano_run_that_cannot_be_read_is_not_taken_for_none() -> None:

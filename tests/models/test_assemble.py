@@ -280,7 +280,7 @@ class TestIdentity:
         config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
         config["rms_norm_eps"] = 1e-3
         (tmp_path / "llama" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(InputError, match=r"\(another config\)"):
+        with pytest.raises(InputError, match=r"\(different config\)"):
             outline(replace(record, language_model=str(tmp_path / "llama")))
 
     def test_record_is_read_as_it_was_written(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -315,7 +315,9 @@ class TestRefusals:
         assert "both language_model and vision_tower" in self.refused(tiny.recipe(vision_tower=None))
 
     def test_no_folder(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "none does not exist; give a folder" in self.refused(tiny.recipe(language_model=str(tmp_path / "none")))
+        assert "none does not exist. Give the folder" in self.refused(
+            tiny.recipe(language_model=str(tmp_path / "none"))
+        )
 
     def test_no_llama(self, tiny: Tiny) -> None:
         message = self.refused(tiny.recipe(language_model=str(tiny.tower)))

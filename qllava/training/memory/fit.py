@@ -125,7 +125,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
         if fits
         else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
         f"{' even with one question at a time' if every[worst].questions else ''}, "
-        f"{format_bytes(phases[worst] - limit)} more than the limit of {format_bytes(limit)}: "
+        f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} limit: "
         f"{_advice(worst, every[worst], setup, limit)}{f' or a card of {card} GB' if card else ''}."
         if limit
         else f"A GPU with {card} GB is enough."
@@ -205,5 +205,5 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
     return (
         f"Training needs at least {format_bytes(found.peak_bytes)} ({setup.tokens_per_pack} tokens per pack, {again} "
         f"of {kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "
-        f"limit of {format_bytes(limit)}. It would fit with {would}{card}."
+        f"{format_bytes(limit)} limit. It would fit with {would}{card}."
     )

@@ -21,6 +21,7 @@ from qllava.data import check as module
 from qllava.data import records as reading
 from qllava.data.collate import Collator
 from qllava.data.verdict import Verdict
+from qllava.workers import pool
 from tests.data.checking import (
     ASKED,
     LIST,
@@ -327,8 +328,7 @@ def test_chunks_in_processes_give_what_they_give_here(folder: Path, monkeypatch:
     monkeypatch.setattr(module, "_ALONE", 2)
     monkeypatch.setenv("QLLAVA_CACHE", str(folder.parent / "cache2"))
     started: list[int] = []
-    pool = module.ProcessPoolExecutor
-    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda n, **k: (started.append(n), pool(n, **k))[1])
+    monkeypatch.setattr(module, "pool", lambda n, **k: (started.append(n), pool(n, **k))[1])
     there = looked_at(folder / "train.jsonl", workers=2)
     assert started == [2]
     assert len(there.table.data.column("id").chunks) > len(here.table.data.column("id").chunks)

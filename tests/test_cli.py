@@ -255,7 +255,7 @@ def test_eval_vqa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         "batch_size": 4,
         "base_model": [],
     }
-    assert "3 answers could not be read" in capsys.readouterr().out
+    assert "3 answers did not match --read and count as wrong" in capsys.readouterr().out
     for half in ("--shots 2", "--pool p.json"):
         assert cli.main(f"eval vqa nano q.jsonl {half}".split()) == 1
 

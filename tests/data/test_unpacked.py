@@ -69,6 +69,6 @@ class TestUnpack:
         with pytest.raises(InputError) as error:
             unpack(RED)
         assert str(error.value) == (
-            f"{tmp_path}/cache/images: the images of the data file cannot be unpacked here (Not a directory); "
+            f"{tmp_path}/cache/pictures: the images of the data file cannot be unpacked here (Not a directory); "
             "make room, or set QLLAVA_CACHE to another folder."
         )

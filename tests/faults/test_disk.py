@@ -322,7 +322,7 @@ class TestDamageAcrossStages:
     def test_a_change_between_the_stages(self, tiny: Tiny, captions: Path, unfinished: Path) -> None:
         with pytest.raises(InputError) as caught:
             finetune(settings(tiny, self.between(unfinished), pretrain_file=captions, seed=7))
-        assert f"{unfinished / 'stage1'} was begun with other data or settings: seed was" in refusal(caught.value)
+        assert f"{unfinished / 'stage1'} was started with other data or settings: seed was" in refusal(caught.value)
 
 
 class TestWhatCannotBeSaved:

@@ -168,7 +168,7 @@ class TestRotation:
         with planted("rename", str(first), once), pytest.raises(Killed if killed else OSError):
             self.make(tmp_path, 1)
         assert first.exists() != killed
-        with pytest.raises(InputError, match="was begun with other data or settings"):
+        with pytest.raises(InputError, match="was started with other data or settings"):
             refuse_changes(tmp_path, {"seed": 1})
         assert newest(tmp_path) == (first, [])
 
@@ -197,7 +197,7 @@ class TestWhatHasChanged:
         before = (unfinished / "run.yaml").read_bytes()
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, unfinished, **{name: value}))
-        assert "checkpoint-4 was begun with other data or settings" in str(caught.value)
+        assert "checkpoint-4 was started with other data or settings" in str(caught.value)
         assert said in refusal(caught.value)
         assert (unfinished / "run.yaml").read_bytes() == before
 

@@ -17,9 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qllava.config import InputError
 from qllava.files import read_json, write_whole
 from qllava.runs import COMMAND_FILE, SAMPLES_FILE, Run
 from qllava.training.durable import processes
+from qllava.training.durable.checkpoints import saving
 
 PACKAGES = ("qllava", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -57,13 +59,15 @@ class Started:
     def _write(self) -> None:
         versions = {name: _version(name) for name in PACKAGES}
         content = {"command": command_of(sys.argv, os.environ), "versions": versions, "seconds": self.seconds}
-        write_whole(self._folder / COMMAND_FILE, json.dumps(content, indent=1) + "\n")
+        # After each checkpoint: a disk may have become full or read-only since.
+        with saving(str(self._folder / COMMAND_FILE)):
+            write_whole(self._folder / COMMAND_FILE, json.dumps(content, indent=1) + "\n")
 
     def _end(self) -> None:
         """Keep the time of a run that was interrupted; a finished one has its own in `results.json`."""
         # Not by agreement: the other processes may have ended.
         if self._begun and processes.is_main() and not Run(self._folder).finished:
-            with suppress(OSError):  # it must not hide the error that ended the run
+            with suppress(OSError, InputError):  # it must not hide the error that ended the run
                 self._write()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from qllava.config import DataConfig, ModelConfig
+from qllava.config import DataConfig, InputError, ModelConfig
 from qllava.training import folders, outcome, samples
 from qllava.training.settings import Settings, TrainConfig
-from tests.planted import interrupted, planted
+from tests.planted import full, interrupted, planted
 from tests.tiny_runs import Tiny
 
 
@@ -93,3 +93,13 @@ def test_small_files_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
             with planted("rename", f"{tmp_path}/*", interrupted), pytest.raises(KeyboardInterrupt):
                 write()
     assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in names} == dict.fromkeys(names, "before")
+
+
+def test_a_disk_that_is_full_by_now_is_one_sentence(tmp_path: Path) -> None:
+    """The command is written again after each checkpoint, when the disk may have changed."""
+    with ExitStack() as held:
+        started = outcome.Started(tmp_path, held)
+        with planted("write", f"{tmp_path}/*", full), pytest.raises(InputError) as error:
+            started.keep()
+        said = str(error.value)
+        assert said.startswith(f"{tmp_path / 'command.json'} could not be saved (") and "No space left" in said

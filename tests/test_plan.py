@@ -42,7 +42,7 @@ def test_a_llava_folder(hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert list(phases) == ["before", "step", "evaluation", "chat"] and found["peak_bytes"] == max(phases.values())
     assert phases["evaluation"] == 0 < phases["before"]  # eval_strategy is no
     assert list(found["parts"]) == list(memory.PARTS) and sum(found["parts"].values()) == phases["step"]
-    assert found["fits"] is None and found["suggestion"] == "A card of 4 GB is enough."
+    assert found["fits"] is None and found["suggestion"] == "A GPU with 4 GB is enough."
     setup = memory.Setup(LlavaConfig.from_pretrained(tmp_path), Lora(4, 4), tokens_per_pack=300)
     assert phases["step"] == memory.estimate(setup).peak_bytes
     alone = planned(capsys, "--model", str(tmp_path), "--lora-r", "0")
@@ -104,7 +104,7 @@ def test_nano_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         assert " MB" in line or " GB" in line
     assert any("###" in line for line in lines)
     assert lines[-2].startswith("with packs of 200 tokens, 0 layers recomputed")  # nano's own settings
-    assert lines[-1] == "A card of 4 GB is enough."
+    assert lines[-1] == "A GPU with 4 GB is enough."
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,6 @@ def test_places_are_given_by_name() -> None:
 
 
 def test_a_command_that_fails_is_said_with_its_last_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"finetune_lora failed \(The configuration .*no\.yaml does not exist\); all"):
+    with pytest.raises(InputError, match=r"finetune_lora failed \(The configuration .*no\.yaml does not exist\); its"):
         ablate.run(["finetune_lora", "--config", str(tmp_path / "no.yaml")], tmp_path / "log")
     assert "no.yaml" in (tmp_path / "log").read_text()

@@ -57,41 +57,35 @@ class Budget:
         self._ended = True
         self._settled.set()
 
-    async def reserve(self, tokens: int) -> int:
+    async def reserve(self, tokens: int) -> None:
         """Take the most that a request can cost; where that is too much, wait for what others really cost.
 
         Args:
             tokens: The most that the request can cost, by `most_tokens`.
 
-        Returns:
-            The tokens that are reserved, for `settle`.
-
         Raises:
             Stopped: The request does not fit, or the run is being ended.
         """
-        while not self._ended and not self._fits(tokens + self._more):
+        while not self._ended and not self._fits(tokens):
             if self.open == 0:
                 raise Stopped
             self._settled.clear()
             await self._settled.wait()
         if self._ended:
             raise Stopped
-        tokens += self._more
         self.open += 1
         self._open_tokens += tokens
-        return tokens
 
-    def settle(self, tokens: int, reserved: int, cost: int, *, sent: bool) -> None:
+    def settle(self, tokens: int, cost: int, *, sent: bool) -> None:
         """Put what a request cost in the place of what was reserved for it.
 
         Args:
             tokens: What `reserve` was given.
-            reserved: What `reserve` returned.
             cost: Tokens that it cost, or may have cost.
             sent: Whether the server has got it, or may have.
         """
         self.open -= 1
-        self._open_tokens -= reserved
+        self._open_tokens -= tokens
         self._requests += sent
         self._tokens += cost
         self._more = max(self._more, cost - tokens)
@@ -100,7 +94,9 @@ class Budget:
     def _fits(self, tokens: int) -> bool:
         if self.max_calls is not None and self._requests + self.open + 1 > self.max_calls:
             return False
-        return self.max_tokens is None or self._tokens + self._open_tokens + tokens <= self.max_tokens
+        # What a reply has shown to be added counts for the requests under way too, which were sent before it was known.
+        most = self._open_tokens + tokens + (self.open + 1) * self._more
+        return self.max_tokens is None or self._tokens + most <= self.max_tokens
 
 
 def reply_limit(call: Call) -> int | None:

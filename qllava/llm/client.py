@@ -183,7 +183,7 @@ class Client:
 
     async def _once(self, call: Call, content: bytes, tokens: int, spent: Spent) -> Reply | Trouble:
         """One attempt, within the budget, and what it cost. Raises as `ask`."""
-        reserved = await self._budget.reserve(tokens)
+        await self._budget.reserve(tokens)
         cost, sent, reply = tokens, True, None  # until it is known
         try:
             response = await self._post(content)
@@ -203,7 +203,7 @@ class Client:
                 raise no_server(self._address, reason) from error
             return Trouble(reason)
         finally:
-            self._budget.settle(tokens, reserved, cost, sent=sent)
+            self._budget.settle(tokens, cost, sent=sent)
             spent.requests += sent
             spent.lost_tokens += cost if reply is None else 0
 

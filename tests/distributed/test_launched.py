@@ -47,7 +47,7 @@ def test_accelerate_reads_every_configuration(path: Path) -> None:
 def test_ddp_equals_one_process(runs: Runs) -> None:
     done = launch(runs, "ddp_2gpu", ["recipes/finetune_lora.py"], "ddp", **FULL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("The run is done") == 1
+    assert done.stdout.count("The run is finished") == 1
     runs.one("one", "finetune", per_device_train_batch_size=4, **FULL)
     assert_same(runs.folder / "one", runs.folder / "ddp")
 

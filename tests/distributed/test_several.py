@@ -200,7 +200,9 @@ def test_another_number_of_samples_per_step_is_refused(runs: Runs, tmp_path: Pat
 
 
 def test_the_main_process_alone_writes_and_speaks(runs: Runs) -> None:
-    said = Counter(line for line in runs.said.splitlines() if line.startswith(("Stage 1 is done", "The run is done")))
+    said = Counter(
+        line for line in runs.said.splitlines() if line.startswith(("Stage 1 is finished", "The run is finished"))
+    )
     assert said and set(said.values()) == {1}
     for place in Run(runs.folder / "two_full").checkpoints():
         assert fault(place) is None

@@ -459,7 +459,7 @@ class TestRefusals:
         shutil.copytree(hf_layout, tmp_path / "model")
         path = tmp_path / "model" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "cut off" in self.refused(tmp_path / "model", tmp_path / "out")
+        assert "truncated or corrupt" in self.refused(tmp_path / "model", tmp_path / "out")
 
     def test_a_shard_that_is_missing(self, hf_layout: Path, tmp_path: Path) -> None:
         shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -480,7 +480,7 @@ class TestRefusals:
 
         monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
         message = self.refused(hf_layout, tmp_path / "out")
-        assert "No space left on device" in message and "nothing was left there" in message
+        assert "No space left on device" in message and "incomplete files were removed" in message
 
 
 class TestCommand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,15 +193,17 @@ def fill(place: Path, left: int) -> Path:
 
 
 @contextmanager
-def read_only(place: Path) -> Iterator[None]:
+def read_only(place: Path, process: Command) -> Iterator[None]:
     """Let a disk be read-only under its path, though a run holds a lock on it.
 
     A file that is open for writing keeps a file system from becoming read-only, so a second mount of the same files,
-    which is read-only, takes the path from the first.
+    which is read-only, takes the path from the first. The run is stopped meanwhile: it would open files in the second.
     """
+    process.send_signal(signal.SIGSTOP)
     subprocess.run(["mount", "--bind", str(place), str(place)], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+        process.send_signal(signal.SIGCONT)
         yield
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
@@ -237,7 +240,7 @@ class TestARealDisk:
         folder = small_disk / "run"
         process = started(tiny, folder)
         wait_for(process, folder, 5)
-        with read_only(small_disk):
+        with read_only(small_disk, process):
             said = ended(process)
             assert "could not be saved (" in said and "Read-only file system" in said
             found = self.unharmed(folder)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllava.config import InputError
-from qllava.llm.budget import most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
+from qllava.llm.budget import Budget, most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
 from qllava.llm.client import Client
 from qllava.llm.store import Call, Store
 from qllava.synthesis import pipeline
@@ -205,3 +205,22 @@ def test_what_is_estimated_at_most_bounds_what_a_run_asks_and_pays(tmp_path: Pat
     assert meter.tokens == result.tokens <= expected["tokens_at_most"]
     after = pipeline.estimate(job)
     assert (after["requests_so_far"], after["tokens_so_far"], after["tokens_at_most"]) == (80, meter.tokens, 0)
+
+
+def test_what_is_under_way_counts_at_what_a_reply_has_shown() -> None:
+    """Three requests are open when the first reply comes and costs ten times its bound: the others will too."""
+
+    async def run() -> None:
+        budget = Budget(None, 10_000, 0, 0)
+        for _ in range(3):
+            await budget.reserve(300)
+        budget.settle(300, 3000, sent=True)
+        with pytest.raises(TimeoutError):  # 3,000 are spent, 6,000 are under way, and 3,000 more do not fit
+            async with asyncio.timeout(0.01):
+                await budget.reserve(300)
+        for _ in range(2):
+            budget.settle(300, 300, sent=True)
+        await budget.reserve(300)
+        assert budget.open == 1
+
+    asyncio.run(run())

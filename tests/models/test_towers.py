@@ -49,7 +49,7 @@ def test_what_is_no_tower_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no architecture 'ViT-Z'"):
         tower_config("open_clip:ViT-Z/x")
     for spec in ("open_clip:RN50/openai", "open_clip:coca_ViT-B-32/x"):  # the second pools its tokens by attention
-        with pytest.raises(InputError, match="cannot be used as a tower"):
+        with pytest.raises(InputError, match="cannot be used as a vision tower"):
             tower_config(spec)
     with pytest.raises(InputError, match="neither a folder nor"):
         tower_config("somewhere")

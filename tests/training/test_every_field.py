@@ -45,8 +45,8 @@ VALUES: dict[str, Any] = {
 # Those that this machine, or a machine without a GPU, cannot do; the sentence says so.
 NEEDS_MORE = {
     "fp16": "needs a GPU",
-    "activation_offloading": "is for a GPU",
-    "tf32": "do not fit together",
+    "activation_offloading": "needs a GPU",
+    "tf32": "contradict each other",
     "optim_args": "optim_args has no effect with optim",
     "deepspeed": "",
 }

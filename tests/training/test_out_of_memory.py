@@ -64,7 +64,7 @@ class TestOutOfMemory:
         assert max(sizes) > 120 and sizes[-1] <= 120
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
         assert_close(expected, kept.steps[0], 1e-5)
-        assert "Out of memory at step 1: packs have at most" in (tmp_path / "b" / "ledger.txt").read_text()
+        assert "Out of memory at step 1: from now on packs have at most" in (tmp_path / "b" / "ledger.txt").read_text()
 
     def test_rows_stay_short(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=4, max_steps=2)

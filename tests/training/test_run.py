@@ -340,7 +340,12 @@ class TestFitMemory:
     def test_chooses_and_says_so(self, tiny: Tiny, tmp_path: Path) -> None:
         folder = finetune(stage2_settings(tiny, tmp_path / "run", fit_memory="2GB", per_device_train_batch_size=8))
         ledger = (folder / "ledger.txt").read_text(encoding="utf-8")
-        assert "memory: " in ledger and "of 2.0 GB expected" in ledger and "0 layers recomputed" in ledger
+        assert (
+            "memory: " in ledger
+            and "expected peak" in ledger
+            and "of 2.0 GB" in ledger
+            and "0 layers recomputed" in ledger
+        )
 
     def test_refuses_what_cannot_fit(self, tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:

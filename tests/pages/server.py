@@ -78,8 +78,9 @@ def served(model: Path, *flags: str, watched: bool = False, fresh: bool = False)
 
 def kept_by(model: Path) -> list[Path]:
     """The files that the demo of a model has on the disk, its own examples excepted."""
-    files = [path for path in (model.parent / "tmp").rglob("*") if path.is_file()]
-    return [path for path in files if "examples" not in path.parts]
+    # os.walk, because pathlib's glob raises where the demo deletes a folder meanwhile (Python 3.11).
+    found = [Path(folder) / name for folder, _, names in os.walk(model.parent / "tmp") for name in names]
+    return [path for path in found if "examples" not in path.parts]
 
 
 def wait_until(true: Callable[[], bool], seconds: float, explain: Callable[[], str] = str) -> None:

@@ -252,7 +252,7 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
     try:
         if folder.is_dir() and path.read_text(encoding="utf-8") != text:
             raise InputError(
-                f"{folder} was started with other settings than the grid has now; give another folder with --out."
+                f"The runs in {folder} were started with settings that differ from the grid's; give another --out."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

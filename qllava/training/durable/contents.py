@@ -65,10 +65,11 @@ class Contents:
         """
         before, count = engine_of(checkpoint)
         if before != engine:
+            saved = f"under {before}" if before else "without FSDP and DeepSpeed"
+            here = f"under {engine}" if engine else "without them"
             raise InputError(
-                f"{checkpoint} was saved {f'under {before}' if before else 'without FSDP and DeepSpeed'}, where the "
-                f"optimizer's state has another form than {f'under {engine}' if engine else 'here'}; continue as the "
-                "run began."
+                f"{checkpoint} was saved {saved}, and this process runs {here}. The optimizer's state has a different "
+                f"format there; resume {saved}."
             )
         if before == "DeepSpeed" and count != processes.share()[1]:
             raise InputError(

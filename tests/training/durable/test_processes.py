@@ -71,8 +71,11 @@ def test_an_error_stays_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("pytorch_model_fsdp.bin", "was saved under FSDP, where the optimizer's state has another form than here"),
-        ("global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "was saved under DeepSpeed, where"),
+        (
+            "pytorch_model_fsdp.bin",
+            "was saved under FSDP, and this process runs without them. The optimizer's state has a different",
+        ),
+        ("global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "resume under DeepSpeed."),
     ],
 )
 def test_state_of_another_engine_is_refused(tiny: Tiny, tmp_path: Path, file: str, said: str) -> None:

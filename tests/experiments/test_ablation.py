@@ -156,7 +156,7 @@ def test_a_cell_with_other_settings_is_not_taken_for_the_same(tmp_path: Path) ->
     out = tmp_path / "out"
     run_grid(read_grid(grid_file(tmp_path, seeds=[1])), out, Pretend())
     changed, pretend = read_grid(grid_file(tmp_path, seeds=[1], variants={"as it is": {"lora_r": 2}})), Pretend()
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="settings that differ"):
         run_grid(changed, out, pretend)
     assert pretend.done == []
 

@@ -94,7 +94,7 @@ def test_one_that_shares_out_refuses_what_was_not(tiny: Tiny, tmp_path: Path, mo
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(InputError) as caught:
         trainer.check_start(tiny.stage2 / "checkpoint-2")
-    assert "was saved without FSDP and DeepSpeed, where" in refusal(caught.value)
+    assert "was saved without FSDP and DeepSpeed, and this" in refusal(caught.value)
     for number in range(2):
         (tmp_path / "global_step2").mkdir(exist_ok=True)
         (tmp_path / "global_step2" / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt").touch()

@@ -129,7 +129,9 @@ class Watch:
     def _sample(self) -> None:
         while not self._ended.is_set():
             for figure, count in FIGURES.items():
-                self.peaks[figure][self.phase] = max(self.peaks[figure][self.phase], count())
+                # Read once: a phase that begins here would otherwise be given the peak of the one before.
+                phase = self.phase
+                self.peaks[figure][phase] = max(self.peaks[figure][phase], count())
             time.sleep(0.002)
 
 

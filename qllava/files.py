@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -32,6 +33,8 @@ _MANY = 256
 """Files of a folder from which on the whole disk is flushed at once: each alone takes milliseconds."""
 _PIECE = 1 << 20
 """Bytes that are copied at a time."""
+_RUST = re.compile(r"\(os error (\d+)\)")
+"""How an error of the operating system is named by libraries that are written in Rust."""
 _OPEN = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 _numbers = itertools.count()
@@ -118,10 +121,28 @@ def aside(path: Path) -> Iterator[Path]:
         if path.parent not in _swept:
             _swept.add(path.parent)
             _sweep(path.parent)
-        yield other
+        with os_errors():
+            yield other
     finally:
         _remove(other)
         _own.discard(other)
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Convert an error about a file that a library written in Rust raises into the OSError that Python would raise.
+
+    safetensors has a type of its own for them, and tokenizers raises a plain Exception on a full disk.
+    """
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        code = _RUST.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def move(written: Path, path: Path, *, durable: bool = True) -> None:

@@ -11,13 +11,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from qllava.config import InputError
 from qllava.files import ForeignEndError, Journal, whole_file, whole_folder, write_whole
 from qllava.locks import LOCK_FILE, Lock, locked_folder, refuse_held
+from qllava.training.durable.checkpoints import saving
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
@@ -128,6 +132,28 @@ def test_a_file_is_replaced_whole_or_stays_as_it_is(tmp_path: Path) -> None:
     write_whole(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and path.read_text() == "new"
     assert {one.name for one in tmp_path.iterdir()} == {path.name, "link"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize(
+    "write",
+    [lambda: Tokenizer(BPE()).save("/dev/full"), lambda: Path("/dev/full").write_text("{}")],
+    ids=["tokenizers", "Python"],
+)
+def test_a_full_disk_is_one_error_whichever_library_writes(tmp_path: Path, write: Callable[[], Any]) -> None:
+    """The tokenizers library raises a plain Exception for it."""
+    for writer in (whole_file, whole_folder):
+        with pytest.raises(OSError) as caught, writer(tmp_path / "new"):
+            write()
+        assert caught.value.errno == errno.ENOSPC and not [*tmp_path.iterdir()]
+    with pytest.raises(InputError, match="The checkpoint could not be saved .*No space left"), saving("The checkpoint"):
+        write()
+
+
+def test_an_error_that_is_none_of_the_disk_stays_as_it_is(tmp_path: Path) -> None:
+    for error in (KeyError("a"), InputError("a (os error 28)")):
+        with pytest.raises(type(error)), whole_file(tmp_path / "new"):
+            raise error
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:

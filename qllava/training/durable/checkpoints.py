@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qllava.config import InputError
-from qllava.files import Journal, flush, move
+from qllava.files import Journal, flush, move, os_errors
 from qllava.models.errors import one_line
 from qllava.runs import BEGUN_FILE, MANIFEST_FILE, PARTIAL, Run
 from qllava.training.durable.order import samples_per_step
@@ -35,14 +34,15 @@ _OLD = "old-"
 def saving(what: str) -> Iterator[None]:
     """Turn a failure to write into one sentence.
 
-    A full disk is an OSError to Python alone: safetensors and torch have errors of their own. What a GPU or another
-    process raises while it hands over its weights is not about the disk.
+    A full disk is an OSError to Python alone: torch raises a RuntimeError, and `os_errors` converts what others raise.
+    What a GPU or another process raises while it hands over its weights is not about the disk.
     """
     try:
-        yield
+        with os_errors():
+            yield
     except (torch.AcceleratorError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(
             f"{what} could not be saved ({one_line(error)}). Earlier checkpoints are unchanged. Free disk space, or "
             "make the folder writable, and run the command again."

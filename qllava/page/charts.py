@@ -45,8 +45,8 @@ def line_chart(
     """Lines over a common axis, with a legend when there is more than one.
 
     `share` fixes the vertical axis to 0 to 100 %; `log` makes it logarithmic, and `log_x` the horizontal one, where
-    values that are not above 0 are left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw
-    gives a sentence, not an empty frame.
+    values that are not above 0 are left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw,
+    or a single point, gives a sentence, not an empty frame.
     """
     drawn = [replace(s, points=[p for p in s.points if _drawable(p, log, log_x)]) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -54,13 +54,18 @@ def line_chart(
     if not drawn:
         return Html(f'<figure class="chart">{head}<p class="muted">No finite values to draw.</p></figure>')
     xs = [px for s in drawn for px, _ in s.points]
+    if min(xs) == max(xs):  # a dot on an empty frame says less than its value
+        values = ", ".join(f"{s.label} {_value(py, share)}" for s in drawn for _, py in s.points)
+        said = f"{escape(values)} at {escape(x)} {number(xs[0])}. A curve needs two points."
+        return Html(f'<figure class="chart">{head}<p class="muted">{said}</p></figure>')
     ys = [py for s in drawn for _, py in s.points]
     x_axis = _Axis.over(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, log=log_x)
     if share:
         y_axis = _Axis(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP, False)
     else:
         y_axis = _Axis.over(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, log=log, pad=0.05)
-    frame = _frame(x_axis, y_axis, x, share)
+    whole = not log_x and all(float(px).is_integer() for px in xs)
+    frame = _frame(x_axis, y_axis, x, share, whole=whole)
     colours = _colours(drawn)
     lines = [_line(s, c, x_axis, y_axis, share) for s, c in zip(drawn, colours, strict=True)]
     key = ""
@@ -163,8 +168,8 @@ class _Axis:
         return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool) -> str:
-    """Grid lines, tick labels and the name of the horizontal axis."""
+def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool, *, whole: bool) -> str:
+    """Grid lines, tick labels and the name of the horizontal axis; `whole`: only whole numbers on that axis."""
     parts = []
     for tick in y_axis.ticks(5):
         at = y_axis.place(tick)
@@ -172,6 +177,8 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool) -> str:
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 7}" y="{at + 4:.1f}">{label}</text>')
     for tick in x_axis.ticks(6):
+        if whole and not tick.is_integer():
+            continue
         parts.append(f'<text class="x" x="{x_axis.place(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{_tick(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="x name" x="{middle:.0f}" y="{_HEIGHT - 4}">{escape(x)}</text>')
@@ -183,6 +190,10 @@ def _tick(value: float) -> str:
     if 1e5 <= abs(value) < 1e12:
         return f"{value / 1e6:,.6g}M" if abs(value) >= 1e6 else f"{value / 1e3:.6g}k"
     return number(value)
+
+
+def _value(value: float, share: bool) -> str:
+    return f"{100 * value:.1f} %" if share else number(value)
 
 
 def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool) -> str:
@@ -197,7 +208,6 @@ def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool
     if radius == 0:
         return drawn
     for (px, py), (at_x, at_y) in zip(series.points, places, strict=True):
-        value = f"{100 * py:.1f} %" if share else number(py)
-        tip = escape(f"{series.label}, {number(px)}: {value}")
+        tip = escape(f"{series.label}, {number(px)}: {_value(py, share)}")
         drawn += f'<circle class="{kind}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="{radius}"><title>{tip}</title></circle>'
     return drawn

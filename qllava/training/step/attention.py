@@ -1,4 +1,4 @@
-"""Attention inside a pack: a token sees the prefix of its own group and its own branch, causally, and nothing else.
+"""Attention inside a pack: a token attends, causally, to the prefix of its group and to its own branch only.
 
 For a prefix of 3 and branches of 2 and 1:
 
@@ -10,16 +10,16 @@ For a prefix of 3 and branches of 2 and 1:
              x x x    x x
     b        x x x          x
 
-Three kernels compute it, and none looks at what a token may not see:
+Three kernels compute it, and none computes what a token may not attend to:
 
     groups   torch's scaled dot product attention, group by group: the prefix causally, then each branch against
              prefix and branch. Runs everywhere
-    varlen   torch's variable-length flash attention: the same pieces in one call, each branch beside a copy of its
-             prefix's keys, causal from the bottom right. CUDA, 16 bit
+    varlen   torch's variable-length flash attention: the same pieces in one call, the keys of each branch
+             follow a copy of its prefix's keys, causal from the bottom right. CUDA, 16 bit
     flex     torch's FlexAttention, compiled, with a block mask. CUDA
 
-`training/kernels.py` chooses. Attention by packs is registered with transformers under a name of its own and used while
-`looking_at` a pack; at all other times the model attends as it did before.
+`training/step/kernels.py` chooses one. Attention by packs is registered with transformers under its own name and used
+inside `looking_at`; outside, the model's usual attention is unchanged.
 
 B = 1, H heads, S tokens, D width of a head, L learned tokens.
 """
@@ -46,22 +46,20 @@ Kernel = Literal["groups", "varlen", "flex"]
 
 @dataclass
 class Sight:
-    """Who sees whom in a pack, and what the kernels make of it: worked out once, for all layers.
-
-    groups: who stands where.
-    learned: (L,) places that predict a learned token, in order, on the pack's device.
-    counts: how many of them are in each branch, branch by branch.
-    kernel: which one computes it.
-    """
+    """Which token attends to which in a pack, in the forms the kernels need; computed once for all layers."""
 
     groups: Sequence[Group]
+    """Layout of the pack."""
     learned: Tensor
+    """(L,) positions that predict a learned token, in order, on the pack's device."""
     counts: Sequence[int]
+    """Number of those positions in each branch, branch by branch."""
     kernel: Kernel = "groups"
+    """Kernel that computes the attention."""
 
     @cached_property
     def branches(self) -> list[tuple[int, int, int]]:
-        """(prefix, start, length) of every branch: tokens of its group's prefix, and where it stands itself."""
+        """(prefix, start, length) of every branch: tokens of its group's prefix, its own first position, its tokens."""
         found = []
         for group in self.groups:
             start = group.start + group.prefix
@@ -72,12 +70,12 @@ class Sight:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each prefix and each branch, in the order in which they stand."""
+        """Tokens of each prefix and each branch, in the order of the pack."""
         return [length for group in self.groups for length in (group.prefix, *group.branches) if length]
 
     @cached_property
     def corners(self) -> list[Tensor | None]:
-        """What each branch sees, (length, prefix + length): its prefix, and itself up to the token; None: causal."""
+        """Masks of the branches, (length, prefix + length): the prefix and earlier own tokens; None: causal."""
         device = self.learned.device
         return [
             torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix) if prefix else None
@@ -86,7 +84,7 @@ class Sight:
 
     @cached_property
     def learned_corners(self) -> list[Tensor]:
-        """The same for the learned places of each branch, (count, prefix + length)."""
+        """Masks of the learned positions of each branch, (count, prefix + length)."""
         of_branches = zip(self.learned.split(list(self.counts)), self.branches, strict=True)
         return [
             torch.arange(prefix + length, device=self.learned.device) <= prefix + (places - start)[:, None]
@@ -95,10 +93,11 @@ class Sight:
 
     @cached_property
     def copies(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Each prefix, and each branch behind a copy of its prefix, one piece after the other.
+        """Index of the pieces that `varlen` computes: each prefix, and each branch after a copy of its prefix.
 
-        Which token each key is of; where the queries and the keys of the pieces begin and end, (pieces + 1,); the
-        longest piece's queries and keys.
+        Returns:
+            The token each key belongs to; the offsets of the pieces' queries and of their keys, (pieces + 1,) each; the
+            numbers of queries and of keys of the longest piece.
         """
         seen, queries, keys = [], [0], [0]
         for group in self.groups:
@@ -116,7 +115,7 @@ class Sight:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """Who sees whom, as FlexAttention takes it."""
+        """Mask of the pack in FlexAttention's form."""
         groups, branches = [], []  # of each token; a prefix is branch 0 of its group
         for number, group in enumerate(self.groups):
             lengths = torch.tensor([group.prefix, *group.branches])
@@ -144,10 +143,20 @@ def pack_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one pack, as transformers calls it: query (1, H, S, D), key and value (1, H_kv, S, D).
+    """Compute the attention of one pack, with the signature that transformers expects.
 
-    The queries may be those of the learned places alone, (1, H, L, D). Returns (1, S or L, H, D). `attention_mask` has
-    to be None: `sight` says who sees whom.
+    Args:
+        module: The attention layer; not used.
+        query: (1, H, S, D), or (1, H, L, D) for the learned positions alone.
+        key: (1, H_kv, S, D).
+        value: (1, H_kv, S, D).
+        attention_mask: Must be None; `sight` holds the mask.
+        sight: Which token attends to which.
+        scaling: Factor of the scores; None for 1 / sqrt(D).
+        dropout: Probability of dropout on the attention weights.
+
+    Returns:
+        (1, S or L, H, D), and None in the place of attention weights.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("a pack is one sequence without an attention mask")
@@ -161,9 +170,9 @@ def pack_attention(
 def by_groups(
     query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The kernel `groups`: (1, H, S or L, D) -> the same."""
+    """Compute attention with the kernel `groups`, (1, H, S or L, D) -> the same shape."""
     few = query.shape[2] != key.shape[2]
-    # Cut once: taking slices one by one would, on the way back, fill a whole pack with zeros for each of them.
+    # Split once: slicing piece by piece would fill a whole pack with zeros for each slice in the backward pass.
     keys, values = (iter(x.split(sight.lengths, dim=2)) for x in (key, value))
     queries = iter(query.split(list(sight.counts) if few else sight.lengths, dim=2))
     masks = iter(sight.learned_corners if few else sight.corners)
@@ -174,7 +183,7 @@ def by_groups(
     for group in sight.groups:
         if group.prefix:
             first_key, first_value = next(keys), next(values)
-            if not few:  # nothing in a prefix predicts what is learned
+            if not few:  # no position in a prefix predicts a learned token
                 out.append(attend(next(queries), first_key, first_value, is_causal=True))
         for _ in group.branches:
             own_query, own_key, own_value, mask = next(queries), next(keys), next(values), next(masks)
@@ -185,7 +194,7 @@ def by_groups(
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None) -> Tensor:
-    """The kernel `varlen`: (1, H, S, D) -> the same."""
+    """Compute attention with the kernel `varlen`, (1, H, S, D) -> the same shape."""
     from torch.nn.attention.varlen import varlen_attn  # without CUDA it may be missing
 
     which, query_ends, key_ends, most_queries, most_keys = sight.copies
@@ -207,7 +216,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: flo
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float | None = None) -> Tensor:
-    """The kernel `flex`: (1, H, S, D) -> the same."""
+    """Compute attention with the kernel `flex`, (1, H, S, D) -> the same shape."""
     out: Tensor = _compiled()(
         query, key, value, block_mask=sight.block_mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
@@ -224,7 +233,7 @@ AttentionInterface.register(NAME, pack_attention)
 
 @contextmanager
 def looking_at(language_model: Any) -> Iterator[None]:
-    """Let a language model attend by packs: forward passes inside, and their backward passes, need a `Sight`."""
+    """Use attention by packs in a language model; forward and backward passes inside need a `Sight`."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = NAME

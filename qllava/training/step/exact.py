@@ -1,20 +1,21 @@
-"""The forward pass of a pack: the same loss as that of its samples, one by one, for less.
+"""The forward pass of a pack: the same loss as its samples one by one, at lower cost.
 
     images --tower (no gradient), once each--> --projector--> features --gathered--> at the image tokens
     tokens --embeddings--> + features --language model, by packs--> hidden --those that predict--> head --> log_probs
 
-With dropout 0 what is left out changes nothing (with dropout, questions about one image share the mask of its tokens,
-and random numbers fall on other tokens): tokens that predict nothing have no logits, and an image is looked at once
-however many samples show it. Four shortcuts more are functions of their own, each of which changes an instance and can
-be left out (`stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers` of the settings):
+With dropout 0 the savings change no result (with dropout, questions about one image share the mask of its tokens, and
+random numbers fall on other tokens): tokens that predict nothing get no logits, and an image is encoded once however
+many samples show it. Four more shortcuts are separate functions; each changes a model instance and can be turned off
+(settings `stop_tower`, `prune_last_layer`, `lora_first`, `compile_layers`):
 
-- `stop_tower`: no layer of the tower is computed behind the one whose features are used.
-- `prune_last_layer`: the last layer of the language model gives keys and values of all tokens, and everything else only
-  where something is predicted.
-- `lora_first`: LoRA's product before the base's. When a layer is recomputed on the way back, torch ends as soon as it
-  has what it needs; the base's product (4 bit, frozen) is needed by nothing, so that the last one of a layer is saved.
-- `compile_layers`: what stands between the products of a decoder layer, its norms and the gate of its MLP, is one
-  compiled kernel each. The products themselves, 4-bit ones and LoRA's, and attention are libraries' kernels already.
+- `stop_tower`: layers of the vision tower after the one whose features are used are not computed.
+- `prune_last_layer`: the last layer of the language model computes keys and values for all tokens, and everything else
+  only at positions that predict a learned token.
+- `lora_first`: LoRA's product is computed before the base's. When a layer is recomputed in the backward pass, torch
+  stops as soon as it has what it needs; nothing needs the product of the frozen 4-bit base, so the last one of a layer
+  is saved.
+- `compile_layers`: the operations between the matrix products of a decoder layer, which are its norms and the gate of
+  its MLP, become one compiled kernel each. The products, 4-bit and LoRA's, and attention are library kernels already.
 
 S tokens, P image tokens of a pack, I its images, L its learned tokens, D width.
 """
@@ -42,44 +43,44 @@ from qllava.models.stream import features_at
 from qllava.training.step.attention import Kernel, Sight, pack_attention
 
 MOST_LOGITS = 1 << 25
-"""That are held at once: 128 MB in fp32, for 1,048 learned tokens of a vocabulary of 32,000."""
+"""Maximum number of logits held at once: 128 MB in fp32, for 1,048 learned tokens and a vocabulary of 32,000."""
 
 _STEPS = 6
-"""Twice the three that count: the small products of a LoRA are bound by memory. Measured with nano."""
+"""Twice the three products that count: the small products of a LoRA are bound by memory. Measured with nano."""
 
 
 @dataclass
 class PackOutput(ModelOutput):
-    """What TRL makes its loss and its figures of, for the learned tokens alone; (L,) each."""
+    """Values from which TRL computes its loss and metrics, for the learned tokens only; (L,) each."""
 
     log_probs: Tensor | None = None
-    """Of the token that was to come; these have gradients."""
+    """Log-probabilities of the correct tokens, with gradients."""
     label_mask: Tensor | None = None
-    """True everywhere but in a weightless pack: only learned tokens are here."""
+    """True everywhere except in a weightless pack, because only learned tokens are included."""
     entropy: Tensor | None = None
-    """Of what was predicted, in nats."""
+    """Entropy of the predictions, in nats."""
     is_top1: Tensor | None = None
-    """Whether the token that was to come was the likeliest."""
+    """Whether the correct token was the most likely one."""
 
 
 class Switches(Protocol):
-    """Which shortcuts are taken; a run's settings say so, among others."""
+    """The shortcuts to take; a run's settings have these attributes."""
 
     @property
     def stop_tower(self) -> bool:
-        """See the head of this file."""
+        """Whether the vision tower stops at the layer whose features are used."""
 
     @property
     def prune_last_layer(self) -> bool:
-        """See the head of this file."""
+        """Whether the last layer is computed only where a token is learned."""
 
     @property
     def lora_first(self) -> bool:
-        """See the head of this file."""
+        """Whether LoRA's product is computed before the base's."""
 
 
 def take_shortcuts(model: Any, switches: Switches) -> None:
-    """Change a LlavaForConditionalGeneration, with LoRA in it or without, as the switches say."""
+    """Apply the selected shortcuts to a LlavaForConditionalGeneration, with or without LoRA."""
     if switches.stop_tower:
         stop_tower(model)
     if switches.prune_last_layer:
@@ -89,13 +90,13 @@ def take_shortcuts(model: Any, switches: Switches) -> None:
 
 
 def teach_packs(model: Any, kernel: Kernel = "groups") -> None:
-    """Let a LlavaForConditionalGeneration's forward take packs too: a call with `pack_groups` is one of a pack.
+    """Let a LlavaForConditionalGeneration's forward accept packs: a call with `pack_groups` computes a pack.
 
-    It is set on the instance, so that a call goes through whatever wraps the model (peft, accelerate, DDP).
+    The method is set on the instance, so that calls work through whatever wraps the model (peft, accelerate, DDP).
     """
     plain = model.forward
 
-    @wraps(plain)  # `generate` looks at its signature
+    @wraps(plain)  # `generate` reads its signature
     def forward(*args: Any, pack_groups: Sequence[Group] | None = None, **kwargs: Any) -> Any:
         if pack_groups is None:
             return plain(*args, **kwargs)
@@ -120,20 +121,29 @@ def pack_forward(
     weightless: bool = False,
     **_: Any,
 ) -> PackOutput:
-    """What the model says to the learned tokens of a pack (`data.collate.pack_tensors`).
+    """Compute the scores of a pack's learned tokens; the arguments are those of `data.collate.pack_tensors`.
 
-    model: a LlavaForConditionalGeneration whose language model is `looking_at` packs.
-    features: (P,) indices into the features of all images, one image after the other.
-    pixel_values: (I, 3, H, W); None for a pack without images.
-    weightless: gradients are zero, and nothing is counted.
+    Args:
+        model: A LlavaForConditionalGeneration whose language model is inside `looking_at`.
+        input_ids: (1, S).
+        position_ids: (1, S).
+        image_places: (P,) positions of the image tokens.
+        features: (P,) indices into the features of all images, one image after the other.
+        learned: (L,) positions that predict a learned token.
+        targets: (L,) the tokens to predict.
+        learned_counts: Number of learned tokens of each branch.
+        pack_groups: Layout of the pack.
+        kernel: Attention kernel.
+        pixel_values: (I, 3, H, W); None for a pack without images.
+        weightless: Make all gradients zero and count nothing.
     """
     embeddings = model.model.language_model.get_input_embeddings()(input_ids[0])
     if pixel_values is not None:
         seen = image_features(model, pixel_values)
         embeddings = embeddings.index_put((image_places,), seen[features].to(embeddings.dtype))
     elif torch.is_grad_enabled():
-        # A text teaches the projector nothing, and its gradient is zero, not missing: stage 1 has no other, and
-        # several processes wait for it.
+        # Without images the projector learns nothing, and its gradient must be zero, not missing: it is the only
+        # gradient of stage 1, and the ranks wait for it.
         learning = [p.sum() for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
         embeddings = embeddings + 0 * sum(learning)
     hidden = model.model.language_model(
@@ -143,7 +153,7 @@ def pack_forward(
         use_cache=False,
         sight=Sight(tuple(pack_groups), learned, tuple(learned_counts), kernel),
     ).last_hidden_state[0]
-    # A last layer that was pruned has given the learned places alone.
+    # A pruned last layer returned the learned positions only.
     predicting = hidden if len(hidden) == len(learned) else hidden[learned]
     log_probs, entropy, is_top1 = _scores(model.lm_head, predicting, targets)
     if weightless:
@@ -152,9 +162,9 @@ def pack_forward(
 
 
 def _scores(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, D), (L,) -> log-probability, entropy and whether it was the likeliest, (L,) each.
+    """Score the targets, (L, D), (L,) -> log-probability, entropy and whether it was the most likely, (L,) each.
 
-    Where the logits of a pack are many, they are made in pieces, and again on the way back.
+    If a pack has many logits, they are computed in pieces, and again in the backward pass.
     """
     size = max(1, MOST_LOGITS // head.weight.shape[0])
     if len(hidden) <= size:
@@ -176,7 +186,7 @@ def _score(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def image_features(model: Any, pixel_values: Tensor) -> Tensor:
-    """(I, 3, H, W) -> (F, D), F features of all images: the tower outside the graph, then the projector."""
+    """Compute the features of all images, (I, 3, H, W) -> (F, D): the tower without gradients, then the projector."""
     layer = model.config.vision_feature_layer
     tower = model.model.vision_tower
     with torch.no_grad():
@@ -192,21 +202,24 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def stop_tower(model: Any) -> None:
-    """Let the tower of a LLaVA stop at the layer whose features are used, when a pack is computed."""
+    """Stop the vision tower at the layer whose features are used, while a pack is computed."""
     tower = model.model.vision_tower
     inner = getattr(tower, "vision_model", tower)
     tower.features_at = lambda pixel_values, layer: features_at(inner, [pixel_values], layer)[0]
 
 
 def prune_last_layer(language_model: Any) -> None:
-    """Let the last layer of a LLaMA or Mistral compute only what the learned places of a pack need.
+    """Let the last layer of a LLaMA or Mistral compute only what the learned positions of a pack need.
 
-    It is never recomputed on the way back, which begins with it: what it holds is small, and would be made again at
-    once. Other calls than those of packs are as before.
+    It is never recomputed: the backward pass begins with it, so it would be recomputed right away, and what it holds
+    is small. Calls without a pack are unchanged.
+
+    Raises:
+        TypeError: The last layer is not one of a LLaMA or Mistral.
     """
     layer = language_model.layers[-1]
     if not isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer):
-        raise TypeError(f"no layer of a LLaMA or Mistral: {type(layer).__name__}")
+        raise TypeError(f"expected a decoder layer of a LLaMA or Mistral, got {type(layer).__name__}")
     layer.forward = partial(_pruned, layer, layer.forward)  # type: ignore[method-assign]
 
 
@@ -218,7 +231,7 @@ def _pruned(
     sight: Sight | None = None,
     **kwargs: Any,
 ) -> Any:
-    """(1, S, D) -> (1, L, D): a decoder layer at the learned places of a pack."""
+    """Compute a decoder layer at the learned positions of a pack, (1, S, D) -> (1, L, D)."""
     if sight is None:
         return plain(hidden_states, *args, **kwargs)
     attention, places = layer.self_attn, sight.learned
@@ -237,16 +250,18 @@ def _pruned(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(1, H, S, D) turned by the angles of its positions, (1, S, D)."""
+    """Rotate (1, H, S, D) by the angles of its positions, (1, S, D)."""
     turned: Tensor = x * cos[:, None] + rotate_half(x) * sin[:, None]
     return turned
 
 
 def lora_first(model: nn.Module) -> None:
-    """Let every LoRA of a model be computed before its base layer, while it trains; or in it, where that is less.
+    """Compute every LoRA of a model before its base layer during training, or merged into it where that is cheaper.
 
-    A kind of LoRA that needs more than the layer's input stays as peft computes it. Raises InputError for a kind that
-    is not known.
+    A kind of LoRA that needs more than the layer's input is left as peft computes it.
+
+    Raises:
+        InputError: The kind of LoRA is not known.
     """
     lora = Lora.of_model(model)
     if lora is None or not lora.goes_first:
@@ -257,11 +272,11 @@ def lora_first(model: nn.Module) -> None:
 
 
 def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """(..., in) -> (..., out): (alpha / r) B A x + W x, in the base's type as peft has it."""
+    """Compute (alpha / r) B A x + W x, (..., in) -> (..., out), in the base's type as peft does."""
     if not layer.training or layer.disable_adapters or layer.merged or args or kwargs:
         return plain(x, *args, **kwargs)
     a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
-    # Under autocast torch chooses the type; without, LoRA computes in its own.
+    # Under autocast torch chooses the type; otherwise LoRA computes in its own.
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast and x.dtype == torch.float32 and _is_large(layer):
         whole = torch.addmm(_weight(layer.base_layer), b.weight, a.weight, alpha=scaling)
@@ -273,10 +288,11 @@ def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **
 
 
 def _is_large(layer: Any) -> bool:
-    """Whether a LoRA costs as much as its layer.
+    """Whether a LoRA costs as much as its layer, so that adding it to the weight is cheaper.
 
-    Alone it takes 3 r (in + out) products a token, both ways, in seven small steps; added to the weight, the
-    gradient of the weight, in * out in one. In 16 bit the sum would be rounded, so it is for fp32 alone.
+    A separate LoRA takes 3 r (in + out) products per token, forward and backward, in seven small steps; added to the
+    weight, the gradient of the weight takes in * out in one step. In 16 bit the sum would be rounded, so this is for
+    fp32 only.
     """
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     (rank, wide), tall = a.shape, b.shape[0]
@@ -286,8 +302,8 @@ def _is_large(layer: Any) -> bool:
 
 @torch.no_grad()
 def _weight(base: Any) -> Tensor:
-    """(out, in) of a frozen linear layer, in fp32."""
-    # FSDP puts a plain tensor in the weight's place; bitsandbytes keeps what belongs to it on the layer too.
+    """Return the weight of a frozen linear layer, (out, in), in fp32."""
+    # FSDP replaces the weight by a plain tensor; bitsandbytes keeps the quantization state on the layer too.
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     return base.weight.float() if state is None else unpacked(base.weight.data, state)
 
@@ -301,17 +317,17 @@ def compile_layers(language_model: Any) -> None:
 
 
 def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """What a LLaMA's MLP does between its products."""
+    """Compute what a LLaMA's MLP does between its matrix products."""
     return act(gate) * up
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """(..., D) -> (..., D)."""
+    """Compute an MLP with the compiled gate, (..., D) -> (..., D)."""
     out: Tensor = mlp.down_proj(compiled(gated)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
     return out
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile's, once for all layers."""
+    """Return the function compiled by torch.compile, compiled once for all layers."""
     return torch.compile(function, dynamic=True)

@@ -1,9 +1,9 @@
-"""Which kernels compute a pack on this device: attention (`attention.py`), and what stands between products.
+"""Choice of the kernels that compute a pack: attention (`attention.py`), and the operations between products.
 
-On a CUDA device each is tried in the model's own widths, forward and backward. One that is not there, or does not agree
-with the plainest, is left out, and the fastest of the others is taken; on a CPU it is the plainest, and attention in
-fp32 too. What was measured is in the ledger. The choice is kept in every checkpoint: a run that is resumed on the same
-kind of device computes with the same kernels, whatever a stopwatch says then.
+On a CUDA device each kernel is tried with the model's own widths, forward and backward. A kernel that is missing, or
+disagrees with the plainest one, is left out, and the fastest of the others is chosen; on a CPU, and for attention in
+fp32, it is the plainest. The measurements are in the ledger. Every checkpoint records the choice: a run resumed on the
+same kind of device uses the same kernels, whatever a new measurement would say.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from qllava.training.step.attention import Kernel, Sight, by_groups, flex, varle
 from qllava.training.step.exact import compiled, gated
 
 TOLERANCE = 2e-2
-"""Largest difference from `groups` in outputs and gradients, against the largest value: 16-bit rounding, not a mask."""
-# Two groups as LLaVA-Instruct has them: 600 shared tokens, and questions about them; and a text.
+"""Largest relative difference from `groups` in outputs and gradients: allows 16-bit rounding, not a wrong mask."""
+# Two groups as in LLaVA-Instruct (600 shared tokens and questions about them), and a text.
 TRIAL = (Group(0, 600, (200, 120, 80)), Group(1000, 600, (150, 50)), Group(1800, 0, (248,)))
 KERNELS: dict[Kernel, Callable[..., Tensor]] = {"groups": by_groups, "varlen": varlen, "flex": flex}
 
 
 TRIAL_TOKENS = 2048
-"""Of the pack in which compiled kernels are tried."""
+"""Tokens of the pack with which compiled kernels are tried."""
 Layers = Literal["plain", "compiled"]
 Trial = Callable[[list[Tensor]], list[Tensor]]
 Name = TypeVar("Name", bound=str)
@@ -40,25 +40,27 @@ Name = TypeVar("Name", bound=str)
 
 @dataclass(frozen=True)
 class Chosen(Generic[Name]):
-    """A kernel, and why it was chosen, in a line."""
+    """A kernel and why it was chosen."""
 
     kernel: Name
+    """Name of the kernel."""
     why: str
+    """Reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What computes the packs of a run."""
+    """The kernels that compute the packs of a run."""
 
     on: str
-    """The device and the type that it was settled for."""
+    """Device and type for which they were chosen."""
     attention: Chosen[Kernel]
-    """The kernel of attention by packs."""
+    """Kernel of attention by packs."""
     layers: Chosen[Layers]
     """Whether norms and gates are compiled."""
 
     def record(self) -> dict[str, Any]:
-        """Return what every checkpoint keeps of it, for `settle` on resume."""
+        """Return what every checkpoint records, for `settle` on resume."""
         return {"on": self.on, "attention": self.attention.kernel, "layers": self.layers.kernel}
 
     def line(self) -> str:
@@ -70,12 +72,12 @@ class Settled:
 
 
 def settle(llava: Any, config: TrainConfig, kept: Mapping[str, Any]) -> Settled:
-    """Settle what computes a pack: by trial, or as a checkpoint has it that was written on such a device.
+    """Choose the kernels by trial, or take those of a checkpoint written on the same kind of device.
 
     Args:
         llava: A LlavaForConditionalGeneration.
         config: The loop's settings.
-        kept: `record` of the checkpoint that is resumed, or nothing.
+            kept: `record` of the checkpoint that is resumed; empty for a new run.
     """
     device, dtype = llava.device, computing_in(config, llava.dtype)
     on = f"{device.type} in {str(dtype).removeprefix('torch.')}"
@@ -86,16 +88,18 @@ def settle(llava: Any, config: TrainConfig, kept: Mapping[str, Any]) -> Settled:
 
 
 def computing_in(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
-    """Return what the model computes in: autocast's type, or its own."""
+    """Return the type the model computes in: autocast's, or its own."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
 
 
 def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel | None = None) -> Chosen[Kernel]:
-    """The kernel of attention for a language model's heads.
+    """Choose the attention kernel for a language model's heads.
 
-    config: a LlamaConfig or MistralConfig.
-    dtype: what the model computes in.
-    kept: the kernel of the checkpoint that is resumed; it is taken if it works here.
+    Args:
+        config: A LlamaConfig or MistralConfig.
+        device: Device of the model.
+        dtype: Type the model computes in.
+        kept: Kernel of the checkpoint that is resumed; taken if it works on this device.
     """
     if device.type != "cuda":
         return Chosen("groups", "the only kernel without CUDA")
@@ -114,12 +118,14 @@ def choose(config: Any, device: torch.device, dtype: torch.dtype, kept: Kernel |
 def choose_layers(
     config: Any, device: torch.device, dtype: torch.dtype, asked: bool | None, kept: Layers | None = None
 ) -> Chosen[Layers]:
-    """Whether norms and gates of the decoder layers are compiled.
+    """Choose whether norms and gates of the decoder layers are compiled.
 
-    config: a LlamaConfig or MistralConfig.
-    dtype: what the model computes in.
-    asked: what the user says; None: the faster on CUDA, plain elsewhere.
-    kept: the choice of the checkpoint that is resumed.
+    Args:
+        config: A LlamaConfig or MistralConfig.
+        device: Device of the model.
+        dtype: Type the model computes in.
+        asked: The user's setting; None for the faster one on CUDA and plain elsewhere.
+        kept: Choice of the checkpoint that is resumed.
     """
     if asked is not None:
         return Chosen("compiled" if asked else "plain", "set by compile_layers")
@@ -137,7 +143,7 @@ def choose_layers(
 
 
 def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trial:
-    """Forward and backward pass of a norm and a gate: outputs and gradients."""
+    """Return a forward and backward pass of a norm and a gate, which gives outputs and gradients."""
 
     def run(pack: list[Tensor]) -> list[Tensor]:
         given = [x.detach().requires_grad_() for x in pack]
@@ -149,7 +155,7 @@ def layer_trial(norm: LlamaRMSNorm, how: Callable[[Callable[..., Any]], Callable
 
 
 def partial_trial(kernel: Kernel) -> Trial:
-    """Forward and backward pass of a kernel over the trial's pack: output and the three gradients."""
+    """Return a forward and backward pass of a kernel over the trial's pack: output and the three gradients."""
 
     def run(pack: list[Tensor]) -> list[Tensor]:
         learned = torch.arange(0, device=pack[0].device)
@@ -162,7 +168,7 @@ def partial_trial(kernel: Kernel) -> Trial:
 
 
 def fastest(pack: list[Tensor], trials: dict[Name, Trial], kept: Name | None = None) -> Chosen[Name]:
-    """The fastest of the trials that agree with the first; `kept` without a stopwatch, if it agrees."""
+    """Return the fastest trial that agrees with the first, or `kept` without timing if it agrees."""
     first, *_ = trials
     wanted = trials[first](pack)
     seconds: dict[Name, float] = {}
@@ -182,13 +188,13 @@ def fastest(pack: list[Tensor], trials: dict[Name, Trial], kept: Name | None = N
 
 
 def _fault(trial: Trial, pack: list[Tensor], wanted: list[Tensor]) -> str | None:
-    """Why a trial cannot be used on this device; None where it can."""
+    """Return why a trial cannot be used on this device; None if it can."""
     try:
         found = trial(pack)
-    except Exception as error:  # whatever is missing on this device, the others remain
+    except Exception as error:  # whatever this device lacks, the other kernels remain
         return f"is not available ({type(error).__name__})"
     off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
-    # Not the largest: `max` passes over a NaN that is not the first.
+    # Not `max` alone: it passes over a NaN that is not first.
     if all(difference <= TOLERANCE for difference in off):
         return None
     return f"differs by {max(off):.1%}" if all(map(math.isfinite, off)) else "computes values that are not finite"

@@ -1,8 +1,8 @@
-"""An optimizer step, pack by pack: forward and backward passes, in shorter packs when memory runs out.
+"""An optimizer step, pack by pack: forward and backward passes, in shorter packs if memory runs out.
 
-A batch comes as packs (`data.packing`; its key for them is `packs`), and its gradient is the sum over them. When memory
-runs out, the whole step is computed again in packs of half the length; its samples, and so what is learned, stay the
-same. In several processes each computes packs of its own, and all wait for each other in each of them.
+A batch consists of packs (`data.packing`; under its key `packs`), and its gradient is the sum over them. If memory runs
+out, the whole step is computed again in packs of half the length; its samples, and so the result, stay the same. With
+several ranks each computes its own packs, and all ranks wait for each other at every pack.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from qllava.training.settings import TrainConfig
 
 
 class PackStep:
-    """Computes the batches of an optimizer step, and keeps them until the step is done: see the head of this file."""
+    """Computes the batches of an optimizer step and keeps them until the step is complete; see the module docstring."""
 
     halved: int | None = None
-    """Most tokens of a pack since memory ran out; None: it has not."""
+    """Maximum tokens of a pack since memory ran out; None if it has not."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class PackStep:
         looking: Callable[[], AbstractContextManager[Any]],
         say: Callable[[str], None],
     ) -> None:
-        """Begin with an optimizer step without batches.
+        """Start with a step that has no batches yet.
 
         Args:
             collator: Makes the packs, and makes them shorter.
-            accelerator: Knows when gradients of several processes are added up.
-            learn: Computes one pack, forward and backward. Called with the model, the pack and the learned tokens of
-                the step; returns the pack's loss.
-            looking: Inside it the language model attends by packs.
+            accelerator: Decides when gradients are summed over the ranks.
+            learn: Computes one pack, forward and backward. Called with the model, the pack and the number of learned
+                tokens of the step; returns the pack's loss.
+            looking: Context in which the language model uses attention by packs.
             say: Called with one line each time memory runs out.
         """
         self._collator, self._accelerator = collator, accelerator
@@ -53,19 +53,19 @@ class PackStep:
         self._losses: list[Tensor] = []
 
     def add(self, model: nn.Module, batch: dict[str, Any], count: Any, step: int) -> Tensor:
-        """Compute the next batch of the step; when memory runs out, the whole step again in shorter packs.
+        """Compute the next batch of the step; if memory runs out, compute the whole step again in shorter packs.
 
         Args:
-            model: What is trained.
-            batch: What the collator made.
-            count: Learned tokens of the step in all processes.
-            step: Its number, for messages.
+            model: The model that is trained.
+            batch: A batch made by the collator.
+            count: Learned tokens of the step over all ranks.
+            step: Number of the step, for messages.
 
         Returns:
-            The loss of the batch, without a gradient.
+            The loss of the batch, without gradient.
 
         Raises:
-            InputError: Memory does not suffice for one sample, or ran out in one of several processes.
+            InputError: Memory does not suffice for one sample, or ran out on one of several ranks.
         """
         self._batches.append(self._cut(batch))
         batches = self._batches[-1:]
@@ -90,13 +90,13 @@ class PackStep:
         return losses[-1]
 
     def taken(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """Return the losses of the batches and their samples, in order, and begin the next step."""
+        """Return the losses of the batches and their samples, in order, and start the next step."""
         samples = [sample for batch in self._batches for sample in batch["kept"].samples]
         losses, self._losses, self._batches = self._losses, [], []
         return losses, samples
 
     def compute(self, model: nn.Module, batch: dict[str, Any], count: Any) -> Tensor:
-        """Compute a batch pack by pack, as it is, and return its loss; the gradients of the packs add up."""
+        """Compute a batch pack by pack and return its loss; the gradients of the packs add up."""
         losses = []
         state, sync = self._accelerator.gradient_state, self._accelerator.sync_gradients
         try:
@@ -113,14 +113,14 @@ class PackStep:
         return torch.stack(losses).sum()
 
     def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch in packs of the present length: one that was made before it was halved has longer ones."""
+        """Return the batch in packs of the current length; a batch made before a halving has longer ones."""
         limit = self._collator.tokens_per_pack
         if limit is None or _longest(batch) <= max(limit, _longest_sample(batch)):
             return batch
         return self._collator.again(batch)
 
     def _halve(self, step: int) -> None:
-        """Packs of half the length from here on. Raises InputError when a single sample is too long."""
+        """Halve the length of packs from here on, or raise an InputError if a single sample is too long."""
         longest = max(map(_longest, self._batches))
         sample = max(map(_longest_sample, self._batches))
         if longest <= sample:
@@ -137,7 +137,7 @@ class PackStep:
 
 
 def prepare_for_packs(config: TrainConfig) -> None:
-    """Set what batches of packs need of TRL and transformers."""
+    """Set what batches of packs need from TRL and transformers."""
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
     config.logging_nan_inf_filter = False
@@ -147,15 +147,15 @@ def prepare_for_packs(config: TrainConfig) -> None:
 
 
 def evened(packs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return as many packs as the process has that has most: in each of them all wait for each other."""
+    """Return the packs, padded with weightless ones to the number of the rank that has most."""
     return packs + [weightless_pack() for _ in range(processes.highest(len(packs)) - len(packs))]
 
 
 def _longest(batch: dict[str, Any]) -> int:
-    """Tokens of the longest pack of a batch."""
+    """Return the tokens of the longest pack of a batch."""
     return max(int(pack["input_ids"].shape[1]) for pack in batch["packs"])
 
 
 def _longest_sample(batch: dict[str, Any]) -> int:
-    """Tokens of the longest sample of a batch."""
+    """Return the tokens of the longest sample of a batch."""
     return max((int(length) for length in batch["lengths"]), default=0)

@@ -67,7 +67,7 @@ def test_a_tower_that_stops(kind: str, layer: int) -> None:
 def test_only_layers_that_are_known_are_pruned() -> None:
     llama = LlamaModel(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
     llama.layers[0] = torch.nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="no layer of a LLaMA or Mistral: Linear"):
+    with pytest.raises(TypeError, match="expected a decoder layer of a LLaMA or Mistral, got Linear"):
         prune_last_layer(llama)
 
 

@@ -1,4 +1,4 @@
-"""Will it fit: the peak memory of a run before it starts, and the settings that make it fit."""
+"""Memory of a run: its peak before it starts, and the settings that make it fit."""
 
 from qllava.training.memory.fit import DoesNotFit, Plan, fit, plan_of, settled
 from qllava.training.memory.phases import PHASES, Asking, phases_of

@@ -1,7 +1,8 @@
-"""glibc's allocator, told to keep what a step on a CPU frees for the next one.
+"""Settings of glibc's allocator that keep the memory a CPU step frees for the next step.
 
-By default it gives large blocks back to the kernel as soon as a few of them are free; their pages are filled with zeros
-when they are asked for again: the tensors of each step, and the weights of each layer that are unpacked from 4 bit.
+By default glibc returns large blocks to the kernel as soon as a few of them are free, and the kernel fills their pages
+with zeros when they are allocated again. That concerns the tensors of each step, and the weights of each layer that are
+dequantized from 4 bit.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import ctypes
 import sys
 
 MMAP_THRESHOLD = 32 << 20
-"""Bytes of the largest block that is kept; glibc takes no more than this."""
+"""Largest block that is kept, in bytes; also the largest value that glibc accepts."""
 TRIM_THRESHOLD = 1 << 30
-"""Bytes at the end of the heap that are kept."""
+"""Free memory at the end of the heap that is kept, in bytes."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Set it for this process; True when it was taken. Other systems than Linux with glibc stay as they are."""
+    """Apply the settings to this process; return whether they took effect, which needs Linux with glibc."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,10 +1,10 @@
-"""The real training step on fake tensors, and who counts what it holds.
+"""The real training step on fake tensors, and a tracker of the memory that it holds.
 
 Fake tensors have sizes and no bytes. The modules are the real ones (transformers', peft's, bitsandbytes' 4-bit layers),
-and so are `training.exact`'s forward pass of a pack, autograd, recomputation and AdamW. A `Tracker` sees every
-operation, knows which storages live, and notes the most that lived at one time. It counts real tensors as well.
+and so are the forward pass of a pack (`training.step.exact`), autograd, activation checkpointing and AdamW. A `Tracker`
+sees every operation, knows which storages are alive, and records the peak. It counts real tensors as well.
 
-Tensors are fake ones of the CPU: on fake ones of CUDA torch's backward pass does not run without a GPU.
+The fake tensors are on the CPU: with fake CUDA tensors torch's backward pass does not run without a GPU.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ from qllava.training.step.attention import looking_at
 
 Parts = Counter[str]
 _MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}
-"""Values that an optimizer keeps of each value that is trained, where they are not AdamW's two; by the start of its
-name. SGD is transformers', without momentum."""
+"""Values that an optimizer stores for each trained value, if not AdamW's two; by the start of its name. SGD is
+transformers', without momentum."""
 
 
 def fake_llava(config: LlavaConfig, *, load_in_4bit: bool, dtype: torch.dtype, lora: Lora | None) -> Any:
-    """A LLaVA as it is trained, of fake CPU tensors; to be called inside a `FakeTensorMode`.
+    """Return a LLaVA prepared for training, of fake CPU tensors; to be called inside a `FakeTensorMode`.
 
-    Linear layers of the language model are bitsandbytes' Linear4bit with packed weights, doubly quantized; projector
-    and LoRA are fp32, everything else is in `dtype`. Returns a PeftModel, or without `lora` (stage 1, the projector
-    alone) a LlavaForConditionalGeneration.
+    Linear layers of the language model are bitsandbytes' Linear4bit with packed weights and double quantization;
+    projector and LoRA are fp32, everything else is in `dtype`.
+
+    Returns:
+        A PeftModel, or without `lora` (stage 1, which trains only the projector) a LlavaForConditionalGeneration.
     """
     with unset_fake_temporarily(), torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(copy.deepcopy(config))
@@ -61,7 +63,7 @@ def fake_llava(config: LlavaConfig, *, load_in_4bit: bool, dtype: torch.dtype, l
         model.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         recipe = Recipe("", None, None, "mlp2x_gelu", -2, "pad", "", load_in_4bit)
         assembled = Assembled(model, None, recipe)  # type: ignore[arg-type]  # there is nothing to read
-        with warnings.catch_warnings():  # peft asks the model by a name that transformers is giving up
+        with warnings.catch_warnings():  # peft reads an attribute that transformers has deprecated
             warnings.simplefilter("ignore", FutureWarning)
             adapted: Any = add_lora(assembled, lora) if lora else train_projector_only(assembled)
     _make_fake(adapted, dtype)
@@ -79,7 +81,7 @@ def _quantize(model: Any, dtype: torch.dtype) -> None:
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put fake tensors of the CPU in the place of those on "meta"; what was shared stays shared."""
+    """Replace tensors on "meta" by fake CPU tensors; shared tensors stay shared."""
     made: dict[int, Any] = {}
     module: Any
     for module in model.modules():
@@ -92,7 +94,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
                 new = torch.empty(shape, dtype=torch.uint8 if packed else old.dtype)
                 made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
                 if packed:
-                    # A Params4bit cannot be made of a fake tensor; a parameter with its state is used in the same way.
+                    # A Params4bit cannot hold a fake tensor; a parameter with its state works the same way.
                     made[id(old)].quant_state = module.quant_state = _packed_state(old.shape, dtype)
             module._parameters[name] = made[id(old)]
         for name, buffer in list(module._buffers.items()):
@@ -101,7 +103,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _packed_state(shape: torch.Size, dtype: torch.dtype) -> QuantState:
-    """NF4 in blocks of 64 whose scales are 8 bit, in blocks of 256."""
+    """Return the state of NF4 in blocks of 64, whose scales are 8 bit in blocks of 256."""
     blocks = -(-shape.numel() // 64)
     scales = torch.empty(-(-blocks // 256))
     outer = QuantState(scales, code=torch.empty(256), blocksize=256, dtype=torch.float32)
@@ -110,9 +112,10 @@ def _packed_state(shape: torch.Size, dtype: torch.dtype) -> QuantState:
 
 
 class Tracker(TorchDispatchMode):
-    """Knows which storages live, by part, and the most that lived at one time in each phase. Fake or real tensors.
+    """Counter of the storages that are alive, by part, and of the peak in each phase; for fake or real tensors.
 
-    vocabulary: a tensor of this width is counted as logits.
+    Args:
+        vocabulary: A tensor of this width counts as logits.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -124,7 +127,7 @@ class Tracker(TorchDispatchMode):
         self._storages: dict[int, tuple[int, str, Any]] = {}
 
     def put(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage as of this part, whether it was known or not."""
+        """Count a tensor's storage under this part, whether it was known or not."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._storages:
@@ -136,7 +139,7 @@ class Tracker(TorchDispatchMode):
         self.live[part] += size
 
     def part(self, tensor: Tensor) -> str:
-        """What a tensor that is known counts as."""
+        """Return the part under which a known tensor is counted."""
         return self._storages[id(tensor.untyped_storage())][1]
 
     def _freed(self, key: int) -> None:
@@ -148,8 +151,8 @@ class Tracker(TorchDispatchMode):
             self.peaks[self.phase] = Counter(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
-        if func is torch.ops.prim.device.default:  # three of four: where a tensor is, which makes nothing
+        """Run the operation and count what it allocated."""
+        if func is torch.ops.prim.device.default:  # three of four calls: asks for the device and allocates nothing
             return func(*args)
         name, inside = func.name(), 0
         if name.startswith("bitsandbytes::gemm_4bit"):
@@ -167,10 +170,10 @@ class Tracker(TorchDispatchMode):
 
 
 def track_model(tracker: Tracker, model: Any) -> None:
-    """Count a model's tensors by part, and tell phases by its decoder layers.
+    """Count a model's tensors by part, and derive the phases from its decoder layers.
 
-    Phases: "images", "forward" (with the head, there and back), "kept" and "recomputed" (the way back through layers
-    of each kind), "projector" (the rest of it).
+    Phases: "images", "forward" (with the head, forward and backward), "kept" and "recomputed" (backward pass through
+    layers of each kind), "projector" (the rest of the backward pass).
     """
     for name, parameter in model.named_parameters():
         part = "LoRA" if "lora_" in name else "projector" if "multi_modal_projector" in name else "weights"
@@ -201,15 +204,18 @@ def track_model(tracker: Tracker, model: Any) -> None:
 
 
 def llava_of(model: Any) -> Any:
-    """The LlavaForConditionalGeneration inside a PeftModel, or the model itself."""
+    """Return the LlavaForConditionalGeneration inside a PeftModel, or the model itself."""
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
 def step_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torch.dtype) -> None:
-    """The second pack of an optimizer's step, when gradients of a first and AdamW's state are there, and the step.
+    """Run the second pack of an optimizer step and the step: gradients and AdamW's state are there from a first one.
 
-    model: in training, and known to the tracker. pack: what the model takes, pixels included. dtype: of autocast; fp32
-    for none.
+    Args:
+        model: The model in training mode, known to the tracker.
+        tracker: Records the peak of each phase.
+        pack: The model's inputs, pixels included.
+        dtype: Type of autocast; fp32 for none.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, fused=True)
@@ -233,13 +239,13 @@ def step_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torc
 
 
 def loss_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torch.dtype) -> int:
-    """Return the bytes that the loss of a held-out pack takes beside the model: nothing is kept for a way back.
+    """Return the bytes that the loss of a held-out pack takes in addition to the model, without a backward pass.
 
     Args:
-        model: In evaluation, and known to the tracker.
-        tracker: Its figures of phases are thrown away.
-        pack: What the model takes, pixels included.
-        dtype: Of autocast; fp32 for none.
+        model: The model in evaluation mode, known to the tracker.
+        tracker: Its peaks are discarded.
+        pack: The model's inputs, pixels included.
+        dtype: Type of autocast; fp32 for none.
     """
     tracker.peaks.clear()
     tracker.phase = "held out"
@@ -252,7 +258,7 @@ def loss_of_pack(model: Any, tracker: Tracker, pack: dict[str, Any], dtype: torc
 
 @contextmanager
 def _autocast_of_the_cpu() -> Iterator[None]:
-    """Peft asks whether autocast is on without saying where, which is about CUDA; let it hear of the CPU's."""
+    """Answer for the CPU when peft asks, without naming a device, whether autocast is on; torch answers for CUDA."""
     asked = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda device="cpu": asked(device)
     try:
@@ -262,14 +268,14 @@ def _autocast_of_the_cpu() -> Iterator[None]:
 
 
 def held_by(optim: str, shapes: Iterable[Sequence[int]]) -> int:
-    """Return the bytes on the card of an optimizer's state.
+    """Return the bytes that an optimizer's state takes on the GPU.
 
-    bitsandbytes keeps a tensor of less than 4,096 values in 32 bit, 8-bit scales in blocks of 256, and pages what has
-    100,000 values or more. Adafactor keeps the sums of rows and columns of a matrix.
+    bitsandbytes keeps tensors of fewer than 4,096 values in 32 bit, 8-bit scales in blocks of 256, and pages tensors of
+    100,000 values or more. Adafactor keeps the sums of a matrix's rows and columns.
 
     Args:
-        optim: One of TRL's names; one whose state is not known here counts as AdamW.
-        shapes: Of the tensors that are trained.
+        optim: One of TRL's names; an optimizer whose state is not known here counts as AdamW.
+        shapes: Shapes of the trained tensors.
     """
     kind = optim.removeprefix("paged_").partition("_")[0]
     if kind == "adafactor":
@@ -283,17 +289,17 @@ def held_by(optim: str, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def _factored(shape: Sequence[int]) -> int:
-    """Values that Adafactor keeps of a tensor."""
+    """Return the number of values that Adafactor stores for a tensor."""
     if len(shape) < 2:
         return math.prod(shape)
     return math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1]
 
 
 def example_pack(config: LlavaConfig, tokens: int, *, learned: float, samples_per_image: int) -> Pack:
-    """A pack of so many tokens, about `learned` of them learned; the others belong to one image or more.
+    """Return a pack of `tokens` tokens, of which a share of about `learned` is learned; the others belong to images.
 
-    Every image is shared by `samples_per_image` samples, as far as there is room. A pack always has room for an
-    image and a few words: one that is shorter is made longer.
+    Every image is shared by `samples_per_image` samples if there is room. A pack has room for at least one image and a
+    few words: a shorter one is lengthened.
     """
     image, each = config.image_token_index, ImageLayout.of_config(config).tokens
     tokens = max(tokens, each + 4)
@@ -314,7 +320,7 @@ def example_pack(config: LlavaConfig, tokens: int, *, learned: float, samples_pe
 
 
 def tensors_of(config: LlavaConfig, pack: Pack) -> dict[str, Any]:
-    """A pack as the model takes it, with pixels of nothing; to be called outside of a FakeTensorMode."""
+    """Return a pack as the model's inputs, with empty pixels; to be called outside a FakeTensorMode."""
     vision: Any = config.vision_config
     side = vision.image_size
     return {**pack_tensors(pack), "pixel_values": torch.zeros(len(pack.images), 3, side, side)}

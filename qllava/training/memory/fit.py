@@ -1,4 +1,4 @@
-"""What to choose so that a run stays under a limit: tokens per pack, recomputation, optimizer."""
+"""Choice of tokens per pack, recomputation and optimizer so that a run stays under a memory limit."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from qllava.training.options.sizes import CARDS, GB, format_bytes
 from qllava.training.settings import TrainConfig
 
 _PER_PASS = 300
-"""Tokens whose products take as long as making all weights whole: 4.5 bytes of traffic a weight, 2 FLOP a token."""
+"""Tokens whose matrix products take as long as dequantizing all weights: 4.5 bytes of traffic per weight and 2 FLOP
+per weight and token."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and what it comes to."""
+    """Chosen settings and their memory."""
 
     tokens_per_pack: int
+    """Most tokens of a pack."""
     recompute_layers: int
+    """Number of decoder layers, from the first, that are recomputed."""
     optim: str
+    """Name of the optimizer."""
     estimate: Estimate
-    """Of a step."""
+    """Estimate of a step."""
     phases: dict[str, int]
-    """Bytes of each phase of the run (`phases.PHASES`); 0 for one that it does not have."""
+    """Bytes of each phase of the run (`phases.PHASES`); 0 for a phase that the run does not have."""
     fits: bool | None
-    """Whether every phase stays under the limit; None where there is none."""
+    """Whether every phase stays under the limit; None without a limit."""
     suggestion: str
-    """One sentence."""
+    """Advice, in one sentence."""
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of the worst phase."""
+        """Bytes of the phase that needs most."""
         return max(self.phases.values())
 
 
 class DoesNotFit(InputError):
-    """Nothing that may be chosen stays under the limit; `plan` is what comes nearest."""
+    """Error: no allowed choice stays under the limit; `plan` is the closest one."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan.suggestion)
@@ -67,22 +71,28 @@ def fit(
     most_tokens: int | None = None,
     fixed: Collection[str] = (),
 ) -> Plan:
-    """The fastest pack size, recomputation and optimizer with which every phase of a run stays under a limit.
+    """Return the fastest pack size, recomputation and optimizer with which every phase of a run fits a limit.
 
-    The time of a token goes as (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a pack): two passes
-    or three, each of which makes the 4-bit weights whole once a pack. The optimizer is changed only when nothing fits.
+    The time per token is proportional to (2 + share of the layers that are recomputed) x (1 + 300 / tokens of a pack):
+    two or three passes, each of which dequantizes the 4-bit weights once per pack. The optimizer is changed only if
+    nothing fits otherwise.
 
-    limit: in bytes, CUDA's own context included.
-    asking: what the run asks its model; answers shrink their batches to what fits, to one question at least.
-    least_tokens: of a pack; the longest sample, which is not cut. most_tokens: a larger pack would never be filled.
-    fixed: which of tokens_per_pack, recompute_layers and optim are taken from the setup as they are.
-    Raises DoesNotFit, an InputError, which says by how much, and what would fit.
+    Args:
+        setup: The run's settings.
+        limit: Limit in bytes, CUDA's own context included.
+        asking: The questions the run asks its model; their batches shrink to what fits, to one question at least.
+        least_tokens: Minimum tokens of a pack: the longest sample, which is never cut.
+        most_tokens: Maximum tokens of a pack; a larger one would never be filled.
+        fixed: Which of tokens_per_pack, recompute_layers and optim keep the values of the setup.
+
+    Raises:
+        DoesNotFit: An InputError that says how much is missing and what would fit.
     """
     packs = _packs(setup, least_tokens, most_tokens, fixed)
     for optim in (setup.optim,) if "optim" in fixed else OPTIMS:
         found: list[tuple[float, Setup]] = []
         for tokens in tqdm(packs, desc="searching for settings that fit", leave=False, disable=None):
-            # Smaller packs recompute nothing at best.
+            # Smaller packs are at best as fast as without recomputation.
             if found and found[0][0] <= 2 * (1 + _PER_PASS / tokens):
                 break
             trial = replace(setup, optim=optim, tokens_per_pack=tokens)
@@ -110,7 +120,7 @@ def fit(
 
 
 def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Asking | None = None) -> Plan:
-    """A setup with its estimate and its phases, held against a limit; without one, on the smallest card that does."""
+    """Return the plan of a setup and its estimate for a limit, or without one for the smallest GPU that fits."""
     every = phases_of(setup, found, asking or Asking())
     least = max(phase.peak(setup) for phase in every.values())
     card = next((size for size in CARDS if least <= size * GB), None)
@@ -136,7 +146,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
 
 
 def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
-    """Return what helps a phase that does not fit."""
+    """Return advice for a phase that does not fit."""
     ways = ["take a smaller model"]
     if name == "step":
         ways.insert(0, "lower lora_r or max_length")
@@ -149,7 +159,7 @@ def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
 
 
 def _packs(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -> list[int]:
-    """Pack sizes to look at, the largest first."""
+    """Return the pack sizes to try, largest first."""
     if "tokens_per_pack" in fixed:
         return [setup.tokens_per_pack]
     least = max(least, ImageLayout.of_config(setup.config).tokens + 4)  # room for an image
@@ -161,7 +171,7 @@ def _packs(setup: Setup, least: int, most: int | None, fixed: Collection[str]) -
 
 
 def _fewest(setup: Setup, limit: int, *, fixed: bool) -> Setup | None:
-    """The setup with the fewest recomputed layers that fits; None when none does."""
+    """Return the setup with the fewest recomputed layers that fits; None if none does."""
 
     def fits(trial: Setup) -> bool:
         return estimate(trial).peak_bytes <= limit
@@ -184,7 +194,7 @@ def _fewest(setup: Setup, limit: int, *, fixed: bool) -> Setup | None:
 
 
 def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) -> str:
-    """By how much the smallest step misses the limit, and what would fit."""
+    """Return the message that says by how much the smallest step misses the limit, and what would fit."""
     rank = setup.lora.r if setup.lora else 0
     ways = [{"lora_r": r} for r in (16, 8) if r < rank]
     least = ImageLayout.of_config(setup.config).tokens + 100

@@ -1,8 +1,8 @@
-"""Resuming a paged optimizer: its state comes back as it was allocated, in memory that moves to the host when needed.
+"""Resuming a paged optimizer: its state is allocated as in a new run, in memory that moves to the host when needed.
 
-bitsandbytes' `load_state_dict` copies the saved moments to the device as ordinary tensors, so that a run which fitted
-before it was stopped may not fit any more. Here the optimizer allocates its state itself, as in its first step, and
-the saved values are copied into it.
+bitsandbytes' `load_state_dict` copies the saved moments to the device as ordinary tensors, so a run that fitted before
+it was stopped may no longer fit. Here the optimizer allocates its state itself, as in its first step, and the saved
+values are copied into it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 
 def keep_paged(optimizer: Any) -> None:
-    """Let an optimizer restore its state into its own allocations; one that is not paged is left as it is.
+    """Make an optimizer restore its state into its own allocations; one that is not paged is unchanged.
 
     Args:
-        optimizer: One of bitsandbytes', or any other.
+        optimizer: A bitsandbytes optimizer, or any other.
     """
     if getattr(optimizer, "is_paged", False):
         optimizer.load_state_dict = partial(_load, optimizer)

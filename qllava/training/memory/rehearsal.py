@@ -1,7 +1,7 @@
-"""What a rehearsal needs to know: the largest batches of the data, and the memory that the optimizer is yet to take.
+"""Inputs of a rehearsal: the largest batches of the data, and the memory that the optimizer will still allocate.
 
-Before the first step on a GPU the largest batches are tried (`LlavaTrainer.rehearse`), so that memory runs out at once
-and not at step 4,000.
+Before the first step on a GPU the largest batches are tried (`LlavaTrainer.rehearse`), so that a run fails at once and
+not at step 4,000 if memory does not suffice.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qllava.training.memory.fake import held_by
 
 
 def largest(lengths: np.ndarray, images: np.ndarray, count: int) -> list[list[int]]:
-    """Return the `count` longest samples, and the longest of those that show images where they are others.
+    """Return the `count` longest samples, and the `count` longest with images if those are different.
 
     The longest samples may all be text, which never runs the vision tower.
 
     Args:
         lengths: Tokens of each sample.
-        images: A hash of the images of each sample, 0 for none.
-        count: Samples of a batch.
+        images: Hash of the images of each sample; 0 for none.
+        count: Samples per batch.
 
     Returns:
-        The places of the samples of each batch, shortest first.
+        The indices of the samples of each batch, shortest first.
     """
     order = np.argsort(lengths, kind="stable")
     found = (order[-count:].tolist(), order[images[order] != 0][-count:].tolist())
@@ -40,19 +40,19 @@ def largest(lengths: np.ndarray, images: np.ndarray, count: int) -> list[list[in
 def moments(
     optim: str, optimizer: torch.optim.Optimizer | None, model: nn.Module, device: torch.device | str
 ) -> Tensor:
-    """Return as many bytes as the optimizer's state will take on the device beyond what it has.
+    """Return a tensor of as many bytes as the optimizer's state will still allocate on the device.
 
-    The state comes with the first step; in a run that is resumed it was loaded before. Under FSDP and ZeRO the
-    optimizer knows the share of this rank.
+    The state is allocated in the first step; in a resumed run it is already loaded. Under FSDP and ZeRO the optimizer
+    knows this rank's share.
 
     Args:
         optim: Name of the optimizer.
         optimizer: The optimizer, or None before there is one.
-        model: What is trained.
-        device: Where the state will be.
+        model: The model that is trained.
+        device: Device of the state.
 
     Raises:
-        InputError: They do not fit.
+        InputError: The bytes do not fit.
     """
     held: Mapping[Any, Any] = optimizer.state if optimizer else {}
     groups: list[dict[str, Any]] = optimizer.param_groups if optimizer else [{"params": model.parameters()}]
@@ -76,5 +76,5 @@ def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that FSDP shares out; any other as it is."""
+    """Return this rank's part of a tensor sharded by FSDP; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,21 +1,21 @@
 """The peak memory of a training step before it is run, by part.
 
-The figures come from the real training step on fake tensors (`memory.fake`). What of a card that leaves out:
+The figures come from the real training step on fake tensors (`memory.fake`). They differ from a GPU in these points:
 
-- Autocast is torch's for the CPU, in the card's type. It differs from CUDA's in layer norms, which only the tower has,
-  outside the graph.
-- Attention is that by groups, which copies a prefix for each of its branches. Variable-length attention copies it as
-  often, FlexAttention never, and compiled layers hold less than these: an upper bound.
-- bitsandbytes' matrix product makes the weight whole inside one operation, where nothing is seen: `workspace`.
-- CUDA's own context, its libraries' workspace, and what the allocator loses between its blocks are allowances
-  (`CONTEXT`, `NCCL`, `FRAGMENTS`). They were not measured: there was no GPU.
-- 8-bit and paged optimizers run on real cards only and are counted by what they hold. Of `paged` ones that is what lies
-  on the card at the peak: their large tensors go to the host when memory is short. Optimizers whose state is not known
-  (`fake.held_by`) count as AdamW.
+- Autocast is torch's for the CPU, in the GPU's type. It differs from CUDA's in layer norms, which only the vision tower
+  has, outside the graph.
+- Attention is the kernel `groups`, which copies a prefix for each of its branches. Variable-length attention copies it
+  as often, FlexAttention never, and compiled layers hold less: an upper bound.
+- bitsandbytes' matrix product dequantizes the weight inside one operation, which cannot be traced: `workspace`.
+- CUDA's own context, its libraries' workspace, and the allocator's fragmentation are allowances (`CONTEXT`, `NCCL`,
+  `FRAGMENTS`). They were not measured: there was no GPU.
+- 8-bit and paged optimizers run on real GPUs only and are counted by the size of their state. Of `paged` ones that is
+  what remains on the GPU at the peak: their large tensors move to the host if memory is short. Optimizers whose state
+  is not known (`fake.held_by`) count as AdamW.
 
-A step is looked at as a second pack of it sees it: gradients and the optimizer's state are there. Memory is affine in
-the number of equal layers, phase by phase, so a model of five layers or fewer tells that of any number; with
-`whole=True` all layers are run, and a test holds one against the other.
+The step is measured at its second pack: gradients and the optimizer's state exist. Memory is affine in the number of
+equal layers, phase by phase, so a model of at most five layers predicts any number; with `whole=True` all layers are
+run, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ from qllava.training.step import exact
 
 T = TypeVar("T")
 CONTEXT = 512 << 20
-"""Of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""
+"""Bytes of a CUDA process before its first tensor: driver, loaded kernels, cuBLAS."""
 NCCL = 512 << 20
-"""Of each of several processes: NCCL's kernels, and its buffers of 4 MB a channel and direction."""
+"""Bytes per process with several processes: NCCL's kernels, and its buffers of 4 MB per channel and direction."""
 FRAGMENTS = 0.05
-"""Of what comes and goes, lost between the allocator's blocks."""
+"""Share of temporary memory that is lost to fragmentation in the allocator."""
 PARTS = ("weights", "projector", "LoRA", "optimizer", "activations", "logits", "workspace")
 OPTIMS = ("adamw_torch_fused", "paged_adamw_8bit")
-"""What `fit` chooses from: the second, which rounds its moments, only where the first does not fit."""
+"""Optimizers that `fit` chooses from: the second, which rounds its moments, only if the first does not fit."""
 PACK_SIZES = (8192, 6144, 4096, 3072, 2048, 1024, 512)
-"""What `fit` chooses from."""
+"""Tokens per pack that `fit` chooses from."""
 
 _RESIDENT, _BUCKETS = "resident", "buckets"
-"""What is measured besides the phases of a step: the model alone, and DDP's copies of gradients."""
+"""Measurements besides the phases of a step: the model alone, and DDP's copies of gradients."""
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a step of a model of few layers holds."""
+    """Memory of a step of a model with few layers."""
 
     phases: dict[str, Parts]
     """Parts by phase, without the optimizer's state."""
     adamw: int
     """Bytes of the state of torch's AdamW."""
     learning: list[torch.Size]
-    """Shapes of what learns, from which the state of any other optimizer follows."""
+    """Shapes of the trained tensors, from which the state of any other optimizer follows."""
 
     def state(self, optim: str) -> int:
         """Return the bytes of an optimizer's state."""
@@ -83,38 +83,39 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the memory of a step.
-
-    config: the model's shapes.
-    lora: None for stage 1, in which the projector learns alone.
-    dtype: of the computation; what learns is fp32.
-    held: of weights that are not quantized, and what 4-bit ones are unpacked to; None for `dtype`. On a CPU it is fp32,
-        whatever is computed in.
-    device: "cpu" leaves out what only a card takes.
-    processes: of the run. More than one keep a second copy of the gradients, which they send to each other.
-    optim: one of TRL's names.
-    tokens_per_pack: of the pack that goes through the model.
-    recompute_layers: how many decoder layers, the first ones, are recomputed; None for all.
-    learned: share of a pack that is learned. Packs about images have less than half; text alone can have more.
-    samples_per_image: that share its tokens (LLaVA-Instruct has 1.95).
-    stop_tower, prune_last_layer, lora_first: the shortcuts of `training.exact`.
-    """
+    """Everything that decides the memory of a step."""
 
     config: LlavaConfig
+    """Shapes of the model."""
     lora: Lora | None
+    """LoRA's settings; None for stage 1, which trains only the projector."""
     dtype: torch.dtype = torch.bfloat16
+    """Type of the computation; trained tensors are fp32."""
     held: torch.dtype | None = None
+    """Type of weights that are not quantized, and to which 4-bit ones are dequantized; None for `dtype`. On a CPU it is
+    fp32, whatever the type of the computation."""
     device: Literal["cuda", "cpu"] = "cuda"
+    """Device of the run; "cpu" leaves out what only a GPU needs."""
     load_in_4bit: bool = True
+    """Whether the language model is quantized to 4 bit."""
     optim: str = OPTIMS[0]
+    """Optimizer, by one of TRL's names."""
     tokens_per_pack: int = 2048
+    """Tokens of the pack that is computed."""
     recompute_layers: int | None = None
+    """Number of decoder layers, from the first, that are recomputed; None for all."""
     learned: float = 0.5
+    """Share of a pack's tokens that is learned. Packs with images have less than half; text alone can have more."""
     samples_per_image: int = 2
+    """Samples that share the tokens of an image (1.95 in LLaVA-Instruct)."""
     stop_tower: bool = True
+    """Shortcut of `training.step.exact`."""
     prune_last_layer: bool = True
+    """Shortcut of `training.step.exact`."""
     lora_first: bool = True
+    """Shortcut of `training.step.exact`."""
     processes: int = 1
+    """Number of processes of the run; several keep a second copy of the gradients, which they exchange."""
 
     @property
     def weights_in(self) -> torch.dtype:
@@ -123,7 +124,7 @@ class Setup:
 
     @property
     def layers(self) -> tuple[int, int]:
-        """Decoder layers that keep what they compute, and those that are recomputed; a pruned last one never is."""
+        """Numbers of decoder layers that keep their activations and that are recomputed; a pruned last one never is."""
         text: Any = self.config.text_config
         every = int(text.num_hidden_layers)
         most = every - int(self.prune_last_layer)
@@ -133,21 +134,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The peak of a step, and what is held before and after it."""
+    """The peak of a step, and the memory held before and after it."""
 
     peak_bytes: int
+    """Bytes of the peak."""
     parts: dict[str, int]
-    """What the peak consists of, by the names of `PARTS`; gradients count to their weights."""
+    """Bytes of the peak by the names of `PARTS`; gradients count under the part of their weights."""
     resident: dict[str, int]
     """Bytes of the model alone, without gradients: `weights`, `projector` and `LoRA`."""
     buckets: int = 0
-    """What DDP holds beside the gradients."""
+    """Bytes that DDP holds in addition to the gradients."""
 
 
 def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bool = True) -> None:
-    """Let the first `layers` decoder layers (None: all) be recomputed on the way back, while they train.
+    """Let the first `layers` decoder layers (None: all) be recomputed in the backward pass during training.
 
-    They hold their input alone. Loss and gradients stay the same; `preserve_rng_state` is needed for dropout only.
+    Such layers keep only their input. Loss and gradients stay the same; only dropout needs `preserve_rng_state`.
     """
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     for index, layer in enumerate(language_model.layers):
@@ -156,7 +158,7 @@ def recompute(language_model: Any, layers: int | None, *, preserve_rng_state: bo
 
 
 def setup_of(train: TrainConfig, config: LlavaConfig, lora: Lora | None, *, load_in_4bit: bool) -> Setup:
-    """What the settings of a run come to on a card, or where the user set `use_cpu` on a CPU; no LoRA in stage 1."""
+    """Return the setup of a run on a GPU, or on a CPU if the user set `use_cpu`; `lora` is None in stage 1."""
     on_cpu = train.asks_cpu
     cpu_dtype = torch.bfloat16 if train.bf16 else torch.float32
     every = None if train.gradient_checkpointing else 0
@@ -179,10 +181,11 @@ def setup_of(train: TrainConfig, config: LlavaConfig, lora: Lora | None, *, load
 
 
 def measured_once(measure: Callable[..., T]) -> Callable[..., T]:
-    """Let a measurement of a setup be made once in a process: `fit` and `plan` ask for the same again and again.
+    """Cache the measurements of a setup within the process: `fit` and `plan` need the same ones repeatedly.
 
-    measure: of a setup and numbers, whatever the setup's optimizer, pack length and recomputation, which it is given
-        as numbers.
+    Args:
+        measure: Called with a setup and numbers; must not depend on the setup's optimizer, pack length and
+            recomputation except through the numbers.
     """
     kept: dict[Any, T] = {}
 
@@ -198,7 +201,7 @@ def measured_once(measure: Callable[..., T]) -> Callable[..., T]:
 
 
 def estimate(setup: Setup, *, whole: bool = False) -> Estimate:
-    """The peak of a setup: the phase in which the most lives. whole: run all layers instead of extrapolating."""
+    """Return the peak of a setup, of the phase that needs most; `whole` runs all layers instead of extrapolating."""
     kept, again = setup.layers
     tokens = setup.tokens_per_pack
     start = (kept, again) if whole else (min(kept, 2), min(again, 2))
@@ -228,14 +231,14 @@ def estimate(setup: Setup, *, whole: bool = False) -> Estimate:
 
 
 def _extend(parts: Parts, base: Parts, further: Parts, times: int) -> None:
-    """Add what one more layer adds, so many times."""
+    """Add the contribution of one more layer, `times` times."""
     for name in base.keys() | further.keys():
         parts[name] += times * (further[name] - base[name])
 
 
 @measured_once
 def _measured(setup: Setup, kept: int, again: int, tokens: int) -> _Measured:
-    """Measure a step of so many layers of each kind."""
+    """Measure a step with the given numbers of layers of each kind."""
     with measuring(setup, kept, again, tokens) as (model, tracker, pack):
         step_of_pack(model, tracker, pack, setup.dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -251,7 +254,7 @@ def _measured(setup: Setup, kept: int, again: int, tokens: int) -> _Measured:
 
 @contextmanager
 def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tuple[Any, Tracker, dict[str, Any]]]:
-    """Give a model of so many layers, as it is trained, a tracker that knows it, and a pack, all of fake tensors."""
+    """Yield a model of that many layers prepared for training, a tracker that knows it, and a pack, of fake tensors."""
     config: Any = copy.deepcopy(setup.config)
     config.text_config.num_hidden_layers = kept + again
     pack = tensors_of(
@@ -278,7 +281,7 @@ def measuring(setup: Setup, kept: int, again: int, tokens: int) -> Iterator[tupl
 
 
 def _buckets(tracker: Tracker, learning: list[Any]) -> Parts:
-    """Count the copies of gradients that DDP sends, which live from the first step to the last."""
+    """Return the size of DDP's copies of the gradients, which exist from the first step to the last."""
     found: Parts = Counter()
     for parameter in learning:
         found[tracker.part(parameter)] += parameter.nbytes
@@ -286,7 +289,7 @@ def _buckets(tracker: Tracker, learning: list[Any]) -> Parts:
 
 
 def prepare(model: Any, setup: Setup, again: int) -> None:
-    """What a run does to a model before its first step: packs, shortcuts, recomputation of the first layers."""
+    """Prepare a model as a run does before its first step: packs, shortcuts, recomputation of the first layers."""
     llava = llava_of(model)
     exact.teach_packs(llava)
     exact.take_shortcuts(llava, setup)

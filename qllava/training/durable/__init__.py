@@ -1,1 +1,1 @@
-"""What survives: checkpoints, signals, numbers that are not finite, several processes, a full disk."""
+"""Robustness of a run: checkpoints, signals, values that are not finite, several processes, a full disk."""

@@ -1,8 +1,8 @@
-"""Whole checkpoints: sealed with a manifest, found again, cleared away.
+"""Checkpoints that are complete or absent: sealed with a manifest, found for resuming, and removed when old.
 
-A checkpoint is written under `.partial`, sealed and renamed. The seal is `manifest.json`, written last, when all else
-is on the disk: size and hash of every file, and what the run was begun with. A folder without it, or that it does not
-fit, is never continued from; the one before is.
+A checkpoint is written under `.partial`, sealed and renamed. The seal is `manifest.json`, written last, after all other
+files are on the disk: size and hash of every file, and the settings and data of the run. A run never resumes from a
+checkpoint without a manifest or that does not match it, but from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from qllava.training.options.fields import deciding
 from qllava.training.settings import Settings
 
 _OLD = "old-"
-"""Before the name of a checkpoint, under `.partial`, that makes way for another of the same step."""
+"""Prefix, under `.partial`, of a checkpoint that is being replaced by another of the same step."""
 
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
     """Turn a failure to write into one sentence.
 
-    A full disk is an OSError to Python alone: torch raises a RuntimeError, and `os_errors` converts what others raise.
-    What a GPU or another process raises while it hands over its weights is not about the disk.
+    A full disk is always an OSError in Python: torch raises a RuntimeError, and `os_errors` converts what others raise.
+    An error of a GPU or another process while it hands over its weights is not about the disk.
+
+    Raises:
+        InputError: Writing failed.
     """
     try:
         with os_errors():
@@ -50,16 +53,18 @@ def saving(what: str) -> Iterator[None]:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file of the run. Raises InputError when it cannot be written."""
+    """Append a line of JSON to a file of the run, or raise an InputError if it cannot be written."""
     with saving(f"{path}"), Journal(path, durable=False) as journal:
         journal.append((json.dumps(row) + "\n").encode())
 
 
 def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str, Any]:
-    """What decides a run: its settings but for the free ones, and the hashes of its examples.
+    """Return what decides the results of a run: its settings, except the free ones, and the hashes of its examples.
 
-    examples: of each field, the files in their order (`data.hashes_of`), which decides the place of every sample.
-    The names of the files decide nothing.
+    Args:
+        settings: Settings of the run.
+        examples: For each field, the files in order (`data.hashes_of`), which decides the position of every sample.
+            File names are ignored.
     """
     every = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
     chosen = {name: every[name] for name in deciding(every)}
@@ -74,16 +79,17 @@ def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str
 
 
 def _mixture(given: Any) -> Any:
-    """How often each file of a list is read; where they are is left out."""
+    """Return how often each file of a mixture is read; the locations of the files are left out."""
     if not isinstance(given, list):
         return None
     return [{k: v for k, v in e.items() if k in ("repeat", "weight")} if isinstance(e, dict) else {} for e in given]
 
 
 def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Compare with what a folder's stage, or its newest checkpoint, was begun with.
+    """Compare with the settings and data of a folder's stage, or of its newest checkpoint.
 
-    Raises InputError that shows the difference.
+    Raises:
+        InputError: They differ; the message shows how.
     """
     recover(folder)
     for place in (folder, *reversed(Run(folder).checkpoints())):
@@ -92,7 +98,7 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
             before = json.loads(record.read_text(encoding="utf-8"))["begun_with"]
             differing = sorted(name for name in before.keys() | begun.keys() if before.get(name) != begun.get(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not there, or not whole: `newest` says so
+            continue  # missing or corrupt: `newest` reports it
         if differing:
             shown = [
                 f"{name} was {_short(before.get(name))} and is {_short(begun.get(name))}" for name in differing[:5]
@@ -111,10 +117,16 @@ def _short(value: Any) -> str:
 
 
 def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapping[str, Any] | None = None) -> None:
-    """Bring every file of a folder to the disk, and write its manifest last. Raises OSError when that fails.
+    """Flush every file of a folder to the disk, and write its manifest last.
 
-    optim: which optimizer's state is saved; one that memory has chosen is not in `begun`.
-    computed: what was settled during the run and is used again on resume (`LlavaTrainer.computed`).
+    Args:
+        folder: The checkpoint, still under `.partial`.
+        begun: Settings and data of the run (`begun_with`).
+        optim: Name of the optimizer whose state is saved; one chosen by the memory planner is not in `begun`.
+        computed: Choices made during the run that a resumed run must repeat (`LlavaTrainer.computed`).
+
+    Raises:
+        OSError: A file cannot be written.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -128,17 +140,17 @@ def seal(folder: Path, begun: Mapping[str, Any], optim: str = "", computed: Mapp
 
 
 def optim_of(folder: Path) -> str | None:
-    """The optimizer whose state a whole checkpoint holds; None where it does not say."""
+    """Return the optimizer whose state an intact checkpoint holds; None if it does not say."""
     return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("optim") or None
 
 
 def computed_in(folder: Path) -> dict[str, Any]:
-    """What the run that wrote a whole checkpoint had settled about how it computes; empty where it does not say."""
+    """Return how the run that wrote an intact checkpoint computed; empty if it does not say."""
     return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("computed") or {}
 
 
 def engine_of(folder: Path) -> tuple[str, int]:
-    """What besides transformers saved the optimizer's state of a checkpoint, and in how many parts; "" for nothing."""
+    """Return the engine that saved a checkpoint's optimizer state, "" for transformers, and the number of parts."""
     if (folder / "pytorch_model_fsdp.bin").is_file():
         return "FSDP", 1
     parts = len(list(folder.glob("global_step*/*_optim_states.pt")))
@@ -146,10 +158,10 @@ def engine_of(folder: Path) -> tuple[str, int]:
 
 
 def publish(aside: Path, folder: Path) -> None:
-    """Give a sealed checkpoint its name; one that has the name already makes way first.
+    """Rename a sealed checkpoint to its final name; one that has the name already is moved away first.
 
-    The earlier one may be corrupt, or intact: a step can be saved twice (at its interval, and as the best one). A run
-    that is killed in between gets it back from `recover`.
+    The earlier one may be corrupt, or intact: a step can be saved twice (at its interval, and as the best one). If the
+    run is killed in between, `recover` restores it.
     """
     old = aside.with_name(f"{_OLD}{aside.name}")
     if folder.exists():
@@ -163,7 +175,7 @@ def publish(aside: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Give intact checkpoints their names back that had made way for a second save which was killed (`publish`)."""
+    """Restore intact checkpoints that were moved away for a second save that was killed (see `publish`)."""
     for old in sorted((folder / PARTIAL).glob(f"{_OLD}*")):
         place = folder / old.name.removeprefix(_OLD)
         if not place.exists() and fault(old) is None:
@@ -171,11 +183,15 @@ def recover(folder: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) -> None:
-    """Keep the newest `limit` checkpoints that are whole by their sizes; what is older than these goes.
+    """Keep the newest `limit` checkpoints whose files have the right sizes, and remove older ones.
 
-    passed_over: those that the run was not continued from, because they were not whole: they do not count, and go. The
-    last whole one stays whatever the limit, and a folder is renamed before it is removed: killed in between, none is
-    left half under its name.
+    The last intact one stays whatever the limit. A folder is renamed before it is removed, so that a killed run leaves
+    no half-removed checkpoint under its name.
+
+    Args:
+        folder: Folder of the stage.
+        limit: Number of checkpoints to keep; None keeps all.
+        passed_over: Corrupt checkpoints that were skipped on resume: they do not count and are removed.
     """
     every = [place for place in Run(folder).checkpoints() if place not in passed_over]
     whole = [place for place in every if fault(place, read=False) is None] if limit else []
@@ -188,7 +204,7 @@ def rotate(folder: Path, limit: int | None, passed_over: Collection[Path] = ()) 
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:
-    """Why a checkpoint is not whole; None when it is. `read`: compare every byte, and not sizes alone."""
+    """Return why a checkpoint is not intact, or None; `read` compares every byte instead of sizes only."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
@@ -207,7 +223,7 @@ def fault(folder: Path, *, read: bool = True) -> str | None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a sentence for each newer one that was skipped."""
+    """Return the newest intact checkpoint of a run, and a sentence for each newer one that was skipped."""
     recover(folder)
     skipped: list[str] = []
     for place in reversed(Run(folder).checkpoints()):

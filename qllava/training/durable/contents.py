@@ -1,8 +1,8 @@
-"""What is in a checkpoint, and whether a run can be resumed from it.
+"""Contents of a checkpoint, and whether a run can be resumed from it.
 
-The weights are those that were learned: of a stage with LoRA the adapter, in which peft keeps the projector too, and
-always the projector as a file of its own. The tokenizer, the image processor and the record of the base make the folder
-one that `load_run` reads. transformers adds the state of the optimizer, the scheduler and the random numbers.
+The weights are the trained ones: in a stage with LoRA the adapter, in which peft includes the projector, and in every
+stage the projector as a separate file. With the tokenizer, the image processor and the record of the base, `load_run`
+can read the folder. transformers adds the state of the optimizer, the scheduler and the random numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qllava.training.durable.checkpoints import engine_of
 
 @dataclass(frozen=True)
 class Contents:
-    """The learned weights of a stage as files."""
+    """The trained weights of a stage as files."""
 
     assembled: Assembled
     """The model's parts, for its tokenizer and its record."""
@@ -33,23 +33,23 @@ class Contents:
     """Whether LoRA is trained besides the projector."""
 
     def write(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write what `load_run` needs into a folder, which is made.
+        """Write what `load_run` needs into a folder, which is created.
 
         Args:
-            model: What was trained.
-            folder: A checkpoint or a run.
-            state: The model's weights, where they have been gathered from several processes.
+            model: The model that was trained.
+            folder: Folder of a checkpoint or a run.
+            state: Weights of the model, if they were gathered from several ranks.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapter:
             model.save_pretrained(str(folder), state_dict=state)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody filled in
+            (folder / "README.md").unlink(missing_ok=True)  # peft's template, which nobody filled in
         save_projector(model, folder, state)
         self.assembled.processor.save_pretrained(str(folder))
         save_record(self.assembled.recipe, folder)
 
     def load_projector(self, model: Any, checkpoint: Path) -> None:
-        """Put the projector of a checkpoint into a model without an adapter; transformers does not know of it."""
+        """Load the projector of a checkpoint into a model without an adapter, which transformers cannot do."""
         model.model.multi_modal_projector.load_state_dict(load_file(checkpoint / PROJECTOR_FILE))
 
     def check(self, checkpoint: Path, engine: str) -> None:
@@ -57,11 +57,11 @@ class Contents:
 
         Args:
             checkpoint: The checkpoint.
-            engine: "FSDP" or "DeepSpeed" where one of them saves the optimizer's state here; "" otherwise.
+            engine: "FSDP" or "DeepSpeed" if one of them saves the optimizer's state in this run; "" otherwise.
 
         Raises:
-            InputError: Another engine has saved the optimizer's state (each has a form of its own, and transformers
-                would begin with an empty one), or a weight is not finite.
+            InputError: Another engine saved the optimizer's state (each has its own format, and transformers would
+                start with an empty state), or a weight is not finite.
         """
         before, count = engine_of(checkpoint)
         if before != engine:

@@ -1,7 +1,7 @@
-"""The disk: what a run will write is computed before its first step, and has to fit.
+"""Disk space: what a run will write is computed before its first step, and must fit.
 
-A checkpoint holds the weights that are trained, in fp32, the optimizer's moments, and the tokenizer; as many are there
-at one time as `save_total_limit` keeps, and the one that is being written.
+A checkpoint holds the trained weights in fp32, the optimizer's moments, and the tokenizer. There are at most
+`save_total_limit` checkpoints at one time, and the one that is being written.
 """
 
 from __future__ import annotations
@@ -22,35 +22,43 @@ from qllava.training.durable.order import total_steps
 from qllava.training.memory import format_bytes
 from qllava.training.settings import TrainConfig, name_of
 
-# Settings, random states, manifest, report; the lines that are logged of a step; a token in tokenizer.json, which takes
-# 110 to 135 bytes in those of Llama 2, Llama 3 and Gemma.
+# Bytes of settings, random states, manifest and report; of the lines logged per step; and of a token in tokenizer.json,
+# which takes 110 to 135 in those of Llama 2, Llama 3 and Gemma.
 _REST, _A_STEP, _A_TOKEN = 2_000_000, 400, 150
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage writes: so many checkpoints at one time, of so many bytes each, and its result."""
+    """Disk space of a stage: its checkpoints and its result."""
 
     checkpoints: int
+    """Maximum number of checkpoints at one time."""
     each: int
+    """Bytes of each checkpoint."""
     result: int
+    """Bytes of the result."""
 
     @property
     def total(self) -> int:
-        """Bytes of all."""
+        """Total bytes."""
         return self.checkpoints * self.each + self.result
 
 
 def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, *, lora: int | None = None) -> Need:
-    """What a stage will write.
+    """Return the disk space that a stage needs.
 
-    model: as it is trained. samples: of an epoch. lora: its parameters where they are still to be put on.
+    Args:
+        model: The model in its trained form.
+        config: The loop's settings.
+        tokenizer: Tokenizer saved with each checkpoint.
+        samples: Number of samples in an epoch.
+        lora: Number of LoRA's parameters if it is not yet in the model.
     """
     if lora is None:
         learned = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         lora = sum(p.numel() for name, p in learned if "multi_modal_projector" not in name)
     projector = sum(tensor.numel() for tensor in projector_state(model).values())
-    # peft keeps the projector in its own file too.
+    # peft stores the projector in the adapter's file as well.
     weights = 4 * (lora + (2 if lora else 1) * projector)
     moments = (2 if "8bit" in config.optimizer else 8) * (lora + projector)
     steps = total_steps(config, samples)
@@ -59,7 +67,7 @@ def needed(model: nn.Module, config: TrainConfig, tokenizer: Any, samples: int, 
 
 
 def at_one_time(config: TrainConfig, steps: int) -> int:
-    """How many checkpoints there are at most, the one that is being written among them."""
+    """Return the maximum number of checkpoints at one time, including the one being written."""
     every = config.save_steps if config.save_steps >= 1 else config.save_steps * steps
     saves = {
         "no": 1,  # when a signal ends the run
@@ -69,9 +77,12 @@ def at_one_time(config: TrainConfig, steps: int) -> int:
 
 
 def check(needs: Mapping[Path, Need]) -> None:
-    """Whether what stages will write, each into its folder, fits. Raises InputError when it does not.
+    """Check that the disk has space for what the stages will write, each into its own folder.
 
-    Checkpoints that a stage has already are part of it: they make way for new ones. All folders are on one disk.
+    Existing checkpoints of a stage count as available space: new ones replace them. All folders are on one disk.
+
+    Raises:
+        InputError: There is not enough space.
     """
     there = 0
     for folder in needs:

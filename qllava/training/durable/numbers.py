@@ -1,8 +1,8 @@
-"""Numbers that are not as they should be: what is not finite ends the run and is traced; loss spikes are told of.
+"""Checks of numbers: values that are not finite end the run and are traced; loss spikes are reported.
 
-A step is looked at once, before the optimizer touches a weight (`Guard`). When its loss or its gradient is NaN or
-infinite, the trained weights are looked at first, and then the samples of the step once more, each alone, so that
-the one sentence can name the tensor, or the sample and its image.
+A step is checked once, before the optimizer changes a weight (`Guard`). If its loss or its gradient is NaN or infinite,
+the trained weights are checked first, and then each sample of the step is computed alone, so that the message can name
+the tensor, or the sample and its image.
 """
 
 from __future__ import annotations
@@ -30,24 +30,30 @@ _UNTOUCHED = "no weight was changed and no checkpoint touched."
 
 
 class NotFinite(InputError):
-    """The loss, a gradient or a weight is NaN or infinite: the run has ended, and no checkpoint holds it."""
+    """Error: the loss, a gradient or a weight is NaN or infinite; the run ends, and no checkpoint has the value."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What a sample does alone: whether its pixel values are finite, and its loss (or its gradient)."""
+    """Result of computing a sample alone."""
 
     pixels: bool
+    """Whether its pixel values are finite."""
     result: bool
+    """Whether its loss, or its gradient, is finite."""
 
 
 def traced(
     what: str, step: int, model: nn.Module, samples: Sequence[Mapping[str, Any]], look: Callable[[Any], Alone] | None
 ) -> NotFinite:
-    """The error of a step that is not finite; it names the weight that was so before, or the samples that do it.
+    """Return the error of a step that is not finite; it names the weight that already was, or the responsible samples.
 
-    what: "The loss is nan". samples: `id` and `images` (paths) of each sample of the step. look: looks at one of them
-    alone; None where it cannot be, and all are named.
+    Args:
+        what: What is not finite, such as "The loss is nan".
+        step: Number of the step.
+        model: The model that is trained.
+        samples: `id` and `images` (paths) of each sample of the step.
+        look: Computes one of them alone; None if that is not possible, and all are named.
     """
     where = f"{what} at step {step}"
     if name := not_finite(model):
@@ -76,13 +82,13 @@ def _named(sample: Mapping[str, Any], pixels: bool) -> str:
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """The name of the first trained weight with a value that is NaN or infinite."""
+    """Return the name of the first trained weight with a value that is NaN or infinite; None if there is none."""
     learned = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     return next((name for name, weight in learned if not torch.isfinite(weight).all()), None)
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Before a save. Raises NotFinite when a trained weight is not finite: such a checkpoint is worth nothing."""
+    """Raise NotFinite before a save if a trained weight is not finite, because the checkpoint would be useless."""
     if name := not_finite(model):
         raise NotFinite(
             f"The weight {name} is not finite after step {step}, which is therefore not saved; the checkpoints before "
@@ -91,22 +97,24 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 class Spikes:
-    """Knows the losses of the last 64 steps, and which one lies far above them; the run goes on.
+    """Detector of loss spikes over the last 64 steps; the run continues after a spike.
 
-    Far is more than 6 standard deviations over the median, the deviation taken from the median of distances (so that
-    one spike does not hide the next), and more than twice the median. Nothing is said in the first 16 steps.
+    A spike is more than 6 standard deviations above the median, the deviation estimated from the median of distances
+    (so that one spike does not hide the next), and more than twice the median. The first 16 steps are never reported.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
-        """Args:
-        path: where spikes are written, a line of JSON each.
-        stage: as in metrics.jsonl.
+        """Start without any losses.
+
+        Args:
+            path: File to which spikes are written, a line of JSON each.
+            stage: Name of the stage, as in metrics.jsonl.
         """
         self.path, self.stage = path, stage
         self.losses: deque[float] = deque(maxlen=_WINDOW)
 
     def usual(self, loss: float) -> float | None:
-        """The median of the steps before when this one's loss is a spike, else None; takes the loss in."""
+        """Record a step's loss; return the median of the steps before if it is a spike, else None."""
         before = np.array(self.losses)
         self.losses.append(loss)
         if len(before) < _FEWEST:
@@ -116,26 +124,26 @@ class Spikes:
         return median if loss > max(median + _DEVIATIONS * deviation, _TIMES * median) else None
 
     def tell(self, step: int, loss: float, usual: float, ids: Sequence[str]) -> None:
-        """Say a spike on the screen and write it down. Raises InputError when it cannot be written."""
+        """Print a spike and append it to the file, or raise an InputError if that cannot be written."""
         tqdm.write(f"The loss jumped to {loss:.3g} at step {step} (usually {usual:.3g}), with {shown(ids)}.")
         append_line(self.path, {"stage": self.stage, "step": step, "loss": loss, "usual": usual, "ids": list(ids)})
 
 
 def shown(names: Sequence[str], most: int = 8) -> str:
-    """Names for a sentence: the first ones, and how many more there are."""
+    """Format names for a sentence: the first ones, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 class Guard:
-    """Looks at the numbers of every optimizer step before a weight is touched."""
+    """Check of the numbers of every optimizer step before a weight is changed."""
 
     def __init__(self, spikes: Spikes, look: Callable[[Mapping[str, Any], bool], Alone]) -> None:
-        """Begin before the first step.
+        """Start before the first step.
 
         Args:
-            spikes: The losses so far.
-            look: Computes one sample alone, its loss or, where the flag is set, its gradient.
+            spikes: Detector of loss spikes.
+            look: Computes one sample alone: its loss or, if the flag is set, its gradient.
         """
         self._spikes, self._look = spikes, look
 
@@ -148,15 +156,15 @@ class Guard:
         samples: Sequence[Mapping[str, Any]],
         searching: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Check a step, in all processes; a spike is reported, and the run continues.
+        """Check a step, on all ranks; a spike is reported, and the run continues.
 
         Args:
-            step: Its number.
-            model: What is trained.
-            losses: Of this process's batches; they are read once, because each look makes a GPU wait.
-            norm: Of the gradient of all processes.
-            samples: This process's samples of the step, with `id` and `images`.
-            searching: Asked where the norm is not finite: whether that may be how fp16 finds its scale.
+            step: Number of the step.
+            model: The model that is trained.
+            losses: Losses of this rank's batches; read once, because each read makes the GPU wait.
+            norm: Norm of the gradient over all ranks.
+            samples: This rank's samples of the step, with `id` and `images`.
+            searching: Called if the norm is not finite: whether fp16's loss scaling may be the cause.
 
         Raises:
             NotFinite: The loss or the gradient is not finite.
@@ -172,15 +180,23 @@ class Guard:
     def _end(
         self, step: int, model: nn.Module, loss: float, mine: float, samples: Sequence[Mapping[str, Any]]
     ) -> NoReturn:
-        """End the run, in all processes, at a step whose loss or gradient is not finite. Raises NotFinite.
+        """End the run, on all ranks, at a step whose loss or gradient is not finite.
 
-        loss, mine: of all processes and of this one. samples: this one's.
+        Args:
+            step: Number of the step.
+            model: The model that is trained.
+            loss: Loss over all ranks.
+            mine: Loss of this rank.
+            samples: This rank's samples.
+
+        Raises:
+            NotFinite: Always.
         """
         lost = not math.isfinite(loss)
-        # A gradient is the sum over all processes, so nobody knows whose it was.
+        # A gradient is the sum over all ranks, so its source is unknown.
         suspects = processes.every(list(samples) if not (lost and math.isfinite(mine)) else [])
         what = f"The loss is {loss}" if lost else "A gradient is not finite"
-        # In several processes each would have to look at as many samples as the others.
+        # With several ranks each would have to compute the same number of samples.
         look = None if processes.several() else lambda sample: self._look(sample, not lost)
         error = traced(what, step, model, suspects, look)
         with processes.together():

@@ -1,8 +1,8 @@
-"""Which samples a process computes, batch after batch, and the loader that brings them.
+"""Order of the samples that a rank computes, batch by batch, and the loader of the batches.
 
-A step has the same samples whatever the number of processes: they are drawn for the whole step (`packing.steps_of`)
-and then shared out (`packing.shares_of`). So runs with the same samples per step learn the same, and one that was
-stopped continues with another number of processes.
+A step has the same samples whatever the number of ranks: they are drawn for the whole step (`packing.steps_of`) and
+then distributed (`packing.shares_of`). So runs with the same samples per step learn the same, and a run can be resumed
+with another number of ranks.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from qllava.training.settings import TrainConfig
 
 
 def samples_per_step(config: TrainConfig) -> int:
-    """Of all processes and accumulated batches together."""
+    """Return the number of samples per optimizer step, over all ranks and accumulated batches."""
     return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
 
 
 def total_steps(config: TrainConfig, samples: int) -> int:
-    """Return how many optimizer steps a stage has over so many samples of an epoch."""
+    """Return the number of optimizer steps of a stage whose epoch has that many samples."""
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(-(-samples // samples_per_step(config)) * config.num_train_epochs)
 
 
 class ImageOrder(Sampler[list[int]]):
-    """The batches of one process in an epoch; the same seed and epoch give the same ones.
+    """Batches of one rank in an epoch; the same seed and epoch give the same batches.
 
-    A step's samples are shared out to the batches of all processes, one round after the other. In a last step that is
-    short, rounds without samples are left out; in its one round a process may have none, and gets an empty batch.
+    The samples of a step are distributed to the batches of all ranks, round by round. If the last step is short, rounds
+    without samples are left out; in its only round a rank may have no sample, and gets an empty batch.
     """
 
     def __init__(self, images: np.ndarray, config: TrainConfig) -> None:
-        """Args:
-        images: a hash of the images of each sample, 0 for none.
-        config: of this process, by its `process_index`.
+        """Start at the first epoch.
+
+        Args:
+            images: Hash of the images of each sample; 0 for none.
+            config: Settings of this rank, which has `process_index`.
         """
         self.images, self.config = images, config
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer at the beginning of each epoch."""
+        """Set the epoch; the trainer calls this at the beginning of each."""
         self.epoch = epoch
 
     def _rounds(self, samples: int) -> int:
@@ -71,15 +73,18 @@ class ImageOrder(Sampler[list[int]]):
 
 
 class InOrder(Sampler[list[int]]):
-    """The held-out batches of one process, each sample in one process only.
+    """Held-out batches of one rank; each sample is on one rank only.
 
-    All have equally many batches, because they wait for each other: in the last round a process may get an empty one.
+    All ranks have the same number of batches, because they wait for each other: in the last round a rank may get an
+    empty one.
     """
 
     def __init__(self, count: int, config: TrainConfig) -> None:
-        """Args:
-        count: number of samples.
-        config: of this process, by its `process_index`.
+        """Distribute the samples.
+
+        Args:
+            count: Number of samples.
+            config: Settings of this rank, which has `process_index`.
         """
         self.count, self.config = count, config
 
@@ -94,10 +99,17 @@ class InOrder(Sampler[list[int]]):
 
 
 def loader(rows: Dataset, order: Sampler[list[int]], collate: Any, config: TrainConfig, *, again: bool = True) -> Any:
-    """The batches of this process, on the host: all batches of an optimizer step are there at once, pixels included.
+    """Return a loader of this rank's batches, on the host; it yields a whole optimizer step at once, pixels included.
 
-    A pack is moved to the device when it is computed. accelerate is told of one process: sharing out is done, and its
-    own would make up samples for a short step. again: it is iterated more than once, so that workers may persist.
+    A pack is moved to the device when it is computed. accelerate is configured for one process, because the samples are
+    distributed already and its own distribution would repeat samples to fill a short step.
+
+    Args:
+        rows: The samples.
+        order: The batches of this rank.
+        collate: Makes a batch of samples.
+        config: The loop's settings.
+        again: Whether the loader is iterated more than once, so that its workers can persist.
     """
     workers = config.dataloader_num_workers
     batches = DataLoader(

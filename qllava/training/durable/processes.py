@@ -1,8 +1,8 @@
-"""Several processes of one run, which accelerate started: what they agree on, and what the main one does alone.
+"""Several processes of one run, started by accelerate: what they agree on, and what the main process does alone.
 
-All go through the same code, and each computes its share of every step. The main process alone writes files and
-speaks to people. Where one of them could fail, the others have to hear of it: a process that waits for one that has
-ended waits for ever. With one process nothing here does more than the call that it wraps.
+All ranks run the same code, and each computes its share of every step. Only the main process writes files and prints.
+If one rank can fail, the others must learn of it, because a rank that waits for one that has ended waits forever. With
+one process these functions do no more than the calls that they wrap.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 
 class Elsewhere(InputError):
-    """Another process has failed and says why; this one ends with it, and has nothing to say."""
+    """Error: another rank has failed and reports the reason; this one ends silently."""
 
 
-# Variables that launchers set. Left over in a shell, they make a process wait for others that nobody started.
+# Variables set by launchers. If they are left over in a shell, a process waits for others that nobody started.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 
 @contextmanager
 def unlaunched() -> Iterator[None]:
-    """Hide what a launcher has set, for settings that are only read: accelerate would wait for the other processes."""
+    """Hide the variables of a launcher while settings are only read; accelerate would wait for the other ranks."""
     found = {name: os.environ.pop(name) for name in (*SIZES[:3], *LAUNCHED) if name in os.environ}
     try:
         yield
@@ -45,12 +45,12 @@ def unlaunched() -> Iterator[None]:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Say which processes this one waits for; they find each other inside. A process that is alone waits for none.
+    """Print which processes this one waits for; they connect inside. A single process waits for none.
 
     torch waits in C for up to `ddp_timeout`, even for processes that were never started.
 
     Raises:
-        InputError: What a launcher has set is incomplete, or not all processes came in time.
+        InputError: The launcher's variables are incomplete, or not all processes connected in time.
     """
     found = {name: os.environ[name] for name in (*SIZES[:3], *LAUNCHED) if os.environ.get(name)}
     count = max((_number(name, found[name]) for name in SIZES if name in found), default=1)
@@ -64,7 +64,7 @@ def meeting() -> Iterator[None]:
             f"LOCAL_RANK is set, but {' and '.join(missing)} not. Start the run with torchrun, or {alone}."
         )
     at = f"{found.get('MASTER_ADDR', '127.0.0.1')}:{found.get('MASTER_PORT', '29500')}"
-    # Under torch's launcher rank 0 says it for all; otherwise the others may not exist, and each says it.
+    # Under torch's launcher rank 0 prints it for all; otherwise the others may not exist, and each prints it.
     if count > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or found.get("RANK") == "0"):
         because = next(f"{name}={found[name]}" for name in SIZES if found.get(name) == str(count))
         print(
@@ -89,33 +89,33 @@ def _number(name: str, text: str) -> int:
 
 
 def several() -> bool:
-    """Whether this run has more than one process."""
+    """Return whether this run has more than one process."""
     return bool(PartialState().num_processes > 1)
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this is the process that writes files."""
     return bool(PartialState().is_main_process)
 
 
 def speaks() -> bool:
-    """Whether this is the main process, also before the processes have found each other: asking does not wait."""
+    """Return whether this is the main process, without waiting; also before the processes are connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def share() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are."""
+    """Return this process's rank and the world size."""
     state = PartialState()
     return int(state.process_index), int(state.num_processes)
 
 
 def fsdp_asked() -> bool:
-    """Whether accelerate was told to share out the model; without a GPU it does not, and says nothing."""
+    """Return whether accelerate is configured for FSDP; without a GPU it ignores that silently."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def highest(value: int) -> int:
-    """The largest of all processes' values."""
+    """Return the largest value over all ranks."""
     if not several():
         return value
     mine = torch.tensor([value], device=PartialState().device)
@@ -123,19 +123,19 @@ def highest(value: int) -> int:
 
 
 def lowest(value: int) -> int:
-    """The smallest of all processes' values."""
+    """Return the smallest value over all ranks."""
     return -highest(-value)
 
 
 def mean(value: float) -> float:
-    """The mean over all processes; not finite where one of them is not."""
+    """Return the mean over all ranks; not finite if one of the values is not."""
     if not several():
         return value
     return float(gather(torch.tensor([value], device=PartialState().device)).mean())
 
 
 def total(values: list[float]) -> list[float]:
-    """The sum of each value over all processes."""
+    """Return the sum of each value over all ranks."""
     if not several():
         return values
     mine = torch.tensor([values], dtype=torch.float64, device=PartialState().device)
@@ -144,16 +144,16 @@ def total(values: list[float]) -> list[float]:
 
 
 def every(values: list[T]) -> list[T]:
-    """The values of all processes, one process after the other."""
+    """Return the values of all ranks, rank by rank."""
     found: list[T] = gather_object(values) if several() else values
     return found
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails in one process ends all of them here, with its error in that one and `Elsewhere` in the others.
+    """End all ranks if one fails inside: that one with its error, the others with `Elsewhere`.
 
-    Nothing inside may wait for another process.
+    Nothing inside may wait for another rank.
     """
     problem: InputError | OSError | None = None
     try:
@@ -169,7 +169,7 @@ def together() -> Iterator[None]:
 
 
 def by_main(call: Callable[[], T]) -> T:
-    """Called in the main process alone; all of them get what it returns."""
+    """Call a function on the main process only, and return its result on all ranks."""
     found: list[T | None] = [None]
     with together():
         if is_main():
@@ -180,7 +180,7 @@ def by_main(call: Callable[[], T]) -> T:
 
 
 def main_first(call: Callable[[], T]) -> T:
-    """Called in all processes, on each machine in one before the others, which find what it has kept on the disk."""
+    """Call a function on all ranks; on each machine one goes first, and the others find what it cached on the disk."""
     first = bool(PartialState().is_local_main_process)
     found: list[T] = []
     for turn in (True, False):
@@ -192,7 +192,7 @@ def main_first(call: Callable[[], T]) -> T:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """What is printed in other processes than the main one is not shown; and the processes part at the end."""
+    """Silence the output of all processes but the main one, and disconnect the processes at the end."""
     if is_main():
         yield
     else:

@@ -1,7 +1,7 @@
-"""Signals that end a run: between steps when it trains, so that it is saved first; at once at any other time.
+"""Signals that end a run: between steps during training, so that it is saved first, and at once at any other time.
 
 Python runs a handler between two of its own instructions. While the main thread waits in C (for another process, a
-driver, a file system) it runs none, so a second thread ends the process then, without what is cleaned up otherwise.
+driver, a file system) it runs none, so a second thread ends the process in that case, without the usual cleanup.
 
 | signal | sent by | status |
 |---|---|---|
@@ -27,22 +27,24 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}
 
 
 class Stopped(BaseException):
-    """A signal ended the run, at a place from which the same command continues.
+    """Exception: a signal ended the run, and the same command resumes it.
 
-    No Exception, as KeyboardInterrupt is none: nothing that mends errors may swallow it.
+    Like KeyboardInterrupt this is not an Exception, so that no error handling catches it.
     """
 
     def __init__(self, name: str, step: int | None = None) -> None:
-        """Args:
-        name: of the signal.
-        step: the one that was saved; None when nothing was being trained.
+        """Describe the end.
+
+        Args:
+            name: Name of the signal.
+            step: The step that was saved; None if nothing was being trained.
         """
         super().__init__(name)
         self.name, self.step = name, step
 
     @property
     def status(self) -> int:
-        """What the process ends with."""
+        """Exit status of the process."""
         return STATUS[self.name]
 
     def __str__(self) -> str:
@@ -51,49 +53,49 @@ class Stopped(BaseException):
 
 
 class SaveAndStop(TrainerCallback):
-    """After a signal the step that is being computed is saved, and training stops; nothing is measured any more."""
+    """After a signal, saves the current step and stops the training without any further evaluation."""
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._stopping = False
 
     def ask(self, name: str) -> None:
-        """Called by the signal's handler."""
+        """Request the stop; called by the signal's handler."""
         if self.name is None:
             self.name = name
-            # Not print: its buffer may be just being written.
+            # Not print: the signal may have interrupted a write to its buffer.
             os.write(2, f"\nqllava: {name}: saving after this step, then stopping.\n".encode())
         if name == "SIGINT":
-            # The kernel's own handling: Python's would wait for what torch is computing.
+            # The kernel's default action: Python's handler would wait for what torch is computing.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop, if a signal came."""
+        """Save and stop if a signal came."""
         if self.agree() is not None:
             self._stopping = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An epoch that ends by a signal is measured no more than a step, and its step is saved already."""
-        if self._stopping:  # not `name`: in that all processes have not agreed
+        """Skip evaluation and saving at the end of an epoch that a signal ended; its last step is saved."""
+        if self._stopping:  # not `name`, on which the ranks have not agreed
             control.should_save = control.should_evaluate = False
 
     def agree(self) -> str | None:
-        """The signal that came, to whichever process: all of them stop at the same step."""
+        """Return the signal that came to any rank, so that all of them stop at the same step; None if there was none."""
         names = list(STATUS)
         number = processes.highest(0 if self.name is None else 1 + names.index(self.name))
         if not number:
-            return None  # what came since then is for the next step
+            return None  # a signal since then counts for the next step
         self.name = names[number - 1]
         return self.name
 
 
 def leave_to_main(_: int = 0) -> None:
-    """In a worker of a data loader: what is sent to all processes of a run at once is for the main one to answer.
+    """Ignore, in a worker of a data loader, signals that are sent to all processes of a run: the main process answers.
 
-    torch ends a run whose worker has died of a signal, before anything could be saved. The main process itself ends
-    its workers by SIGTERM, and waits for them; so that one is looked at, where the system says who sent it.
+    torch ends a run if a worker dies of a signal, before anything could be saved. The main process itself ends its
+    workers with SIGTERM, and waits for them; so the sender of SIGTERM is checked, if the system reports it.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -105,9 +107,9 @@ def leave_to_main(_: int = 0) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let signals wait while workers are started: each begins with them blocked, until `leave_to_main` has run.
+    """Block signals while workers are started: each starts with them blocked, until `leave_to_main` has run.
 
-    torch gives a worker a handler of its own that ends it by SIGTERM, a moment before it calls anything of ours.
+    torch gives a worker its own SIGTERM handler, which ends it, shortly before it calls our code.
     """
     names = {getattr(signal, name) for name in STATUS if hasattr(signal, name)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, names) if hasattr(signal, "pthread_sigmask") else None
@@ -129,17 +131,17 @@ def _end(name: str) -> None:
 
 
 GRACE = 1.0
-"""Seconds in which Python has to run the handler of a signal before the process is ended without it."""
+"""Seconds that Python has to run a signal's handler before the process is ended without it."""
 
 
 class _Watch:
-    """Ends the process if a signal comes whose handler Python cannot run."""
+    """Watcher that ends the process if Python cannot run the handler of a signal."""
 
     def __init__(self) -> None:
         self.handled = threading.Event()
         self._numbers, self._inlet = os.pipe()
         os.set_blocking(self._inlet, False)
-        # Python's handler in C writes the number of each signal here, whatever the main thread is doing.
+        # Python's C handler writes the number of each signal here, whatever the main thread is doing.
         self._former = signal.set_wakeup_fd(self._inlet, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -158,7 +160,7 @@ class _Watch:
 
 
 def _leave_watching() -> None:
-    """In a forked process, which has inherited the parent's pipe: its own signals are not written there."""
+    """Stop using the parent's pipe, which a forked process inherits, for this process's own signals."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
 
@@ -169,17 +171,16 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
-    """Let a function have the names of the signals that come; without one they end the run at once, with `Stopped`.
+    """Call `by` with the name of each signal; by default a signal ends the run at once with `Stopped`.
 
-    Without one, the run also ends within two seconds while the main thread waits in C, where Python runs no handler.
-
-    In a thread beside the main one Python lets nobody handle signals; nothing is changed there.
+    By default the run also ends within two seconds if the main thread waits in C, where Python runs no handler. Python
+    allows signal handlers in the main thread only; in any other thread nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process = os.getpid()
-    former_inlet = signal.set_wakeup_fd(-1)  # an outer watch must not cut off a step that is being computed
+    former_inlet = signal.set_wakeup_fd(-1)  # an outer watcher must not interrupt the current step
     watch = _Watch() if by is _end else None
 
     def handler(number: int, frame: Any) -> None:
@@ -187,7 +188,7 @@ def handled(by: Callable[[str], None] = _end) -> Iterator[None]:
             if watch:
                 watch.handled.set()
             by(signal.Signals(number).name)
-        elif number == signal.SIGTERM:  # a process that was forked from this one inherits the handler
+        elif number == signal.SIGTERM:  # in a process forked from this one, which inherits the handler
             os._exit(STATUS["SIGTERM"])
 
     before = {name: signal.signal(getattr(signal, name), handler) for name in STATUS if hasattr(signal, name)}

@@ -1,7 +1,7 @@
-"""Writes the checkpoints of a stage: aside, sealed, renamed, and the older ones cleared away.
+"""Writing of a stage's checkpoints: in a temporary folder, sealed, renamed; older ones are removed.
 
-What is in a checkpoint comes from elsewhere (`contents.py` and transformers); that it is there whole or not at all is
-decided here, with the functions of `checkpoints.py`.
+The files of a checkpoint come from `contents.py` and transformers; this module ensures, with the functions of
+`checkpoints.py`, that a checkpoint is complete or absent.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from qllava.training.durable.checkpoints import publish, rotate, saving, seal
 
 
 class CheckpointWriter:
-    """The checkpoints of one stage, as far as this start of the run writes them."""
+    """Writer of the checkpoints of one stage."""
 
     passed_over: Sequence[Path] = ()
-    """Checkpoints that are not intact: the run resumes from one before them, and they go when the next is saved."""
+    """Checkpoints that are not intact: the run resumes from an earlier one, and they are removed at the next save."""
     aside: Path | None = None
-    """Where the files of a checkpoint go while it is being written; None at all other times."""
+    """Folder for the files of a checkpoint while it is being written; None at all other times."""
     step = 0
-    """The step that was saved last, or resumed from."""
+    """The step that was saved last, or from which the run was resumed."""
 
     def __init__(self, folder: Path, begun_with: Mapping[str, Any]) -> None:
-        """Write nothing yet.
+        """Start without writing anything.
 
         Args:
-            folder: Of the stage.
-            begun_with: What decides the run; every checkpoint's manifest keeps it.
+            folder: Folder of the stage.
+            begun_with: Settings and data of the run, which every manifest records.
         """
         self._folder, self._begun_with = folder, begun_with
 
@@ -47,18 +47,18 @@ class CheckpointWriter:
         limit: int | None = None,
         waiting: bool = False,
     ) -> None:
-        """Write the checkpoint of a step; called in all processes.
+        """Write the checkpoint of a step; called on all ranks.
 
         Args:
-            step: The optimizer step that it is saved after.
+            step: The optimizer step after which it is saved.
             save: Writes the files into `aside` / checkpoint-STEP.
             optim: Name of the optimizer whose state is saved.
-            computed: What was settled during the run, see `seal`.
-            limit: How many checkpoints are kept; None: all.
-            waiting: The processes wait for each other inside `save`, so that one that fails ends on its own.
+            computed: Choices made during the run, see `seal`.
+            limit: Number of checkpoints to keep; None keeps all.
+            waiting: Whether the ranks wait for each other inside `save`, so that a rank that fails must end alone.
 
         Raises:
-            InputError: The checkpoint cannot be written; earlier ones are untouched.
+            InputError: The checkpoint cannot be written; earlier ones are unchanged.
         """
         place = Run(self._folder).checkpoint(step)
         aside, name = self._folder / PARTIAL, place.name
@@ -71,7 +71,7 @@ class CheckpointWriter:
 
         try:
             processes.by_main(partial(shutil.rmtree, aside, ignore_errors=True))
-            # Each process has a random state of its own to save; the seal is for all that they wrote.
+            # Each rank saves its own random state; the seal covers the files of all.
             with nullcontext() if waiting else processes.together(), saving(f"The checkpoint {place}"):
                 save()
             processes.by_main(whole)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2, where it is installed and accelerate was told of it: what has to be asked of it besides."""
+"""DeepSpeed's ZeRO-2, if it is installed and configured in accelerate: additional settings that it needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def read_tensors_only() -> None:
-    """From here on no file of DeepSpeed's is unpickled, whatever it holds.
+    """Allow only tensors when DeepSpeed's files are unpickled from here on.
 
-    torch is told to read tensors alone, and the few classes of DeepSpeed's in which it keeps numbers. Anything else
-    raises pickle.UnpicklingError.
+    torch loads tensors, and the few classes in which DeepSpeed stores numbers. Anything else raises
+    pickle.UnpicklingError.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,1 +1,1 @@
-"""What training minimizes: a function for each objective, from a pack's log-probabilities to a loss and metrics."""
+"""Training objectives: each is a function from a pack's log-probabilities to a loss and metrics."""

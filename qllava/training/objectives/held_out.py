@@ -1,6 +1,6 @@
-"""An objective over held-out samples: sums over their learned tokens, and the means of all processes.
+"""An objective over held-out samples: sums over their learned tokens, and means over all ranks.
 
-So the figures depend neither on the batch size nor on the number of processes.
+So the figures depend neither on the batch size nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qllava.training.objectives.objective import Objective
 from qllava.training.step.packs import evened
 
 TOKENS = "tokens"
-"""In sums, the number of learned tokens."""
+"""Key of the number of learned tokens among the sums."""
 
 
 @torch.no_grad()
@@ -30,10 +30,10 @@ def sums(
     """Return `loss` and the metrics of a batch, each summed over its learned tokens, and their number, `tokens`.
 
     Args:
-        objective: What is computed of each pack.
-        model: Takes packs, and is looking at them.
-        batch: What `PackCollator` made.
-        to_device: Moves a pack to where the model is.
+        objective: Computes loss and metrics of each pack.
+        model: A model that accepts packs, inside `looking_at`.
+        batch: A batch made by `PackCollator`.
+        to_device: Moves a pack to the model's device.
     """
     found: dict[str, float] = defaultdict(float)
     for pack in evened(batch["packs"]):
@@ -48,7 +48,7 @@ def sums(
 
 
 def means(found: Mapping[str, float]) -> dict[str, float]:
-    """Return the means over the learned tokens of all processes, of the sums of this one."""
+    """Return the means over the learned tokens of all ranks, given the sums of this rank."""
     total = dict(zip(found, processes.total(list(found.values())), strict=True))
     tokens = total.pop(TOKENS)
     return {name: value / tokens for name, value in total.items()}

@@ -1,4 +1,4 @@
-"""The form of an objective: the log-probabilities of a pack's learned tokens in, a loss and metrics out.
+"""The signature of an objective: log-probabilities of a pack's learned tokens in, a loss and metrics out.
 
 An objective is a plain function. The trainer calls it for every pack, in training and for held-out samples, and takes
 the gradient of its loss. It needs no model and no trainer, so it can be tested with a few numbers.
@@ -16,16 +16,16 @@ from qllava.training.step.exact import PackOutput
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an objective makes of one pack."""
+    """Result of an objective for one pack."""
 
     loss: Tensor
     """Scalar with a gradient: this pack's share of the loss of the optimizer step."""
     learned: Tensor
     """Number of learned tokens of the pack, a scalar; 0 for a weightless pack."""
     sums: dict[str, Tensor]
-    """Metrics by the names under which they are logged, each summed over the learned tokens; no gradient."""
+    """Metrics by the names under which they are logged, each summed over the learned tokens; without gradient."""
 
 
 Objective = Callable[[PackOutput, Tensor | None], Outcome]
-"""Called with the outputs of a pack, (L,) each, and the learned tokens of the whole optimizer step in all processes.
-Where that number is None the loss is the mean over this pack's own learned tokens."""
+"""Function of the outputs of a pack, (L,) each, and the number of learned tokens of the optimizer step over all ranks.
+If that number is None, the loss is the mean over this pack's own learned tokens."""

@@ -1,9 +1,9 @@
-"""Supervised finetuning: the model learns to give the answers that the examples have.
+"""Supervised finetuning: the model learns to give the answers of the examples.
 
     nll    the mean of -log p over the learned tokens: plain cross-entropy
-    dft    the same with each token weighted by its own p, taken as a constant (https://arxiv.org/abs/2508.05629)
+    dft    the same with each token weighted by its own p, treated as a constant (https://arxiv.org/abs/2508.05629)
 
-Both are the formulas of TRL's SFTTrainer, over learned tokens alone.
+Both are the formulas of TRL's SFTTrainer, over learned tokens only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ def dft(found: PackOutput, count: Tensor | None) -> Outcome:
 
 
 def _outcome(found: PackOutput, of_tokens: Tensor, count: Tensor | None) -> Outcome:
-    """The mean of the tokens' losses, with how sure the model was and how often it was right.
+    """Return the mean loss of the tokens, with the entropy and the share of correct predictions.
 
-    of_tokens: (L,), zero in a weightless pack.
+    Args:
+        found: Outputs of the pack.
+        of_tokens: Losses of the tokens, (L,); zero in a weightless pack.
+        count: Learned tokens of the optimizer step; None for the mean over this pack.
     """
     assert found.label_mask is not None and found.entropy is not None and found.is_top1 is not None
     learned = found.label_mask.sum()

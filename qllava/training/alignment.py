@@ -50,7 +50,7 @@ def align(
         settings: Settings of the run.
         assembled: The model, whose projector is changed.
         folder: Folder of the run.
-        captions: What `captions_of` returned.
+        captions: Result of `captions_of`.
         begun: Settings and data hashes that a resumed run must not change.
         count: Number of samples of stage 2, to check that its files fit on the disk before stage 1 starts.
         started: Timer of the run, saved after stage 1.
@@ -81,7 +81,7 @@ def align(
 
 
 def _config(settings: Settings, stage1: Path) -> TrainConfig:
-    """The loop's settings of a stage 1 of finetune's own: those of the run, but for what belongs to stage 2."""
+    """Return the loop's settings of a stage 1 inside the run: those of the run without the ones of stage 2."""
     config = copy.copy(settings.train)
     config.output_dir = str(stage1)
     config.learning_rate = ALIGNMENT.rates["learning_rate"]
@@ -94,12 +94,16 @@ def _config(settings: Settings, stage1: Path) -> TrainConfig:
 
 
 def _keep(stage1: Path, folder: Path, seconds: float, begun: Mapping[str, Any]) -> None:
-    """Finish the folder of a stage 1, and copy what it logged into that of the run.
+    """Finish the folder of a stage 1, and copy its logs to the run's folder.
 
-    seconds: of the run so far, in all its starts.
+    Args:
+        stage1: Folder of the stage 1.
+        folder: Folder of the run.
+        seconds: Duration of the run so far, over all its starts.
+        begun: Settings and data of the run.
     """
     write_whole(stage1 / BEGUN_FILE, json.dumps({"begun_with": begun}, indent=1) + "\n")
-    # Before it counts as finished: killed in between, both come twice, and the report reads a step once.
+    # Before stage 1 counts as finished: if killed in between, the logs are copied twice, and the report merges steps.
     for name in (METRICS_FILE, SPIKES_FILE):
         if (stage1 / name).is_file():
             with Journal(stage1 / name) as said, Journal(folder / name) as journal:

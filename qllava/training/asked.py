@@ -17,14 +17,14 @@ from qllava.training.data import Part, Prepared
 
 
 class HeldOut:
-    """Held-out examples that can be used as questions, by their numbers in their files."""
+    """Held-out examples that can be asked as questions, by their numbers in their files."""
 
     def __init__(self, parts: Sequence[Part], prepared: Prepared | None) -> None:
-        """Find them.
+        """Find the examples.
 
         Args:
             parts: The held-out files.
-            prepared: Their samples, or None where no examples are held out.
+            prepared: Their samples, or None if no examples are held out.
         """
         self.parts = parts if prepared else ()
         self.rows = (
@@ -39,7 +39,7 @@ class HeldOut:
         return self._read([rows[:: max(1, -(-len(rows) // each))] for rows in self.rows])
 
     def drawn(self, count: int, seed: int) -> list[Example]:
-        """Return at most `count` examples, drawn over all files."""
+        """Return at most `count` examples, drawn over all files with the seed."""
         every = [(part, number) for part, rows in enumerate(self.rows) for number in rows]
         places = random.Random(seed).sample(range(len(every)), min(count, len(every)))
         chosen: list[list[int]] = [[] for _ in self.rows]
@@ -48,13 +48,13 @@ class HeldOut:
         return self._read(chosen)
 
     def _read(self, chosen: Sequence[Sequence[int]]) -> list[Example]:
-        """The examples with these numbers of each file, in the order of the files."""
+        """Return the examples with the given numbers of each file, in the order of the files."""
         pairs = zip(self.parts, chosen, strict=True)
         return [e for part, wanted in pairs if wanted for e in read_these(part.path, part.image_folder, set(wanted))]
 
 
 def _askable(part: Part, found: Checked) -> Sequence[int]:
-    """Numbers, from 0, of the examples of a file that became whole samples."""
+    """Return the numbers, from 0, of a file's examples that became whole samples."""
     trimmed = {
         (Path(p.place.file).name, p.place.line or 0, p.place.row or 0) for p in found.problems() if p.kind == "trimmed"
     }
@@ -62,7 +62,7 @@ def _askable(part: Part, found: Checked) -> Sequence[int]:
         return range(found.summary.rows)
     table = found.table
     files = (Path(str(name)).name for name in table.data.column("file").to_pylist())
-    # Samples are in the order of their examples. Paths are compared by name: the cache may know another spelling.
+    # Samples are in the order of their examples. Paths are compared by name: the cache may hold another spelling.
     places = zip(files, numbers(table, "line").tolist(), numbers(table, "row").tolist(), strict=True)
     expected = next(places, None)
     rows = []

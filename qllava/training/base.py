@@ -20,11 +20,11 @@ from qllava.training.settings import Settings
 
 
 def assembled(settings: Settings, start: Path | None = None) -> Assembled:
-    """Return the model of the settings, or the base of an adapter; that they fit together is known (`before.py`).
+    """Return the model of the settings, or the base of an adapter; `before.py` has checked that the settings fit it.
 
     Args:
-        settings: Of the run.
-        start: The adapter that is trained on.
+        settings: Settings of the run.
+        start: The adapter from which training starts.
     """
     set_seed(settings.train.seed)
     if not torch.cuda.is_available():
@@ -36,7 +36,7 @@ def assembled(settings: Settings, start: Path | None = None) -> Assembled:
 
 
 def same_base(settings: Settings, start: Path) -> Recipe:
-    """Return the recipe of an adapter's base; raise InputError if a setting contradicts it."""
+    """Return the recipe of an adapter's base, or raise an InputError if a setting contradicts it."""
     record = located(start, settings.model.base_model or ())
     for name in BELONGS_TO_BASE:
         if getattr(settings.model, name) != getattr(record, name):
@@ -49,7 +49,7 @@ def same_base(settings: Settings, start: Path) -> Recipe:
 
 
 def with_lora(settings: Settings, assembled: Assembled, start: Path | None) -> Any:
-    """Return the model with LoRA: a new one that changes nothing yet, or that of an adapter."""
+    """Return the model with LoRA: newly initialized so that it changes nothing, or loaded from an adapter."""
     set_seed(settings.train.seed)  # same initial LoRA, whether stage 1 ran in this process or in an earlier one
     model = add_lora(assembled, Lora.of_settings(settings.model))
     if start:

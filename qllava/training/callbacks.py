@@ -17,26 +17,26 @@ from qllava.training.trainer import LlavaTrainer
 
 
 class Metrics(TrainerCallback):
-    """Writes what the trainer logs to `metrics.jsonl`, a line for each report."""
+    """Writes what the trainer logs to `metrics.jsonl`, one line per report."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Append one line; flushed, so that a killed run keeps it."""
+        """Append one line and flush it, so that a killed run keeps it."""
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
         line = {"stage": self.stage, "step": state.global_step, "total_steps": state.max_steps, **numbers}
         processes.by_main(partial(append_line, self.path, line))
 
 
 class Begin(TrainerCallback):
-    """Sets up recomputation when transformers has prepared the model, and on a GPU tries the largest batches."""
+    """Sets up recomputation after transformers has prepared the model, and on a GPU tries the largest batches."""
 
     def __init__(self, trainer: LlavaTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Run before the first step."""
+        """Set up recomputation and rehearse, before the first step."""
         if args.recompute_layers is not None:
             llava: Any = self.trainer.assembled.model
             recompute(llava.model.language_model, args.recompute_layers)

@@ -1,13 +1,13 @@
-"""The data of a run: a file or a mixture of files, checked before anything is trained, then read from the disk.
+"""The data of a run: a file or a mixture of files, checked before training, then read from the disk.
 
 A mixture is written in the recipe's YAML:
 
     train_file:
       - {path: instruct.json, image_folder: coco/train2017}
-      - {path: digits.jsonl, repeat: 3}        # three times an epoch; 0.5 is every second example, drawn by the seed
+      - {path: digits.jsonl, repeat: 3}        # three times per epoch; 0.5 is every second example, drawn at random
 
-With `weight` instead of `repeat`, weights are the files' shares of an epoch: the file that is largest for its share is
-read once, and the others are repeated until the shares hold, so that no example is left out.
+With `weight` instead of `repeat`, weights are the files' shares of an epoch: the file that is largest relative to its
+share is read once, and the others are repeated to match the shares, so that no example is left out.
 """
 
 from __future__ import annotations
@@ -38,44 +38,40 @@ from qllava.training.settings import Settings
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a data set.
-
-    path: the file, or a folder that holds a data set.
-    image_folder: where its images lie; None for beside it.
-    repeat: how often an epoch shows each of its examples.
-    weight: its share of an epoch, relative to those of the others; in place of `repeat`.
-    """
+    """One file of a data set."""
 
     path: Path
+    """The file, or a folder that contains a data set."""
     image_folder: Path | None
+    """Folder that image paths are relative to; None for the folder of the file."""
     repeat: float = 1.0
+    """How often each example occurs in an epoch."""
     weight: float | None = None
+    """Share of an epoch, relative to the weights of the other files; replaces `repeat`."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples that can be trained on.
-
-    dataset: `id`, `input_ids`, `labels` and `images` of every example of an epoch; memory-mapped.
-    parts: the files that it comes from.
-    lengths: tokens of each example of an epoch.
-    learned: how many of all of them together are learned.
-    images: a hash of the images of each example, 0 for none.
-    """
+    """Samples that are ready for training."""
 
     dataset: Dataset
+    """`id`, `input_ids`, `labels` and `images` of every sample of an epoch; memory-mapped."""
     parts: Sequence[Checked]
+    """The files of the samples."""
     lengths: np.ndarray
+    """Tokens of each sample of an epoch."""
     learned: int
+    """Number of learned tokens of all samples together."""
     images: np.ndarray
+    """Hash of the images of each sample; 0 for none."""
 
     def count(self, kind: str) -> int:
-        """Problems of a kind in all files: "dropped", "trimmed"."""
+        """Return the number of problems of a kind in all files, such as "dropped" or "trimmed"."""
         return sum(part.summary.counts.get(kind, 0) for part in self.parts)
 
 
 def parts_of(given: Any, image_folder: Path | None, field: str) -> list[Part]:
-    """The files of a setting: a path, or the list of a mixture. Raises InputError for anything else."""
+    """Return the files of a setting, a path or the list of a mixture; raise an InputError for anything else."""
     if isinstance(given, str | Path):
         return [Part(Path(given), image_folder)]
     if not isinstance(given, list) or not given:
@@ -111,7 +107,7 @@ def _part(entry: Any, number: int, image_folder: Path | None, field: str) -> Par
 
 
 def hashes_of(parts: list[Part]) -> list[dict[str, str]]:
-    """Name and SHA-256 of each file of examples; of a folder, of the files that hold examples."""
+    """Return name and SHA-256 of each file of examples; for a folder, of the files in it that contain examples."""
     hashes = []
     for file in (file for part in parts for file in record_files(part.path)):
         with file.open("rb") as opened:
@@ -128,12 +124,20 @@ def prepare(
     skip_check: bool = False,
     workers: int | None = None,
 ) -> tuple[Prepared, Prepared | None]:
-    """Check the files, say what was found, and open them: what is trained on, and what is held out.
+    """Check the files, print the findings, and open the samples for training and the held-out ones.
 
-    seed: draws the examples of a part that is repeated a broken number of times.
-    skip_check: images are not looked at, and examples are not compared.
-    workers: processes that encode a large file; None for one per core.
-    Raises InputError when an example cannot be used, or none is left; several are printed first.
+    If several examples cannot be used, they are printed before the error.
+
+    Args:
+        parts: The training files.
+        encoder: Makes samples of the examples.
+        seed: Draws the examples of a file that is repeated a fractional number of times.
+        evaluation: The held-out files.
+        skip_check: Do not open the images, and do not compare examples.
+        workers: Processes that encode a large file; None for one per core.
+
+    Raises:
+        InputError: An example cannot be used, or no example is left.
     """
 
     def checked_parts(some: Sequence[Part]) -> list[Checked]:
@@ -144,7 +148,7 @@ def prepare(
     if skip_check:
         print("The data is NOT CHECKED (skip_check). An unreadable image will end the run when its batch is loaded.")
     if verdict.errors:
-        if verdict.errors > 1:  # a single one is what the error says
+        if verdict.errors > 1:  # a single one is in the error itself
             print(verdict.text(verbose=False), file=sys.stderr)
         first = next(problem for problem in verdict.problems() if problem.severity == "error")
         more = f" There are {verdict.errors - 1:,} more such problems; `qllava check` lists them all."
@@ -162,7 +166,7 @@ def prepare(
 def prepare_for(
     settings: Settings, assembled: Assembled, template: Template, files: list[Part], held_out: list[Part]
 ) -> tuple[Prepared, Prepared | None]:
-    """Check and open the files of a run, as this model reads them; see `prepare`."""
+    """Check and open the files of a run for its model; see `prepare`."""
     encoder = Encoder(
         assembled.processor.tokenizer,
         template,
@@ -202,7 +206,7 @@ def _open(checked: Sequence[Checked], repeats: list[float], weights: list[float 
 
 
 def chosen(sizes: Sequence[int], repeats: Sequence[float], seed: int) -> np.ndarray:
-    """Which examples an epoch shows, by their number over all parts: whole copies, and a drawn share for the rest."""
+    """Return the numbers, over all files, of the examples of an epoch: whole copies and a drawn share for the rest."""
     rng = np.random.default_rng(seed)
     out = []
     start = 0

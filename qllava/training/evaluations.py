@@ -22,21 +22,21 @@ _MOST = 10
 
 
 def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
-    """Raise InputError if a setting needs evaluations and none would be made."""
+    """Raise an InputError if a setting needs evaluations and the run would make none."""
     name = follows(config)
     if name and not (held_out and scores.evaluates(config)):
         raise InputError(f"{name} needs evaluations during the run. Set eval_strategy and eval_file too.")
 
 
 def follows(config: TrainConfig) -> str:
-    """Return the setting that decides something by evaluations made during the run, as it is written; "" for none."""
+    """Return the setting, as written, that makes a decision based on evaluations during the run; "" for none."""
     if config.scheduler in FOLLOWING:
         return f"lr_scheduler_type {config.scheduler}"
     return "save_strategy best" if name_of(config.save_strategy) == "best" else ""
 
 
 def leave_out(config: TrainConfig) -> None:
-    """Take the evaluations out of the settings of finetune's stage 1; what depends on them gets its default."""
+    """Remove the evaluations from the settings of a run's own stage 1; settings that need them get their defaults."""
     config.eval_strategy, config.do_eval, config.metric_for_best_model = "no", False, None
     if (scheduler := config.scheduler) in FOLLOWING:
         usual = LoopConfig.lr_scheduler_type
@@ -47,13 +47,13 @@ def leave_out(config: TrainConfig) -> None:
 
 
 def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, questions: int) -> None:
-    """Settle when held-out samples are measured; without any, transformers would refuse it with a stack trace.
+    """Set when held-out samples are evaluated; without any, evaluations are turned off, which transformers requires.
 
     Args:
         config: The loop's settings, which are changed.
-        train: The samples that are trained on.
-        evaluation: The held-out samples.
-        questions: How many questions each evaluation asks.
+        train: Training samples.
+        evaluation: Held-out samples, or None.
+        questions: Number of questions that each evaluation asks.
     """
     if evaluation is None:
         config.eval_on_start = False  # transformers would evaluate whatever eval_strategy says
@@ -63,7 +63,7 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
         print("No eval_file is set, so the run makes no evaluations.")
         config.eval_strategy, config.do_eval = "no", False
     elif config.eval_strategy == "steps" and not config.eval_steps:
-        # Evaluations that decide something are made, whatever they cost.
+        # Evaluations that decide something are made whatever they cost.
         count = _MOST if follows(config) else _evaluations(config, train, evaluation, questions)
         if count:
             config.eval_steps = -(-total_steps(config, len(train.lengths)) // count)
@@ -73,11 +73,12 @@ def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, qu
 
 
 def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, questions: int) -> int:
-    """Return how often to evaluate where the user has not set eval_steps: ten times, or less where that costs much.
+    """Return how often to evaluate if the user has not set eval_steps: ten times, or fewer if that is expensive.
 
-    Counted in tokens, so that a resumed run evaluates at the same steps: a token that is trained on counts three times
-    (forward, and twice that backward), one of a held-out sample once, and a question as its sample and the most tokens
-    of an answer. All evaluations together may cost as much as the training: each a tenth of it, or they are fewer.
+    The cost is counted in tokens, so that a resumed run evaluates at the same steps: a training token counts three
+    times (forward, and twice that backward), a token of a held-out sample once, and a question as its sample plus the
+    maximum tokens of an answer. All evaluations together may cost as much as the training: each a tenth of it, or there
+    are fewer.
     """
     lengths = train.lengths
     share = total_steps(config, len(lengths)) * samples_per_step(config) / len(lengths)
@@ -88,7 +89,7 @@ def _evaluations(config: TrainConfig, train: Prepared, evaluation: Prepared, que
 
 
 def of_samples(logged: Mapping[str, float]) -> dict[str, float]:
-    """Return the figures of an evaluation's log line that are about held-out samples: its loss, and TRL's averages."""
+    """Return the figures of an evaluation's log line for held-out samples: its loss, and TRL's averages."""
     others = ("exact_match", "runtime", "per_second")
     return {name: x for name, x in logged.items() if name.startswith("eval_") and not any(o in name for o in others)}
 

@@ -21,10 +21,19 @@ from qllava.training.step.kernels import computing_in
 
 
 def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = None) -> tuple[Stage, list[str]]:
-    """Pack size, recomputation and optimizer that fit the card, or `fit_memory`; what is set explicitly stays.
+    """Choose pack size, recomputation and optimizer that fit the GPU, or `fit_memory`; explicit settings stay.
 
-    start: the checkpoint that is continued from, whose optimizer stays too: the state of another is of no use to it.
-    Raises InputError when nothing fits.
+    Args:
+        stage: The stage before the choice.
+        model: The model that is trained.
+        assembled: The model's parts.
+        start: Checkpoint of a resumed run, whose optimizer stays too, because the state of one does not suit another.
+
+    Returns:
+        The stage with the chosen settings, and lines for the ledger.
+
+    Raises:
+        InputError: Nothing fits.
     """
     config, on_card = copy.copy(stage.config), torch.cuda.is_available()
     fixed = settled(config)
@@ -35,9 +44,9 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
     if not (on_card or config.fit_memory):
         return stage, []
     limits = [parse_bytes(config.fit_memory)] if config.fit_memory else []
-    if on_card:  # a card sold with 8 GB has a little less
+    if on_card:  # a GPU sold with 8 GB has slightly less
         limits.append(torch.cuda.mem_get_info()[1])
-    # With GPUs of different sizes, all processes must choose the same packs and optimizer.
+    # With GPUs of different sizes, all ranks must choose the same packs and optimizer.
     limit = processes.lowest(min(limits))
     llava: Any = assembled.model
     setup = setup_of(config, llava.config, Lora.of_model(model), load_in_4bit=assembled.recipe.load_in_4bit)
@@ -59,7 +68,7 @@ def fitted(stage: Stage, model: Any, assembled: Assembled, start: Path | None = 
         plan.recompute_layers,
         plan.optim,
     )
-    # From here on `recompute_layers` decides.
+    # From here on `recompute_layers` is used instead.
     config.gradient_checkpointing = config.activation_checkpointing = False
     line = (
         f"memory: expected peak {format_bytes(plan.peak_bytes)} of {format_bytes(limit)}, with packs of "

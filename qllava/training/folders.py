@@ -40,10 +40,10 @@ ABOUT_ADAPTER = (
 
 
 def open_folder(settings: Settings, held: ExitStack) -> Path:
-    """Make or reopen the run's folder, which belongs to this run until `held` is closed.
+    """Create or reopen the run's folder, which is locked for this run until `held` is closed.
 
-    Optimizer and scheduler are tried out first, and what a ready model decides is settled: a folder is not made for a
-    run that cannot start.
+    Optimizer and scheduler are tried and the settings of a finished model are applied first, so that no folder is
+    created for a run that cannot start.
 
     Raises:
         InputError: The run cannot start, its folder holds a finished run, or another process is writing to it.
@@ -58,10 +58,10 @@ def open_folder(settings: Settings, held: ExitStack) -> Path:
 
 
 def settle_model(settings: Settings) -> None:
-    """Take what a ready LLaVA decides itself from the model, so that everything that is recorded is what was done.
+    """Take the settings that an existing LLaVA fixes from the model, so that the run records what was really used.
 
     Raises:
-        InputError: When the user set one of these settings to something else.
+        InputError: The user set one of these settings to another value.
     """
     name = settings.model.model_name_or_path
     parts = settings.model.language_model or settings.model.vision_tower
@@ -79,7 +79,7 @@ def settle_model(settings: Settings) -> None:
 
 def _opened(settings: Settings, held: ExitStack) -> Path:
     folder = Path(str(settings.train.output_dir))
-    # The command line was checked for this too; another command may have started or finished here since then.
+    # The command line was checked for this too; another command may have started or finished here in between.
     given = {
         **asdict(settings.model),
         "output_dir": folder,
@@ -89,8 +89,8 @@ def _opened(settings: Settings, held: ExitStack) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked_folder(folder, IN_USE))
-        check_output(given)  # it may have ended while the lock was waited for
-        if Run(folder).finished:  # an unfinished one is continued: schedulers give the same command again
+        check_output(given)  # the other run may have finished while this one waited for the lock
+        if Run(folder).finished:  # an unfinished run is resumed: schedulers repeat the same command
             _clear(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -113,9 +113,12 @@ def _clear(folder: Path) -> None:
 
 
 def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Part]) -> dict[str, Any]:
-    """What decides a run of finetune, in both stages. Raises InputError when a checkpoint has it otherwise.
+    """Return what decides the results of a finetune run, in both stages, and write `data.json` and `run.yaml`.
 
-    Writes `data.json` (the examples by their bytes: model cards name them) and `run.yaml`.
+    `data.json` has the hashes of the example files, which model cards name.
+
+    Raises:
+        InputError: A checkpoint of the run has other values.
     """
     hashes, pretrain_file = hashes_of(files), settings.data.pretrain_file
     captions = hashes_of(parts_of(pretrain_file, images(settings), "pretrain_file")) if pretrain_file else []
@@ -128,23 +131,23 @@ def begin(settings: Settings, folder: Path, files: list[Part], held_out: list[Pa
 
 
 def write_settings(settings: Settings, folder: Path) -> None:
-    """Write `run.yaml`."""
+    """Write `run.yaml`, the settings of the run."""
     resolved = {**asdict(settings.model), **asdict(settings.data), **settings.train.to_dict()}  # type: ignore[no-untyped-call]
     write_whole(folder / RUN_FILE, yaml.safe_dump(_plain(resolved), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
-    """The same value in types that every YAML reader knows."""
+    """Return the value in types that every YAML reader knows."""
     return json.loads(json.dumps(value, default=str))
 
 
 def images(settings: Settings) -> Path | None:
-    """The setting `image_folder` as a path."""
+    """Return the setting `image_folder` as a path."""
     return Path(settings.data.image_folder) if settings.data.image_folder else None
 
 
 def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> list[Part]:
-    """The files of a setting, or nano's own where none is given and the parts are nano's."""
+    """Return the files of a setting, or nano's own if none is given and the parts are nano's."""
     if given is not None:
         return parts_of(given, images(settings), field)
     if not settings.model.is_nano:
@@ -154,7 +157,7 @@ def files_of(given: Any, settings: Settings, field: str, *, nano_file: str) -> l
 
 
 def held_out(settings: Settings, *, stage1: bool = False) -> list[Part]:
-    """The held-out examples of a run; nano has its own for stage 2, for its own training examples."""
+    """Return the held-out files of a run; nano's own are used in stage 2, with nano's own training examples."""
     if settings.data.eval_file:
         return parts_of(settings.data.eval_file, images(settings), "eval_file")
     if settings.nanos_own and not stage1:
@@ -166,8 +169,8 @@ def held_out(settings: Settings, *, stage1: bool = False) -> list[Part]:
 def finish(folder: Path, results: dict[str, Any]) -> None:
     """Write report, card and results; `results.json` comes last, because it marks the run as finished.
 
-    If the process is killed before, the same command resumes the run; if it is killed after, all files are
-    on the disk by then, even after a power failure.
+    If the process is killed before that, the same command resumes the run; if it is killed later, all files are already
+    on the disk, even after a power failure.
     """
     write_report(folder, results)
     if adapter_at(str(folder)):
@@ -180,7 +183,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
 
 
 def say_next(done: str, commands: list[str]) -> None:
-    """Print what was done and which commands can follow."""
+    """Print the result and the commands that can follow."""
     print(f"\n{done}\nNext:")
     for command in commands:
         print(f"  {command}")

@@ -1,4 +1,4 @@
-"""Entry point of a recipe: errors that a user can fix end in one sentence and an exit status, without a stack trace."""
+"""Entry point of a recipe: errors that a user can fix become one sentence and an exit status, without a stack trace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
     except processes.Elsewhere:
         return 1
     except InputError as error:
-        # An error of a data loader worker contains its stack trace as text, with the message at the end.
+        # An error in a data loader worker contains its stack trace as text; the message is the last line.
         sentence = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         print(f"qllava: {sentence}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What a run of finetune measures besides the held-out loss: answers before and after it, and nano's table."""
+"""Measurements of a finetune run besides the held-out loss: answers before and after training, and nano's table."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from qllava.training.settings import Settings
 
 
 class Measures:
-    """The measurements of one run, in the order in which they are made."""
+    """Measurements of one run, in the order in which they are made."""
 
     def __init__(self, settings: Settings, folder: Path, assembled: Assembled) -> None:
-        """Measure nothing yet.
+        """Start without measurements.
 
         Args:
-            settings: Of the run.
-            folder: Of the run.
+            settings: Settings of the run.
+            folder: Folder of the run.
             assembled: The model's parts, for its tokenizer and its template.
         """
         self._folder, self._assembled = folder, assembled
-        # One room for all answers: each size that did not fit is met once.
+        # One `Room` for all answers, so that a batch size that does not fit is tried only once.
         self._room = scores.room_for(settings.train)
         self.table = scores.Table.open(folder, assembled, self._room) if settings.nanos_own else None
-        """nano's, for its own examples; None for any other run."""
+        """nano's table, if the run trains on nano's own examples; None otherwise."""
         self._count = scores.shown(settings.train)
         self._shown: list[Example] = []
         self._before: Sequence[str | None] = ()
         self._after: Sequence[str] = ()
 
     def add(self, name: str, model: nn.Module) -> None:
-        """Measure an example of the table, where there is one, with the model as it is now."""
+        """Measure a record of the table, if there is one, with the model in its current state."""
         if self.table:
             self.table.measure(name, model)
 
     def before(self, model: nn.Module, asked: HeldOut) -> None:
-        """Answer the questions that the report shows, before the first step."""
+        """Answer the report's questions before the first step."""
         self._shown = asked.spaced(self._count)
         self._before = samples.before(self._folder, model, self._assembled, self._shown, self._room)
 
@@ -54,5 +54,5 @@ class Measures:
         return self.table.finish(model) if self.table else {}
 
     def write(self) -> None:
-        """Write the answers for the report; called in all processes."""
+        """Write the answers for the report; called on all ranks."""
         processes.by_main(partial(samples.write, self._folder, self._shown, self._before, self._after))

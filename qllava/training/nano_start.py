@@ -1,7 +1,7 @@
-"""Initial projector of a run with own data on nano's parts: from the newest finished nano run.
+"""Initial projector of a run with the user's data on nano's parts: from the newest finished nano run.
 
-LoRA starts from zero. Which run was taken is written to `run.yaml`, so that a resumed run takes the same one when a
-newer nano run has finished since. Where there is none, stage 1 comes first, on nano's own captions.
+LoRA starts from zero. The chosen run is written to `run.yaml`, so that a resumed run uses the same one even if a newer
+nano run has finished since. If there is none, stage 1 comes first, on nano's own captions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from qllava.training.settings import Settings
 
 
 def take_projector(settings: Settings, folder: Path) -> None:
-    """Set `projector` for a run of own data on nano's parts that gives none, and say which; see the head of this file.
+    """Set and print `projector` for a run with the user's data on nano's parts, unless it is given.
 
-    folder: the run's, before its settings are written.
+    Args:
+        settings: Settings of the run, which are changed.
+        folder: Folder of the run, before its settings are written.
     """
     if not (settings.model.is_nano and settings.data.train_file):
         return
@@ -36,12 +38,12 @@ def take_projector(settings: Settings, folder: Path) -> None:
 
 
 def _began_with(folder: Path) -> str | None:
-    """The projector of a run that is resumed."""
+    """Return the projector of a run that is resumed."""
     given = Run(folder).read_settings().get("projector")
     return str(given) if given else None
 
 
 def _newest(folder: Path) -> str | None:
-    """The nano run that finished last, but for the folder itself. Raises InputError when a run cannot be read."""
+    """Return the nano run that finished last, this folder excluded; raise an InputError if a run cannot be read."""
     others = [run.absolute() for run in finished_nano_runs(RUNS) if run.resolve() != folder.resolve()]
     return str(others[-1]) if others else None

@@ -1,6 +1,6 @@
 """Key figures of a run, for the top of its report and the end of its terminal output.
 
-`command.json` is written when a run starts or is resumed: the command, with the launcher of several processes, the
+`command.json` is written when a run starts or is resumed: the command, including the launcher of several processes, the
 versions of the packages that compute, and the seconds of all starts so far.
 """
 
@@ -27,17 +27,17 @@ PACKAGES = ("qllava", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 class Started:
-    """One start of a run: its command, and how long it and the starts before it have taken.
+    """One start of a run: its command, and the duration of it and all starts before it.
 
-    A start whose work was resumed counts in full, and after `kill -9` as far as it was last kept.
+    A start whose work was resumed counts in full; after `kill -9` it counts until it was last saved.
     """
 
     def __init__(self, folder: Path, held: ExitStack) -> None:
-        """Begin to count.
+        """Start the timer.
 
         Args:
-            folder: The run's.
-            held: When it closes, however the run ended, the time is kept once more.
+            folder: Folder of the run.
+            held: When it closes, however the run ended, the time is saved once more.
         """
         self._folder, self._began, self._begun = folder, time.monotonic(), False
         self._earlier = 0.0
@@ -52,31 +52,31 @@ class Started:
         return round(self._earlier + time.monotonic() - self._began, 1)
 
     def keep(self) -> None:
-        """Write `command.json`; called in all processes."""
+        """Write `command.json`; called on all ranks."""
         self._begun = True
         processes.by_main(self._write)
 
     def _write(self) -> None:
         versions = {name: _version(name) for name in PACKAGES}
         content = {"command": command_of(sys.argv, os.environ), "versions": versions, "seconds": self.seconds}
-        # After each checkpoint: a disk may have become full or read-only since.
+        # After each checkpoint, because a disk may have become full or read-only since.
         with saving(str(self._folder / COMMAND_FILE)):
             write_whole(self._folder / COMMAND_FILE, json.dumps(content, indent=1) + "\n")
 
     def _end(self) -> None:
-        """Keep the time of a run that was interrupted; a finished one has its own in `results.json`."""
-        # Not by agreement: the other processes may have ended.
+        """Save the time of an interrupted run; a finished one has its time in `results.json`."""
+        # Without waiting for the other ranks, which may have ended.
         if self._begun and processes.is_main() and not Run(self._folder).finished:
-            with suppress(OSError, InputError):  # it must not hide the error that ended the run
+            with suppress(OSError, InputError):  # must not hide the error that ended the run
                 self._write()
 
 
 def command_of(words: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return the command of a process, with a launcher where it is one of several.
+    """Return the command of a process, with a launcher if it is one of several.
 
     Args:
         words: `sys.argv`.
-        environment: What a launcher has set: WORLD_SIZE, and LOCAL_WORLD_SIZE on several machines.
+        environment: Variables of a launcher: WORLD_SIZE, and LOCAL_WORLD_SIZE on several machines.
     """
     script = words[0].endswith(".py")
     here = ["python", *words] if script else [Path(words[0]).name, *words[1:]]
@@ -137,7 +137,7 @@ def duration(seconds: float) -> str:
 
 def next_commands(folder: Path) -> list[str]:
     """Return commands that can follow, with a question of the run's own data if it has one."""
-    if not Run(folder).has_adapter:  # a stage 1 is only a projector
+    if not Run(folder).has_adapter:  # stage 1 has only a projector
         return [f"python recipes/finetune_lora.py --projector {shlex.quote(str(folder))} ..."]
     samples = read_json(folder / SAMPLES_FILE)
     sample = samples[0] if isinstance(samples, list) and samples else {}

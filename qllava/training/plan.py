@@ -1,7 +1,7 @@
 """`qllava plan`: estimate the memory of a run; only config.json files are downloaded.
 
-Shapes of the models that presets name come with qllava (`models.known`), those of any other from its config.json, and
-those of open_clip's towers from open_clip itself.
+The shapes of models in presets are included in qllava (`models.known`), those of any other come from its config.json,
+and those of open_clip's towers from open_clip itself.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ def plan(
     limit: str | None = None,
     base_model: Sequence[str] = (),
 ) -> memory.Plan:
-    """What a run on a card comes to, or on a CPU where the recipe sets use_cpu; whatever this machine has.
+    """Estimate a run on a GPU, or on a CPU if the recipe sets use_cpu; this machine's devices do not matter.
 
-    config: a recipe's YAML. model, or language_model and vision_tower: in its place, with the recipes' defaults; nano
-    where nothing is said. lora_r: 0 for stage 1. limit: such as 12GB; choose what fits, but for what is set.
+    Without `config`, `model` and parts the run is nano's.
 
-    Raises InputError when a config cannot be read.
+    Args:
+        config: YAML file of a recipe.
+        model: An existing LLaVA, instead of a recipe; the recipes' defaults apply.
+        language_model: A language model, instead of a recipe.
+        vision_tower: A vision tower, instead of a recipe.
+        lora_r: Rank of LoRA; 0 for stage 1.
+        tokens_per_pack: Most tokens of a pack.
+        limit: Memory limit such as 12GB; settings that fit are chosen, except those that are set.
+        base_model: New location of an adapter's base, as in the recipes.
+
+    Raises:
+        InputError: A config cannot be read.
     """
     line = ["--config", config] if config else []
     given: dict[str, Any] = {
@@ -89,7 +99,7 @@ def as_text(plan: memory.Plan) -> str:
 
 
 def _bars(sizes: dict[str, int]) -> list[str]:
-    """A line with a bar for each size."""
+    """Return a line with a bar for each size."""
     most = max(sizes.values())
     return [
         f"{name:<12} {memory.format_bytes(size):>9}  {'#' * round(_BAR * size / most)}".rstrip()

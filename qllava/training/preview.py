@@ -26,20 +26,19 @@ from qllava.training.settings import Settings, parse
 
 @dataclass(frozen=True)
 class Source:
-    """Files, and how a model reads them.
-
-    parts: the files.
-    reader: tokenizer, template, image tokens.
-    max_length, too_long: as in the recipes.
-    """
+    """Files, and how a model reads them."""
 
     parts: Sequence[Part]
+    """The files."""
     reader: Reader
+    """Tokenizer, template and image tokens of the model."""
     max_length: int = 2048
+    """Maximum tokens of a sample, as in the recipes."""
     too_long: str = "error"
+    """What happens to longer samples, as in the recipes."""
 
     def encoder(self) -> Encoder:
-        """What makes samples of the examples."""
+        """Return the encoder that makes samples of the examples."""
         reader = self.reader
         return Encoder(
             reader.tokenizer,
@@ -53,7 +52,7 @@ class Source:
 
 
 def reader_of(model: str, tokenizer: Path | None, template: str | None) -> Reader:
-    """How the named model, or a tokenizer alone, reads; in another template than its own if one is given."""
+    """Return the reader of the named model, or of a tokenizer alone; with another template if one is given."""
     reader = read_tokenizer(tokenizer) if tokenizer is not None else read_model(model)
     return replace(reader, template=TEMPLATES[template]) if template else reader
 
@@ -68,7 +67,7 @@ def check_sources(sources: Sequence[Source], evaluation: Sequence[Source] = ()) 
 
 
 def sources_of_recipe(config: str) -> tuple[list[Source], list[Source]]:
-    """What a recipe would train on, captions included, and its held-out examples."""
+    """Return the training files of a recipe, captions included, and its held-out files."""
     settings = parse(["--config", config], output_dir="unused", nano={}, elsewhere=True)
     reader = _reader_of_recipe(settings)
     data, folder = settings.data, settings.data.image_folder

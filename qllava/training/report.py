@@ -1,19 +1,18 @@
 """The report of a run as one HTML page: results, loss curves, and answers before and after training.
 
-Reads what the run wrote and nothing else, so that it can be made again for any folder at any time, also in the middle
-of a run:
+It reads only what the run wrote, so that it can be created again for any folder at any time, also during the run:
 
     python -c "from pathlib import Path; from qllava.training.report import write_report; write_report(Path('runs/x'))"
 
-| file | shown as | left out when |
+| file | content in the report | left out if |
 |---|---|---|
-| `results.json` | headline figures, the ladder from guessing to stage 2, accuracy by question type | own data |
+| `results.json` | headline figures, the levels from guessing to stage 2, accuracy by question type | own data |
 | `metrics.jsonl` | loss, exact match, gradient norm and learning rate of each stage | nothing was logged yet |
 | `spikes.jsonl` | marks on the loss, and a list of the samples of these steps | no loss jumped |
-| `samples.json` | images with question, truth, and the answers before and after | no samples |
-| `ledger.txt`, `run.yaml` | unchanged | absent |
+| `samples.json` | images with question, reference answer, and the answers before and after | no samples |
+| `ledger.txt`, `run.yaml` | unchanged | missing |
 
-A report is written at the end of hours of training, so corrupt lines and missing images are reported in the
+A report is written after hours of training, so corrupt lines and missing images are reported in the
 page and never raised.
 """
 
@@ -35,7 +34,7 @@ from qllava.runs import LEDGER_FILE, METRICS_FILE, REPORT_FILE, RESULTS_FILE, RU
 from qllava.training import outcome
 from qllava.training.durable.numbers import shown
 
-# The ladder, from knowing nothing to the end: key of results.json, its name, what it measures.
+# The levels from guessing to the end: key of results.json, name, what it measures.
 LADDER = (
     ("frequent_answer", "Most frequent answer", "the most frequent training answer to each question text"),
     ("blind", "Blind", "the trained model with the wrong image"),
@@ -53,9 +52,12 @@ SHORT_ANSWER_WORDS = 4
 def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run's folder and return its path.
 
-    results: what is about to be written to `results.json`; by default, its content.
+    Args:
+        folder: Folder of the run.
+        results: Content that will be written to `results.json`; by default its current content.
 
-    Raises OSError when the page cannot be written (a full disk); what was there before is then still there.
+    Raises:
+        OSError: The page cannot be written, for example on a full disk; an earlier page stays unchanged.
     """
     results = read_json(folder / RESULTS_FILE) if results is None else results
     stages, damaged = read_metrics(folder / METRICS_FILE)
@@ -87,10 +89,10 @@ def write_report(folder: Path, results: Mapping[str, Any] | None = None) -> Path
 
 
 def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The records of `metrics.jsonl` by stage, in the order of steps, and the number of damaged lines.
+    """Return the records of `metrics.jsonl` by stage, in the order of steps, and the number of corrupt lines.
 
-    A resumed run repeats the steps after its checkpoint: records of the same stage and step become one, the later value
-    of each key winning. An absent file gives no stages.
+    A resumed run repeats the steps after its checkpoint: records of the same stage and step are merged, and the later
+    value of each key wins. A missing file gives no stages.
     """
     stages: dict[str, dict[int, dict[str, Any]]] = {}
     damaged = 0
@@ -123,7 +125,7 @@ def _finite(value: Any) -> bool:
 
 
 def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Html]:
-    """What the run came to, headline figures and the two bar charts, from `results.json`."""
+    """Return the results of the run, headline figures and the two bar charts, from `results.json`."""
     if results is None:
         return []
     figures = page.table(["", ""], outcome.figures(folder, results))
@@ -151,7 +153,7 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
 
 
 def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> Html:
-    """The curves of one stage, and the steps whose loss jumped."""
+    """Return the curves of one stage, and the steps whose loss jumped."""
     loss = _points(records, "loss")
     lines = [Series("training, each record", loss, faint=True), Series("training, smoothed", smooth(loss))]
     if len(loss) <= 20:
@@ -183,7 +185,7 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
 
 
 def _exact_title(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the title of the exact-match curve: how many questions it counts, other ones than the final table's."""
+    """Return the title of the exact-match curve, which counts other questions than the final table."""
     counts = [int(record["eval_exact_match_n"]) for record in records if "eval_exact_match_n" in record]
     if not counts:
         return "Exact match on held-out questions during the run"
@@ -193,7 +195,7 @@ def _exact_title(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _spikes_table(spikes: Sequence[Mapping[str, Any]], most: int = 50) -> Html:
-    """The steps whose loss lay far above the usual one, and what they learned from."""
+    """Return a table of the steps with a loss spike, and the samples of these steps."""
     rows = []
     for spike in spikes[:most]:
         loss, usual, ids = spike.get("loss"), spike.get("usual"), spike.get("ids")
@@ -203,18 +205,18 @@ def _spikes_table(spikes: Sequence[Mapping[str, Any]], most: int = 50) -> Html:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the value was recorded; what is not finite is left to the chart, which leaves it out."""
+    """Return (step, value) of each record that has the value; the chart leaves out values that are not finite."""
     return [
         (float(record["step"]), float(record[key])) for record in records if isinstance(record.get(key), int | float)
     ]
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """An exponential moving average without the usual pull towards its first value.
+    """Return an exponential moving average without the usual bias towards its first value.
 
-    Each point is the average of the values so far, their weights falling with the distance and summing to 1: the curve
-    starts at the first value and follows at once. It looks back over about a thirtieth of the run, at most 25 records,
-    so that a short run is not smoothed into lagging behind itself. Values that are not finite are skipped.
+    Each point is the weighted mean of the values so far, with weights that decrease with the distance: the curve starts
+    at the first value and follows at once. The window is about a thirtieth of the run, at most 25 records, so that the
+    curve of a short run does not lag. Values that are not finite are skipped.
     """
     weight = 1 - 1 / min(max(len(points) / 30, 2.0), 25.0)
     out, total, norm = [], 0.0, 0.0
@@ -227,7 +229,7 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _samples_section(folder: Path, samples: Any) -> list[Html]:
-    """Sample images, each once, with its questions and the answers before and after."""
+    """Return the sample images, each once, with its questions and the answers before and after."""
     if not isinstance(samples, list):
         return []
     by_image: dict[str, list[Mapping[str, Any]]] = {}
@@ -242,7 +244,7 @@ def _samples_section(folder: Path, samples: Any) -> list[Html]:
 
 
 def _image(folder: Path, name: str) -> Html:
-    """The image of a sample; a relative name is looked up in the run's folder first, then from where one stands."""
+    """Return the image of a sample; a relative path is tried in the run's folder first, then in the working folder."""
     if not name:
         return page.paragraph("No image: the question is text only.", muted=True)
     inside = folder / name
@@ -263,14 +265,14 @@ def _answers(sample: Mapping[str, Any]) -> Html:
 
 
 def _verdict(answer: str, truth: str) -> bool | None:
-    """Right or wrong as the score counts it; None for a truth of free text that the answer does not match."""
+    """Return whether an answer is correct by the score; None if the reference is free text that it does not match."""
     if is_correct(answer, truth):
         return True
     return False if len(truth.split()) <= SHORT_ANSWER_WORDS else None
 
 
 def _files_section(folder: Path) -> list[Html]:
-    """The ledger of parameters and the resolved configuration, as they are in the folder."""
+    """Return the parameter ledger and the resolved configuration, unchanged."""
     parts = []
     ledger, configuration = folder / LEDGER_FILE, folder / RUN_FILE
     if ledger.exists():

@@ -85,7 +85,7 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     evaluations.refuse_unmeasured(settings.train, bool(held_out))
     begun = processes.by_main(partial(folders.begin, settings, folder, files, held_out))
     started.keep()
-    # Model; the data of both stages is checked as it reads them, before anything is trained: first the user's own
+    # Model; the data of both stages is checked with it before any training, the user's own data first
     assembled = base.assembled(settings, start)
     measures = Measures(settings, folder, assembled)
     train, evaluation = prepare_for(settings, assembled, assembled.template, files, held_out)
@@ -117,7 +117,7 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
 
 
 def _say_done(folder: Path, results: dict[str, Any]) -> None:
-    """Print what a finished run came to, and what it may be used for next."""
+    """Print the results of a finished run, and the commands that can follow."""
     print("\nResult")
     for label, value in outcome.figures(folder, results):
         print(f"  {label:<19}{value}")

@@ -1,16 +1,16 @@
 """Sample answers of a run: some held-out questions, answered before its training and after it.
 
-"Before" is the model as the run's instruction tuning starts it, with LoRA at nothing:
+"Before" is the model at the start of the run's instruction tuning, with LoRA at zero:
 
-| the run starts from | before it answers |
+| the run starts from | model that answers before training |
 |---|---|
-| a LLaVA that exists | that LLaVA |
+| an existing LLaVA | that LLaVA |
 | parts and `projector` | the parts with that projector |
 | parts and a stage 1 of its own (`pretrain_file`, nano) | the parts with the projector of that stage 1 |
 | an adapter | the base with that adapter |
 
-They are kept in the run's folder: a run that is resumed shows those of its first start, because the model that it
-resumes with has learned already. nano's table has a row for the parts before stage 1 as well.
+The answers are stored in the run's folder: a resumed run shows those of its first start, because the model has already
+learned when it resumes. nano's table also has a record for the parts before stage 1.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from qllava.training.durable import processes
 def before(
     folder: Path, model: nn.Module, assembled: Assembled, examples: Sequence[Example], room: Room
 ) -> list[str | None]:
-    """Return the answers from before training: those that the run kept, or the model's own, which are kept then.
+    """Return the answers from before training: those stored in the run, or the model's own, which are then stored.
 
-    None where they cannot be known: the question is new since the run began, or training began without keeping any.
+    An answer is None if it cannot be known: the question is new since the run began, or training began without storing
+    any.
     """
     keys = _keys(examples)
     if not processes.by_main(Run(folder).checkpoints):
-        # Also where an earlier start kept some: it left nothing to resume, and may have had another projector.
+        # Also if an earlier start stored some: it left no checkpoint, and may have had another projector.
         if not examples:
             return []
         answers = scores.answers(model, assembled, examples, room)
@@ -56,9 +57,9 @@ def before(
 
 
 def _keys(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What a question is known by: all that the model reads, and its images below the folder that holds them all.
+    """Return what identifies each question: all that the model reads, and its images relative to their common folder.
 
-    That folder may have moved; a name alone may be that of several images in folders of their own.
+    That folder may have moved, and a file name alone may occur in several folders.
     """
     images = [path.absolute() for e in examples for path in e.images]
     root = os.path.commonpath([path.parent for path in images]) if images else ""

@@ -1,6 +1,6 @@
-"""What a run measures of itself: held-out questions answered during it, and nano's table.
+"""Measurements that a run makes itself: held-out questions answered during it, and nano's table.
 
-| row | measured how |
+| record | measurement |
 |---|---|
 | most frequent answer | to each test question the commonest training answer to the same text, or first two words |
 | blind | the trained model, each question with the image of another |
@@ -41,11 +41,11 @@ from qllava.training.settings import Settings, TrainConfig, name_of
 T = TypeVar("T")
 MAX_ANSWER_TOKENS = 48
 SHOWN = 12
-"""Held-out questions whose answers a report shows, from before the training and after it."""
+"""Number of held-out questions whose answers a report shows, from before and after training."""
 
 
 class _Pixels(Sequence[torch.Tensor | None]):
-    """The images of questions as tensors, opened when they are asked for: a whole set is never in memory."""
+    """Images of questions as tensors, opened on access, so that a whole set is never in memory."""
 
     def __init__(self, examples: Sequence[Example], processor: Any) -> None:
         self.examples, self.processor = examples, processor
@@ -59,10 +59,10 @@ class _Pixels(Sequence[torch.Tensor | None]):
 
 
 def room_for(config: TrainConfig) -> Room:
-    """How much memory the answers of a run may take: under `fit_memory` what it leaves.
+    """Return how much memory the answers of a run may take: under `fit_memory` what the limit leaves.
 
-    Several processes form the same batches, and a batch that was too large is not repeated in halves, because the
-    others may be waiting for its end.
+    All ranks form the same batches, and a batch that was too large is not repeated in halves, because the other ranks
+    may be waiting for its end.
     """
     limit = parse_bytes(config.fit_memory) if config.fit_memory else None
     if limit is not None and torch.cuda.is_available():
@@ -71,36 +71,36 @@ def room_for(config: TrainConfig) -> Room:
 
 
 def shown(train: TrainConfig) -> int:
-    """Return how many questions the report shows with their answers; none where the settings ask no questions."""
+    """Return how many questions the report shows with answers; 0 if the settings ask no questions."""
     return SHOWN if train.eval_questions or train.eval_questions_final else 0
 
 
 def evaluates(train: TrainConfig) -> bool:
-    """Return whether held-out examples are measured during the run too, and not at its end alone."""
+    """Return whether held-out examples are evaluated during the run, and not only at its end."""
     return name_of(train.eval_strategy) != "no"
 
 
 def asking_of(train: TrainConfig, lora: Lora | None, *, held_out: bool) -> Asking:
-    """Return what a run asks its model, as far as memory is concerned.
+    """Return the questions and held-out samples of a run that its memory depends on.
 
     Args:
-        train: The loop's settings. `eval_strategy no` leaves out the evaluations during the run alone: at its end the
-            held-out loss is computed and questions are answered all the same.
-        lora: None for stage 1, which answers nothing.
-        held_out: Whether examples are held out.
+        train: The loop's settings. `eval_strategy no` turns off only the evaluations during the run: at its end the
+            held-out loss is computed and questions are answered nevertheless.
+        lora: None for stage 1, which answers no questions.
+        held_out: Whether the run has held-out examples.
     """
     if not held_out:
         return Asking()
     tokens = train.per_device_eval_batch_size * (train.max_length or PACK_SIZES[0])
     if lora is None:
         return Asking(held_out_tokens=tokens)
-    # The questions that are shown are answered once more when training has ended.
+    # The displayed questions are answered again after training.
     during = max(train.eval_questions if evaluates(train) else 0, train.eval_questions_final, shown(train))
     return Asking(shown(train), during, MAX_ANSWER_TOKENS, tokens)
 
 
 def expects_held_out(settings: Settings) -> bool:
-    """Return whether a plan of these settings counts held-out examples.
+    """Return whether a plan of these settings includes held-out examples.
 
     nano has its own for its own examples. A preset that evaluates leaves `eval_file` to the command line.
     """
@@ -113,11 +113,11 @@ def answers(
     """Return the model's greedy answers to the last question of each example.
 
     Args:
-        model: The model as it is now.
+        model: The model in its current state.
         assembled: Its tokenizer, image processor and template.
         examples: Examples that end with a question and its answer.
-        room: What `room_for` returned; the same for all answers of a run.
-        title: What the progress bar says.
+        room: Result of `room_for`; the same for all answers of a run.
+        title: Label of the progress bar.
     """
     encoder = Encoder(
         assembled.processor.tokenizer,
@@ -148,50 +148,50 @@ def exact_match(model: nn.Module, assembled: Assembled, examples: Sequence[Examp
 
 
 def spaced(rows: Sequence[T], count: int) -> list[T]:
-    """At most `count` examples, evenly spaced."""
+    """Return at most `count` examples, evenly spaced."""
     return list(rows[:: max(1, -(-len(rows) // count))]) if count else []
 
 
 def asked(example: Example) -> str:
-    """The last question of an example, without marks of images."""
+    """Return the last question of an example, without image tokens."""
     return vqa.question(example).turns[-1].content.replace("<image>", "").strip()
 
 
 @dataclass
 class Table:
-    """nano's table. What was measured is kept in the run's folder, so a run that is continued does not lose it."""
+    """nano's table. Measurements are stored in the run's folder, so that a resumed run keeps them."""
 
     folder: Path
     """The run's folder."""
     assembled: Assembled
     """Tokenizer, images and template for the questions."""
     test: list[Example]
-    """Held-out questions, every type alike often."""
+    """Held-out questions, equally many of every type."""
     unseen: list[Example]
-    """Questions about pairs that no training image shows."""
+    """Questions about pairs of colour and shape that no training image shows."""
     room: Room
-    """How much memory the answers may take."""
+    """Memory that the answers may take."""
     found: dict[str, Any] = field(default_factory=dict)
-    """What was measured so far, under the names of results.json."""
+    """Measurements so far, by the names of results.json."""
 
     @classmethod
     def open(cls, folder: Path, assembled: Assembled, room: Room) -> Table:
-        """Begin a table, or go on with the one that the folder holds."""
+        """Create a table, or load the one in the folder."""
         data = nano.prepare()
         found = processes.by_main(partial(_kept, folder))
         test, unseen = (read_examples(file, data.folder) for file in (data.test, data.unseen))
         return cls(folder, assembled, test, unseen, room, found)
 
     def measure(self, name: str, model: nn.Module) -> None:
-        """Answer the test questions with the model as it is now."""
+        """Answer the test questions with the model in its current state."""
         if name not in self.found:
             self._keep(name, vqa.score(self.test, self._answers(model, self.test, name)).accuracy)
 
     def finish(self, model: nn.Module) -> dict[str, Any]:
-        """The rows of the table that need the trained model; returns the whole table."""
+        """Measure the records that need the trained model, and return the whole table."""
         data = nano.prepare()
         result = vqa.score(self.test, self._answers(model, self.test, "stage2"))
-        # A shift by half the set gives every question the image of another, of the same type of question or not.
+        # A shift by half the set gives every question the image of another question, of any type.
         half = len(self.test) // 2
         swapped = [replace(e, images=self.test[(i + half) % len(self.test)].images) for i, e in enumerate(self.test)]
         self.found |= {
@@ -221,15 +221,15 @@ class Table:
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """Return what was measured before; what is damaged, or of a start that left nothing to resume, is measured again.
+    """Return earlier measurements; corrupt ones, or those of a start without a checkpoint, are measured again.
 
-    Such a start may have had other settings: nothing refuses the new ones.
+    Such a start may have had other settings, because nothing refuses new ones.
     """
     return (read_json(folder / SCORES_FILE) or {}) if Run(folder).state == "interrupted" else {}
 
 
 def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
-    """To each question the commonest training answer to the same text; where there is none, to its first two words."""
+    """Return for each question the most frequent training answer to the same text, or else to its first two words."""
     exact: dict[str, Counter[str]] = defaultdict(Counter)
     begun: dict[str, Counter[str]] = defaultdict(Counter)
     for example in train:
@@ -247,7 +247,7 @@ def frequent_answers(train: Sequence[Example], test: Sequence[Example]) -> list[
 
 
 def format_table(found: dict[str, Any]) -> str:
-    """The table for a terminal."""
+    """Format the table for a terminal."""
     rows = [
         ("most frequent answer", "frequent_answer"),
         ("blind (another image)", "blind"),
@@ -266,7 +266,7 @@ def format_table(found: dict[str, Any]) -> str:
 
 
 def _line(label: str, share: float, n: int) -> str:
-    """A share with its 95 % interval."""
+    """Format a share with its 95 % interval."""
     low, high = wilson(round(share * n), n)
     between = f"{100 * low:.1f}-{100 * high:.1f}"
     return f"  {label:<26}{share:>7.1%}  {between:>10}  {_bar(share)}"

@@ -28,65 +28,68 @@ class TrainConfig(LoopConfig, SFTConfig):  # type: ignore[misc]  # a default of 
             self.output_dir = "runs/run"
         self._asks_cpu = bool(self.use_cpu)
         if self.bf16 is None and not self.fp16:
-            # TRL's own default is bf16 wherever it runs: on a CPU that is slower and less exact.
+            # TRL's own default is bf16 everywhere: on a CPU that is slower and less exact.
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = cuda and not self.bf16
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if not several:
-            self.ddp_backend = None  # one process has no group, and accelerate would look for it
+            self.ddp_backend = None  # one process has no group, and accelerate would look for one
         if not _has_gpu() and (self.bf16 or several):
-            # Otherwise transformers refuses bf16 on a CPU, and accelerate takes each of several processes for the only
+            # Otherwise transformers refuses bf16 on a CPU, and accelerate treats each of several processes as the only
             # one.
             self.use_cpu = True
         if self.activation_checkpointing is None:
-            # The old name is TRL's; transformers would warn of it in every run.
+            # The old name is TRL's; transformers would warn about it in every run.
             self.activation_checkpointing = self.gradient_checkpointing
-        # A page that cannot be swapped helps a copy to a GPU; without one torch only warns.
+        # Pinned memory speeds up copies to a GPU; without one torch only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         evenly = self.eval_steps is None
         super().__post_init__()  # type: ignore[no-untyped-call]
         if evenly:
-            # transformers would put logging_steps there; the stage chooses (`evaluations.settle`).
+            # transformers would use logging_steps; the stage chooses instead (`evaluations.settle`).
             self.eval_steps = None
         if self.n_gpu > 1:
-            # One process takes one card: several are for several processes, not for torch's DataParallel.
+            # One process uses one GPU: several GPUs are for several processes, not for torch's DataParallel.
             self._n_gpu = 1
 
     @property
     def asks_cpu(self) -> bool:
-        """Whether the user set `use_cpu`; the field itself is also true where there is nothing but a CPU."""
+        """Whether the user set `use_cpu`; the field itself is also true on a machine without a GPU."""
         return self._asks_cpu
 
     @property
     def optimizer(self) -> str:
-        """The name of `optim`, which transformers makes a member of an enumeration."""
+        """Name of `optim`, which transformers turns into an enumeration member."""
         return name_of(self.optim)
 
     @property
     def scheduler(self) -> str:
-        """The name of `lr_scheduler_type`."""
+        """Name of `lr_scheduler_type`."""
         return name_of(self.lr_scheduler_type)
 
 
 def name_of(choice: Any) -> str:
-    """Return a choice as the user writes it; transformers makes members of enumerations of most of them."""
+    """Return a choice as the user writes it; transformers turns most choices into enumeration members."""
     return str(getattr(choice, "value", choice))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     model: ModelConfig
+    """The model and LoRA."""
     data: DataConfig
+    """The data."""
     train: TrainConfig
+    """The training loop."""
     explicit: frozenset[str] = frozenset()
     """Names of the fields that the user set, in the YAML or by a flag; all others have their defaults."""
 
     @property
     def nanos_own(self) -> bool:
-        """Whether nano learns its own examples, so that its held-out ones and its table belong to the run."""
+        """Whether nano trains on its own examples, so that its held-out ones and its table belong to the run."""
         return self.model.is_nano and not self.data.train_file
 
 
@@ -96,25 +99,25 @@ def parse(args: Sequence[str], *, output_dir: str, nano: dict[str, Any], elsewhe
     Args:
         args: The command line.
         output_dir: The run's folder unless the settings name one.
-        nano: Values that take the place of the defaults when the model is nano; what the user sets explicitly wins.
+        nano: Defaults that apply if the model is nano; settings of the user take precedence.
         elsewhere: The settings are only read here, for a run on another machine: see `resolve`.
 
     Raises:
-        InputError: For a file that cannot be read, an unknown key, a value that is not possible, or a field that
-            would have no effect. A wrong flag ends the process with status 2, as argparse does.
+        InputError: A file cannot be read, a key is unknown, a value is not possible, or a field would have no effect.
+            A wrong flag ends the process with status 2, as argparse does.
     """
     return resolve(read(args, output_dir=output_dir, nano=nano), elsewhere=elsewhere)
 
 
 def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
-    """The settings of a command line that has been read: TRL's parser fills in the rest.
+    """Return the complete settings of a parsed command line; TRL's parser fills in the rest.
 
     Args:
-        given: What the user set.
-        elsewhere: The run will be on another machine, so that what this one lacks is not refused.
+            given: Settings of the user.
+            elsewhere: The run will be on another machine, so settings are not refused for what this machine lacks.
 
-    Raises:
-        InputError: When values do not fit together, or do not fit this machine.
+        Raises:
+            InputError: Values contradict each other, or do not suit this machine.
     """
     parts: list[Any] = [ModelConfig, DataConfig, TrainConfig]
     parser = TrlParser(parts)
@@ -122,11 +125,11 @@ def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
     if isinstance(values.get("debug"), list):
         values["debug"] = " ".join(values["debug"])  # transformers splits it again
     if elsewhere:
-        values.pop("tf32", None)  # transformers would look for a card that has it, and switch it on
+        values.pop("tf32", None)  # transformers would look for a GPU that supports it, and switch it on
     parser.set_defaults_with_config(**values)
     try:
         with unlaunched() if elsewhere else nullcontext():
-            # Without it TRL reads flags from a file PROGRAM.args too, which nobody expects.
+            # Otherwise TRL also reads flags from a file PROGRAM.args, which nobody expects.
             model, data, train = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         raise InputError(f"The settings contradict each other: {one_line(error).rstrip('.')}.") from error
@@ -136,9 +139,9 @@ def resolve(given: Given, *, elsewhere: bool = False) -> Settings:
 
 
 def _refuse_what_is_not_here(train: TrainConfig) -> None:
-    """Raises InputError when a run cannot be on this machine as it is set."""
+    """Raise an InputError if this machine lacks what the settings need."""
     if train.asks_cpu and torch.cuda.is_available():
-        # The recipes hide GPUs before torch is imported; here it was imported earlier.
+        # The recipes hide GPUs before torch is imported; in this process it was imported earlier.
         raise InputError(
             "use_cpu is set, but torch has already found a GPU. Start the program with CUDA_VISIBLE_DEVICES=''."
         )
@@ -157,7 +160,7 @@ def _has_gpu() -> bool:
 
 
 def _of_adapter(name: str | None) -> dict[str, Any]:
-    """Settings that a start from an adapter brings with it."""
+    """Return the settings that an adapter brings when training starts from it."""
     start = adapter_at(name)
     if start is None:
         return {}

@@ -1,4 +1,4 @@
-"""One stage of training: samples that were prepared are trained on, and what was learned is kept.
+"""One stage of training: train on prepared samples, and save the result.
 
 A stage is a set of values (`Stage`), not a code path: `train_stage` trains both.
 """
@@ -47,13 +47,13 @@ def train_stage(stage: Stage, model: nn.Module, assembled: Assembled) -> dict[st
     """Train one stage into its folder, from its newest checkpoint if it has one.
 
     Returns:
-        Speed and held-out figures, for results.json.
+        Training speed and held-out figures, for results.json.
     """
     settle(stage.config, stage.train, stage.evaluation, len(stage.questions))
     _check_lengths(stage, assembled)
     start = processes.by_main(partial(_start, stage.folder, assembled))
     stage, memory = fitted(stage, model, assembled, start)
-    # One room for all evaluations: each size that did not fit is met once.
+    # One `Room` for all evaluations, so that a batch size that does not fit is tried only once.
     room = scores.room_for(stage.config)
     ask = partial(scores.exact_match, model, assembled, room=room)
     trainer = _trainer(stage, model, assembled, start, ask)
@@ -75,7 +75,7 @@ def _trainer(
     start: Path | None,
     ask: Callable[[Sequence[Example]], VqaResult],
 ) -> LlavaTrainer:
-    """The trainer before its first step, with the metrics and what is settled when it begins."""
+    """Return the trainer before its first step, with the callbacks that write metrics and prepare the start."""
     trainer = LlavaTrainer(
         model,
         assembled,
@@ -88,7 +88,7 @@ def _trainer(
         raise InputError(
             "accelerate is configured for FSDP, which needs a GPU, and there is none. Use another configuration."
         )
-    for other in (PrinterCallback, ProgressCallback):  # `Progress` is the one bar
+    for other in (PrinterCallback, ProgressCallback):  # `Progress` is the only bar
         trainer.remove_callback(other)
     trainer.add_callback(Begin(trainer))
     ledger.check(model)
@@ -96,10 +96,10 @@ def _trainer(
 
 
 def _steps(stage: Stage, trainer: LlavaTrainer, start: Path | None) -> float:
-    """Every step from a checkpoint on, or all of them. Returns the seconds that they took, without evaluations.
+    """Train every step after a checkpoint, or all; return the seconds of training, without evaluations.
 
     Raises:
-        Stopped: A signal has ended it; the last step is saved.
+        Stopped: A signal ended the training; the last step is saved.
         InputError: The checkpoint cannot be read.
     """
     progress, stop = Progress(stage.kind.title), SaveAndStop()
@@ -112,7 +112,7 @@ def _steps(stage: Stage, trainer: LlavaTrainer, start: Path | None) -> float:
         with handled(stop.ask):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             if (signal := stop.agree()) is not None:
-                trainer.save_now()  # one that came after the last step
+                trainer.save_now()  # for a signal after the last step
                 raise Stopped(signal, trainer.state.global_step)
     except UNPICKLING_REFUSED as error:
         raise InputError(
@@ -125,7 +125,7 @@ def _steps(stage: Stage, trainer: LlavaTrainer, start: Path | None) -> float:
 
 
 def _save(stage: Stage, trainer: LlavaTrainer, model: nn.Module) -> None:
-    """Write what was learned into the stage's folder. Raises NotFinite when it is worth nothing."""
+    """Write the trained weights into the stage's folder, or raise NotFinite if a weight is not finite."""
     model.eval()
     check_weights(model, trainer.state.global_step)
     with processes.together(), saving(f"The result {stage.folder}"):
@@ -133,7 +133,7 @@ def _save(stage: Stage, trainer: LlavaTrainer, model: nn.Module) -> None:
 
 
 def _measured(trainer: LlavaTrainer, stage: Stage, ask: Callable[[Sequence[Example]], VqaResult]) -> dict[str, Any]:
-    """The held-out figures of the trained model, for results.json: the loss, and the score of the final questions."""
+    """Return the held-out figures of the trained model for results.json: the loss, and the score of the questions."""
     last = trainer.evaluate_last(partial(ask, stage.final) if stage.final else None)
     found: dict[str, Any] = {"eval_loss": last["eval_loss"]}
     if stage.final:
@@ -143,7 +143,7 @@ def _measured(trainer: LlavaTrainer, stage: Stage, ask: Callable[[Sequence[Examp
 
 
 def _write_before(stage: Stage, trainer: LlavaTrainer, memory: list[str]) -> None:
-    """Print and write what is known before the first step, once its files fit on the disk."""
+    """Print and write what is known before the first step, after checking that the files fit on the disk."""
     assembled = trainer.assembled
     if halved := trainer.pack_step.halved:
         memory = [*memory, f"packs have at most {halved:,} tokens, because memory ran out with longer packs"]
@@ -157,12 +157,12 @@ def _write_before(stage: Stage, trainer: LlavaTrainer, memory: list[str]) -> Non
 def _open(stage: Stage, assembled: Assembled, text: str) -> None:
     write_whole(stage.folder / LEDGER_FILE, text + "\n")
     with saving(f"{stage.folder / PROBES_FILE}"):
-        # Before the first step: a checkpoint of a run that never ended can be merged and verified too.
+        # Before the first step, so that a checkpoint of a run that never finished can be merged and verified too.
         save_probes(stage.folder / PROBES_FILE, (stage.evaluation or stage.train).dataset, assembled)
 
 
 def _check_lengths(stage: Stage, assembled: Assembled) -> None:
-    """A sample has to fit into a pack, and into what the language model sees. Raises InputError."""
+    """Raise an InputError if a sample exceeds a pack, or the attention window of the language model."""
     longest, most = int(stage.train.lengths.max()), stage.config.tokens_per_pack
     if most is not None and longest > most:
         raise InputError(
@@ -172,13 +172,13 @@ def _check_lengths(stage: Stage, assembled: Assembled) -> None:
     window = getattr(assembled.model.config.text_config, "sliding_window", None)
     if window is not None and longest > window:
         raise InputError(
-            f"The longest sample has {longest} tokens and this language model looks back at {window}; lower max_length "
-            "to that and choose too_long."
+            f"The longest sample has {longest} tokens, but the attention window of this language model has {window}. "
+            f"Lower max_length to {window} and set too_long."
         )
 
 
 def _start(folder: Path, assembled: Assembled) -> Path | None:
-    """The checkpoint to continue from; says which, and which it passes over. Raises InputError for another base."""
+    """Return the checkpoint to resume from and print it with the skipped ones; raise InputError for another base."""
     found, skipped = newest(folder)
     for line in skipped:
         print(line)
@@ -190,15 +190,15 @@ def _start(folder: Path, assembled: Assembled) -> Path | None:
     other = [name for name in ("fingerprint", *BELONGS_TO_BASE) if getattr(before, name) != getattr(now, name)]
     if other:
         raise InputError(
-            f"{found} was trained on another base than {now.model or now.language_model} (another {other[0]}); "
-            "give the base and settings that the run began with, or choose another output_dir."
+            f"{found} was trained on another base than {now.model or now.language_model} (another {other[0]}). "
+            "Use the base and settings that the run started with, or choose another output_dir."
         )
-    print(f"Continuing from {found}.")
+    print(f"Resuming from {found}.")
     return found
 
 
 def save_probes(path: Path, samples: Dataset, assembled: Assembled) -> None:
-    """Keep samples as the model gets them, evenly spaced: `qllava merge` compares what it wrote on them."""
+    """Save evenly spaced samples as model inputs, on which `qllava merge` compares the merged model."""
     collator = Collator(assembled.processor.tokenizer.pad_token_id, assembled.processor.image_processor)
     tensors: dict[str, torch.Tensor] = {}
     for number, index in enumerate(scores.spaced(range(len(samples)), PROBES)):
@@ -207,12 +207,12 @@ def save_probes(path: Path, samples: Dataset, assembled: Assembled) -> None:
             tensors[f"{number}.{key}"] = batch[key][0]
         if "pixel_values" in batch:
             tensors[f"{number}.pixel_values"] = batch["pixel_values"]
-    with whole_file(path) as aside:  # a checkpoint's merge needs it, whenever this start is killed
+    with whole_file(path) as aside:  # merging a checkpoint needs it, even if this start is killed
         save_file(tensors, aside)
 
 
 def _ledger_lines(stage: Stage, trainer: LlavaTrainer) -> list[str]:
-    """The ledger of the model, what the data comes to, and how it is computed."""
+    """Return the model's ledger, the size of the data, and the kernels used."""
     data, lengths = stage.train, np.sort(stage.train.lengths)
     rates = {"LoRA": stage.config.learning_rate or 0.0, "projector": stage.projector_rate}
     return [

@@ -1,6 +1,6 @@
-"""A stage of training as a value: what is trained on, how, and what distinguishes it from other stages.
+"""A stage of training as a value: its data, its settings, and what distinguishes it from other stages.
 
-Nothing asks for a stage's name to decide what to do: whatever differs between stages is a field here.
+No code checks a stage's name to decide what to do: every difference between stages is a field here.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from qllava.training.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes the stages of a LLaVA's training, whatever they are trained on."""
+    """Properties that distinguish the stages of a LLaVA's training, independent of the data."""
 
     name: str
-    """As written in metrics.jsonl and spikes.jsonl."""
+    """Name in metrics.jsonl and spikes.jsonl."""
     title: str
-    """For people."""
+    """Name in messages."""
     adapter: bool
-    """Whether LoRA is trained besides the projector."""
+    """Whether LoRA is trained in addition to the projector."""
     rates: Mapping[str, float]
-    """Settings of learning rates where none are given."""
+    """Default settings of learning rates."""
 
     def rated(self, config: TrainConfig) -> TrainConfig:
-        """Return a copy of the settings, with this stage's learning rates where none were given."""
+        """Return a copy of the settings with this stage's default learning rates filled in."""
         config = copy.copy(config)
         for name, rate in self.rates.items():
             if getattr(config, name) is None:
@@ -41,9 +41,9 @@ class Kind:
 
 
 ALIGNMENT = Kind("pretrain", "Stage 1", adapter=False, rates=PRETRAIN.rates)
-"""The projector learns from captions."""
+"""Pretraining: the projector learns from captions."""
 INSTRUCTION = Kind("finetune", "Stage 2", adapter=True, rates=FINETUNE.rates)
-"""LoRA and the projector learn from conversations."""
+"""Instruction tuning: LoRA and the projector learn from conversations."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,29 @@ class Stage:
     """One stage of a run."""
 
     kind: Kind
-    """What distinguishes it from other stages."""
+    """Properties that distinguish it from other stages."""
     template: Template
-    """How its examples are written."""
+    """Template in which its examples are written."""
     train: Prepared
-    """Its samples."""
+    """Training samples."""
     evaluation: Prepared | None
     """Held-out samples."""
     questions: list[Example]
-    """Some of the held-out examples, to be answered during the run."""
+    """Held-out examples whose questions are asked during the run."""
     folder: Path
-    """Where it is written."""
+    """Folder of its files."""
     config: TrainConfig
     """The loop's settings."""
     begun_with: dict[str, Any]
-    """What decides the run (`checkpoints.begun_with`): kept with every checkpoint."""
+    """Settings and data that decide the results (`checkpoints.begun_with`); every checkpoint records them."""
     final: Sequence[Example] = ()
-    """Held-out examples whose questions are answered when training has ended."""
+    """Held-out examples whose questions are answered after training."""
     saved: Callable[[], None] | None = None
-    """Called after each checkpoint."""
+    """Function called after each checkpoint."""
 
     @property
     def projector_rate(self) -> float:
-        """Learning rate of the projector: beside LoRA one of its own, where that is set."""
+        """Learning rate of the projector: with LoRA `projector_lr`, if it is set."""
         own = self.config.projector_lr if self.kind.adapter else None
         rate = self.config.learning_rate if own is None else own
         assert rate is not None, "the kind's rates are in the settings"

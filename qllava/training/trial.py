@@ -1,4 +1,4 @@
-"""Optimizer, scheduler and recomputation of the settings, tried out on a small weight before a model is loaded."""
+"""Trial of the settings for optimizer, scheduler and recomputation on a small weight, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qllava.training.options.table import FOLLOWING
 from qllava.training.settings import TrainConfig
 
 _SIDE = 64
-"""bitsandbytes quantizes the state of weights of 4,096 numbers or more."""
+"""Side of the weight: bitsandbytes quantizes the state of weights of 4,096 values or more."""
 
 
 def try_out(config: TrainConfig) -> None:
     """Recompute once, and take one step with the optimizer and the scheduler, as a run would.
 
-    DeepSpeed brings an optimizer and a scheduler of its own, which are not tried.
+    DeepSpeed uses its own optimizer and scheduler, which are not tried.
 
     Raises:
-        InputError: When one of them cannot be made, or cannot take a step, on this machine.
+        InputError: One of them cannot be created, or cannot take a step, on this machine.
     """
     _recompute(config.activation_checkpointing_kwargs)
     if config.deepspeed:
@@ -40,7 +40,7 @@ def try_out(config: TrainConfig) -> None:
             warnings.simplefilter("ignore")  # the run itself will warn
             kind, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
             optimizer: Any = kind([{"params": [weight], "weight_decay": config.weight_decay}], **arguments)
-            if callable(getattr(optimizer, "train", None)):  # schedule-free ones refuse a step before it, as in a run
+            if callable(getattr(optimizer, "train", None)):  # schedule-free ones need it before a step
                 optimizer.train()
             optimizer.step()
             setting = f"lr_scheduler_type {config.scheduler}"
@@ -53,7 +53,7 @@ def try_out(config: TrainConfig) -> None:
                 scheduler_specific_kwargs=dict(shape),
             )
             scheduler.step(*([1.0] if config.scheduler in FOLLOWING else []))
-    except Exception as error:  # optimizers come from many packages, and raise what they like
+    except Exception as error:  # optimizers come from many packages, which raise different errors
         arguments_of = "optim_args" if setting.startswith("optim") else "lr_scheduler_kwargs"
         raise InputError(
             f"{setting} cannot be used with its arguments ({one_line(error).rstrip('.')}). Change it or {arguments_of}."
@@ -61,7 +61,7 @@ def try_out(config: TrainConfig) -> None:
 
 
 def _recompute(given: Any) -> None:
-    """Raise InputError for arguments that torch's recomputation does not take."""
+    """Raise an InputError for arguments that torch's recomputation does not accept."""
 
     def layer(hidden: torch.Tensor) -> torch.Tensor:
         return torch.relu(hidden)

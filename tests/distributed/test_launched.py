@@ -60,7 +60,7 @@ def test_fsdp2_with_4bit_weights_equals_one_process_and_goes_on(runs: Runs) -> N
     assert_same(runs.folder / "one_4bit", runs.folder / "fsdp")
     stopped = unfinished(runs.folder / "fsdp", runs.folder / "fsdp_again")
     done = launch(runs, "fsdp2_qlora", ["tests/distributed/sharded.py", "finetune"], stopped.name)
-    assert done.returncode == 0 and "Continuing from" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
     assert_same(runs.folder / "one_4bit", stopped)
 
 
@@ -90,7 +90,7 @@ class TestZero2:
         assert_same(one, zero2)
         stopped = unfinished(zero2, runs.folder / "zero2_again")
         done = launch(runs, *self.ZERO2, stopped.name, **FULL)
-        assert done.returncode == 0 and "Continuing from" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
         assert_same(one, stopped)
 
     def test_a_loss_that_is_not_finite_stops_it(self, runs: Runs, zero2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

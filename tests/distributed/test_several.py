@@ -188,7 +188,7 @@ def test_one_process_goes_on_where_two_stopped(
 ) -> None:
     stopped = unfinished(runs.folder / f"two_{name}", runs.folder / f"then_one_{name}")
     runs.one(stopped.name, recipe, per_device_train_batch_size=2, gradient_accumulation_steps=2, **fields)
-    assert f"Continuing from {stopped / 'checkpoint-2'}." in capsys.readouterr().out
+    assert f"Resuming from {stopped / 'checkpoint-2'}." in capsys.readouterr().out
     assert_same(runs.folder / f"one_{name}", stopped)
 
 

@@ -296,7 +296,7 @@ class TestDamageAcrossStages:
         finetune(settings(tiny, unfinished, pretrain_file=captions))
         said = capsys.readouterr().out
         assert f"checkpoint-4: {name}" in said
-        assert f"Continuing from {unfinished / 'checkpoint-2'}." in said and "Stage 1" not in said
+        assert f"Resuming from {unfinished / 'checkpoint-2'}." in said and "Stage 1" not in said
         assert equal(unfinished, whole)
 
     def test_in_stage_1(
@@ -308,7 +308,7 @@ class TestDamageAcrossStages:
         flip(unfinished / "stage1" / "checkpoint-4" / "optimizer.pt")
         finetune(settings(tiny, unfinished, pretrain_file=captions))
         said = capsys.readouterr().out
-        assert f"Continuing from {unfinished / 'stage1' / 'checkpoint-2'}." in said
+        assert f"Resuming from {unfinished / 'stage1' / 'checkpoint-2'}." in said
         assert equal(unfinished, whole)
 
     def between(self, unfinished: Path) -> Path:

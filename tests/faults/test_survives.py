@@ -103,7 +103,7 @@ class TestDamagedCheckpoints:
         pretrain(stage1_settings(tiny, unfinished))
         said = capsys.readouterr().out
         assert "checkpoint-4: optimizer.pt" in said
-        assert f"Continuing from {unfinished / 'checkpoint-2'}." in said
+        assert f"Resuming from {unfinished / 'checkpoint-2'}." in said
         assert same(unfinished, tiny.stage1)
         assert fault(unfinished / "checkpoint-4") is None and not (unfinished / ".partial").exists()
 
@@ -351,7 +351,7 @@ class TestSignals:
         if number == signal.SIGTERM:
             process = start(tiny, folder)
             said, _ = process.communicate()
-            assert process.returncode == 0 and f"Continuing from {saved}." in said
+            assert process.returncode == 0 and f"Resuming from {saved}." in said
             assert same(whole, folder)
 
     def test_after_the_last_step_is_saved_too(

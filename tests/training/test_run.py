@@ -232,7 +232,7 @@ class TestContinuing:
         shutil.copytree(tiny.stage1, folder)
         (folder / "results.json").unlink()
         pretrain(stage1_settings(tiny, folder, overwrite_output_dir="true"))
-        assert f"Continuing from {folder / 'checkpoint-4'}." in capsys.readouterr().out
+        assert f"Resuming from {folder / 'checkpoint-4'}." in capsys.readouterr().out
 
     def test_a_folder_that_is_no_run_is_not_emptied(self, tiny: Tiny, tmp_path: Path) -> None:
         for name in ("results.json", "thesis.tex"):
@@ -365,7 +365,7 @@ class TestFitMemory:
         path.write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, tmp_path / "run", language_model=tmp_path / "llama"))
-        assert "this language model looks back at 30" in refusal(caught.value)
+        assert "attention window of this language model has 30" in refusal(caught.value)
 
     def test_layers_are_recomputed_as_asked(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept: list[Any] = []

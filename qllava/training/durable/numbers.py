@@ -58,17 +58,17 @@ def traced(
     where = f"{what} at step {step}"
     if name := not_finite(model):
         return NotFinite(
-            f"{where}, because the weight {name} is not finite since the step before; {_UNTOUCHED} Lower the learning "
-            "rate, and choose another output_dir."
+            f"{where}, because the weight {name} became not finite in the step before; {_UNTOUCHED} Lower the "
+            "learning rate, and choose another output_dir."
         )
     found = [(sample, look(sample)) for sample in samples] if look else []
     guilty = [_named(sample, alone.pixels) for sample, alone in found if not (alone.pixels and alone.result)]
     if guilty:
         return NotFinite(
-            f"{where}, because of {shown(guilty)}; {_UNTOUCHED} With an image that is mended the same command "
-            "continues; with other examples, or a lower learning rate, choose another output_dir."
+            f"{where}, because of {shown(guilty)}; {_UNTOUCHED} If an image is corrupt, replace it and run "
+            "the same command to resume. For other examples or a lower learning rate, choose another output_dir."
         )
-    alone = ", none of which does it alone" if look else ""
+    alone = ", none of which causes it alone" if look else ""
     ids = shown([str(sample["id"]) for sample in samples])
     return NotFinite(
         f"{where}, with the samples {ids}{alone}; {_UNTOUCHED} Lower the learning rate, and choose another output_dir."

@@ -82,7 +82,7 @@ class SaveAndStop(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def agree(self) -> str | None:
-        """Return the signal that came to any rank, so that all of them stop at the same step; None if there was none."""
+        """Return the signal that came to any rank, so that all ranks stop at the same step; None if there was none."""
         names = list(STATUS)
         number = processes.highest(0 if self.name is None else 1 + names.index(self.name))
         if not number:

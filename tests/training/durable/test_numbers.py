@@ -131,7 +131,7 @@ class TestAGradient:
         times = [float("nan")]
         weight.register_hook(lambda g: g * times.pop() if trainer.state.global_step == 2 and times else g)
         message = stopped(trainer, tmp_path)
-        assert f"with the samples {', '.join(ids)}, none of which does it alone" in message
+        assert f"with the samples {', '.join(ids)}, none of which causes it alone" in message
 
     def test_names_those_of_the_whole_step(self, tiny: Tiny, tmp_path: Path) -> None:
         trainer = make_trainer(tiny, tmp_path, gradient_accumulation_steps=4, max_steps=1)

@@ -79,7 +79,7 @@ def _scores(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _elements(parameter: Any) -> int:
-    """Weights that a parameter holds; bitsandbytes packs two of 4 bit into a byte, and keeps the shape aside."""
+    """Return the number of weights in a parameter; bitsandbytes packs two 4-bit weights into a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else int(parameter.numel())
 
@@ -89,7 +89,7 @@ def _short(number: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one for a missing file: a card shows what is known."""
+    """Read a JSON object; a missing file gives an empty one, because a card shows what is known."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Batch sizes for answering: as many prompts as fit into memory, and fewer after it has run out.
 
-`memory.prompts_that_fit` says what a batch takes; here is what may be taken, and what to do when it was too much all
-the same (another program, fragments of the allocator, a kernel with a workspace of its own).
+`memory.prompts_that_fit` computes what a batch needs; this module decides what it may take, and handles a batch that was
+too large nevertheless (because of another program, fragmentation, or a kernel with its own workspace).
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from qllava.models.positions import positions_of
 
 T = TypeVar("T")
 MOST = 32
-"""Prompts at once, however much memory there is: more are hardly faster, and a batch lasts as long as its longest."""
+"""Maximum prompts per batch: larger batches are hardly faster, and a batch takes as long as its longest prompt."""
 SHARE = 0.9
-"""Of a GPU's free memory; the rest is lost between the allocator's blocks, and in workspaces of the libraries."""
+"""Usable share of a GPU's free memory; the rest is for fragmentation and workspaces of libraries."""
 SHARE_OF_HOST = 0.5
-"""Of a computer's available memory, which other programs want too."""
+"""Usable share of the host's available memory, which other programs need too."""
 _UNKNOWN = 2 << 30
-"""Bytes that are assumed to be free where the system does not say."""
+"""Bytes assumed to be free if the system does not report it."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
 class Room:
-    """How much memory answering may take, and what was learned about it; one object for all answers of a run."""
+    """Memory limit for answering, adapted when memory runs out; one object for all answers of a run."""
 
     most: int = MOST
-    """Prompts at once; halved for good when memory runs out."""
+    """Maximum prompts per batch; halved for good when memory runs out."""
     limit: int | None = None
-    """Bytes that all tensors on the device may take, the model's included; None for all that is free."""
+    """Limit in bytes for all tensors on the device, including the model's; None for all free memory."""
     agree: Callable[[int], int] = int
-    """Makes one number of those of several processes, so that all of them form the same batches."""
+    """Combines the numbers of all ranks into one, so that all ranks form the same batches."""
     beside: Callable[[], int] = int
-    """Bytes that are held beside the model and its gradients, where torch does not count them (on a CPU): such as an
+    """Bytes held in addition to the model and its gradients that torch does not count (on a CPU), such as an
     optimizer's state."""
     halves: bool = True
-    """Whether a batch that was too large is tried again in halves; not where other processes wait for its end."""
+    """Whether a batch that was too large is tried again in halves; False if other ranks wait for its end."""
 
     def free(self, model: Any) -> int:
-        """Bytes that answers may take beyond what is allocated now."""
+        """Return the bytes that answers may take in addition to what is allocated now."""
         device = model.device
         free = _free_on_gpu(device) if device.type == "cuda" else int(SHARE_OF_HOST * available())
         if self.limit is not None:
@@ -64,14 +64,14 @@ class Room:
         return self.agree(max(free, 0))
 
     def halve(self, count: int) -> None:
-        """Answer at most half as many at once from here on, because so many were too many; says so."""
+        """Halve the maximum batch size after `count` prompts were too many, and print it."""
         self.most = count // 2
         line = f"Out of memory with batches of {count} questions; using at most {self.most} from now on."
         tqdm.write(line, file=sys.stderr)
 
 
 class Batches:
-    """Prompts that wait for their answers, the longest first, and how many of them are answered at once."""
+    """Queue of prompts, the longest first, divided into batches that fit into memory."""
 
     def __init__(
         self,
@@ -82,17 +82,19 @@ class Batches:
         *,
         sampling: bool = False,
     ) -> None:
-        """Args:
-        model: A LlavaForConditionalGeneration, bare or inside peft.
-        prompts: Ids, image tokens expanded.
-        max_new_tokens: The most tokens of an answer; fewer where the model's context ends before.
-        room: How much memory may be used, and how many prompts at once.
-        sampling: Whether answers are drawn.
+        """Sort the prompts.
+
+        Args:
+            model: A LlavaForConditionalGeneration, bare or inside peft.
+            prompts: Token ids, image tokens expanded.
+            max_new_tokens: Maximum tokens of an answer; fewer if the model's context ends before.
+            room: Memory limit and batch size.
+            sampling: Whether answers are sampled.
         """
         self._model, self._room, self._free = model, room, room.free(model)
         self._held = {
             "training": hasattr(model, "peft_config"),
-            # Not `is_loaded_in_4bit`, a mark that is taken away before training.
+            # Not `is_loaded_in_4bit`, a flag that is removed before training.
             "load_in_4bit": any(hasattr(weight, "quant_state") for weight in model.parameters()),
             "sampling": sampling,
         }
@@ -102,14 +104,14 @@ class Batches:
         self._allowed = [min(max_new_tokens, context - length) for length in self._lengths]
         each, mark = ImageLayout.of_config(model.config).tokens, model.config.image_token_index
         self._images = [list(prompt).count(mark) // each for prompt in prompts]
-        # The longest first: what does not fit at all is met before time was spent on the others.
+        # The longest first: a prompt that does not fit at all fails before time was spent on the others.
         self.waiting = sorted(range(len(prompts)), key=lambda i: self._lengths[i], reverse=True)
 
     def next(self) -> tuple[list[int], int]:
-        """Which prompts are answered next, at least one, and the most tokens of their answers.
+        """Return the indices of the next prompts, at least one, and the maximum tokens of their answers.
 
-        Where the context ends early, an answer has less space; only prompts with the same space share a batch, so that
-        an answer does not depend on what else was asked.
+        If the context ends early, an answer has less space. Only prompts with the same space share a batch, so that an
+        answer does not depend on the other prompts.
         """
         new_tokens = self._allowed[self.waiting[0]]
         alike = [i for i in self.waiting[: self._room.most] if self._allowed[i] == new_tokens]
@@ -118,14 +120,19 @@ class Batches:
         return alike[: max(fits, 1)], new_tokens
 
     def answered(self, batch: Sequence[int]) -> None:
-        """Take prompts out of the line."""
+        """Remove prompts from the queue."""
         gone = set(batch)
         self.waiting = [i for i in self.waiting if i not in gone]
 
     def too_large(self, batch: Sequence[int], names: Sequence[str]) -> None:
-        """Ask fewer at once from here on. Raises InputError where fewer cannot be asked.
+        """Use smaller batches from here on.
 
-        names: What each prompt is called in a message; "question 3" where it is empty.
+        Args:
+            batch: The prompts that did not fit.
+            names: Name of each prompt in a message; "question 3" if empty.
+
+        Raises:
+            InputError: A smaller batch is not possible.
         """
         if len(batch) > 1 and self._room.halves:
             self._room.halve(len(batch))
@@ -149,10 +156,10 @@ class Batches:
 
 
 def attempt(call: Callable[[], T]) -> T | None:
-    """Call; None when memory has run out, and by then nothing is alive of what the call had made.
+    """Call a function; return None if memory ran out, after all its tensors were freed.
 
-    An exception's traceback holds the frames of all functions that it came through, and their tensors with them: on a
-    full GPU a second attempt beside them would fail as well.
+    The traceback of an exception references the frames of all functions on its way, and their tensors with them: on a
+    full GPU a second attempt would fail too as long as they are alive.
     """
     try:
         return call()
@@ -171,7 +178,7 @@ def attempt(call: Callable[[], T]) -> T | None:
 
 
 def available() -> int:
-    """Bytes of the computer's memory that can be taken without swapping; in a container what is left of its limit."""
+    """Return the bytes of host memory that are available without swapping, within the limit of a container."""
     found = [size for size in (_available_in_linux(), _left_in_container()) if size is not None]
     if found:
         return max(min(found), 0)
@@ -190,7 +197,7 @@ def _available_in_linux() -> int | None:
 
 
 def _left_in_container() -> int | None:
-    """Of the memory of a control group (version 2); its cached files can be given up."""
+    """Return the bytes left in a control group (version 2), whose cached files can be released; None without one."""
     try:
         limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
         lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -201,13 +208,13 @@ def _left_in_container() -> int | None:
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """What the driver has, and what torch's allocator keeps without using it."""
+    """Return the bytes free in the driver plus those that torch's allocator has reserved but does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
 
 
 def _held_by(model: Any) -> int:
-    """Bytes of a model's tensors, the scales of its 4-bit weights, and the gradients."""
+    """Return the bytes of a model's tensors, including scales of 4-bit weights, and of the gradients."""
     gradients = (p.grad for p in model.parameters() if p.grad is not None)
     packed = [state for p in model.parameters() if (state := getattr(p, "quant_state", None))]
     states = [*packed, *(state.state2 for state in packed if state.nested)]

@@ -1,7 +1,7 @@
-"""`Chat`: a loaded model and its processor, asked in words and images.
+"""`Chat`: a loaded model and its processor, to which questions and images are given.
 
-The prompt is made by the chat template that was saved with the model and the image by its own processor, so that
-what is asked here looks exactly like what was learned. Greedy by default.
+The prompt is written with the chat template that was saved with the model, and images are prepared by its own
+processor, so that a question looks exactly as in training. Answers are greedy by default.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from qllava.models.recommended import Decoding, recommended
 
 @dataclass(frozen=True)
 class Chat:
-    """A loaded model that answers. One `Chat` may be used from several threads; it keeps no conversation itself."""
+    """A loaded model that answers questions; usable from several threads, because it stores no conversation."""
 
     model: Any  # LlavaForConditionalGeneration, bare or inside peft, in eval mode on its device
-    processor: LlavaProcessor  # its tokenizer, image processor and saved chat template
-    name: str  # what was loaded, for people
-    recommended_sampling: bool = False  # whether `reply` decodes as the model recommends; all else never does
+    processor: LlavaProcessor  # with its tokenizer, image processor and saved chat template
+    name: str  # name under which the model was loaded, for display
+    recommended_sampling: bool = False  # whether `reply` uses the model's recommended sampling; other methods never do
 
     def answer(
         self,
@@ -46,7 +46,11 @@ class Chat:
         temperature: float = 0.0,
         system: str | None = None,
     ) -> str:
-        """Answer one question about no, one or several images. Raises InputError for a broken image or question."""
+        """Answer one question about no, one or several images.
+
+        Raises:
+            InputError: An image or the question cannot be used.
+        """
         prompt = self.prompt(*_asked(images, question, system))
         return self.complete([prompt], max_new_tokens=max_new_tokens, temperature=temperature)[0]
 
@@ -59,7 +63,7 @@ class Chat:
         temperature: float = 0.0,
         system: str | None = None,
     ) -> Iterator[str]:
-        """`answer`, piece by piece. Closing the iterator ends the computation."""
+        """Answer like `answer`, piece by piece. Closing the iterator stops the computation."""
         asked = _asked(images, question, system)
         return self.reply(*asked, max_new_tokens=max_new_tokens, temperature=temperature)
 
@@ -75,14 +79,21 @@ class Chat:
     ) -> Iterator[str]:
         """Stream the next answer of a conversation that ends with a question.
 
-        `images` are the images of all its turns, in order, one for each `<image>`. Input is checked at the call,
-        before the first piece is asked for. The model works in a thread of its own; closing the iterator (or leaving
-        the loop by an exception) stops it at the next token, and so does `stop`, set by anyone, even if nobody reads
-        on. An error in the thread is raised here. Above temperature 0, the same `seed` gives the same answer whatever
-        else the process computes.
+        Input is checked at the call, before the first piece is requested. The model runs in its own thread; closing the
+        iterator (or leaving the loop by an exception) stops it at the next token, and so does setting `stop`, even if
+        nobody reads the pieces. An error in the thread is raised here.
 
-        Tokens are chosen by `temperature` alone (None: 0, the likeliest), except where `recommended_sampling` is set:
-        then the model's own limits and penalties hold as well, and None takes its own temperature.
+        Args:
+            conversation: The conversation.
+            images: The images of all its turns, in order, one for each `<image>`.
+            max_new_tokens: Maximum tokens of the answer.
+            temperature: 0 for the most likely tokens. If `recommended_sampling` is set, the model's own limits and
+                penalties apply as well, and None means its own temperature; otherwise None means 0.
+            seed: Seed of sampling; the same seed gives the same answer whatever else the process computes.
+            stop: Event that stops the answer.
+
+        Raises:
+            InputError: The conversation or an image cannot be used.
         """
         prompt = self.prompt(conversation, images)
         decoding = self.recommended if self.recommended_sampling else Decoding()
@@ -93,7 +104,7 @@ class Chat:
 
     @property
     def recommended(self) -> Decoding:
-        """How the model's `generation_config` recommends to decode; nothing of it is used unless it is asked for."""
+        """Return the decoding that the model's `generation_config` recommends; used only if the user asks for it."""
         return recommended(self.model.generation_config)
 
     def answer_batch(
@@ -106,13 +117,13 @@ class Chat:
     ) -> list[str]:
         """Answer many (images, question) pairs greedily, in order; in fp32 the same text as one by one.
 
-        As many at once as fit into memory, and at most `batch_size`.
+        Batches are as large as memory allows, with at most `batch_size` pairs.
         """
         prompts = [self.prompt(*_asked(images, question, system)) for images, question in pairs]
         return self.complete(prompts, max_new_tokens=max_new_tokens, room=Room(batch_size))
 
     def prompt(self, conversation: Conversation, images: Sequence[GivenImage]) -> Prompt:
-        """What the model reads: ids with the image tokens expanded, and the pixels. See `prompt_of`."""
+        """Return the model's input: ids with the image tokens expanded, and the pixels. See `prompt_of`."""
         return prompt_of(self.processor, conversation, images)
 
     def complete(
@@ -125,7 +136,7 @@ class Chat:
         names: Sequence[str] = (),
         done: Callable[[int], object] | None = None,
     ) -> list[str]:
-        """The answers to prompts that `prompt` made, in order; see `answer_prompts` for the arguments."""
+        """Return the answers to prompts made by `prompt`, in order; see `answer_prompts` for the arguments."""
         return answer_prompts(
             self.model,
             self.processor.tokenizer,
@@ -160,10 +171,10 @@ class Chat:
                 if attempt(call) is None:
                     batches = Batches(self.model, [prompt.input_ids], settings.max_new_tokens, Room())
                     batches.too_large([0], ["the question"])
-            except BaseException as error:  # whatever it is, the one who reads the stream must hear of it
+            except BaseException as error:  # any error must reach the reader of the stream
                 failure.append(error)
             finally:
-                pieces.queue.put(None)  # always: the reader waits for it
+                pieces.queue.put(None)  # always, because the reader waits for it
 
         thread = threading.Thread(target=work, name="qllava-generate", daemon=True)
         thread.start()
@@ -180,6 +191,6 @@ class Chat:
 def _asked(
     images: GivenImage | Sequence[GivenImage] | None, question: str, system: str | None
 ) -> tuple[Conversation, list[GivenImage]]:
-    """One question as a conversation, and its images."""
+    """Return one question as a conversation, and its images."""
     given = as_list(images)
     return Conversation((user_turn(question, len(given)),), system), given

@@ -2,7 +2,7 @@
 
 Shapes in this file:
 
-    B prompts in a batch, S tokens (padded on the left), I images, H x W pixels
+  B prompts in a batch, S tokens (padded on the left), I images, H x W pixels
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from qllava.models.recommended import Decoding
 
 
 class StopOn(StoppingCriteria):
-    """Ends a generation at the next token once one of the events is set, whoever sets it."""
+    """Stops a generation at the next token after one of the events is set, in any thread."""
 
     def __init__(self, *events: threading.Event) -> None:
         self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Asked after each token: (B,) of whether a row is done."""
+        """Return, after each token, whether each sequence is finished, (B,)."""
         return torch.full(
             (input_ids.shape[0],),
             any(event.is_set() for event in self.events),
@@ -56,32 +56,37 @@ class StopOn(StoppingCriteria):
 
 
 class SeededSampling(LogitsProcessor):
-    """Sampling from the softmax at a temperature, by a random generator of its own (the Gumbel-max trick).
+    """Sampling from the softmax at a temperature, with its own random generator (the Gumbel-max trick).
 
-    With noise -log(-log u) on them, the largest logit is a draw from their softmax. transformers' sampling draws from
-    the generator that all of a process shares, so that two answers side by side could not be repeated.
+    After adding noise -log(-log u), the largest logit is a sample from their softmax. transformers' sampling uses the
+    generator that the whole process shares, so that simultaneous answers could not be reproduced.
     """
 
     def __init__(self, temperature: float, seed: int | None = None) -> None:
-        """Args:
-        temperature: What the logits are divided by.
-        seed: Of the draws; None takes one from torch's own generator.
+        """Seed the generator.
+
+        Args:
+            temperature: Divisor of the logits.
+            seed: Seed of the samples; None takes one from torch's own generator.
         """
         self.temperature = temperature
         drawn = int(torch.randint(2**62, ())) if seed is None else seed
-        self.generator = torch.Generator().manual_seed(drawn)  # on the CPU: the same draws on every device
+        self.generator = torch.Generator().manual_seed(drawn)  # on the CPU, for the same samples on every device
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) with noise; the largest of a row is its sample."""
+        """Return logits (B, V) with noise; the largest of each sequence is its sample."""
         noise = torch.rand(scores.shape, generator=self.generator, dtype=torch.float64).clamp_min_(1e-300)
         noise = noise.log_().neg_().log_().neg_().to(scores.device, torch.float32)
         return noise.add_(scores.float() / self.temperature)
 
 
 def choosers(decoding: Decoding, seed: int | None) -> LogitsProcessorList:
-    """What is done to the logits before the largest is taken; nothing for the likeliest token.
+    """Return the processors of the logits before the largest is chosen; none for greedy decoding.
 
-    Seeded or not, a draw comes from the same distribution. Raises InputError for values that cannot be.
+    Samples come from the same distribution with or without a seed.
+
+    Raises:
+        InputError: Values of the decoding are not possible.
     """
     found: list[LogitsProcessor] = []
     try:
@@ -104,10 +109,10 @@ def choosers(decoding: Decoding, seed: int | None) -> LogitsProcessorList:
 
 
 class Pieces(BaseStreamer):
-    """Token ids in, pieces of text out, for one sequence; the pieces joined are the answer, to the letter.
+    """Streamer of one sequence: token ids in, pieces of text out; the joined pieces are exactly the answer.
 
     All ids so far are decoded at every step. transformers' own streamer decodes from the last line break on, where
-    a sentencepiece decoder swallows the space that a line begins with.
+    a sentencepiece decoder drops the space at the beginning of a line.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -117,17 +122,17 @@ class Pieces(BaseStreamer):
         self._sent = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt (the first call, ignored) or the next token, and queue the text that is certain by now."""
+        """Accept the prompt (the first call, ignored) or the next token, and queue text that is now certain."""
         if self._ids is None:
             self._ids = []
             return
         self._ids.extend(value.reshape(-1).tolist())
         text = decode_answer(self._tokenizer, self._ids)
-        if not text.endswith("\ufffd"):  # half a character: the rest of its bytes comes with the next token
+        if not text.endswith("\ufffd"):  # an incomplete character: the rest of its bytes comes with the next token
             self._send(text)
 
     def end(self) -> None:
-        """Queue what was held back."""
+        """Queue the remaining text."""
         self._send(decode_answer(self._tokenizer, self._ids or []))
 
     def _send(self, text: str) -> None:
@@ -148,23 +153,22 @@ def answer_prompts(
     names: Sequence[str] = (),
     done: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Answer encoded prompts on a model in memory: the trainer's held-out questions, and every batch of `Chat`.
+    """Answer encoded prompts with a model in memory: the trainer's held-out questions, and every batch of `Chat`.
 
-    Prompts are sorted by length and padded on the left, so that little is computed for nothing and every answer
-    starts at the same column; each batch ends when its last row has said its end token. A batch is as large as memory
-    allows, and is repeated in halves when it was too large; an answer does not depend on what it shared a batch with.
-    The model may be in the middle of training: modes are restored, no gradient is kept.
+    Prompts are sorted by length and padded on the left, so that little padding is computed and all answers start at
+    the same position; a batch ends when every sequence has ended. A batch is as large as memory allows, and is repeated
+    in halves if it was too large; an answer does not depend on the other prompts of its batch. The model may be in the
+    middle of training: its modes are restored, and no gradient is kept.
 
     Args:
         model: A LlavaForConditionalGeneration, bare or inside peft.
         tokenizer: Its tokenizer.
         prompts: Ids that end with the generation prompt, image tokens expanded.
         pixel_values: Per prompt (I, 3, H, W) or None; a lazy sequence is read one batch at a time.
-        max_new_tokens: The most tokens of an answer; fewer where the model's context ends before.
-        temperature: 0 for the likeliest answer.
-        room: How much memory may be used, and how many prompts at once; one object for several calls keeps what was
-            learned when memory ran out.
-        names: What to call each prompt in a message; "question 3" where it is empty.
+        max_new_tokens: Maximum tokens of an answer; fewer if the model's context ends before.
+        temperature: 0 for greedy answers.
+        room: Memory limit and batch size; one object for several calls remembers the sizes that did not fit.
+        names: Name of each prompt in a message; "question 3" if empty.
         done: Called with the number of prompts answered after each batch.
 
     Returns:
@@ -177,7 +181,7 @@ def answer_prompts(
         raise ValueError(f"{len(prompts)} prompts but {len(pixel_values)} entries of pixel_values")
     if not prompts:
         return []
-    # Refuses whatever cannot be answered before the first question is asked.
+    # Raises an error for prompts that cannot be answered before the first is computed.
     generation_settings(model, tokenizer, prompts, max_new_tokens, temperature)
     choose, answers = choosers(Decoding(temperature), None), [""] * len(prompts)
     batches = Batches(model, prompts, max_new_tokens, room or Room(), sampling=temperature > 0)
@@ -206,7 +210,7 @@ def _continue_some(
     settings: GenerationConfig,
     choose: LogitsProcessorList,
 ) -> list[list[int]]:
-    """The new ids of a batch of prompts, whose pixels are read now."""
+    """Return the new ids of a batch of prompts, whose pixels are read now."""
     rows = continue_prompts(model, prompts, [pixel_values[i] for i in batch], settings, choose=choose)
     found: list[list[int]] = rows.tolist()
     return found
@@ -215,9 +219,10 @@ def _continue_some(
 def generation_settings(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """How long to generate for these prompts, and where to end; the choice of tokens is `choosers`'.
+    """Return the length limit and the end tokens for these prompts; tokens are chosen by `choosers`.
 
-    Raises InputError when the longest leaves no room for an answer, or `temperature` is none.
+    Raises:
+        InputError: The longest prompt leaves no space for an answer, or `temperature` is not possible.
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise InputError(
@@ -256,9 +261,9 @@ def continue_prompts(
     pieces: Pieces | None = None,
     choose: LogitsProcessorList | None = None,
 ) -> torch.Tensor:
-    """Generate after a batch of prompts; returns the new ids (B, at most max_new_tokens), padded after the end.
+    """Generate after a batch of prompts, and return the new ids (B, at most max_new_tokens), padded after the end.
 
-    The likeliest token is taken of what `choose` makes of the logits (see `choosers`).
+    Each token is the most likely one after the logits were processed by `choose` (see `choosers`).
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
@@ -283,11 +288,12 @@ def continue_prompts(
 
 
 def _without_habits(model: Any) -> Any:
-    """The same model with an empty `generation_config`.
+    """Return the same model with an empty `generation_config`.
 
-    `generate` fills whatever it was not told (penalties, limits of sampling, forced tokens) from the model's own, and
-    most of it has no value that says "none". A shallow copy, so that other threads and a later `save_pretrained` find
-    the model as it is; peft's wrapper would write into the model inside it, and its layers work without it.
+    `generate` takes every value that it was not given (penalties, sampling limits, forced tokens) from the model's own
+    config, and most of them have no value for "none". This is a shallow copy, so that other threads and a later
+    `save_pretrained` find the model unchanged; peft's wrapper would write into the model inside it, and its layers work
+    without it.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     bare = copy.copy(inner)
@@ -296,14 +302,14 @@ def _without_habits(model: Any) -> Any:
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """What ids say to a person: without special tokens (end and padding among them), stripped."""
+    """Decode ids to text: without special tokens (end and padding among them), stripped."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
 
 
 @contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """Everything in eval mode, then each module as it was (a frozen tower may be in another mode than the rest)."""
+    """Set all modules to eval mode, then restore each one's mode (a frozen tower may differ from the rest)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

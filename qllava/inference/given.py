@@ -1,12 +1,12 @@
-"""Images as callers of the Python API give them: a path, the bytes of a file, an open file, a PIL image, an array.
+"""Images in the forms that the Python API accepts: a path, the bytes of a file, an open file, a PIL image, an array.
 
-    path          str or Path, opened as data is
-    file          bytes, or an object with `read` that was opened as binary (`BytesIO`), read from its beginning
+    path          str or Path, opened like training data
+    file          bytes, or an object with `read` opened in binary mode (`BytesIO`), read from its beginning
     PIL image     of any mode
     array         (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA of NumPy: uint8 from 0 to 255, or floats from 0 to 1
 
-All become upright RGB by the one way that training has (`data/images.py`). Anything else is refused with what would be
-right: a float array of values up to 255, say, would be white if it were clamped and dark if it were scaled.
+All become upright RGB in the same way as in training (`data/images.py`). Anything else is refused with a hint: a float
+array with values up to 255, for example, would be white if it were clamped and dark if it were scaled.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _EXPECTED = "give a path, the bytes of an image file, a binary file object, a PI
 
 
 def as_list(images: GivenImage | Sequence[GivenImage] | None) -> list[GivenImage]:
-    """The images of a call that takes none, one, or several.
+    """Return the images of a call that accepts none, one, or several as a list.
 
     Raises:
-        InputError: It is none of these.
+        InputError: The value is none of these.
     """
     if images is None:
         return []
     if isinstance(images, list | tuple):
         return list(images)
-    return [images]  # type: ignore[list-item]  # `open_given` says what is wrong with another type
+    return [images]  # type: ignore[list-item]  # `open_given` reports other types
 
 
 def open_given(image: GivenImage) -> Image.Image:
-    """One image as upright RGB.
+    """Return one image as upright RGB.
 
     Raises:
-        InputError: It is of another type, or cannot be read.
+        InputError: The value has another type, or cannot be read.
     """
     if isinstance(image, str | Path):
         if str(image).startswith(("http://", "https://")):
@@ -65,7 +65,7 @@ def open_given(image: GivenImage) -> Image.Image:
 
 
 def _content(file: Any) -> bytes:
-    """All bytes of a file object, from its beginning: whoever wrote into it has left it at its end."""
+    """Read all bytes of a file object from its beginning, because a writer leaves it at its end."""
     if getattr(file, "seekable", lambda: False)():
         file.seek(0)
     content = file.read()

@@ -1,7 +1,7 @@
-"""Which model answered: a fingerprint of all that decides a greedy answer, whatever path or name it was loaded by.
+"""Fingerprint of a model: a hash of everything that decides a greedy answer, whatever its path or name.
 
-A path does not identify a model: a run is trained again, a merge replaced, a hub name updated. A file of answers
-carries the fingerprint of whoever gave them, so that the answers of one model are never taken for another's.
+A path does not identify a model: a run may be trained again, a merge replaced, a hub model updated. A file of answers
+contains the fingerprint of the model that gave them, so that answers of one model are never attributed to another.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from qllava.inference.chat import Chat
 from qllava.inference.generate import ends_of
 
 _VALUES = 256
-"""Evenly spaced values of each tensor: training moves nearly all of them."""
+"""Number of evenly spaced values hashed per tensor; training changes nearly all values."""
 _DIGITS = 16
 
 
 def fingerprint_of(chat: Chat) -> str:
-    """Hash the weights as they are in memory, the vocabulary, the image processor, the chat template and end tokens.
+    """Hash the weights in memory, the vocabulary, the image processor, the chat template and the end tokens.
 
-    The base, the adapter, and what they are held in (4 bit, bf16, fp32) all change it; the device does not.
+    Base, adapter and the type of the weights (4 bit, bf16, fp32) all change the fingerprint; the device does not.
 
     Returns:
         16 hexadecimal digits.
@@ -32,7 +32,7 @@ def fingerprint_of(chat: Chat) -> str:
     processor = chat.processor
     images = processor.image_processor.to_dict()
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    # Of `generation_config` alone: what else it holds is a recommendation, which answers do not follow.
+    # Only the end tokens of `generation_config`: its other values are recommendations, which answers do not follow.
     ends = ends_of(chat.model, processor.tokenizer)
     said = [processor.chat_template, images, vocabulary, _shapes(chat.model.config.to_dict()), ends]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode(errors="surrogatepass"))
@@ -44,7 +44,7 @@ def fingerprint_of(chat: Chat) -> str:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what says where it was loaded from and by which version."""
+    """Return a model's config without the keys for its location and version."""
     return {
         name: _shapes(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -53,7 +53,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sample(tensor: Any) -> bytes:
-    """Evenly spaced values of a tensor, as bytes."""
+    """Return evenly spaced values of a tensor, as bytes."""
     flat = tensor.reshape(-1)
     if not flat.numel():
         return b""

@@ -1,8 +1,9 @@
-"""Images that people hand in: decoded and written again, so that only pixels are kept.
+"""Images that users upload: decoded and encoded again, so that only pixels are kept.
 
-A file's name says nothing of its content, and its content may hold more than an image (a place, a second file). What
-`keep_image` writes is the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its bytes:
-no EXIF, no text, and no colour profile, which may hold anything too. Pixels of another RGB space are converted first.
+The name of a file says nothing about its content, and the content may be more than an image (a location, a second
+file). `keep_image` writes the upright pixels in sRGB as PNG, at most `LONGEST` on a side, under the SHA-256 of its
+bytes: without EXIF, text or a colour profile, which could contain anything. Pixels of another RGB space are converted
+first.
 """
 
 from __future__ import annotations
@@ -19,25 +20,31 @@ from qllava.data.problems import RecordError
 from qllava.files import whole_file
 
 LONGEST = 2048
-"""Pixels on the longer side of a kept image: six times what the largest CLIP tower looks at."""
+"""Pixels on the longer side of a stored image: six times the input of the largest CLIP tower."""
 MAX_PIXELS = 50_000_000
-"""Of an image that is handed in: decoded, 150 MB."""
+"""Maximum pixels of an uploaded image, which takes 150 MB when decoded."""
 MAX_PROFILE = 2**20
-"""Bytes of a colour profile that is applied; those of cameras and screens have some thousand."""
+"""Maximum bytes of a colour profile that is applied; those of cameras and screens have a few thousand."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What is opened for others. Pillow knows more, and hands some of it to other programs (EPS to Ghostscript)."""
+"""Formats that are opened. Pillow knows more, but passes some of them to other programs (EPS to Ghostscript)."""
 
 
 def hash_of(image: Path) -> str:
-    """The SHA-256 under which `keep_image` keeps an image. Raises InputError as it does."""
+    """Return the SHA-256 under which `keep_image` stores an image; raise an InputError in the same cases."""
     return hashlib.sha256(_written_anew(image, image.name)).hexdigest()
 
 
 def keep_image(image: Path, folder: Path, name: str) -> Path:
-    """Write an image again into a folder, as SHA256.png; `name` is what its owner calls it.
+    """Encode an image again into a folder, as SHA256.png, and return the path.
 
-    Raises InputError, which names no path, when it is not an image, corrupt or too large.
+    Args:
+        image: File of the upload.
+        folder: Folder for the PNG.
+        name: The user's name of the image, for messages, which contain no path.
+
+    Raises:
+        InputError: The file is not an image, corrupt or too large.
     """
     content = _written_anew(image, name)
     path = folder / f"{hashlib.sha256(content).hexdigest()}.png"
@@ -58,7 +65,7 @@ def _written_anew(image: Path, name: str) -> bytes:
     except Image.DecompressionBombError:
         too_large = True
     except (OSError, ValueError, SyntaxError):
-        too_large = False  # `open_image` says what is wrong
+        too_large = False  # `open_image` reports the problem
     if too_large:
         raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels. Use a smaller image.")
     try:
@@ -67,20 +74,20 @@ def _written_anew(image: Path, name: str) -> bytes:
         raise InputError(f"{name} cannot be used: {error.problem.problem}.") from error
     pixels.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     written = io.BytesIO()
-    bare = Image.frombytes("RGB", pixels.size, _as_srgb(pixels, profile).tobytes())  # `save` writes what `info` holds
+    bare = Image.frombytes("RGB", pixels.size, _as_srgb(pixels, profile).tobytes())  # `save` would write `info` too
     bare.save(written, "png", compress_level=1)
     return written.getvalue()
 
 
 def _as_srgb(pixels: Image.Image, profile: object) -> Image.Image:
-    """Convert RGB pixels from the space of a colour profile; without one that is for RGB they are sRGB already."""
+    """Convert RGB pixels from the space of a colour profile to sRGB; without an RGB profile they are sRGB already."""
     if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE:
         return pixels
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != "RGB":  # of CMYK or grey, which are RGB by now
+        if source.profile.xcolor_space.strip() != "RGB":  # CMYK or grey, already converted to RGB
             return pixels
         converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a damaged profile
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a corrupt profile
         return pixels
     return converted or pixels

@@ -22,11 +22,17 @@ def load(
 ) -> Chat:
     """Load `nano` (the newest finished nano run in ./runs), a merged folder, a run folder, or a hub name.
 
-    fp32 on the CPU, bf16 on CUDA (fp16 where the card has no bf16), or `dtype` by its name in torch; `load_in_4bit`
-    keeps the language model in NF4. Neither changes a run folder: it is its base, exactly as it was trained (in 4 bit
-    if it was), plus the adapter; `base_model` says where the parts of its base are now, if they have moved.
+    A run folder is always its base exactly as it was trained (in 4 bit if it was), plus the adapter; `load_in_4bit` and
+    `dtype` do not change that.
 
-    Raises InputError when the model does not exist, or its base is another one.
+    Args:
+        model: Name or folder of the model.
+        load_in_4bit: Keep the language model in NF4.
+        dtype: torch's name of a type; None for fp32 on the CPU, bf16 on CUDA (fp16 if the GPU has no bf16).
+        base_model: Current locations of the parts of a run's base, if they have moved.
+
+    Raises:
+        InputError: The model does not exist, or its base is another one.
     """
     folder = folder_of(model)
     if Run(folder).has_adapter:
@@ -56,11 +62,11 @@ def load(
 
 
 def has_base(model: str) -> bool:
-    """Whether a name means a run, whose base may be elsewhere."""
+    """Return whether a name means a run, whose base may have moved."""
     return Run(folder_of(model)).has_adapter
 
 
 def same_model(first: str, second: str) -> bool:
-    """Whether two names mean one model: `nano`, say, and the folder of its newest run."""
+    """Return whether two names mean the same model, such as `nano` and the folder of its newest run."""
     folders = [folder_of(name) for name in (first, second)]
     return first == second or (all(path.is_dir() for path in folders) and folders[0].samefile(folders[1]))

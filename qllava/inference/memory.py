@@ -1,19 +1,19 @@
-"""How many bytes answering takes beyond a model's weights, counted from its config: no model is needed.
+"""Bytes that answering takes in addition to a model's weights, computed from its config without a model.
 
 Answering a batch has four phases, and the largest of them decides:
 
-| phase | what lives |
+| phase | contents |
 |---|---|
 | tower | pixels, activations of the vision tower |
 | projector | pixels, the tower's outputs, activations of the projector |
-| prefill | what the images left, key-value cache of the prompts, activations of one decoder layer |
-| decoding | what the images left, key-value cache of prompts and answers, logits |
+| prefill | remaining image tensors, key-value cache of the prompts, activations of one decoder layer |
+| decoding | remaining image tensors, key-value cache of prompts and answers, logits |
 
 The counts follow transformers' `generate` with a `DynamicCache`: prompts are padded to the longest of the batch, the
 cache grows by concatenation (so that one tensor of one layer exists twice for a moment), the prefill computes logits
-for the last position only, and the tower's outputs live until the last token. The moments of a decoder layer in which
-the most lives were read off `modeling_llama` (Mistral's is the same); the tests compare them with what torch allocates.
-Attention is torch's fused one, as everywhere in qllava.
+for the last position only, and the tower's outputs live until the last token. The peaks within a decoder layer were
+read from `modeling_llama` (Mistral's is the same); the tests compare them with torch's allocations. Attention is
+torch's fused one, as everywhere in qllava.
 
 Units: bytes. B prompts, S tokens of the longest, N new tokens, P images of the batch.
 """
@@ -31,31 +31,31 @@ from qllava.image_layout import ImageLayout
 
 _FP32 = 4
 _IDS = 4 * 8
-"""Of a token: its id, as it was given and as it grows, its place in the mask, and its position."""
+"""Bytes per token for ids: as given and as extended, in the mask, and as position."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """Bytes that one batch of prompts takes, by phase and by part."""
+    """Bytes of one batch of prompts, by phase and by part."""
 
     cache: int
-    """Keys and values when the last token has been generated."""
+    """Keys and values after the last token has been generated."""
     logits: int
-    """Scores of the next token: the last step's in fp32, this step's in the model's type and in fp32."""
+    """Logits of the next token: the previous step's in fp32, this step's in the model's type and in fp32."""
     pixels: int
     """The images as the processor made them, in fp32."""
     tower: int
-    """Peak while the vision tower and the projector look at the images."""
+    """Peak while the vision tower and the projector encode the images."""
     prefill: int
-    """Peak while the prompts are read."""
+    """Peak while the prompts are processed."""
     decoding: int
     """Peak while the last token is generated."""
     workspace: int = 0
-    """The largest 4-bit weight, unpacked; part of `prefill` and `decoding`."""
+    """The largest 4-bit weight, dequantized; included in `prefill` and `decoding`."""
 
     @property
     def peak(self) -> int:
-        """The most that lives at one time."""
+        """The largest phase."""
         return max(self.tower, self.prefill, self.decoding)
 
 
@@ -70,20 +70,20 @@ def answering(
     load_in_4bit: bool = False,
     sampling: bool = False,
 ) -> Answering:
-    """Count what one batch of prompts takes beyond the weights.
+    """Return the bytes that one batch of prompts takes in addition to the weights.
 
     Args:
-        config: The model's shapes.
+        config: Shapes of the model.
         lengths: Tokens of each prompt, image tokens included.
-        new_tokens: The most tokens of an answer.
+        new_tokens: Maximum tokens of an answer.
         images: Number of images of each prompt.
-        dtype: What the language model computes in.
-        training: LoRA and the projector are held in fp32 beside the weights, as during a run.
-        load_in_4bit: The decoder's weights are 4-bit and unpacked one at a time.
-        sampling: Answers are drawn, not the likeliest; takes three more tensors of logits.
+        dtype: Type of the language model's computation.
+        training: Whether LoRA and the projector are held in fp32 besides the weights, as during a run.
+        load_in_4bit: Whether the decoder's weights are 4-bit and dequantized one at a time.
+        sampling: Whether answers are sampled, which takes three more tensors of logits.
 
     Returns:
-        The bytes, for a batch of no prompts 0 everywhere.
+        The bytes; 0 everywhere for a batch without prompts.
     """
     if not lengths:
         return Answering(0, 0, 0, 0, 0, 0)
@@ -128,23 +128,23 @@ def prompts_that_fit(
     load_in_4bit: bool = False,
     sampling: bool = False,
 ) -> int:
-    """Return how many of the prompts, from the first on, can be answered in one batch.
+    """Return how many of the prompts, from the first, can be answered in one batch.
 
     Args:
-        config: See `answering`, as for all that is not described here.
-        lengths: Tokens of each prompt, in the order in which they are answered (the longest first wastes least).
-        new_tokens: The most tokens of an answer.
+        config: See `answering`.
+        lengths: Tokens of each prompt, in the order of answering (the longest first wastes least).
+        new_tokens: Maximum tokens of an answer.
         images: Number of images of each prompt.
-        dtype: What the language model computes in.
-        free_bytes: What may be allocated beyond what is allocated now.
+        dtype: Type of the language model's computation.
+        free_bytes: Bytes that may be allocated in addition to those allocated now.
         training: See `answering`.
         load_in_4bit: See `answering`.
         sampling: See `answering`.
 
     Returns:
-        0 where not even the first prompt fits.
+        The number of prompts; 0 if not even the first one fits.
     """
-    fits, over = 0, len(lengths) + 1  # the count grows with the batch: so many fit, so many do not
+    fits, over = 0, len(lengths) + 1  # memory grows with the batch: `fits` prompts fit, `over` do not
     while over - fits > 1:
         middle = (fits + over) // 2
         need = answering(
@@ -166,23 +166,23 @@ def prompts_that_fit(
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a config says about memory, in bytes for one token of one prompt, or for one image."""
+    """Sizes from a config in bytes, for one token of one prompt, or for one image."""
 
     text: Any
     size: int
-    """Bytes of a value of the model."""
+    """Bytes of one value in the model's type."""
     training: bool
     pixels: int
     tower: int
     projector: int
     image_outputs: int
-    """What `generate` keeps of an image: two hidden states of the tower, and the features."""
+    """Tensors of an image that `generate` keeps: two hidden states of the tower, and the features."""
     features: int
-    """The features of an image, once more and in the model's type, during the prefill."""
+    """Copy of an image's features in the model's type, during the prefill."""
 
     @classmethod
     def of(cls, config: LlavaConfig, dtype: torch.dtype, training: bool) -> _Shape:
-        """Read the config."""
+        """Read the sizes from the config."""
         text: Any = config.get_text_config()
         vision: Any = config.vision_config
         size = dtype.itemsize
@@ -193,7 +193,7 @@ class _Shape:
         own = _FP32 if training else size
         hidden = size * tokens * vision.hidden_size
         inner = size * tokens * vision.intermediate_size
-        # x * sigmoid(1.702 x) is three tensors, one fused function two.
+        # x * sigmoid(1.702 x) takes three tensors, one fused function two.
         inner *= 3 if vision.hidden_act == "quick_gelu" else 2
         features = own * seen * text.hidden_size
         given = own * seen * vision.hidden_size * chosen
@@ -210,46 +210,46 @@ class _Shape:
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return int(self.text.num_hidden_layers)
 
     @property
     def vocabulary(self) -> int:
-        """Scores of a token."""
+        """Number of logits of a token."""
         return int(self.text.vocab_size)
 
     @property
     def width(self) -> int:
-        """Values of a hidden state."""
+        """Number of values of a hidden state."""
         return int(self.text.hidden_size)
 
     @property
     def head(self) -> int:
-        """Values of an attention head."""
+        """Number of values of an attention head."""
         return int(getattr(self.text, "head_dim", None) or self.width // self.text.num_attention_heads)
 
     @property
     def cache_of_a_layer(self) -> int:
-        """Keys and values of a token in one layer."""
+        """Bytes of a token's keys and values in one layer."""
         return int(2 * self.size * self.text.num_key_value_heads * self.head)
 
     @property
     def largest_weight(self) -> int:
-        """A matrix of the MLP, unpacked."""
+        """Bytes of an MLP weight, dequantized."""
         return int(self.size * self.width * self.text.intermediate_size)
 
     @property
     def _around(self) -> int:
-        """What lives in every moment of a layer: the embeddings, the residual, the sines and cosines."""
+        """Bytes held throughout a layer: the embeddings, the residual, the sines and cosines."""
         return self.size * (2 * self.width + 2 * self.head)
 
     def _lora(self, given: int, out: int) -> int:
-        """What LoRA in fp32 adds to a product's own output: its input and its output twice."""
+        """Bytes that LoRA in fp32 adds to the output of a product: its input, and its output twice."""
         return (_FP32 * given if self.size != _FP32 else 0) + 2 * _FP32 * out if self.training else 0
 
     @property
     def outside_attention(self) -> int:
-        """The most that lives in a layer's norms and its MLP."""
+        """Peak of a layer's norms and its MLP."""
         width, inner, size = self.width, int(self.text.intermediate_size), self.size
         norm = 2 * _FP32 * width
         up = max(3 * size * inner, 2 * size * inner + self._lora(width, inner))
@@ -258,12 +258,12 @@ class _Shape:
         return self._around + size * width + max(norm, size * width + max(up, down))
 
     def attention(self, padded: bool) -> int:
-        """The most that lives in a layer's attention, its own keys and values included."""
+        """Peak of a layer's attention, its own keys and values included."""
         heads = int(self.text.num_attention_heads)
         query, pair, width = self.size * heads * self.head, self.cache_of_a_layer, self.size * self.width
         rotated = max(4 * query + pair, 2 * query + pair + 3 * pair // 2)
         stored = query + 2 * pair
-        # Where a mask is needed, fewer keys than queries are repeated.
+        # If a mask is needed and there are fewer keys than queries, the keys are repeated.
         repeated = 2 * query if padded and self.text.num_key_value_heads < heads else 0
         looked = 2 * query + pair + repeated + _FP32 * heads
         value = query + pair + self._lora(self.width, self.text.num_key_value_heads * self.head)

@@ -1,9 +1,9 @@
-"""From a conversation to what the model reads: by the saved chat template, with control tokens from the template alone.
+"""Prompts: a conversation becomes the model's input by the saved chat template, which alone writes control tokens.
 
-What people and models write may spell a control token: `<s>` in HTML, `<|im_end|>` in an answer about chat formats,
-`<image>` in a question. It is read as the text it is. A sign that no text has (U+FDD0, a noncharacter of Unicode) is
-put behind its first character before the template is filled in; the tokenizer then finds no control token there, and
-the tokens of the sign are taken out again. So what the model reads is what the user saw, to the letter.
+Users and models may write text that looks like a control token: `<s>` in HTML, `<|im_end|>` in an answer about chat
+formats, `<image>` in a question. It is read as ordinary text: before the template is applied, a character that occurs
+in no text (U+FDD0, a noncharacter of Unicode) is inserted after its first character, so that the tokenizer finds no
+control token, and the tokens of that character are removed afterwards. The model reads exactly what the user saw.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from qllava.models.errors import one_line
 
 BREAK = "\ufdd0"
 _RAISED = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the code of a foreign template may raise."""
+"""Errors that a foreign template may raise."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as the model reads it: what a chat template and a processor make of a conversation."""
+    """One question as the model's input, made from a conversation by chat template and processor."""
 
     input_ids: list[int]
-    """S ids, the image tokens expanded."""
+    """S ids, with image tokens expanded."""
     pixel_values: torch.Tensor | None
-    """(I, 3, H, W), None without images."""
+    """(I, 3, H, W); None without images."""
 
 
 def user_turn(question: str, images: int) -> Turn:
-    """A question after its images, as a turn; an `<image>` in it is text. Raises InputError for an empty one."""
+    """Return a question with its images as a turn; `<image>` in it is text. An empty question raises an InputError."""
     if not question.strip():
         raise InputError("The question is empty. Write a question.")
     return Turn(role="user", content=ask(as_text(question, [IMAGE_TOKEN]), images))
 
 
 def as_text(text: str, tokens: Sequence[str]) -> str:
-    """The text with a `BREAK` in whatever spells one of the tokens."""
+    """Insert a `BREAK` into each occurrence of one of the tokens."""
     for token in tokens:
         while len(token) > 1 and token in text:
             text = text.replace(token, token[0] + BREAK + token[1:])
@@ -52,17 +52,17 @@ def as_text(text: str, tokens: Sequence[str]) -> str:
 
 
 def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Sequence[GivenImage]) -> Prompt:
-    """What the model reads: ids with the image tokens expanded, and the pixels.
+    """Return the model's input: ids with the image tokens expanded, and the pixels.
 
     Args:
-        processor: The model's, with its chat template.
+        processor: Processor of the model, with its chat template.
         conversation: Ends with a question. `<image>` means an image in questions (see `user_turn`), and is text
             in answers and instructions.
-        images: One for each `<image>` of the questions.
+        images: One image for each `<image>` of the questions.
 
     Raises:
-        InputError: Images and marks differ in number, an image cannot be opened, or the chat template does not take
-            this conversation.
+        InputError: The numbers of images and of `<image>` differ, an image cannot be opened, or the chat template does
+            not accept the conversation.
     """
     if conversation.turns[-1].role != "user":
         raise ValueError("the conversation ends with the assistant, so there is nothing to answer")
@@ -88,13 +88,13 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
 
 
 def render(processor: LlavaProcessor, conversation: Conversation) -> str:
-    """The text of a conversation with a generation prompt, by the chat template that was saved with the model.
+    """Return the text of a conversation with a generation prompt, by the chat template saved with the model.
 
-    Our templates take a turn as one string, as it was learned. llava-hf's take a list of parts and put a line break
-    after each image themselves. A probe tells which kind it is.
+    qllava's templates accept a turn as one string, as in training. llava-hf's accept a list of parts and add a line
+    break after each image. A trial call detects which kind it is.
 
     Raises:
-        InputError: The model has no template, it refuses the conversation, or it leaves the instructions out.
+        InputError: The model has no template, it rejects the conversation, or it ignores the instructions.
     """
     if not processor.chat_template:
         raise InputError("This model has no chat template. Add the template of its training as chat_template.jinja.")
@@ -140,7 +140,7 @@ def _works(written: Any, turns: list[tuple[str, str]]) -> bool:
 
 
 def _without_control(conversation: Conversation, control: Sequence[str]) -> Conversation:
-    """The conversation with control tokens that its words spell as text, except `<image>` in questions."""
+    """Return the conversation with its control tokens as ordinary text, except `<image>` in questions."""
     others = [token for token in control if token != IMAGE_TOKEN]
 
     def safe(turn: Turn) -> Turn:
@@ -154,9 +154,9 @@ def _without_control(conversation: Conversation, control: Sequence[str]) -> Conv
 
 
 def _without_breaks(processor: LlavaProcessor, text: str, each: int, special: bool) -> list[int]:
-    """The ids of a text without those of its breaks, every image token written `each` times."""
+    """Return the ids of a text without those of its breaks, with every image token repeated `each` times."""
     tokenizer = processor.tokenizer
-    if not tokenizer.is_fast:  # where a token comes from is not known: the sign stays, which harms nothing
+    if not tokenizer.is_fast:  # the source of a token is unknown, so the character stays, which does no harm
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     else:
         found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -172,7 +172,7 @@ def _control_tokens(tokenizer: Any) -> list[str]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """`<image>\\nWhat?` as the list of parts that llava-hf's chat templates take."""
+    """Return `<image>\\nWhat?` as the list of parts that llava-hf's chat templates accept."""
     first, *rest = text.split(IMAGE_TOKEN)
     parts = [{"type": "text", "text": first}] if first else []
     for piece in rest:

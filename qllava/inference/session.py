@@ -1,7 +1,7 @@
-"""A conversation that goes on: questions and answers so far, asked again, edited, stopped, and how fast they came.
+"""A conversation in progress: its questions and answers, which can be repeated, edited and stopped, and their speed.
 
-The terminal and the browser hold one `Session` for each person. What went wrong is kept to be shown, and left out of
-what the model reads.
+The terminal and the browser have one `Session` per user. Errors are stored for display, and left out of the model's
+input.
 """
 
 from __future__ import annotations
@@ -21,49 +21,56 @@ from qllava.inference.prompts import user_turn
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer."""
+    """Settings of an answer."""
 
     system: str | None = None
+    """System prompt; None for the template's own."""
     temperature: float | None = None
-    """0 for the likeliest token; None for 0, or for the model's own where its chat takes what it recommends."""
+    """0 for greedy; None for 0, or for the model's own if its recommended sampling is used."""
     max_new_tokens: int = 512
+    """Maximum tokens of an answer."""
     seed: int | None = None
+    """Seed of sampling; None for a random one."""
 
 
 @dataclass
 class Exchange:
-    """A question with its images, and what came of it."""
+    """A question with its images, and its answer or error."""
 
     question: str
     images: tuple[Path, ...]
     answer: str = ""
-    trouble: str = ""  # why no answer came, for people
-    begun: bool = False  # somebody computes the answer, or has
+    trouble: str = ""  # why there is no answer, for display
+    begun: bool = False  # the answer is being computed, or has been
     over: bool = False  # nothing more will come
-    pace: str = ""  # how fast the answer came, for people
-    stop: threading.Event = field(default_factory=threading.Event)  # set by whoever wants no more of the answer
+    pace: str = ""  # speed of the answer, for display
+    stop: threading.Event = field(default_factory=threading.Event)  # set to stop the answer
 
     @property
     def answered(self) -> bool:
-        """Whether the model is to read it with the next question."""
+        """Whether the model reads it with the next question."""
         return bool(self.answer) and not self.trouble
 
 
 @dataclass
 class Session:
-    """One person's conversation with one model. `stop` may be called from any thread."""
+    """One user's conversation with one model. `stop` may be called from any thread."""
 
     exchanges: list[Exchange] = field(default_factory=list)
     _claiming: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, question: str, images: Sequence[Path] = ()) -> Exchange:
-        """Add a question, which `answer` then answers; an answer that is under way is stopped."""
+        """Add a question for `answer`; an answer in progress is stopped."""
         self.stop()
         self.exchanges.append(Exchange(question, tuple(images)))
         return self.exchanges[-1]
 
     def ask_again(self, index: int = -1, question: str | None = None) -> Exchange:
-        """Forget an answer and all that came after it, and ask again, in other words perhaps. Raises InputError."""
+        """Remove an answer and everything after it, and ask again, optionally with another question.
+
+        Raises:
+            InputError: There is no question yet, or the new question is the same.
+        """
         if not self.exchanges:
             raise InputError("Ask a question first. This conversation has none yet.")
         if question is not None and not question.strip():
@@ -79,7 +86,7 @@ class Session:
         self.exchanges.clear()
 
     def stop(self) -> None:
-        """End the answer that is under way at its next token, or one that waits in line before it begins."""
+        """Stop the answer in progress at its next token, or a waiting one before it begins."""
         with self._claiming:
             for exchange in self.exchanges:
                 if not exchange.over:
@@ -87,9 +94,12 @@ class Session:
                     exchange.over = not exchange.begun
 
     def answer(self, chat: Chat, settings: Settings) -> Iterator[str]:
-        """Answer the last question: the whole text so far, as it grows; nothing, if that was begun or given up before.
+        """Answer the last question, yielding the whole text so far; nothing if that was begun or stopped before.
 
-        Closing the iterator ends the computation, too. Raises InputError for what the model cannot be asked.
+        Closing the iterator stops the computation too.
+
+        Raises:
+            InputError: The model cannot be asked this question.
         """
         exchange = self.exchanges[-1]
         with self._claiming:

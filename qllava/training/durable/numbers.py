@@ -58,7 +58,7 @@ def traced(
     where = f"{what} at step {step}"
     if name := not_finite(model):
         return NotFinite(
-            f"{where}, because the weight {name} became not finite in the step before; {_UNTOUCHED} Lower the "
+            f"{where}, because the weight {name} is not finite since the previous step; {_UNTOUCHED} Lower the "
             "learning rate, and choose another output_dir."
         )
     found = [(sample, look(sample)) for sample in samples] if look else []

@@ -1,7 +1,7 @@
 """Batch sizes for answering: as many prompts as fit into memory, and fewer after it has run out.
 
-`memory.prompts_that_fit` computes what a batch needs; this module decides what it may take, and handles a batch that was
-too large nevertheless (because of another program, fragmentation, or a kernel with its own workspace).
+`memory.prompts_that_fit` computes what a batch needs; this module decides what it may take, and handles a batch that
+was too large nevertheless (because of another program, fragmentation, or a kernel with its own workspace).
 """
 
 from __future__ import annotations

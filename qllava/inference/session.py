@@ -40,7 +40,7 @@ class Exchange:
     question: str
     images: tuple[Path, ...]
     answer: str = ""
-    trouble: str = ""  # why there is no answer, for display
+    trouble: str = ""  # reason for a missing answer, for display
     begun: bool = False  # the answer is being computed, or has been
     over: bool = False  # nothing more will come
     pace: str = ""  # speed of the answer, for display
@@ -69,7 +69,7 @@ class Session:
         """Remove an answer and everything after it, and ask again, optionally with another question.
 
         Raises:
-            InputError: There is no question yet, or the new question is the same.
+            InputError: The session has no question yet, or the new question is the same.
         """
         if not self.exchanges:
             raise InputError("Ask a question first. This conversation has none yet.")

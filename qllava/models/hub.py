@@ -137,7 +137,7 @@ def _refuse_path(name: str, folder: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Path:
-    """As `settings_folder`, of the hub; asked once by each process, of each hub and cache."""
+    """Return `settings_folder` of a hub model; asked once per process, hub and cache."""
     try:
         files = repository_files(name)
     except HubError:
@@ -156,7 +156,7 @@ def _fetched_settings(name: str, endpoint: str, cache: str, offline: bool) -> Pa
 
 @lru_cache(maxsize=64)
 def _fetched_weights(name: str, endpoint: str, cache: str, offline: bool) -> Path:
-    """As `model_folder`, of the hub."""
+    """Return `model_folder` of a hub model."""
     settings = _fetched_settings(name, endpoint, cache, offline)
     try:
         files = repository_files(name)
@@ -175,22 +175,22 @@ def _fetched_weights(name: str, endpoint: str, cache: str, offline: bool) -> Pat
 
 
 def _all(found: Found, folder: Path) -> list[str]:
-    """All files of the weights; those of an index are read from it."""
+    """Return all weight files, including those named by an index."""
     if found.index is None:
         return list(found.files)
     return [found.index, *sorted(set(read_index(folder / found.index).values()))]
 
 
 def _known_as(name: str) -> str:
-    """The folder in qllava's cache under which a conversion is found again without a network."""
+    """Return the folder in qllava's cache under which a conversion is found again without a network."""
     return constants.REPO_ID_SEPARATOR.join(("models", *name.split("/")))
 
 
 def _conversion(name: str, files: Sequence[str]) -> tuple[str, Found | None]:
     """Return the ref and the weights of the newest conversion of the hub's bot; None if there is none.
 
-    Anybody may open a pull request, so only pull requests of the bot whose pickles are identical to those of main
-    with identical pickles are used.
+    Anybody may open a pull request, so only pull requests of the bot whose pickles are identical to those of main are
+    used.
     """
     pickles = [file for file in files if file.endswith(PICKLES)]
     if not pickles:
@@ -212,13 +212,13 @@ def _conversion(name: str, files: Sequence[str]) -> tuple[str, Found | None]:
 
 
 def _content(api: HfApi, name: str, revision: str, files: Sequence[str]) -> dict[str, str]:
-    """What identifies the bytes of files at a revision."""
+    """Return identifiers of the content of files at a revision."""
     infos = api.get_paths_info(name, list(files), revision=revision)
     return {info.path: info.lfs.sha256 if info.lfs else info.blob_id for info in infos if isinstance(info, RepoFile)}
 
 
 def _cached(name: str) -> Path | None:
-    """What the cache holds of a repository's main, complete or not."""
+    """Return the cached folder of a repository's main, complete or not; None if there is none."""
     try:
         found = try_to_load_from_cache(name, "config.json")
     except HFValidationError:  # no repository can have this name
@@ -227,7 +227,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _cached_weights(name: str, settings: Path, error: HubError) -> Path:
-    """The weights of a model whose hub cannot be asked. Raises HubError when they are not there, or not all."""
+    """Return the cached weights of a model whose hub cannot be reached, or raise `error` if they are incomplete."""
     converted = cache_folder() / "models" / _known_as(name)
     if converted.is_dir():
         return converted
@@ -238,7 +238,7 @@ def _cached_weights(name: str, settings: Path, error: HubError) -> Path:
 
 
 def _complete(name: str, folder: Path) -> Found | None:
-    """The weights in a folder of the hub's cache, if all of their files are there."""
+    """Return the weights in a folder of the hub's cache; None if some of their files are missing."""
     try:
         found = find_weights([path.name for path in folder.iterdir()], name)
         whole = found is not None and all((folder / file).is_file() for file in _all(found, folder))
@@ -248,7 +248,7 @@ def _complete(name: str, folder: Path) -> Found | None:
 
 
 def hub_trouble(name: str, error: BaseException) -> HubError | None:
-    """The sentence for what another library met when it asked the hub; None where that was not the reason."""
+    """Return the error for a hub problem that another library met; None if the hub was not the reason."""
     chain = _chain(error)
     if not any(isinstance(one, HfHubHTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError) for one in chain):
         return None
@@ -256,7 +256,7 @@ def hub_trouble(name: str, error: BaseException) -> HubError | None:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what it came from."""
+    """Return an error and its causes."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -264,7 +264,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _trouble(name: str, error: BaseException) -> HubError:
-    """The sentence for what the hub's client raised."""
+    """Return the error for an exception of the hub's client."""
     if isinstance(error, HubError):
         return error
     chain = _chain(error)
@@ -308,6 +308,6 @@ def _trouble(name: str, error: BaseException) -> HubError:
 
 
 def _unreachable(chain: Sequence[BaseException]) -> bool:
-    """Whether no connection came about; one that broke later is another matter."""
+    """Return whether no connection was made; a connection that broke later is a different error."""
     names = {type(one).__name__ for one in chain}
     return bool(names & {"ConnectError", "ConnectTimeout", "ProxyError", "ConnectionRefusedError", "gaierror"})

@@ -1,7 +1,7 @@
-"""Shapes of the models that presets name, so that a plan needs no network: what their config.json says of sizes.
+"""Shapes of the models that presets name, so that a plan needs no network; taken from their config.json.
 
-`known.json` holds them by their names on the hub. Sizes are those that the models' authors published; only what
-decides shapes and memory is there.
+`known.json` has them by their names on the hub: the sizes published by the models' authors, and only values that decide
+shapes and memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILE = Path(__file__).with_name("known.json")
 
 
 def known_config(name: str) -> Any:
-    """Return the config of a model by its name on the hub, a new one each time; None for a name that is not here."""
+    """Return a new config of a model by its name on the hub; None if the name is not known."""
     values = _known().get(name)
     if values is None:
         return None

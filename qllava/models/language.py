@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     folder = settings_folder(name)
     try:
-        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers that come as tokenizer.json do not look at it.
+        # legacy: LLaMA 1, 2 and Vicuna were trained with it; tokenizers with a tokenizer.json ignore it.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, legacy=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
         raise InputError(f"The tokenizer of {name} cannot be loaded ({one_line(error)}). Download it again.") from error

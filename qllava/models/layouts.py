@@ -25,9 +25,9 @@ from qllava.runs import ADAPTER_FILE, PROBES_FILE, PROJECTOR_FILE
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""How files end that hold weights as a pickle."""
+"""Suffixes of files that hold pickled weights."""
 
-# Of a run or an adapter, and never the weights of a model.
+# Files of a run or an adapter, which are never the weights of a model.
 _OTHER = (ADAPTER_FILE, PROJECTOR_FILE, PROBES_FILE)
 _SHARD = re.compile(r"(?P<begin>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>.*)\.safetensors")
 LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
@@ -35,29 +35,29 @@ LLAVA_PROJECTOR, LLAVA_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 _LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _LLAVA_CLASSES = ("llavallama", "llava_llama", "llavamistral", "llava_mistral")
 _MARKER = ".of"
-"""In a folder of links: which weights they lead to."""
+"""File in a folder of links that identifies the weights they point to."""
 _SCRIPT = "transformers' convert_llava_weights_to_hf.py (in its repository, under src/transformers/models/llava)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The safetensors of a model, by the names of files."""
+    """The safetensors files of a model, by name."""
 
     index: str | None
-    """The file that says which shard holds which tensor; None where there is none."""
+    """File that maps tensors to shards; None if there is none."""
     files: tuple[str, ...]
-    """The weights themselves, in order, where no index says which."""
+    """The weight files in order, for a model without an index."""
     usual: bool
-    """Whether they have the names that transformers looks for."""
+    """Whether they have the names that transformers expects."""
 
 
 def find_weights(files: Sequence[str], name: str) -> Found | None:
-    """The safetensors among the files of a model; None where there are none.
+    """Return the safetensors files among the files of a model; None if there are none.
 
     Raises:
         InputError: Shards are missing, or it is not clear which of several files is the model.
     """
-    if WEIGHTS in files:  # where both are, this is what transformers takes
+    if WEIGHTS in files:  # if both exist, transformers takes this one
         return Found(None, (WEIGHTS,), True)
     if INDEX in files:
         return Found(INDEX, (), True)
@@ -89,7 +89,11 @@ def find_weights(files: Sequence[str], name: str) -> Found | None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which shard holds which tensor. Raises InputError when the file does not say."""
+    """Return the shard of each tensor, from an index.
+
+    Raises:
+        InputError: The file cannot be read, or refers to a file outside its folder.
+    """
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in found.items()}
@@ -104,10 +108,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def opened(path: Path) -> Any:
-    """A safetensors file; its header is compared with its length.
+    """Open a safetensors file; its header is compared with its length.
 
     Raises:
-        InputError: It is missing, cut off or damaged.
+        InputError: The file is missing, truncated or corrupt.
     """
     if not path.is_file():
         raise InputError(f"The weights {path} are missing. Copy or download them again (safetensors only).")
@@ -120,31 +124,31 @@ def opened(path: Path) -> Any:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file. Raises InputError as `opened` does."""
+    """Return the names of the tensors of a safetensors file; raise an InputError like `opened`."""
     with opened(path) as file:
         return list(file.keys())
 
 
 def shard_name(number: int, count: int) -> str:
-    """The name under which transformers finds one of `count` files of weights; `number` begins at 1."""
+    """Return the name under which transformers finds one of `count` weight files; `number` starts at 1."""
     return WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def write_index(folder: Path, where: Mapping[str, str]) -> None:
-    """Write which shard holds which tensor."""
+    """Write an index that maps tensors to shards."""
     text = json.dumps({"metadata": {}, "weight_map": dict(sorted(where.items()))}, indent=2)
     (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")
 
 
 def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_as: str | None = None) -> Path:
-    """A folder of links in which transformers finds a model, whatever its weights are called.
+    """Return a folder of links in which transformers finds a model, whatever the names of its weight files.
 
     Args:
-        found: The weights.
-        settings: Where everything else is.
-        weights: Where they are.
-        cache: Where such folders are kept.
-        known_as: The folder's name; by its content where none is given.
+        found: The weight files.
+        settings: Folder of all other files.
+        weights: Folder of the weights.
+        cache: Folder for such folders of links.
+        known_as: Name of the folder; by default derived from its content.
 
     Raises:
         InputError: The weights cannot be read.
@@ -158,7 +162,7 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     names = {file: shard_name(number, len(files)) for number, file in enumerate(files, start=1)}
     where = {name: names[file] for file in files for name in tensor_names(weights / file)}
     try:
-        # One that another process has made meanwhile stays: it may be reading it. One of other weights is replaced.
+        # A folder of these weights by another process stays, because it may be in use. One of other weights is replaced.
         with whole_folder(out, lambda folder: _holds(folder, key)) as aside:
             for path in settings.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):
@@ -177,7 +181,7 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
 
 
 def _holds(out: Path, key: str) -> bool:
-    """Whether a folder of links is complete and of these weights; its marker is written last."""
+    """Return whether a folder of links is complete and of these weights; its marker is written last."""
     try:
         return (out / _MARKER).read_text(encoding="utf-8") == key
     except OSError:
@@ -185,7 +189,7 @@ def _holds(out: Path, key: str) -> bool:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does; zeros where there is none."""
+    """Return values that change when a file changes; zeros if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -194,7 +198,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _link(path: Path, link: Path) -> None:
-    """Let a file be found under another name; where links are not allowed it is copied."""
+    """Link a file under another name, or copy it if links are not allowed."""
     try:
         link.symlink_to(path.resolve())
     except OSError:
@@ -202,14 +206,17 @@ def _link(path: Path, link: Path) -> None:
 
 
 def refuse_llava_own(name: str, files: Sequence[str], folder: Path) -> None:
-    """Raise InputError for a model in the layout of LLaVA's own code, which has to be converted first.
+    """Raise an InputError for a model in the layout of LLaVA's own code, which must be converted first.
 
-    transformers would take its config.json for a LLaVA of 7B, and download weights for it that fit nowhere.
+    transformers would treat its config.json as a LLaVA of 7B, and download weights for it that do not fit.
 
     Args:
-        name: As the user gave it.
+        name: Name of the model, as the user gave it.
         files: Names of all its files.
-        folder: Where its config.json is.
+        folder: Folder of its config.json.
+
+    Raises:
+        InputError: The model is in that layout.
     """
     if LLAVA_LORA in files:
         raise InputError(
@@ -232,7 +239,7 @@ def refuse_llava_own(name: str, files: Sequence[str], folder: Path) -> None:
 
 
 def projector_advice(folder: Path) -> str:
-    """What to do where a folder has no projector.safetensors."""
+    """Return advice for a folder without projector.safetensors."""
     if (folder / LLAVA_PROJECTOR).is_file():
         command = (
             f"python -m qllava.models.convert {shlex.quote(str(folder))} {shlex.quote(folder.name + '-projector')}"
@@ -242,7 +249,7 @@ def projector_advice(folder: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where the file cannot be read, which others say."""
+    """Read a JSON object; a file that cannot be read gives an empty one, because other checks report it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -31,14 +31,14 @@ Variant = Literal["lora", "rslora"]
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR = "multi_modal_projector"
 
-# Keys of adapter_config.json that say where an adapter belongs, how it was begun or how it is loaded, and do not change
-# what it computes; `megatron_core` and `qalora_group_size` have a value even where they are not used.
+# Keys of adapter_config.json for the location, initialization or loading of an adapter, which do not change what it
+# computes; `megatron_core` and `qalora_group_size` have a value even if they are not used.
 _ASIDE = frozenset(
     ("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern")
     + ("layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config")
     + ("target_modules", "task_type")
 )
-# Keys that are understood, and the values that may be there; None: any.
+# Supported keys and their allowed values; None allows any value.
 _READ: dict[str, Collection[Any] | None] = {
     "peft_type": ("LORA",),
     "r": None,
@@ -46,7 +46,7 @@ _READ: dict[str, Collection[Any] | None] = {
     "lora_dropout": None,
     "use_rslora": (True, False),
     "bias": ("none",),
-    # Others change the base's weights when the adapter is begun.
+    # Other values change the base's weights when the adapter is created.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
     "modules_to_save": (None, [], [PROJECTOR]),
 }
@@ -54,12 +54,12 @@ _READ: dict[str, Collection[Any] | None] = {
 
 @dataclass(frozen=True)
 class Lora:
-    """What LoRA adds to the linear layers of a language model."""
+    """LoRA of the linear layers of a language model."""
 
     r: int
     """Rank."""
     alpha: float
-    """The update is multiplied by alpha / r, or by alpha / sqrt(r) in `rslora`."""
+    """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) for `rslora`."""
     dropout: float = 0.0
     """Dropout probability of the inputs of A."""
     variant: Variant = "lora"
@@ -77,7 +77,7 @@ class Lora:
         """Read the adapter of a run or checkpoint.
 
         Raises:
-            InputError: If the adapter's config cannot be read, or is of an unknown variant.
+            InputError: The adapter's config cannot be read, or is of an unknown variant.
         """
         where = f"The adapter in {folder}"
         try:
@@ -88,10 +88,10 @@ class Lora:
 
     @classmethod
     def of_values(cls, values: Mapping[str, Any], where: str = "The adapter") -> Lora:
-        """Read the values of a `peft.LoraConfig`; `where` begins the sentence of an error.
+        """Read the values of a `peft.LoraConfig`; `where` begins the message of an error.
 
         Raises:
-            InputError: A value makes it another function than those of `Variant`.
+            InputError: A value describes a LoRA that is not a `Variant`.
         """
         for name, value in values.items():
             allowed = _READ.get(name, (None,))
@@ -109,9 +109,10 @@ class Lora:
 
     @classmethod
     def of_model(cls, model: Any) -> Lora | None:
-        """Read the adapter that was put onto a model, or onto the model inside a PeftModel; None where there is none.
+        """Return the LoRA of a model, or of the model inside a PeftModel; None if there is none.
 
-        Raises InputError as `of_values` does.
+        Raises:
+            InputError: The LoRA is of an unknown variant, see `of_values`.
         """
         config = getattr(model, "peft_config", {}).get("default")
         if config is None:
@@ -120,23 +121,23 @@ class Lora:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by."""
+        """Factor of the product B A."""
         return self.alpha / (math.sqrt(self.r) if self.variant == "rslora" else self.r)
 
     @property
     def goes_first(self) -> bool:
-        """Whether what it adds to a layer's output depends on the layer's input alone.
+        """Whether what LoRA adds to a layer's output depends only on the layer's input.
 
-        Only then may it be computed before the layer, or be added to the layer's weight beforehand.
+        Only then can it be computed before the layer, or be added to the layer's weight beforehand.
         """
         return self.variant in ("lora", "rslora")
 
     def peft_config(self, targets: str | list[str] | None = None, *, projector: bool = True) -> LoraConfig:
-        """Return peft's config of it.
+        """Return peft's config.
 
         Args:
-            targets: Layers in place of its own.
-            projector: Whether the projector is trained whole beside it.
+            targets: Layers with LoRA, instead of `self.targets`.
+            projector: Whether the whole projector is trained too.
         """
         from peft import LoraConfig
 
@@ -151,10 +152,10 @@ class Lora:
         )
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return what is added to a weight, (out, in) in fp32, of A (r, in) and B (out, r)."""
+        """Return the update of a weight, (out, in) in fp32, from A (r, in) and B (out, r)."""
         return self.scaling * (b.float() @ a.float())
 
     def parameters(self, model: Any) -> int:
-        """Return how many parameters it has on a model that does not have it yet."""
+        """Return the number of LoRA's parameters for a model that does not have it yet."""
         layers = [module for name, module in model.named_modules() if re.fullmatch(self.targets, name)]
         return sum(self.r * (int(layer.in_features) + int(layer.out_features)) for layer in layers)

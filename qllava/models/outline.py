@@ -43,14 +43,16 @@ class Outline:
     """A LLaVA without loaded weights."""
 
     model: LlavaForConditionalGeneration
+    """Model on the meta device."""
     """On the meta device, all of it."""
     processor: LlavaProcessor
+    """Processor with tokenizer and chat template."""
     recipe: Recipe
     """With template, fingerprint and dtype filled in."""
     base: Base
-    """The weights, read one by one."""
+    """The weights, which are read one by one."""
     tower: Tower | None
-    """Of a LLaVA that is built from parts; on the meta device too, where its weights are in a folder."""
+    """Tower of a LLaVA that is built from parts; on the meta device if its weights are in a folder."""
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -75,7 +77,7 @@ def outline(recipe: Recipe) -> Outline:
     with one_sentence(f"{name}: config.json", "correct it"), torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     model.generation_config = generation
-    if recipe.model is None:  # the weights of a ready LLaVA have been compared with its config
+    if recipe.model is None:  # the weights of an existing LLaVA have been compared with its config
         base.check_parts(names_on_disk(model), tied=bool(config.text_config.tie_word_embeddings), what=name)
     saved = processor.chat_template if recipe.model is not None else None
     recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer, saved))
@@ -94,12 +96,12 @@ def outline(recipe: Recipe) -> Outline:
 
 
 def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, GenerationConfig, Base, Tower]:
-    """Config, processor, generation config, weights and tower of a LLaVA that is built from parts."""
+    """Return config, processor, generation config, weights and tower of a LLaVA that is built from parts."""
     if recipe.language_model is None or recipe.vision_tower is None:
         raise InputError("A new LLaVA needs both language_model and vision_tower; give both, or model_name_or_path.")
     name = nano_part(recipe.language_model, "llama")
     text, tokenizer = language_model_config(name)
-    assert tokenizer is not None  # `whole` has seen to it
+    assert tokenizer is not None  # `whole` guarantees it
     weights = open_weights(name, language_model_name)
     spec = nano_part(recipe.vision_tower, "tower")
     on_disk = not spec.startswith("open_clip:")
@@ -109,7 +111,7 @@ def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, 
     held = {}
     if on_disk:
         weights.join(open_weights(spec, tower_name))
-    else:  # open_clip's, which was converted
+    else:  # open_clip's tower, which was converted
         held = {tower_name(key): tensor for key, tensor in tower.model.state_dict().items()}
     shapes = Shapes.of_parts(text, vision, tokenizer, layer=layer, projector_type=recipe.projector_type)
     processor = build_processor(tokenizer, tower)
@@ -119,16 +121,16 @@ def _of_parts(recipe: Recipe, dtype: torch.dtype) -> tuple[Any, LlavaProcessor, 
 
 
 def settle_template(model: Any, processor: LlavaProcessor, template: Template) -> None:
-    """How the model will be asked, and where it stops."""
-    # `plain` is how captions are learned; nobody chats with it, so the model keeps the template it will be asked in.
+    """Set the chat template of the model, and the tokens that end an answer."""
+    # `plain` is for captions; nobody chats with it, so the model keeps the template of its later questions.
     processor.chat_template = processor.tokenizer.chat_template = template.chat_template()
     _settle_end_of_turn(model, processor.tokenizer, template)
 
 
 def template_of(tokenizer: Any, saved: Any = None) -> str:
-    """The template that a model was trained in, if its saved chat template is one of ours; else by control tokens.
+    """Return the template in which a model was trained: its saved chat template if it is ours, else by control tokens.
 
-    Where there are none it is `vicuna_v1`, LLaVA's own.
+    Without control tokens it is `vicuna_v1`, LLaVA's own.
     """
     for name, template in TEMPLATES.items():
         if saved and template.chat_template() == saved:
@@ -141,13 +143,13 @@ def template_of(tokenizer: Any, saved: Any = None) -> str:
 
 
 def _generation_config(name: str, config: Any) -> GenerationConfig:
-    """A model's own, or what its config says where it has none."""
+    """Return a model's generation config, or one made from its config if it has none."""
     own = agreement.read_generation(settings_folder(name), name, config.get_text_config())
     return own or GenerationConfig.from_model_config(config)
 
 
 def _settle_end_of_turn(model: Any, tokenizer: Any, template: Template) -> None:
-    """Generation stops where a turn ends."""
+    """Stop generation at the end of a turn."""
     end = template.end_of_turn.strip()
     ids = {tokenizer.eos_token_id}
     if end and end != EOS:
@@ -167,10 +169,10 @@ _VISION = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_siz
 
 
 def fingerprint(config: Any, tokenizer: Any, base: Base, *, built: bool) -> str:
-    """Hashes of what the base computes, of its vocabulary, and of evenly spaced values of every weight on disk.
+    """Hash the base's shapes, its vocabulary, and evenly spaced values of every weight on disk.
 
-    None depends on the device or on quantization. The projector is left out where it was built here (`built`): it
-    belongs to the adapter.
+    The hash does not depend on the device or on quantization. The projector is left out if it was newly `built`,
+    because it then belongs to the adapter.
     """
     shape = [str(getattr(config, key, None)) for key in ("vision_feature_layer", "vision_feature_select_strategy")]
     shape += [f"{key}={getattr(config.text_config, key, None)}" for key in _TEXT]

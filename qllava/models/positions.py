@@ -1,23 +1,23 @@
-"""How many positions a language model reads, with what its rope scaling adds."""
+"""Number of positions of a language model, including its rope scaling."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Scalings whose factor is not in max_position_embeddings yet. With the others (llama3, longrope) it is.
+# Scalings whose factor is not included in max_position_embeddings. With the others (llama3, longrope) it is.
 _MULTIPLIED = ("linear", "dynamic", "yarn")
 
 
 def positions_of(text: Any) -> int:
-    """The longest sequence that a language model was made for, in tokens.
+    """Return the maximum length of a sequence for a language model, in tokens.
 
-    `linear`, `dynamic` and `yarn` stretch the positions by their factor: of `original_max_position_embeddings` where
-    the config has it (max_position_embeddings may be the stretched number then), else of max_position_embeddings. With
-    `llama3` and `longrope` max_position_embeddings is the stretched number. So do transformers' own configs, and so
-    vLLM reads them.
+    `linear`, `dynamic` and `yarn` multiply the positions by their factor: `original_max_position_embeddings` if the
+    config has it (max_position_embeddings may then be the product already), else max_position_embeddings. With
+    `llama3` and `longrope`, max_position_embeddings is the product. transformers' own configs follow these rules, and
+    vLLM reads them so.
 
     Args:
-        text: The config of a language model.
+        text: Config of a language model.
     """
     most = int(text.max_position_embeddings)
     rope = getattr(text, "rope_parameters", None) or {}

@@ -29,26 +29,23 @@ from qllava.models.vision import ImageAspect, load_tower
 from qllava.runs import RECORD_FILE
 
 LLAVA_IMAGE = ImageLayout(24, 24, additional=1, drops_first=True)
-"""Of LLaVA-1.5: for a tokenizer that comes without a tower."""
+"""Image layout of LLaVA-1.5, for a tokenizer without a tower."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Everything that determines token ids and labels.
-
-    Attributes:
-        tokenizer: Tokenizer with `<image>` as one token.
-        template: Conversation template.
-        image: Tokens of an image.
-        image_processor: Turns an image into pixels; None if only the tokenizer is known.
-        positions: Maximum number of tokens of the language model; None if unknown.
-    """
+    """Everything that determines token ids and labels."""
 
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer with `<image>` as one token."""
     template: Template
+    """Conversation template."""
     image: ImageLayout
+    """Tokens of an image."""
     image_processor: BaseImageProcessor | None
+    """Processor that turns an image into pixels; None if only the tokenizer is known."""
     positions: int | None = None
+    """Maximum number of tokens of the language model; None if unknown."""
 
     @property
     def image_token_id(self) -> int:
@@ -85,7 +82,7 @@ def read_model(model: str) -> Reader:
 
 
 def _positions_of_base(record: Recipe) -> int | None:
-    """How many positions the base of a run reads, whose parts are compared; None where it is not here."""
+    """Return the number of positions of a run's base; None if the base is not available."""
     if record.model is not None:
         return read_shapes(record).positions if Path(record.model).is_dir() else None
     name = nano_part(record.language_model or "", "llama")
@@ -95,7 +92,7 @@ def _positions_of_base(record: Recipe) -> int | None:
 def read_parts(language_model: str, vision_tower: str, *, image_aspect: ImageAspect = "pad") -> Reader:
     """Return the reader of a LLaVA that will be built from these parts."""
     text, tokenizer = language_model_config(nano_part(language_model, "llama"))
-    assert tokenizer is not None  # it has to be there
+    assert tokenizer is not None  # required by `whole`
     tower = load_tower(nano_part(vision_tower, "tower"), image_aspect=image_aspect)
     return _of_processor(build_processor(tokenizer, tower), TEMPLATES[template_of(tokenizer)], positions_of(text))
 
@@ -127,14 +124,14 @@ def _alone(tokenizer: PreTrainedTokenizerBase) -> Reader:
 
 
 def _of_processor(processor: Any, template: Template, positions: int | None) -> Reader:
-    # Of the pixels that it makes, which is what it writes tokens for: a run's folder has no config of a tower.
+    # From the pixels it makes, for which it writes tokens: a run's folder has no config of a tower.
     pixels = processor.image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
     image = ImageLayout.of_processor(processor, *pixels.shape[-2:])
     return Reader(processor.tokenizer, template, image, processor.image_processor, positions)
 
 
 def _template_of_folder(folder: Path, processor: Any) -> Template:
-    """The template that a run was trained in; else the one whose chat template is saved; else by the tokenizer."""
+    """Return the template of a run, else the one whose chat template is saved, else the one for the tokenizer."""
     if (folder / RECORD_FILE).is_file() and (name := read_record(folder).template):
         return TEMPLATES[name]
     return TEMPLATES[template_of(processor.tokenizer, processor.chat_template)]

@@ -1,8 +1,7 @@
-"""What a model recommends for sampling: read from its `generation_config`, shown, and used only when asked for.
+"""Sampling values that a model recommends: read from its `generation_config`, shown, and used only on request.
 
-transformers' `generate` takes over whatever a model's `generation_config` has, a repetition penalty for greedy answers
-too. Here a model's own values are data: `inference` decodes as the user asked, and with `--sampling recommended` by
-these.
+transformers' `generate` applies everything in a model's `generation_config`, even a repetition penalty for greedy
+answers. Here these values are data: `inference` decodes as the user asked, and only `--sampling recommended` uses them.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ _NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen. The defaults choose the likeliest; `temperature=1` alone draws from the softmax."""
+    """Choice of the next token. The defaults are greedy; `temperature=1` alone samples from the softmax."""
 
     temperature: float = 0.0
-    """0 for the likeliest token."""
+    """Temperature; 0 for greedy."""
     top_k: int = 0
-    """Draw among so many of the likeliest; 0 for all."""
+    """Sample from this many of the most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     min_p: float = 0.0
-    """Draw among tokens with at least this share of the likeliest one's probability."""
+    """Sample from tokens with at least this share of the most likely one's probability."""
     typical_p: float = 1.0
-    """Draw among the tokens whose surprise is nearest to the expected one, up to this probability."""
+    """Sample from the tokens whose information content is closest to the expected one, up to this probability."""
     repetition_penalty: float = 1.0
-    """By how much a logit is lowered once its token has appeared."""
+    """Penalty on the logit of a token that has already appeared."""
     no_repeat_ngram_size: int = 0
-    """No run of so many tokens appears twice; 0 for no rule."""
+    """Length of token sequences that must not repeat; 0 for no rule."""
 
     def __str__(self) -> str:
-        """The fields that are not neutral, by name."""
+        """Return the fields that are not neutral, by name."""
         said = [(field, getattr(self, field.name)) for field in fields(self)]
         return ", ".join(f"{field.name} {value:g}" for field, value in said if value != field.default)
 
 
 def recommended(generation: Any) -> Decoding:
-    """What a model recommends.
+    """Return the decoding that a model recommends.
 
     Args:
         generation: Its `generation_config`, as an object or as the dictionary of its file.
 
     Returns:
-        Only what changes something: a temperature or top-p of a model that recommends no sampling is left out.
+        Only values with an effect: temperature or top-p of a model that recommends no sampling are left out.
     """
     found = _values(generation)
     names = [own.name for own in fields(Decoding) if found.get("do_sample") or own.name not in _DRAWING]
@@ -64,7 +63,7 @@ def recommended(generation: Any) -> Decoding:
 
 
 def recommendation(generation: Any) -> str:
-    """`recommended` in words, and what else a `generation_config` asks for, which is never used; empty for nothing."""
+    """Return `recommended` as text, and other values of a `generation_config`, which are never used; "" for none."""
     found = _values(generation)
     unused = [name for name in _UNUSED if found.get(name) not in _NEUTRAL]
     used = str(recommended(generation))

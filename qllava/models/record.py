@@ -1,4 +1,4 @@
-"""What a run's folder says about its model, read without torch: the recipe of its base."""
+"""The record of a run's base model in its folder, read without torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qllava.models.errors import one_line
 from qllava.runs import ADAPTER_CONFIG_FILE, RECORD_FILE
 
 BELONGS_TO_BASE = ("template", "load_in_4bit", "image_aspect", "vision_feature_layer", "projector_type")
-"""Settings that an adapter was trained with, and is useless without."""
+"""Settings that an adapter was trained with and cannot be used without."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Parts that a model is built from; written next to every adapter, so that its folder is self-contained."""
+    """Parts from which a model is built; saved with every adapter, so that its folder is self-contained."""
 
     model: str | None
     """Folder or hub name of an existing LLaVA; None for a LLaVA built from the two parts below."""
@@ -26,25 +26,25 @@ class Recipe:
     vision_tower: str | None
     """`open_clip:ARCH/PRETRAINED` or a folder."""
     projector_type: Literal["mlp2x_gelu", "linear"]
-    """Shape of the projector of a LLaVA that is built from parts."""
+    """Kind of the projector of a LLaVA that is built from parts."""
     vision_feature_layer: int
-    """Index into the tower's hidden states."""
+    """Index of the hidden states of the tower that are used."""
     image_aspect: Literal["pad", "crop", "squash"]
-    """How an image becomes a square; `squash` changes its proportions."""
+    """How an image is made square; `squash` changes its proportions."""
     template: str
-    """Name of the conversation template; empty: chosen by the language model's tokenizer."""
+    """Name of the conversation template; empty if the language model's tokenizer decides it."""
     load_in_4bit: bool
-    """Whether the language model is held in NF4."""
+    """Whether the language model is in NF4."""
     fingerprint: str = ""
-    """Hash of the base's weights, vocabulary and shapes; empty until the base was loaded."""
+    """Hash of the base's weights, vocabulary and shapes; empty before the base was loaded."""
     dtype: str = ""
-    """Type of weights that are not quantized, used on every device; empty until the base was loaded."""
+    """Type of weights that are not quantized, used on every device; empty before the base was loaded."""
 
     @classmethod
     def of_settings(cls, model: ModelConfig) -> Recipe:
-        """Return what the settings of a run name, with folders by their whole paths: the record is read elsewhere too.
+        """Return the recipe in a run's settings, with absolute paths, because the record is read elsewhere too.
 
-        `plain` is for captions; the model itself keeps the template in which it will be asked.
+        `plain` is for captions; the model keeps the template of its later questions.
         """
         built = bool(model.language_model or model.vision_tower)
         return cls(
@@ -65,12 +65,16 @@ def _absolute(name: str | None) -> str | None:
 
 
 def save_record(recipe: Recipe, folder: Path) -> None:
-    """Write what the model was built from next to its adapter."""
+    """Write the record of the base into an adapter's folder."""
     (folder / RECORD_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> Recipe:
-    """What the model of a run or checkpoint was built from. Raises InputError when the folder does not say."""
+    """Read the recipe of the model of a run or checkpoint.
+
+    Raises:
+        InputError: The folder has no record, or it cannot be read.
+    """
     path = folder / RECORD_FILE
     try:
         return Recipe(**json.loads(path.read_text(encoding="utf-8")))
@@ -84,7 +88,7 @@ def read_record(folder: Path) -> Recipe:
 
 
 def adapter_at(name: str | None) -> Path | None:
-    """The folder of a run or checkpoint with an adapter; None for any other model."""
+    """Return the folder of a run or checkpoint with an adapter; None for any other model."""
     folder = Path(expanded(name)) if name else None
     found = folder is not None and all((folder / file).is_file() for file in (RECORD_FILE, ADAPTER_CONFIG_FILE))
     return folder if found else None

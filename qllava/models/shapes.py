@@ -1,7 +1,7 @@
-"""What the config files of a model say of it, without its weights.
+"""Shapes of a model, from its config files without its weights.
 
 `outline` (and so a run, its merge and its chat), `plan`, `check` and `inspect` take the config of a LLaVA from here, so
-that what is planned is what is run: one function joins a language model and a tower, and one reads a finished LLaVA.
+that a plan describes what is run: one function joins a language model and a tower, and one reads an existing LLaVA.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from qllava.runs import RECORD_FILE
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a LLaVA and of its parts."""
+    """Sizes of a LLaVA and of its parts."""
 
     config: LlavaConfig
-    """As transformers builds the model from it; nobody changes it."""
+    """Config from which transformers builds the model; must not be changed."""
 
     @classmethod
     def of_parts(
@@ -47,12 +47,12 @@ class Shapes:
         """Join a language model and a tower.
 
         Args:
-            text: The config of the language model; it is not changed.
-            vision: The config of the tower.
-            tokenizer: That of the language model, with `<image>`. None where it is not here: the language model is then
-                taken to have one row in its table for each token, and `<image>` comes behind them.
-            layer: Whose features of the tower are used.
-            projector_type: A choice of the setting of this name.
+            text: Config of the language model, which is not changed.
+            vision: Config of the tower.
+            tokenizer: Tokenizer of the language model, with `<image>`. None if it is not available: the embedding is
+                then assumed to have one row per token, and `<image>` comes after them.
+            layer: Layer of the tower whose features are used.
+            projector_type: Value of the setting `projector_type`.
         """
         image_token: Any = text.vocab_size
         tokens, image = image_token + 1, ImageLayout.of_tower(vision)
@@ -75,37 +75,37 @@ class Shapes:
 
     @property
     def image(self) -> ImageLayout:
-        """The tokens of an image."""
+        """Tokens of an image."""
         return ImageLayout.of_config(self.config)
 
     @property
     def rows(self) -> int:
-        """Rows of the language model's embedding."""
+        """Number of rows of the language model's embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def positions(self) -> int:
-        """How many tokens the language model reads."""
+        """Maximum number of tokens of the language model."""
         return positions_of(self.config.text_config)
 
 
 def shapes_of(model: ModelConfig) -> Shapes:
-    """Return the shapes of the model that the settings of a run name; nothing but small files is downloaded.
+    """Return the shapes of the model in a run's settings; only small files are downloaded.
 
     Raises:
-        InputError: The settings do not name a model, a part of it cannot be read, or parts do not agree.
+        InputError: The settings name no model, a part of it cannot be read, or its parts do not fit each other.
     """
     built = model.language_model or model.vision_tower
     if model.model_name_or_path and built and not model.is_nano:
         raise InputError("Give either model_name_or_path, or language_model with vision_tower; not both.")
     recipe = Recipe.of_settings(model)
-    if recipe.model and (Path(expanded(recipe.model)) / RECORD_FILE).is_file():  # a run, whose base is elsewhere
+    if recipe.model and (Path(expanded(recipe.model)) / RECORD_FILE).is_file():  # a run, without its base
         recipe = located(Path(expanded(recipe.model)), model.base_model or ())
     return read_shapes(recipe)
 
 
 def read_shapes(recipe: Recipe) -> Shapes:
-    """Return the shapes of the model that a recipe builds or names. Raises InputError as `shapes_of` does."""
+    """Return the shapes of the model that a recipe builds or names; raise an InputError like `shapes_of`."""
     name = recipe.model or recipe.language_model or ""
     if recipe.model is not None:
         shapes = Shapes(_known(recipe.model) or look_at(recipe.model)[0])
@@ -125,5 +125,5 @@ def read_shapes(recipe: Recipe) -> Shapes:
 
 
 def _known(name: str) -> Any:
-    """The shapes that come with qllava, unless a folder has this name; None where there are none."""
+    """Return the shapes included in qllava unless a folder has this name; None if there are none."""
     return None if Path(expanded(name)).is_dir() else known_config(name)

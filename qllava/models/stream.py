@@ -1,8 +1,8 @@
-"""A LLaVA that is computed layer by layer: one layer of it is in memory, however large the model is.
+"""Computing a LLaVA layer by layer, with one layer in memory, however large the model is.
 
-Every probe goes through a layer before the next one is read. Two models are computed so, and compared: a folder as any
-program would load it (`Stored`), and a base with its adapter as it was trained (`Adapted`), which is made of
-bitsandbytes' and peft's own layers and knows nothing of how a delta is added to a weight.
+Every probe goes through a layer before the next layer is read. Two models are computed in this way and compared: a
+folder as any program would load it (`Stored`), and a base with its adapter as it was trained (`Adapted`), which
+consists of bitsandbytes' and peft's own layers and does not use the code that adds a delta to a weight.
 
 S tokens, D width, I images.
 """
@@ -29,24 +29,25 @@ TOWER = "vision_tower.vision_model"
 
 
 class Source(Protocol):
-    """Where modules get their weights."""
+    """Source of the weights of modules."""
 
     dtype: torch.dtype
-    """What is computed in."""
+    """Type of the computation."""
     device: torch.device
+    """Device of the computation."""
 
     def filled(self, name: str, empty: nn.Module) -> Any:
-        """A copy of a module of the meta device, with the weights that it has under this name on disk."""
+        """Return a copy of a module on the meta device, filled with the weights of this name on disk."""
 
 
 class Stored:
-    """The weights of a folder, as they are."""
+    """Weights of a folder, unchanged."""
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.weights, self.dtype, self.device = weights, dtype, device
 
     def filled(self, name: str, empty: nn.Module) -> Any:
-        """See `Source`."""
+        """Return the module with its weights, see `Source`."""
         module = copy.deepcopy(empty)
         state = {key: self._read(f"{name}.{key}") for key in module.state_dict()}
         module.load_state_dict({key: tensor.to(self.device, self.dtype) for key, tensor in state.items()}, assign=True)
@@ -58,7 +59,7 @@ class Stored:
 
 
 class Adapted(Stored):
-    """A base with its adapter, as training held them: 4-bit layers and LoRA beside them."""
+    """A base with its adapter as in training: 4-bit layers with separate LoRA."""
 
     def __init__(
         self, base: Mapping[str, Tensor], delta: Delta, dtype: torch.dtype, device: torch.device, *, four_bit: bool
@@ -67,7 +68,7 @@ class Adapted(Stored):
         self.delta, self.four_bit = delta, four_bit
 
     def filled(self, name: str, empty: nn.Module) -> Any:
-        """See `Source`."""
+        """Return the module with its weights, see `Source`."""
         if not name.startswith(f"{LAYERS}."):
             return super().filled(name, empty)
         layer: Any = copy.deepcopy(empty)
@@ -86,7 +87,7 @@ class Adapted(Stored):
         return self.delta[name] if name in self.delta.replaced else super()._read(name)
 
     def _packed(self, name: str, empty: Any) -> Linear4bit:
-        """NF4 with double quantization, of what training quantized."""
+        """Return a layer in NF4 with double quantization, as in training."""
         biased = empty.bias is not None
         layer: Any = Linear4bit(
             empty.in_features, empty.out_features, bias=biased, compute_dtype=self.dtype, device="meta", **KIND
@@ -99,7 +100,7 @@ class Adapted(Stored):
         return layer  # type: ignore[no-any-return]
 
     def _with_lora(self, layer: Any, name: str) -> Any:
-        """Peft's own layers around those that were trained."""
+        """Add peft's LoRA layers to the layers that were trained."""
         trained = [path.removeprefix(f"{name}.") for path in self.delta.layers if path.startswith(f"{name}.")]
         if not trained:
             return layer.eval()
@@ -113,12 +114,12 @@ class Adapted(Stored):
 
 
 def _count_positions(module: nn.Module, device: torch.device) -> None:
-    """Fill the buffers: the numbers of a tower's patches."""
+    """Fill the buffers, which are the position numbers of a tower's patches."""
     for path, buffer in list(module.named_buffers()):
         if buffer.device.type == "meta":
             owner, _, own = path.rpartition(".")
             if own != "position_ids":
-                raise ValueError(f"{path} is neither a weight nor known")
+                raise ValueError(f"{path} is neither a weight nor a known buffer")
             module.get_submodule(owner).register_buffer(
                 own, torch.arange(buffer.shape[-1], device=device)[None], persistent=False
             )
@@ -126,11 +127,13 @@ def _count_positions(module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]], title: str) -> list[Tensor]:
-    """(positions that predict a learned token, D) of each probe, before the head.
+    """Return the hidden states before the head at positions that predict a learned token, (positions, D) per probe.
 
-    model: a LlavaForConditionalGeneration on the meta device.
-    probes: input_ids (S), labels (S), pixel_values (I, 3, H, W) where there are images.
-    title: of the progress bar.
+    Args:
+        model: A LlavaForConditionalGeneration on the meta device.
+        source: Source of its weights.
+        probes: input_ids (S), labels (S), and with images pixel_values (I, 3, H, W).
+        title: Title of the progress bar.
     """
     language_model = model.model.language_model
     hidden = _embedded(model, source, probes)
@@ -141,7 +144,7 @@ def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tens
     for number, empty in enumerate(tqdm(language_model.layers, desc=title, unit="layer", leave=False)):
         layer = source.filled(f"{LAYERS}.{number}", empty)
         for which, (states, angle) in enumerate(zip(hidden, angles, strict=True)):
-            # No mask: every probe is one sequence, and attention is causal.
+            # Without a mask: every probe is one sequence, and attention is causal.
             out = layer(states, attention_mask=None, position_embeddings=angle)
             hidden[which] = out[0] if isinstance(out, tuple) else out
         del layer
@@ -153,7 +156,7 @@ def hidden_states(model: Any, source: Source, probes: Sequence[Mapping[str, Tens
 
 
 def _embedded(model: Any, source: Source, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """(1, S, D) of each probe: its tokens, and its images in their places."""
+    """Return the embeddings of each probe, (1, S, D), with image features at the image tokens."""
     table = source.filled("language_model.model.embed_tokens", model.model.language_model.embed_tokens)
     hidden = [table(probe["input_ids"].to(source.device))[None] for probe in probes]
     del table
@@ -180,14 +183,18 @@ def features_at(
     layer: int,
     filled: Callable[[str, nn.Module], Any] = lambda name, part: part,
 ) -> list[Tensor]:
-    """(I, 3, H, W) each -> (I, tokens, D) each: a CLIP's or SigLIP's hidden states before `layer`, -1 behind the last.
+    """Return the hidden states of a CLIP or SigLIP tower at one layer, (I, 3, H, W) each -> (I, tokens, D) each.
 
-    No layer behind is computed. filled: gives a part of the tower, by its name, its weights.
+    Args:
+        tower: The vision tower.
+        pixels: Images of each probe.
+        layer: Index of the hidden states; -1 for those after the last layer. Later layers are not computed.
+        filled: Returns a part of the tower, given by name, with its weights.
     """
     embeddings = filled("embeddings", tower.embeddings)
     dtype = embeddings.patch_embedding.weight.dtype
     hidden = [embeddings(image.to(dtype)) for image in pixels]
-    if hasattr(tower, "pre_layrnorm"):  # CLIP's, spelt so; SigLIP has none
+    if hasattr(tower, "pre_layrnorm"):  # CLIP's, in transformers' spelling; SigLIP has none
         norm = filled("pre_layrnorm", tower.pre_layrnorm)
         hidden = [norm(states) for states in hidden]
     layers = tower.encoder.layers

@@ -1,7 +1,8 @@
 """The shapes of a vision tower without its weights, from open_clip's architecture or from a folder's config.json.
 
-The sizes of a tower of open_clip are read off its modules, which for this are built on the meta device: loading a tower
-(`vision.py`) reads them off the same modules with the same function, so that a plan counts the tower that a run loads.
+The sizes of an open_clip tower are read from its modules, which are built on the meta device; loading a tower
+(`vision.py`) reads them from the same modules with the same function, so that a plan describes the tower that a run
+loads.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ SUPPORTED = (
 TowerConfig = CLIPVisionConfig | SiglipVisionConfig
 
 KINDS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
-"""Types of a folder's config.json that hold a tower: the tower alone, or beside its text model."""
+"""Types in a folder's config.json that include a tower, alone or with a text model."""
 
 
 def tower_config(spec: str) -> TowerConfig:
-    """Return the shapes of a tower by its name in open_clip, or of one in a folder; see `vision.load_tower`.
+    """Return the shapes of a tower by its open_clip name or from a folder; see `vision.load_tower`.
 
     Raises:
         InputError: The tower does not exist, its files cannot be read, or it is of another kind.
@@ -54,7 +55,7 @@ def tower_config(spec: str) -> TowerConfig:
 
 
 def kind_of(folder: Path) -> str:
-    """Return which of `KINDS` a folder holds. Raises InputError when it holds another model, or none."""
+    """Return which of `KINDS` a folder holds; raise an InputError if it holds another model, or none."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -65,11 +66,11 @@ def kind_of(folder: Path) -> str:
 
 
 def config_of(visual: torch.nn.Module, *, source: str = "this tower") -> TowerConfig:
-    """Read the sizes of the image tower of an open_clip model (`model.visual`) off its modules.
+    """Read the sizes of the image tower of an open_clip model (`model.visual`) from its modules.
 
     Args:
-        visual: The tower; its weights are not looked at and may be on the meta device.
-        source: Its name in errors.
+        visual: The tower; its weights are not used and may be on the meta device.
+        source: Name of the tower in errors.
 
     Raises:
         InputError: It is neither a CLIP nor a SigLIP.
@@ -86,7 +87,7 @@ def config_of(visual: torch.nn.Module, *, source: str = "this tower") -> TowerCo
 
 
 def _named(spec: str) -> TowerConfig:
-    """The shapes of one of open_clip's architectures, whose image tower alone is built, without weights."""
+    """Return the shapes of an open_clip architecture; only its image tower is built, without weights."""
     name = spec.removeprefix("open_clip:")
     arch = name if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")[0]
     try:
@@ -96,7 +97,7 @@ def _named(spec: str) -> TowerConfig:
     if "vision_cfg" not in known:
         raise InputError(f"open_clip has no architecture '{arch}' (from '{spec}'); open_clip.list_models() lists them.")
     with torch.device("meta"):
-        # `create_model`, which is public, would build the text model too.
+        # `create_model`, the public function, would build the text model too.
         visual = open_clip.model._build_vision_tower(
             known["embed_dim"], known["vision_cfg"], bool(known.get("quick_gelu"))
         )
@@ -104,7 +105,7 @@ def _named(spec: str) -> TowerConfig:
 
 
 def _clip_config(visual: Any, source: str) -> CLIPVisionConfig:
-    """Read the sizes off open_clip's VisionTransformer itself, so that custom architectures need no special case."""
+    """Read the sizes from open_clip's VisionTransformer itself, so that custom architectures need no special case."""
     block = visual.transformer.resblocks[0]
     return CLIPVisionConfig(
         hidden_size=visual.conv1.out_channels,
@@ -120,7 +121,7 @@ def _clip_config(visual: Any, source: str) -> CLIPVisionConfig:
 
 
 def _siglip_config(trunk: Any, source: str) -> SiglipVisionConfig:
-    """Read the sizes off the timm trunk. SigLIP 1 there computes the exact GELU, SigLIP 2 mostly the tanh form."""
+    """Read the sizes from the timm trunk. SigLIP 1 there computes the exact GELU, SigLIP 2 mostly the tanh form."""
     block = trunk.blocks[0]
     return SiglipVisionConfig(
         hidden_size=trunk.embed_dim,
@@ -146,9 +147,9 @@ def square(sides: Any, source: str) -> int:
 
 
 def _activation(layer: torch.nn.Module, source: str) -> str:
-    """Name, in transformers' words, the activation that the source really computes.
+    """Return transformers' name of the activation that the source computes.
 
-    It is recognized by its values and not by its class: open_clip, timm and torch have several classes for each.
+    It is identified by its values and not by its class: open_clip, timm and torch have several classes for each.
     """
     names = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
     probe = torch.linspace(-6, 6, 401)

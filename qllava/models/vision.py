@@ -1,8 +1,8 @@
 """A vision tower, from open_clip or from a folder, as a transformers vision model and its image processor.
 
-open_clip supplies weights and preprocessing; the tower is converted here, at the door, so that training, merging,
-export and serving know one layout only. Chosen: the source's parameters are renamed one by one, and the result must
-account for every one of them; a tower with a part that the target has no place for is refused, never approximated.
+open_clip supplies weights and preprocessing; the tower is converted here when it is loaded, so that training, merging,
+export and serving handle a single layout. The source's parameters are renamed one by one, and the result must account
+for every one of them; a tower with a part that the target lacks is refused, never approximated.
 
     tower = load_tower("open_clip:ViT-L-14-336-quickgelu/openai")
     pixels = tower.image_processor(image, return_tensors="pt")["pixel_values"]          # (1, 3, S, S)
@@ -50,7 +50,7 @@ _CLIP_NAMES = (
     (r"^class_embedding$", "embeddings.class_embedding"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^ln_pre\.", "pre_layrnorm."),  # spelt like this in transformers
+    (r"^ln_pre\.", "pre_layrnorm."),  # transformers' spelling
     (r"^ln_post\.", "post_layernorm."),
     (r"^transformer\.resblocks\.", "encoder.layers."),
     (r"\.attn\.in_proj_", ".self_attn.in_proj."),
@@ -77,32 +77,34 @@ _SIGLIP_NAMES = (
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower, ready to be built into a LLaVA."""
+    """A vision tower that can be used in a LLaVA."""
 
     model: VisionModel
     """The vision model in fp32 and eval mode; `hidden_states[layer]` has shape (images, layout.outputs, D)."""
     image_processor: BaseImageProcessor
-    """Image to pixels (3, S, S), as the tower was trained; any program with transformers can reload it."""
+    """Turns an image into pixels (3, S, S) as the tower was trained; can be loaded by any program with transformers."""
     layout: ImageLayout
-    """The tokens of an image."""
+    """Tokens of an image."""
     source: str
-    """Where it came from, as the user wrote it."""
+    """Name or folder as the user wrote it."""
 
 
 def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = True) -> Tower:
-    """Load a tower by name or from a folder; without `weights` that of a folder is left on the meta device.
+    """Load a tower by name or from a folder.
 
-    `spec` is `open_clip:ARCH/PRETRAINED` (PRETRAINED: one of open_clip's tags, or a file of weights),
-    `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder that holds a CLIP or SigLIP vision model (or
-    a full CLIP or SigLIP model) as transformers saves it. `image_aspect` says what happens to an image that is not
-    square: "pad" fills it up to a square with the mean colour, "crop" scales the shorter side to S and cuts out the
-    centre. "squash" changes its proportions, as SigLIP's own preprocessing does.
+    A weights file does not say how it was trained: name the architecture with `-quickgelu` if it was trained so; its
+    images are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). If that is wrong, use `local-dir:`.
 
-    A file of weights does not say how it was trained: name the architecture with `-quickgelu` if it was so; its
-    images are normalized as OpenAI's (CLIP) or with 0.5 (SigLIP). Where that is wrong, use `local-dir:`.
+    Args:
+        spec: `open_clip:ARCH/PRETRAINED` (PRETRAINED: one of open_clip's tags, or a weights file),
+            `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, or a folder with a CLIP or SigLIP vision model
+            (or a full CLIP or SigLIP model) in transformers' format.
+        image_aspect: How an image is made square: "pad" fills it with the mean colour, "crop" scales the shorter
+            side to S and cuts out the centre, "squash" changes its proportions, as SigLIP's own preprocessing does.
+        weights: Whether to load the weights; without them a tower from a folder is on the meta device.
 
     Raises:
-        InputError: If the name is unknown, files are missing or corrupt, or the tower is of another type.
+        InputError: The name is unknown, files are missing or corrupt, or the tower is of another type.
     """
     if spec.startswith("open_clip:"):
         return _load_open_clip(spec, image_aspect)
@@ -116,14 +118,14 @@ def load_tower(spec: str, *, image_aspect: ImageAspect = "pad", weights: bool = 
 
 
 def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") -> VisionModel:
-    """Turn the image tower of an open_clip model (`model.visual`) into the equal transformers model, in fp32.
+    """Convert the image tower of an open_clip model (`model.visual`) to the equal transformers model, in fp32.
 
     A `VisionTransformer` (also inside open_clip's CoCa without attentional pooling) becomes a `CLIPVisionModel`, a
     SigLIP tower (a timm trunk without class token) a `SiglipVisionModel`. Hidden states are equal to the source's to
     1e-5; the projection into the space shared with text is left out. `source` names the tower in errors.
 
     Raises:
-        InputError: For all other towers.
+        InputError: The tower is of another kind.
     """
     config = config_of(visual, source=source)
     if isinstance(config, CLIPVisionConfig):
@@ -132,9 +134,9 @@ def convert_open_clip(visual: torch.nn.Module, *, source: str = "this tower") ->
 
 
 def _load_open_clip(spec: str, image_aspect: ImageAspect) -> Tower:
-    """Let open_clip build the model, convert its image tower and read its preprocessing."""
+    """Load a model with open_clip, convert its image tower and read its preprocessing."""
     name = spec.removeprefix("open_clip:")
-    complete = name.startswith(("hf-hub:", "local-dir:"))  # these bring architecture, preprocessing and weights
+    complete = name.startswith(("hf-hub:", "local-dir:"))  # these include architecture, preprocessing and weights
     arch, pretrained = (name, None) if complete else _arch_and_weights(spec, name)
     try:
         model = open_clip.create_model(arch, pretrained=pretrained, require_pretrained=True)
@@ -154,7 +156,7 @@ def _load_open_clip(spec: str, image_aspect: ImageAspect) -> Tower:
 
 
 def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
-    """Split ARCH/PRETRAINED and refuse, before any download, what open_clip does not have or only warns about."""
+    """Split ARCH/PRETRAINED, and refuse, before a download, what open_clip does not have or only warns about."""
     arch, _, pretrained = name.partition("/")
     if arch not in open_clip.list_models():
         close = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.4)
@@ -183,7 +185,7 @@ def _arch_and_weights(spec: str, name: str) -> tuple[str, str]:
 
 
 def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Tower:
-    """Read a vision model, and the preprocessing beside it, as transformers saves them."""
+    """Load a vision model and its preprocessing from a folder in transformers' format."""
     kind = kind_of(folder)
     classes: dict[str, Any] = {
         "clip": CLIPModel,
@@ -208,13 +210,13 @@ def _load_folder(folder: Path, image_aspect: ImageAspect, weights: bool) -> Towe
 
 
 def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
-    """The model in fp32, or without weights."""
+    """Return the model in fp32, or without weights on the meta device."""
     if not weights:
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(folder))
     folder = model_folder(str(folder))
     how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    how["use_safetensors"] = True  # where there are none transformers would unpickle pytorch_model.bin
+    how["use_safetensors"] = True  # otherwise transformers would unpickle pytorch_model.bin
     model, report = kind.from_pretrained(folder, dtype=torch.float32, **how)
     check_loading(report, f"The vision tower {folder}")
     return model
@@ -223,7 +225,7 @@ def _model_of_folder(folder: Path, kind: Any, weights: bool) -> Any:
 def _tower(
     model: VisionModel, mean: list[float], std: list[float], resample: int, image_aspect: ImageAspect, source: str
 ) -> Tower:
-    """Put the parts together; how many tokens an image takes follows from the model's own sizes."""
+    """Combine the parts of a tower; the number of image tokens follows from the sizes of the model."""
     size = square(model.config.image_size, source)
     square(model.config.patch_size, source)
     values: dict[str, Any] = {
@@ -235,8 +237,8 @@ def _tower(
     }
     if image_aspect == "squash":
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
-    # Both are the torchvision backend, which is what plain transformers picks when it reloads them: equal pixels.
-    # CLIPImageProcessor where it suffices, because it is what llava-hf's checkpoints name and every server knows.
+    # Both use the torchvision backend, which plain transformers chooses too when it loads them: equal pixels.
+    # CLIPImageProcessor where it suffices, because llava-hf's checkpoints name it and every server knows it.
     processor: BaseImageProcessor = (
         LlavaImageProcessor(do_pad=True, **values) if image_aspect == "pad" else CLIPImageProcessor(**values)
     )
@@ -244,13 +246,13 @@ def _tower(
 
 
 def _clip_tensors(visual: Any) -> Tensors:
-    """Tensors of a VisionTransformer under transformers' names, without its projection into the shared space."""
+    """Return the tensors of a VisionTransformer by transformers' names, without its projection to shared space."""
     own = {name: tensor for name, tensor in visual.state_dict().items() if name != "proj"}
     return _split_attention(_rename(own, _CLIP_NAMES))
 
 
 def _siglip_tensors(trunk: Any) -> Tensors:
-    """Tensors of a timm trunk under transformers' names; the pooling head's q and kv become one matrix."""
+    """Return the tensors of a timm trunk by transformers' names; the pooling head's q and kv become one matrix."""
     own = dict(trunk.state_dict())
     if trunk.attn_pool is not None:
         for part in ("weight", "bias"):
@@ -289,8 +291,8 @@ def _fill(
 ) -> VisionModel:
     """Build the model and load the tensors, which must be exactly the ones it has.
 
-    A part that only one side knows (layer scale, query and key norms, register tokens, a missing first norm) shows as a
-    name on one side only, so no list of exotic features has to be kept.
+    A part that only one side has (layer scale, query and key norms, register tokens, a missing first norm) shows up as
+    a name on one side only, so no list of special features is needed.
     """
     model = model_class(config)
     expected = model.state_dict()

@@ -1,12 +1,12 @@
-"""Weights on disk, one tensor at a time: what reads them never holds a whole model.
+"""Weights on disk, read one tensor at a time, so that a whole model is never in memory.
 
-Names are those of llava-hf's layout (`checkpoint.py`), whatever the folder itself calls them:
+Names are those of llava-hf's layout (`checkpoint.py`), whatever the names in the folder itself:
 
     a LLaVA in llava-hf's layout      as they are
     a LLaVA in transformers' own      model.language_model.X  ->  language_model.model.X   and so on
     a language model                  model.X, lm_head.X      ->  language_model.model.X, language_model.lm_head.X
 
-A file is open only while one tensor is read from it.
+A file is open only while a tensor is read from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LAYOUTS = (
 
 
 def llava_name(name: str) -> str:
-    """A tensor of a LLaVA, by any of its names, under that of llava-hf's layout; other names stay as they are."""
+    """Return the name in llava-hf's layout of a tensor of a LLaVA, given by any of its names; others are unchanged."""
     for pattern, ours in _LAYOUTS:
         found = pattern.match(name)
         if found:
@@ -47,12 +47,12 @@ def llava_name(name: str) -> str:
 
 
 def tower_name(name: str) -> str:
-    """A tensor of a tower's own folder, which may be a whole CLIP or SigLIP, under its name inside a LLaVA."""
+    """Return the name inside a LLaVA of a tensor in a tower's folder, which may be a whole CLIP or SigLIP."""
     return f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
 
 
 def language_model_name(name: str) -> str:
-    """A tensor of a language model's own folder, under its name inside a LLaVA."""
+    """Return the name inside a LLaVA of a tensor in a language model's folder."""
     return f"language_model.{name}"
 
 
@@ -64,7 +64,12 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: Mapping[Path, list[str] | None], rename: Callable[[str], str] = llava_name) -> None:
-        """files: with the names that each has to hold; None: whatever it holds."""
+        """Open the files.
+
+        Args:
+            files: Files with the names that each must contain; None for whatever it contains.
+            rename: Returns the name in llava-hf's layout.
+        """
         self._places: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path, names in files.items():
@@ -92,16 +97,16 @@ class Weights(Mapping[str, Tensor]):
         return name in self._places
 
     def join(self, other: Weights) -> None:
-        """Take the tensors of another folder in."""
+        """Add the tensors of another folder."""
         self._places |= other._places
         self._shapes |= other._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return self._shapes[name]
 
     def sample(self, name: str) -> Tensor:
-        """What `sampled` takes of a tensor, without reading the rest of it."""
+        """Return `sampled` of a tensor without reading the rest of it."""
         path, own = self._places[name]
         with opened(path) as file:
             if len(self._shapes[name]) < 2:
@@ -111,7 +116,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """A few values of a tensor, the beginnings of evenly spaced rows, in fp32: enough to tell two models apart."""
+    """Return a few values of a tensor in fp32, from evenly spaced rows: enough to distinguish two models."""
     if tensor.ndim < 2:
         return tensor.detach().reshape(-1)[: _SAMPLE_ROWS * _SAMPLE_COLUMNS].float().cpu()
     return torch.cat([_begin(tensor[row : row + 1]) for row in _rows(len(tensor))])
@@ -133,7 +138,7 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
     """
     folder = model_folder(folder_or_name)
     index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():  # where both are, this is what transformers takes
+    if (folder / WEIGHTS).is_file() or not index.is_file():  # if both exist, transformers takes this one
         return Weights({folder / WEIGHTS: None}, rename)
     shards: dict[Path, list[str] | None] = {}
     for name, shard in read_index(index).items():
@@ -142,7 +147,7 @@ def open_weights(folder_or_name: str, rename: Callable[[str], str] = llava_name)
 
 
 class Base(Mapping[str, Tensor]):
-    """The weights under an adapter, in the type in which training held what it did not quantize."""
+    """Weights of the base of an adapter, in the type that training used for weights that are not quantized."""
 
     def __init__(
         self,
@@ -152,13 +157,20 @@ class Base(Mapping[str, Tensor]):
         *,
         rows: int | None = None,
     ) -> None:
-        """held: tensors that are in memory already. rows: of embedding and head, where they have grown."""
+        """Start without reading weights.
+
+        Args:
+            weights: Weights on disk.
+            dtype: Type of the returned tensors.
+            held: Tensors that are in memory already.
+            rows: Number of rows of embedding and head, if they were enlarged.
+        """
         self._weights, self._dtype, self._held, self._rows = weights, dtype, held or {}, rows
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = (self._held[name] if name in self._held else self._weights[name]).to(self._dtype)
         if self._rows is not None and name in TABLES and len(tensor) < self._rows:
-            # As `assemble` does it: a new row is the mean of the old.
+            # As `assemble` does it: a new row is the mean of the old rows.
             return torch.cat([tensor, tensor.mean(0).expand(self._rows - len(tensor), -1)])
         return tensor
 
@@ -172,26 +184,30 @@ class Base(Mapping[str, Tensor]):
         return name in self._held or name in self._weights
 
     def spill(self, path: Path) -> None:
-        """Write what is in memory to a file, and read it from there."""
+        """Write the tensors in memory to a file, and read them from there."""
         if self._held:
             save_file({name: tensor.contiguous() for name, tensor in self._held.items()}, path)
             self._weights.join(Weights({path: None}))
             self._held = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor on disk, without reading it."""
+        """Return the shape of a tensor on disk without reading it."""
         return tuple(self._held[name].shape) if name in self._held else self._weights.shape(name)
 
     def sample(self, name: str) -> Tensor:
-        """A few of its values on disk."""
+        """Return a few values of a tensor on disk, see `sampled`."""
         return sampled(self._held[name]) if name in self._held else self._weights.sample(name)
 
     def check_parts(self, wanted: Mapping[str, Tensor], *, tied: bool, what: str) -> None:
-        """Every tensor of a model that is built from parts is there, in its shape; its projector is not among them.
+        """Check that every tensor of a model built from parts exists in its shape, except those of the projector.
 
-        tied: the head may be missing.
+        Args:
+            wanted: Tensors of the model; only their shapes are used.
+            tied: Whether the head may be missing.
+            what: Name of the model in errors.
 
-        Raises InputError.
+        Raises:
+            InputError: A tensor is missing or has another shape.
         """
         for name, tensor in wanted.items():
             if name.startswith("multi_modal_projector.") or tied and name == HEAD:

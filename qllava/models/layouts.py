@@ -162,7 +162,7 @@ def arrange(found: Found, settings: Path, weights: Path, cache: Path, *, known_a
     names = {file: shard_name(number, len(files)) for number, file in enumerate(files, start=1)}
     where = {name: names[file] for file in files for name in tensor_names(weights / file)}
     try:
-        # A folder of these weights by another process stays, because it may be in use. One of other weights is replaced.
+        # A folder of these weights by another process stays, because it may be in use; one of others is replaced.
         with whole_folder(out, lambda folder: _holds(folder, key)) as aside:
             for path in settings.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)):

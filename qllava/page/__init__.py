@@ -1,11 +1,11 @@
 """One self-contained HTML page from text, tables, charts and images.
 
-Everything is inline: one style sheet (light and dark, narrow and wide), charts as SVG, images as data URIs; no
-script, no font and no address outside the file, so a page can be mailed or kept beside a checkpoint for years.
+Everything is inline: one style sheet (light and dark, narrow and wide), charts as SVG, images as data URIs; no script,
+no font and no address outside the file, so that a page can be mailed or stored with a checkpoint for years.
 
-Two kinds of string keep the escaping right (`markupsafe`). A plain `str` is text; `Html` is markup that a function of
-this package made. Templates and `join` escape what is plain text, so a `str` where markup is expected is a type error
-for mypy, and text on the page, never an injection.
+Two kinds of string keep the escaping correct (`markupsafe`). A plain `str` is text; `Html` is markup made by a function
+of this package. Templates and `join` escape plain text, so a `str` in the place of markup is a type error for mypy, and
+text on the page, never an injection.
 
     body = section("Loss", paragraph("Falls."), line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])]))
     write_page(Path("report.html"), page("A run", "What it learned.", [body]))
@@ -59,68 +59,72 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: `label` beside it, `value` as its length, `note` in small print below the label."""
+    """One bar of a chart."""
 
     label: str
+    """Name next to the bar."""
     value: float
+    """Value, which is its length."""
     note: str = ""
+    """Text in small print below the name."""
 
 
 def join(parts: Iterable[Html]) -> Html:
-    """Markup, one after the other."""
+    """Join pieces of markup."""
     return Html("\n").join(parts)
 
 
 def paragraph(text: str, *, muted: bool = False) -> Html:
-    """A paragraph of text; `muted` for a remark of second rank."""
+    """Return a paragraph of text; `muted` for a less important remark."""
     return Html('<p class="muted">{}</p>' if muted else "<p>{}</p>").format(text)
 
 
 def code(text: str, *, wrap: bool = False) -> Html:
-    """Text in a fixed-width box; a line that is too long scrolls, or wraps where `wrap` is set, as for a command."""
+    """Return text in a fixed-width box; a long line scrolls, or wraps with `wrap`, as for a command."""
     return Html('<pre class="wrap">{}</pre>' if wrap else "<pre>{}</pre>").format(text)
 
 
 def callout(text: str, kind: Literal["note", "good", "warning"] = "note") -> Html:
-    """A sentence that must not be missed."""
+    """Return a sentence that stands out."""
     return Html('<p class="callout {}">{}</p>').format(kind, text)
 
 
 def details(summary: str, *parts: Html) -> Html:
-    """Something that is there for who asks: closed until the summary is clicked."""
+    """Return optional content, hidden until the summary is clicked."""
     return Html("<details><summary>{}</summary>\n{}\n</details>").format(summary, join(parts))
 
 
 def group(*parts: Html) -> Html:
-    """Parts that belong together and are parted from the next such group."""
+    """Return parts that belong together, separated from the next group."""
     return Html("<div>{}</div>").format(join(parts))
 
 
 def section(title: str, *parts: Html) -> Html:
-    """A titled part of a page."""
+    """Return a part of a page with a title."""
     return Html("<section><h2>{}</h2>\n{}\n</section>").format(title, join(parts))
 
 
 def grid(*parts: Html) -> Html:
-    """Parts side by side where there is room, below each other where there is not."""
+    """Return parts in columns if there is space, else one below the other."""
     return Html('<div class="grid">\n{}\n</div>').format(join(parts))
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> Html:
-    """Headline figures: (label, value) pairs, the value already formatted."""
+    """Return headline figures: (label, value) pairs, the value already formatted."""
     cell = Html("<div><dt>{}</dt><dd>{}</dd></div>")
     return Html('<dl class="tiles">{}</dl>').format(Html("").join(cell.format(*pair) for pair in values))
 
 
 def percent(value: float) -> str:
-    """A share between 0 and 1 as text: 0.934 becomes "93.4 %", with the space that keeps both on one line."""
+    """Format a share between 0 and 1: 0.934 becomes "93.4 %", with a space that keeps both on one line."""
     return f"{100 * value:.1f}\u00a0%"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], *, caption: str = "") -> Html:
-    """A table; numbers are aligned to the right and shown with four significant digits, text as it is.
+    """Return a table; numbers are aligned to the right with four significant digits, text is unchanged.
 
-    A row that is longer or shorter than `head` is a mistake of the caller and raises ValueError.
+    Raises:
+        ValueError: A row is longer or shorter than `head`, which is a mistake of the caller.
     """
     for line, row in enumerate(rows, start=1):
         if len(row) != len(head):
@@ -141,7 +145,7 @@ def _cells(form: str, marks: Sequence[Html], values: Sequence[str | float]) -> H
 
 
 def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
-    """Horizontal bars with their values as percentages; `maximum` is the value of a full bar."""
+    """Return horizontal bars with their values as percentages; `maximum` is the value of a full bar."""
     if maximum <= 0:
         raise ValueError(f"the value of a full bar must be above 0, not {maximum}")
     rows = []
@@ -157,9 +161,9 @@ def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
 
 
 def image(image: Image, alt: str, *, longest: int = 480) -> Html:
-    """An image inside the page, as PNG; a larger one is shrunk until its longer side has `longest` pixels.
+    """Return an image inside the page, as PNG, shrunk if its longer side has more than `longest` pixels.
 
-    Small drawings keep their hard pixels when the page enlarges them, photographs are smoothed.
+    Small drawings keep sharp pixels when the page enlarges them, photographs are smoothed.
     """
     shown = image.convert("RGB")
     if max(shown.size) > longest:
@@ -172,24 +176,24 @@ def image(image: Image, alt: str, *, longest: int = 480) -> Html:
 
 
 def card(image: Html, *parts: Html) -> Html:
-    """An image with what belongs to it; a `gallery` holds cards."""
+    """Return an image with its related parts; a `gallery` consists of cards."""
     form = Html('<article class="card"><div class="frame">{}</div><div class="text">{}</div></article>')
     return form.format(image, join(parts))
 
 
 def gallery(cards: Sequence[Html]) -> Html:
-    """Cards beside each other, as many as fit."""
+    """Return cards in rows, as many per row as fit."""
     return Html('<div class="gallery">\n{}\n</div>').format(join(cards))
 
 
 def legend(marks: Sequence[tuple[Html, str]]) -> Html:
-    """Signs of a page and what they mean."""
+    """Return the signs of a page and their meanings."""
     line = Html("<dt>{}</dt><dd>{}</dd>")
     return Html('<dl class="legend">{}</dl>').format(Html("").join(line.format(*pair) for pair in marks))
 
 
 def exhibit(title: str, images: Sequence[tuple[Html, str]], *parts: Html) -> Html:
-    """One thing to look at closely: what belongs to it, and (image, caption) beside it, or above on a narrow screen.
+    """Return one item for close inspection: its parts, and (image, caption) to the side, or above on a narrow screen.
 
     Without images the parts take the whole width.
     """
@@ -201,7 +205,7 @@ def exhibit(title: str, images: Sequence[tuple[Html, str]], *parts: Html) -> Htm
 
 
 def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
-    """Lines of (label, answer, right or wrong or not judged): the mark is colour and sign, never colour alone."""
+    """Return lines of (label, answer, right, wrong or not judged), marked by colour and sign, never by colour alone."""
     out = []
     for label, answer, right in lines:
         kind, sign = {True: ("right", "\u2713"), False: ("wrong", "\u2717"), None: ("plain", "")}[right]
@@ -212,7 +216,7 @@ def verdicts(lines: Sequence[tuple[str, str, bool | None]]) -> Html:
 
 
 def page(title: str, lead: str, sections: Sequence[Html], *, footer: str = "") -> str:
-    """A whole document: the title, one sentence that says what is to be seen, and the sections."""
+    """Return a whole document: the title, one sentence about the content, and the sections."""
     end = Html("<footer>{}</footer>").format(footer) if footer else ""
     document = Html(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -226,7 +230,7 @@ def page(title: str, lead: str, sections: Sequence[Html], *, footer: str = "") -
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write a page whole or not at all, so that a browser never reads half of one. Raises OSError."""
+    """Write a page completely or not at all, so that a browser never reads half of one; may raise OSError."""
     write_whole(path, html)
 
 

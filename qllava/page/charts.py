@@ -1,4 +1,4 @@
-"""Charts as SVG: curves and intervals, on axes that are linear or logarithmic, with what each mark says on touch."""
+"""Charts as SVG: curves and intervals, on linear or logarithmic axes, with a tooltip for each mark."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from markupsafe import escape
 
 from qllava.page.markup import Html, number
 
-# Width and height of a chart in its own units, and the margins that hold the axes. Two charts stand side by side on a
-# wide screen and one fills a phone, so that a unit is about a pixel in both and the labels stay readable.
+# Width and height of a chart in its own units, and the margins for the axes. Two charts share the width of a wide
+# screen and one fills a phone, so that a unit is about a pixel in both and the labels stay readable.
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 38
 # A logarithmic axis shows values above this; ten to the power of a lower tick would be 0 in floating point.
@@ -20,17 +20,16 @@ _LOWEST_LOG = 1e-300
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
-
-    `label` names it in the legend; `points` are (x, y) pairs in the order of x, of which the ones that are not finite
-    are left out; `faint` draws it thin and pale, for raw values behind a smoothed line; `marks` draws points alone, for
-    what stands out of another line.
-    """
+    """One line of a chart."""
 
     label: str
+    """Name in the legend."""
     points: Sequence[tuple[float, float]]
+    """(x, y) pairs in the order of x; those that are not finite are left out."""
     faint: bool = False
+    """Whether the line is thin and pale, for raw values behind a smoothed line."""
     marks: bool = False
+    """Whether only points are drawn, for exceptions of another line."""
 
 
 def line_chart(
@@ -42,11 +41,18 @@ def line_chart(
     log: bool = False,
     log_x: bool = False,
 ) -> Html:
-    """Lines over a common axis, with a legend when there is more than one.
+    """Return lines on common axes, with a legend if there are several.
 
-    `share` fixes the vertical axis to 0 to 100 %; `log` makes it logarithmic, and `log_x` the horizontal one, where
-    values that are not above 0 are left out. Up to 80 points of a line carry their value as a tooltip. Nothing to draw,
-    or a single point, gives a sentence, not an empty frame.
+    Up to 80 points of a line have a tooltip with their value. If there is nothing to draw, or a single point, the
+    result is a sentence instead of an empty frame.
+
+    Args:
+        title: Title of the chart.
+        series: The lines.
+        x: Name of the horizontal axis.
+        share: Whether the vertical axis is fixed to 0 to 100 %.
+        log: Whether the vertical axis is logarithmic; values that are not above 0 are left out.
+        log_x: The same for the horizontal axis.
     """
     drawn = [replace(s, points=[p for p in s.points if _drawable(p, log, log_x)]) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -54,7 +60,7 @@ def line_chart(
     if not drawn:
         return Html(f'<figure class="chart">{head}<p class="muted">No finite values to draw.</p></figure>')
     xs = [px for s in drawn for px, _ in s.points]
-    if min(xs) == max(xs):  # a dot on an empty frame says less than its value
+    if min(xs) == max(xs):  # the value says more than a dot in an empty frame
         values = ", ".join(f"{s.label} {_value(py, share)}" for s in drawn for _, py in s.points)
         said = f"{escape(values)} at {escape(x)} {number(xs[0])}. A curve needs two points."
         return Html(f'<figure class="chart">{head}<p class="muted">{said}</p></figure>')
@@ -82,7 +88,7 @@ def line_chart(
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], low: float, high: float) -> Html:
-    """Figures with their intervals below each other: (label, value, from, to), on an axis from `low` to `high`."""
+    """Return figures with their intervals, one per line: (label, value, from, to), on an axis from `low` to `high`."""
     left, line = 150, 30
     axis, bottom = _Axis(low, high, left, _WIDTH - _RIGHT, False), _TOP + line * len(rows)
     parts = []
@@ -113,7 +119,7 @@ def _drawable(point: tuple[float, float], log: bool, log_x: bool) -> bool:
 
 
 def _colours(series: Sequence[Series]) -> list[int]:
-    """The number of each line's colour; a faint line shares it with the next full one, which it belongs to."""
+    """Return the number of each line's colour; a faint line has the colour of the next full one, its smoothed form."""
     numbers, current = [], 1
     for s in series:
         numbers.append(current)
@@ -124,17 +130,22 @@ def _colours(series: Sequence[Series]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to places: `low` lies at `start`, `high` at `end`; `log` in powers of ten."""
+    """Map from values to positions; `log` in powers of ten."""
 
     low: float
+    """Value at `start`."""
     high: float
+    """Value at `end`."""
     start: float
+    """Position of `low`, in the chart's units."""
     end: float
+    """Position of `high`, in the chart's units."""
     log: bool = False
+    """Whether the axis is logarithmic."""
 
     @classmethod
     def over(cls, low: float, high: float, start: float, end: float, *, log: bool = False, pad: float = 0.0) -> _Axis:
-        """An axis that holds all values, `pad` of its length free at both ends, and never of length 0."""
+        """Return an axis for all values, with `pad` of its length free at both ends, and never of length 0."""
         if log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
@@ -142,23 +153,23 @@ class _Axis:
             low, high = low - half, high + half
         room = pad * (high - low)
         bottom = low - room
-        # A curve that comes down near to zero is shown down to zero; and padding never makes a negative axis.
+        # A curve that comes close to zero is shown down to zero, and padding never makes a negative axis.
         if pad and not log and low >= 0 and (low < 0.4 * high or bottom < 0):
             bottom = 0.0
         return cls(bottom, high + room, start, end, log)
 
     def place(self, value: float) -> float:
-        """Where a value lies, in the chart's units."""
+        """Return the position of a value, in the chart's units."""
         at = math.log10(value) if self.log else value
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, wanted: int) -> list[float]:
-        """Round values (1, 2 or 5 times a power of ten) inside the axis, about `wanted` of them."""
+        """Return round values (1, 2 or 5 times a power of ten) inside the axis, about `wanted` of them."""
         if self.log:
             powers = range(math.floor(self.low), math.ceil(self.high) + 1)
             fine = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
             all_ticks = [m * 10.0**p for p in powers for m in fine]
-            # The smallest powers are zero to a computer.
+            # The smallest powers are zero in floating point.
             return [t for t in all_ticks if t > 0 and self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
         raw = (self.high - self.low) / wanted
         power = 10.0 ** math.floor(math.log10(raw))
@@ -169,7 +180,7 @@ class _Axis:
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool, *, whole: bool) -> str:
-    """Grid lines, tick labels and the name of the horizontal axis; `whole`: only whole numbers on that axis."""
+    """Return grid lines, tick labels and the name of the horizontal axis; `whole`: only whole numbers on that axis."""
     parts = []
     for tick in y_axis.ticks(5):
         at = y_axis.place(tick)
@@ -186,7 +197,7 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x: str, share: bool, *, whole: bool) ->
 
 
 def _tick(value: float) -> str:
-    """A number in the room that a margin leaves: 100k, 2M."""
+    """Format a number for the space of a margin: 100k, 2M."""
     if 1e5 <= abs(value) < 1e12:
         return f"{value / 1e6:,.6g}M" if abs(value) >= 1e6 else f"{value / 1e3:.6g}k"
     return number(value)
@@ -197,7 +208,7 @@ def _value(value: float, share: bool) -> str:
 
 
 def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, share: bool) -> str:
-    """One line, and its points where they are few enough to be told apart."""
+    """Return one line, and its points if they are few enough to be distinguished."""
     places = [(x_axis.place(px), y_axis.place(py)) for px, py in series.points]
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     kind = f"s{colour}{' faint' if series.faint else ''}"

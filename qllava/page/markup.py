@@ -1,4 +1,4 @@
-"""The two things that all parts of a page share: the type of markup, and how a number is written."""
+"""Definitions shared by all parts of a page: the type of markup, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from markupsafe import Markup
 
 Html = Markup
-"""Markup that a function of this package made; a plain `str` is text, and is escaped wherever markup is built."""
+"""Markup made by a function of this package; a plain `str` is text, and is escaped in markup."""
 
 
 def number(value: float) -> str:
-    """A number as a person writes it: at most four significant digits, no trailing zeros, no minus zero."""
+    """Format a number with at most four significant digits, no trailing zeros and no minus zero."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:

@@ -1,11 +1,11 @@
-"""Who is asking: the cookie of a visitor, the address that the browser believes to be at, and the page that sends.
+"""Identification of requests: the cookie of a visitor, the address in the browser, and the page that sends.
 
-Cookies are not separated by port: whatever else is served on 127.0.0.1 can set cookies that reach this process, under
-any name, and reads those that it sets. So the cookie's name is drawn when the process starts, only values that this
-process has signed count, and a header is searched for them value by value.
+Cookies are not separated by port: any other server on 127.0.0.1 can set cookies that reach this process, under any
+name, and reads those that it sets. So the name of the cookie is random for each process, only values signed by this
+process are accepted, and a header is searched for them value by value.
 
-A page of another site may let its own name point to 127.0.0.1 (DNS rebinding), and its script then reaches this process
-as if it belonged to it. The `Host` header tells the name that the browser believes in.
+A page of another site can make its own name resolve to 127.0.0.1 (DNS rebinding), and its script then reaches this
+process as if it were on the same site. The `Host` header contains the name that the browser uses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 MAX_NEW = 120
-"""New visitors a minute."""
+"""Maximum number of new visitors per minute."""
 
 
 class Cookies:
@@ -70,7 +70,7 @@ class Hosts:
         self._shared = urlsplit(address).netloc.lower()
 
     def refuses(self, headers: Mapping[str, str]) -> str | None:
-        """Return why a request is refused, None if it is accepted; names of headers are in small letters."""
+        """Return why a request is refused, None if it is accepted; names of headers are in lower case."""
         local = (f"127.0.0.1:{self.port}", f"localhost:{self.port}")
         host = headers.get("host", "").lower()
         if host not in local and (self._shared is None or host != self._shared):

@@ -22,12 +22,12 @@ from qllava.voting.votes import Tally, Verdict, VoteFile, tally
 BUTTONS: dict[Verdict, str] = {"left": "Left is better", "tie": "Equally good", "both_bad": "Both are bad",
                               "right": "Right is better"}  # fmt: skip
 ENOUGH = 10
-"""Votes from which on the tally is shown: of fewer it says nothing."""
+"""Number of votes from which the tally is shown, because fewer say nothing."""
 View = tuple[Any, ...]  # question, left answer, right answer (chatbots), text box, vote buttons (4), result
 
 
 class Compare:
-    """The handlers of the comparison."""
+    """Event handlers of the comparison."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Compare:
         self.keep = keep
 
     def ask(self, message: dict[str, Any], first: float, second: float, request: gr.Request) -> View:
-        """A question was sent, to be answered at these temperatures."""
+        """Handle a sent question, which will be answered at these temperatures."""
         visitor = visitor_of(self.visitors, request)
         if visitor.duel is not None:
             visitor.duel.stopped.set()
@@ -60,11 +60,11 @@ class Compare:
         return self._view(visitor, gr.update(**ASKING))
 
     def example(self, first: float, second: float, event: gr.SelectData, request: gr.Request) -> View:
-        """An example was clicked, to be answered at these temperatures."""
+        """Handle a click on an example, which will be answered at these temperatures."""
         return self.ask(self.examples[event.index], first, second, request)
 
     def answer(self, system: str, length: float, request: gr.Request) -> Iterator[View]:
-        """Both answers, piece by piece."""
+        """Yield both answers, piece by piece."""
         visitor = visitor_of(self.visitors, request)
         duel = visitor.duel
         if duel is not None and not duel.stopped.is_set():
@@ -77,19 +77,19 @@ class Compare:
                     yield self._view(visitor, gr.skip())
             except InputError as error:
                 visitor.trouble = str(error)
-            except Exception as error:  # the page is the only place where its reader can learn of it
+            except Exception as error:  # the page is the only place where its user can see it
                 visitor.trouble = in_words(error)
         yield self._view(visitor, gr.update(**WAITING))
 
     def stop(self, request: gr.Request) -> View:
-        """Stop was pressed; both end at the next token, or do not begin, and there is nothing to vote on."""
+        """Handle the stop button: both answers end at the next token, or do not begin, and cannot be voted on."""
         visitor = visitor_of(self.visitors, request)
         if visitor.duel is not None:
             visitor.duel.stopped.set()
         return self._view(visitor, gr.update(**WAITING))
 
     def vote(self, verdict: Verdict, request: gr.Request) -> View:
-        """A vote; it is on the disk before the names are told."""
+        """Save a vote on the disk before the names are shown."""
         visitor = visitor_of(self.visitors, request)
         duel, images = visitor.duel, visitor.images
         if duel is None:
@@ -121,12 +121,12 @@ class Compare:
         duel = visitor.duel
         ready = duel is not None and duel.whole and not duel.voted and not visitor.trouble
         buttons = [gr.update(interactive=ready)] * len(BUTTONS)
-        # `duel.voted` is true while the vote is written, and a write can fail: until it is done no name is shown.
+        # `duel.voted` is true while the vote is written, and a write can fail: no name is shown before it is done.
         result = self._result(duel) if duel is not None and visitor.voted is duel else ""
         return _asked(visitor), *_answers(visitor), textbox, *buttons, result
 
     def _result(self, duel: Duel) -> str:
-        """Who was who, and how the two compare."""
+        """Return which model was on which side, and the tally of the two."""
         left, right = duel.contenders["left"].name, duel.contenders["right"].name
         first, second = sorted((left, right))
         named = f"<p>Left was <b>{escape(left)}</b>, right was <b>{escape(right)}</b>.</p>"
@@ -134,7 +134,7 @@ class Compare:
 
 
 def tally_bar(found: Tally, names: tuple[str, str]) -> str:
-    """Votes on two models as a bar with a caption, in HTML; nothing before there are `ENOUGH`."""
+    """Return the votes on two models as a bar with a caption, in HTML; nothing before there are `ENOUGH`."""
     parts = [
         (f"{names[0]} better", found.wins[0], "first"),
         ("equally good", found.ties, "tie"),
@@ -157,13 +157,13 @@ def tally_bar(found: Tally, names: tuple[str, str]) -> str:
 
 
 def _asked(visitor: Visitor) -> list[Any]:
-    """The question with its images, and why it cannot be answered."""
+    """Return the question with its images, and the reason if it cannot be answered."""
     trouble = [not_answered(visitor.trouble)] if visitor.trouble else []
     return [asked(visitor.question, visitor.images), *trouble]
 
 
 def _answers(visitor: Visitor) -> tuple[list[Any], list[Any]]:
-    """What was answered so far, left and right."""
+    """Return the answers so far, left and right."""
     duel = visitor.duel
     if duel is None or visitor.trouble:
         return [], []

@@ -1,15 +1,15 @@
-"""What stands between the browser and Gradio: who may read which file, how much may be sent, what a page may load.
+"""Filter between the browser and Gradio: access to files, sizes of requests, and what a page may load.
 
-Gradio keeps uploads under an address that follows from their content, and hands them to whoever asks for it. Here each
-browser gets a cookie, uploads are taken in by `uploads.py` and not by Gradio, and a file is served only to the owner of
+Gradio stores uploads under an address that follows from their content, and serves them to anyone who asks. Here each
+browser gets a cookie, uploads are handled by `uploads.py` instead of Gradio, and a file is served only to the owner of
 its folder:
 
     FOLDER/OWNER/uploads/RANDOM/SHA256.png    the pixels of an upload, until its question is asked or its page is closed
     FOLDER/OWNER/page-SESSION/SHA256.png      the pixels of a question's image, until its page is closed
     FOLDER/examples/colour.png                for everybody
 
-FOLDER itself is a path of this machine, which is nobody's business: in what leaves the process a random name replaces
-it, and in what arrives it is put back.
+FOLDER is a local path, which must not be published: it is replaced by a random name in everything that leaves the
+process, and restored in everything that arrives.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qllava.pages.access import MAX_NEW, Cookies, Hosts
 from qllava.pages.uploads import EXAMPLES, MAX_IMAGES, MAX_UPLOAD, TooMuch, Uploads
 
 MAX_MESSAGE = 2 * 2**20
-"""Bytes of a request other than an upload."""
-# Whatever a model answers or a user pastes (markdown, <img src=...>), the browser loads nothing from elsewhere.
+"""Maximum bytes of a request other than an upload."""
+# Whatever a model answers or a user pastes (markdown, <img src=...>), the browser loads nothing from other servers.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 Scope = MutableMapping[str, Any]
@@ -49,10 +49,10 @@ class Guard:
         self.cookies = cookies
         self.hosts = hosts
         self.folder = uploads.folder
-        self.alias = f"/{secrets.token_hex(8)}"  # random: nobody can type it by accident
+        self.alias = f"/{secrets.token_hex(8)}"  # random, so that nobody types it by accident
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what is refused; hand the rest on."""
+        """Answer requests that are refused, and pass on the others."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a websocket; the page opens none
@@ -78,17 +78,17 @@ class Guard:
         await self._hand_on(scope, receive, guarded, headers, owner)
 
     def _refused(self, scope: Scope, headers: dict[str, str], owner: str | None) -> tuple[int, str] | None:
-        """Status and reason for a request that is refused without a look into its body."""
+        """Return status and reason of a request that is refused without reading its body; None if it is accepted."""
         path = scope["path"]
         uploading = path.endswith("/upload")
-        limit = MAX_IMAGES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # what a form adds to its files
+        limit = MAX_IMAGES * (MAX_UPLOAD + 10_000) if uploading else MAX_MESSAGE  # a form has bytes besides its files
         sent = headers.get("content-length", "0")
         if "chunked" in headers.get("transfer-encoding", "") or not sent.isdigit():
             return 411, "The request has no Content-Length."
         if int(sent) > limit:
             most = f"{MAX_IMAGES} images of {MAX_UPLOAD // 2**20} MB" if uploading else f"{MAX_MESSAGE // 2**20} MB"
             return 413, f"The request is too large. The limit is {most}."
-        if "/deep_link" in path:  # Gradio would keep the conversation on disk, under an address for anybody
+        if "/deep_link" in path:  # Gradio would store the conversation on disk, under an address open to everyone
             return 403, "Links to conversations are not available."
         file = _file_of(path)
         if file is not None and not self._may_read(file, owner):
@@ -103,7 +103,7 @@ class Guard:
         path = scope["path"]
         if owner is not None and path.endswith("/upload") and scope["method"] == "POST":
             return await self._take_in(scope, receive, send, owner, int(headers.get("content-length", "0")))
-        if path.endswith("/upload_progress"):  # Gradio knows of no upload, and would look for it for seconds
+        if path.endswith("/upload_progress"):  # Gradio knows no upload, and would search for it for seconds
             return await _send_whole(send, _start(200, "text/event-stream"), b'data: {"msg": "done"}\n\n')
         if owner is not None and "/heartbeat/" in path:
             page = self.uploads.opened(owner, path.rpartition("/")[2])
@@ -126,14 +126,14 @@ class Guard:
             kept = await self.uploads.receive(owner, Request(scope, receive), size)
         except ClientDisconnect:
             return None
-        except InputError as error:  # the page shows the body as it is
+        except InputError as error:  # the page shows the body unchanged
             status = 413 if isinstance(error, TooMuch) else 422
             return await _send_whole(send, _start(status, "text/plain; charset=utf-8"), str(error).encode())
         body = json.dumps([str(path) for path in kept]).encode()
         return await _send_whole(send, _start(200, "application/json"), body)
 
     async def _logged_in(self, scope: Scope) -> bool:
-        """Whether Gradio lets this visitor in, with `--auth`; without it everybody is."""
+        """Return whether Gradio admits this visitor under `--auth`; without it everyone is admitted."""
         status: list[int] = []
 
         async def heard(message: Message) -> None:
@@ -148,11 +148,11 @@ class Guard:
         return status == [200]
 
     def _names_others(self, body: bytes, owner: str | None) -> bool:
-        """Whether a message names a file that is not its sender's: Gradio would open it for whoever asks.
+        """Return whether a message names a file of another visitor, which Gradio would open for any sender.
 
-        A file is a path of this process; Gradio would also fetch an address, and keep what it gets.
+        A file is a path in this process; Gradio would also download from an address, and store the result.
         """
-        # A path as JSON spells it without escapes, from its own folder on, to the end of its string.
+        # A path as unescaped JSON, from its own folder on, to the end of its string.
         mine = rb"/(?:%s|%s)/[^\"\\]*\"" % (re.escape((owner or EXAMPLES).encode()), EXAMPLES.encode())
         named = re.findall(re.escape(self.alias.encode()) + mine, body)
         clean = [path for path in named if b"/.." not in path]
@@ -164,16 +164,16 @@ class Guard:
         try:
             path = (Path.cwd() / file).resolve()
             place = path.relative_to(self.folder).parts
-        except (ValueError, OSError, RuntimeError):  # elsewhere, no path at all, or links in a circle
+        except (ValueError, OSError, RuntimeError):  # outside the folder, not a path, or links in a circle
             return False
         return len(place) > 1 and place[0] in (owner, EXAMPLES) and path.is_file()
 
 
 def _paths(body: bytes) -> Iterator[str]:
-    """The values of all keys `path` in a JSON message."""
+    """Yield the values of all keys `path` in a JSON message."""
     try:
         waiting = [json.loads(body)]
-    except (ValueError, RecursionError):  # a form, or nothing that Gradio could read
+    except (ValueError, RecursionError):  # a form, or something that Gradio cannot read either
         return
     while waiting:
         value = waiting.pop()
@@ -186,7 +186,7 @@ def _paths(body: bytes) -> Iterator[str]:
 
 
 def _file_of(path: str) -> str | None:
-    """The file that an address asks Gradio for, None for other addresses."""
+    """Return the file that an address requests from Gradio; None for other addresses."""
     for mark in ("/file=", "/file/"):
         _, found, file = path.partition(mark)
         if found:
@@ -195,7 +195,7 @@ def _file_of(path: str) -> str | None:
 
 
 def _with_headers(send: Send, name: str, cookie: str | None) -> Send:
-    """`send`, with the policy on every answer, and a cookie for a browser that has none."""
+    """Return `send` that adds the policy to every answer, and a cookie for a browser that has none."""
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -211,17 +211,17 @@ def _with_headers(send: Send, name: str, cookie: str | None) -> Send:
 
 
 class _Renamed:
-    """Answers in which one string replaces another: pages and JSON as a whole, streams event by event."""
+    """Replaces one string in answers: pages and JSON as a whole, streams event by event."""
 
     def __init__(self, send: Send, old: str, new: str) -> None:
         self._send = send
         self._old, self._new = old.encode(), new.encode()
-        self._start: Message | None = None  # held back: its length is known at the end
+        self._start: Message | None = None  # delayed, because the length is known at the end
         self._stream = self._as_it_is = False
         self._body = b""
 
     async def send(self, message: Message) -> None:
-        """Pass on, renamed."""
+        """Send a message with the string replaced."""
         if message["type"] == "http.response.start":
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._stream = kind.startswith(b"text/event-stream")
@@ -240,7 +240,7 @@ class _Renamed:
 
 
 async def _whole_body(receive: Receive) -> bytes:
-    """All of a request's body; its length was checked before."""
+    """Read the whole body of a request, whose length was checked before."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -250,7 +250,7 @@ async def _whole_body(receive: Receive) -> bytes:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """`receive` for a body that was taken already."""
+    """Return a `receive` for a body that was read already."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

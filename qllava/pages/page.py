@@ -19,7 +19,7 @@ from qllava.voting.votes import Verdict, VoteFile
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_WAITING = 100
-"""Questions of all visitors in line, besides the one that is answered; the next one is refused."""
+"""Maximum number of waiting questions of all visitors; further ones are refused."""
 CHATBOT: dict[str, Any] = {
     "render_markdown": False,
     "allow_tags": False,
@@ -27,7 +27,7 @@ CHATBOT: dict[str, Any] = {
     "feedback_options": None,
     "layout": "bubble",
 }
-"""Of every chatbot: what is asked and answered is text, whatever it looks like."""
+"""Options of every chatbot: questions and answers are shown as plain text."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -36,14 +36,17 @@ class Drawer:
     """The settings of a tab."""
 
     system: gr.Textbox
+    """System prompt."""
     temperatures: tuple[gr.Slider, ...]
+    """Temperature of each model."""
     length: gr.Slider
+    """Maximum tokens of an answer."""
 
 
 def build_page(
     chat: Chat, other: Chat, visitors: Visitors, examples: list[dict[str, Any]], votes: VoteFile, keep: Path | None
 ) -> gr.Blocks:
-    """The page for a model, compared with another one or with itself; not yet served."""
+    """Return the page for a model, compared with another one or with itself; it is not served yet."""
     page: gr.Blocks
     with gr.Blocks(title="qllava", analytics_enabled=False, fill_height=True) as page:
         gr.HTML(
@@ -55,7 +58,7 @@ def build_page(
                 _chat_tab(Talk(chat, visitors, examples))
             with gr.Tab("Compare"):
                 _compare_tab(Compare((chat, other), visitors, votes, keep, examples))
-            with gr.Tab("About"):  # a tab covers nothing, on a phone neither
+            with gr.Tab("About"):  # a tab covers nothing, even on a phone
                 gr.HTML(_card(chat) + (_card(other) if other is not chat else ""), elem_id="card")
         page.unload(visitors.leave)
     page.queue(max_size=MAX_WAITING, api_open=False)
@@ -153,7 +156,7 @@ def _hint(examples: list[dict[str, Any]]) -> str:
 
 
 def _in_line(place: gr.HTML) -> dict[str, Any]:
-    """One computation at a time: the next question waits in line, and its place in it is shown."""
+    """Return options for one computation at a time: further questions queue, and their position is shown."""
     return {
         "concurrency_id": "model",
         "concurrency_limit": 1,
@@ -181,7 +184,7 @@ def _textbox(name: str, placeholder: str) -> gr.MultimodalTextbox:
         show_label=False,
         stop_btn=False,
         autofocus=name == "question",
-        max_plain_text_length=1_000_000,  # Gradio makes a file of what is pasted beyond it
+        max_plain_text_length=1_000_000,  # Gradio turns longer pasted text into a file
     )
 
 
@@ -220,7 +223,7 @@ def _camera(textbox: gr.MultimodalTextbox) -> None:
         said = message or {}
         return {"text": said.get("text") or "", "files": [*(said.get("files") or []), image]}
 
-    # Gradio is not to open the image: it was decoded when it was uploaded, as any other.
+    # Gradio must not open the image: it was decoded at its upload, like any other.
     camera.input(taken, [camera, textbox], textbox, queue=False, preprocess=False, postprocess=False, **HIDDEN)
 
 

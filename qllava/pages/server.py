@@ -1,8 +1,8 @@
-"""The command that serves the demo's pages: its flags, the models it loads, the server.
+"""The command that serves the demo's pages: its flags, its models and the server.
 
-The page is served on 127.0.0.1 and asks nobody else for anything: no statistics, no fonts, no scripts from elsewhere,
-and a policy in every answer of the server that forbids the browser to. Of images only the pixels are kept, in a folder
-of this process; they are shown to nobody but who uploaded them, and deleted when their page is closed.
+The page is served on 127.0.0.1 and contacts no other server: no statistics, no fonts, no scripts, and a policy in every
+answer that forbids the browser to load any. Only the pixels of images are stored, in a folder of this process; they are
+shown only to the user who uploaded them, and deleted when their page is closed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPEN = "Without --auth it has no password."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Load the models, serve the page until Ctrl-C; returns the exit status."""
+    """Load the models, serve the page until Ctrl-C, and return the exit status."""
     prepare_process()
     return carry_out(_parser().parse_args(arguments), _run)
 
@@ -57,15 +57,15 @@ def _run(options: argparse.Namespace) -> int:
     chat, other = _load_both(options)
     if options.share:
         print(SHARED if passwords else f"{SHARED} {OPEN}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images are deleted then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images are deleted in this case too
     with tempfile.TemporaryDirectory(prefix="qllava-demo-", ignore_cleanup_errors=True) as folder:
-        # Gradio reads them when a page is built. Its own default keeps uploads for ever in a folder that all share.
+        # Read by Gradio when a page is built. By default it keeps uploads forever in a folder shared by all users.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
-        os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it notices that a page was closed
+        os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds until it detects that a page was closed
         from qllava.pages.uploads import EXAMPLES
 
-        # nano sees 96 x 96 pixels; other towers more, in which a small drawing is only a blur.
+        # nano sees 96 x 96 pixels; other towers see more, and a small drawing would be blurred.
         examples = drawn_examples(Path(folder).resolve() / EXAMPLES, 1 if options.model == NANO else 4)
         return serve(chat, other, votes, Path(folder).resolve(), examples, passwords, options)
 
@@ -79,7 +79,7 @@ def serve(
     passwords: list[tuple[str, str]] | None,
     options: argparse.Namespace,
 ) -> int:
-    """Build the page and serve it until it is interrupted; 1 when the port is taken."""
+    """Build the page and serve it until it is interrupted; return the exit status, 1 if the port is in use."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -90,7 +90,7 @@ def serve(
     from qllava.pages.visitors import Visitors
 
     font = ["system-ui", "sans-serif"]
-    mono = ["ui-monospace", "monospace"]  # plain names: Gradio's themes ask Google for their fonts otherwise
+    mono = ["ui-monospace", "monospace"]  # plain names, because Gradio's themes load fonts from Google otherwise
     uploads, cookies, hosts = Uploads(folder), Cookies(), Hosts(options.port)
     visitors = Visitors(uploads, cookies)
     page = build_page(chat, other, visitors, examples, votes, options.keep_pictures)
@@ -128,7 +128,7 @@ def serve(
 
 
 def read_passwords(path: Path) -> list[tuple[str, str]]:
-    """A line `NAME:PASSWORD` for each person who may use the page. Raises InputError that names a wrong line."""
+    """Read a line `NAME:PASSWORD` for each user of the page; an InputError names a wrong line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -148,11 +148,11 @@ def read_passwords(path: Path) -> list[tuple[str, str]]:
 
 
 def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
-    """Draw three images that no training has seen, each with a question about it, as Gradio's examples.
+    """Draw three images that are in no training data, each with a question about it, as Gradio's examples.
 
     Args:
-        folder: Where they are written.
-        scale: How many times as large as nano's images.
+        folder: Folder for the images.
+        scale: Factor to enlarge nano's images.
     """
     from PIL import Image
 
@@ -163,7 +163,7 @@ def drawn_examples(folder: Path, scale: int) -> list[dict[str, Any]]:
     examples = []
     for type_ in ("colour", "count", "relation"):
         question = None
-        while question is None:  # not every scene allows every type
+        while question is None:  # not every scene supports every type
             scene = scenes.sample_scene(rng, "test")
             question = language.ask(scene, type_, rng)
         path = folder / f"{type_}.png"
@@ -224,7 +224,7 @@ def _parser() -> Parser:
 
 
 def _load_both(options: argparse.Namespace) -> tuple[Chat, Chat]:
-    """The model, and the one it is compared with: itself where no other is named."""
+    """Return the model and the one to compare it with, which is the same if no other is named."""
     from qllava.inference import same_model
 
     chat = _load(options.model, options)

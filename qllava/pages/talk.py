@@ -1,4 +1,4 @@
-"""The chat: what happens when a question is sent, edited, asked again or stopped.
+"""The chat: handlers for sending, editing, repeating and stopping a question.
 
 Each function is one of Gradio's event handlers; its outputs are named in its docstring.
 """
@@ -26,7 +26,7 @@ WAITING: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
 
 
 class Talk:
-    """The handlers of the chat with one model."""
+    """Event handlers of the chat with one model."""
 
     def __init__(self, chat: Chat, visitors: Visitors, examples: list[dict[str, Any]]) -> None:
         self.chat = chat
@@ -34,23 +34,23 @@ class Talk:
         self.examples = examples
 
     def ask(self, message: dict[str, Any], request: gr.Request) -> tuple[Any, Any, str]:
-        """A question was sent. Chatbot, text box, pace."""
+        """Handle a sent question; return chatbot, text box and pace."""
         visitor = visitor_of(self.visitors, request)
         begin(visitor.session, self.visitors, visitor, message)
         return messages(visitor.session), gr.update(**ASKING), ""
 
     def example(self, event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, str]:
-        """An example was clicked. Chatbot, text box, pace."""
+        """Handle a click on an example; return chatbot, text box and pace."""
         return self.ask(self.examples[event.index], request)
 
     def again(self, event: gr.RetryData, request: gr.Request) -> tuple[Any, Any, str]:
-        """An answer is asked for again. Chatbot, text box, pace."""
+        """Handle a request to repeat an answer; return chatbot, text box and pace."""
         visitor = visitor_of(self.visitors, request)
         visitor.session.ask_again(_exchange_at(visitor.session, event.index))
         return messages(visitor.session), gr.update(submit_btn=False, stop_btn=True), ""
 
     def edit(self, event: gr.EditData, request: gr.Request) -> tuple[Any, Any, str]:
-        """A question was put in other words. Chatbot, text box, pace."""
+        """Handle an edited question; return chatbot, text box and pace."""
         visitor = visitor_of(self.visitors, request)
         place, text = _exchange_at(visitor.session, event.index), plain(str(event.value))
         try:
@@ -63,7 +63,7 @@ class Talk:
     def answer(
         self, system: str, temperature: float, length: float, request: gr.Request
     ) -> Iterator[tuple[Any, Any, str]]:
-        """Answer the last question. Chatbot, text box, pace; piece by piece."""
+        """Answer the last question; yield chatbot, text box and pace, piece by piece."""
         session = visitor_of(self.visitors, request).session
         if not session.exchanges:
             yield [], gr.update(**WAITING), ""
@@ -75,18 +75,18 @@ class Talk:
                     yield messages(session), gr.skip(), ""
             except InputError as error:
                 exchange.trouble = str(error)
-            except Exception as error:  # the page is the only place where its reader can learn of it
+            except Exception as error:  # the page is the only place where its user can see it
                 exchange.trouble = in_words(error)
         yield messages(session), gr.update(**WAITING), exchange.pace
 
     def stop(self, request: gr.Request) -> tuple[Any, Any]:
-        """Stop was pressed; `answer` ends at the next token, or does not begin. Chatbot, text box."""
+        """Handle the stop button: `answer` ends at the next token, or does not begin; return chatbot and text box."""
         session = visitor_of(self.visitors, request).session
         session.stop()
         return messages(session), gr.update(**WAITING)
 
     def clear(self, request: gr.Request) -> tuple[Any, str]:
-        """Begin a new conversation; the images of the last one are deleted. Text box, pace."""
+        """Start a new conversation and delete the images of the last one; return text box and pace."""
         visitor = visitor_of(self.visitors, request)
         visitor.session.clear()
         visitor.tidy()
@@ -94,7 +94,7 @@ class Talk:
 
 
 def visitor_of(visitors: Visitors, request: gr.Request) -> Visitor:
-    """The visitor, or a message on the page that says why there is none."""
+    """Return the visitor, or show a message on the page that gives the reason for having none."""
     try:
         return visitors.of(request)
     except InputError as error:
@@ -102,7 +102,7 @@ def visitor_of(visitors: Visitors, request: gr.Request) -> Visitor:
 
 
 def begin(session: Session, visitors: Visitors, visitor: Visitor, message: dict[str, Any]) -> Exchange:
-    """Add a question to a session; one that cannot be asked carries its trouble."""
+    """Add a question to a session; if it cannot be asked, the exchange has the reason in `trouble`."""
     text, files = message.get("text") or "", [_path(file) for file in message.get("files") or []]
     exchange = session.ask(text[:MAX_QUESTION])
     try:
@@ -114,7 +114,7 @@ def begin(session: Session, visitors: Visitors, visitor: Visitor, message: dict[
 
 
 def messages(session: Session) -> list[Any]:
-    """A conversation as Gradio's chatbot shows it: two messages an exchange, so that their places can be told."""
+    """Return a conversation for Gradio's chatbot: exactly two messages per exchange, so that indices can be mapped."""
     shown: list[Any] = []
     for exchange in session.exchanges:
         shown.append(asked(exchange.question, exchange.images))
@@ -128,18 +128,18 @@ def messages(session: Session) -> list[Any]:
 
 
 def asked(question: str, images: Sequence[Path]) -> dict[str, Any]:
-    """A question with those of its images that are still there, as Gradio's chatbot shows it."""
+    """Return a question with those of its images that still exist, for Gradio's chatbot."""
     there = [{"path": str(image)} for image in images if image.is_file()]
     return {"role": "user", "content": [*there, as_text(question)]}
 
 
 def not_answered(trouble: str) -> gr.ChatMessage:
-    """Why no answer came, in its place."""
+    """Return the message in the place of a missing answer."""
     return gr.ChatMessage(content=as_text(trouble), metadata={"title": TROUBLE})
 
 
 def in_words(error: Exception) -> str:
-    """What went wrong, for the page; the kind of error and the whole of it go to the terminal."""
+    """Return the text for the page about an error; its kind and its whole text are printed in the terminal."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     if out_of_memory(error):
         return "There is not enough memory for this question. Start a new conversation, or use fewer images."
@@ -147,12 +147,12 @@ def in_words(error: Exception) -> str:
 
 
 def as_text(text: str) -> str:
-    """Text in which nothing is a tag or an entity: Gradio shows HTML in an answer even where it renders no markdown."""
+    """Escape tags and entities: Gradio shows HTML in an answer even if it renders no markdown."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", text))
 
 
 def plain(text: str) -> str:
-    """`as_text` undone."""
+    """Undo `as_text`."""
     return text.replace("&lt;", "<").replace("&amp;", "&")
 
 
@@ -164,7 +164,7 @@ def _check_length(text: str) -> None:
 
 
 def _exchange_at(session: Session, index: int | tuple[int, int]) -> int:
-    """The exchange of a message by its place in the chatbot."""
+    """Return the index of the exchange that has a message at this position in the chatbot."""
     place = (index[0] if isinstance(index, list | tuple) else index) // 2
     if not 0 <= place < len(session.exchanges):
         raise gr.Error("This conversation has ended. Start a new one.")

@@ -1,15 +1,15 @@
-"""What visitors upload: who it belongs to, how much there may be of it, and when it is removed.
+"""Uploads of visitors: their owners, their quotas, and when they are removed.
 
-    FOLDER/OWNER/uploads/RANDOM/SHA256.png    an image that no question was asked about yet
+    FOLDER/OWNER/uploads/RANDOM/SHA256.png    an image that is not yet part of a question
     FOLDER/OWNER/page-SESSION/SHA256.png      an image of a question, until its page is closed
 
-While the bytes arrive they are in memory or in a file without a name, which the operating system removes with the
-connection, whatever ends it. Then the image is decoded and only its pixels are written: no file that was sent is kept
-under a name, except for the moment in which it is decoded.
+While the bytes arrive, they are in memory or in a file without a name, which the operating system removes with the
+connection, whatever ends it. Then the image is decoded and only its pixels are written: no uploaded file has a name,
+except while it is decoded.
 
-An upload goes when its page is closed. A browser does not say which of its pages sent a file, but each open page holds
-a connection (`opened`, `closed`): an upload is removed when all pages that were open at its time are closed. What a
-program without such a connection uploads is removed after `PAGELESS` seconds.
+An upload is removed when its page is closed. A browser does not say which of its pages sent a file, but each open page
+has a connection (`opened`, `closed`): an upload is removed when all pages that were open at its time are closed.
+Uploads of a program without such a connection are removed after `PAGELESS` seconds.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from qllava.config import InputError
 from qllava.inference import keep_image
 
 MAX_UPLOAD = 20 * 2**20
-"""Bytes of a file."""
+"""Maximum bytes of a file."""
 MAX_IMAGES = 8
-"""Images of one question, and files of one upload."""
+"""Maximum number of images in one question, and of files in one upload."""
 MAX_SECONDS = 300
-"""How long one upload may take."""
+"""Maximum duration of an upload."""
 PAGELESS = 300
-"""Seconds after which what belongs to no open page is removed."""
+"""Seconds after which files without an open page are removed."""
 EXAMPLES = "examples"
 
 
 @dataclass(frozen=True)
 class Quota:
-    """How much may be on the disk, images in transfer included."""
+    """Limit for the images on the disk, including those in transfer."""
 
     files: int
     """Number of images."""
@@ -62,29 +62,35 @@ FOR_ALL = Quota(files=2_000, size=4 * 2**30)
 
 
 class TooMuch(InputError):
-    """A quota is used up."""
+    """Error: a quota is used up."""
 
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """The connection that an open page holds."""
+    """The connection of an open page."""
 
     owner: str
+    """Folder name of the visitor."""
     session: str
+    """Gradio's name of the page."""
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """An image that no question was asked about yet."""
+    """An image that is not yet part of a question."""
 
     owner: str
+    """Folder name of the visitor."""
     path: Path
+    """File of the pixels."""
     pages: frozenset[Page]
+    """Pages of the visitor that were open at its time."""
     at: float = field(default_factory=time.monotonic)
+    """Time of the upload, in seconds."""
 
 
 class Uploads:
-    """All images of all visitors."""
+    """Images of all visitors."""
 
     def __init__(self, folder: Path, for_one: Quota = FOR_ONE, for_all: Quota = FOR_ALL) -> None:
         self.folder = folder.resolve()
@@ -96,38 +102,38 @@ class Uploads:
         self._one_image = threading.Lock()
 
     def opened(self, owner: str, session: str) -> Page:
-        """A page was opened."""
+        """Register a page that was opened, and return it."""
         page = Page(owner, session)
         with self._lock:
             self._pages.add(page)
         return page
 
     def closed(self, page: Page) -> None:
-        """A page was closed: remove the uploads that only it can have sent."""
+        """Unregister a page that was closed, and remove the uploads that only it can have sent."""
         with self._lock:
             self._pages.discard(page)
         self._remove(lambda upload: bool(upload.pages) and not upload.pages & self._pages)
 
     def is_open(self, owner: str, session: str) -> bool:
-        """Whether a page holds its connection."""
+        """Return whether a page has an open connection."""
         with self._lock:
             return any((page.owner, page.session) == (owner, session) for page in self._pages)
 
     def sweep(self) -> None:
-        """Remove what belongs to no page and is old."""
+        """Remove old uploads without an open page."""
         self._remove(lambda upload: not upload.pages and time.monotonic() - upload.at > PAGELESS)
 
     async def receive(self, owner: str, request: Request, size: int) -> list[Path]:
-        """Take in the files of a form, and return where their pixels are, in order.
+        """Receive the files of a form, and return the paths of their pixels, in order.
 
         Args:
             owner: Folder name of the visitor.
-            request: The upload; when its connection ends early nothing of it is kept.
-            size: Bytes that it announced.
+            request: The upload; if its connection ends early, nothing of it is kept.
+            size: Number of bytes that it announced.
 
         Raises:
             TooMuch: A quota is used up.
-            InputError: A file is too large or no image, the form cannot be read, or it takes too long.
+            InputError: A file is too large or not an image, the form cannot be read, or it takes too long.
         """
         with self._lock:
             pages = frozenset(page for page in self._pages if page.owner == owner)
@@ -141,7 +147,7 @@ class Uploads:
             with self._lock:
                 self._waiting |= {path: Upload(owner, path, pages) for path in kept}
                 late = bool(pages) and not pages & self._pages
-            if late:  # its pages were closed meanwhile
+            if late:  # its pages were closed in the meantime
                 self._remove(lambda upload: upload.path in kept)
         except BaseException as error:
             for path in kept:
@@ -157,7 +163,8 @@ class Uploads:
     def take(self, owner: str, path: Path, folder: Path) -> Path:
         """Move an image of an owner into the folder of a page, and return its new path.
 
-        Raises InputError when it is not there any more.
+        Raises:
+            InputError: The image no longer exists.
         """
         with self._lock:
             upload = self._waiting.pop(path, None)
@@ -174,7 +181,7 @@ class Uploads:
 
     @contextmanager
     def _arrives(self, owner: str, size: int) -> Iterator[None]:
-        """Count what is about to arrive. Raises TooMuch before a byte of it is read."""
+        """Count the announced upload, or raise TooMuch before a byte of it is read."""
         ticket = object()
         with self._lock:
             self._arriving[ticket] = (owner, 1, size)
@@ -182,7 +189,7 @@ class Uploads:
             self._check(owner)
             yield
             with self._lock:
-                del self._arriving[ticket]  # it is on the disk now: pixels take another number of bytes
+                del self._arriving[ticket]  # now on the disk, where pixels take another number of bytes
             self._check(owner)
         finally:
             with self._lock:
@@ -203,16 +210,16 @@ class Uploads:
         """Return the number of images, and their bytes, of one owner or of all."""
         with self._lock:
             counted = [(files, size) for whose, files, size in self._arriving.values() if owner in (None, whose)]
-        for folder, _, files in os.walk(self.folder / (owner or "")):  # passes over folders that are removed meanwhile
+        for folder, _, files in os.walk(self.folder / (owner or "")):  # skips folders removed in the meantime
             if EXAMPLES in Path(folder).relative_to(self.folder).parts[:1]:
                 continue
             for file in files:
-                with suppress(FileNotFoundError):  # removed meanwhile
+                with suppress(FileNotFoundError):  # removed in the meantime
                     counted.append((1, Path(folder, file).stat().st_size))
         return sum(files for files, _ in counted), sum(size for _, size in counted)
 
     def _keep(self, owner: str, file: UploadFile) -> Path:
-        """Write the pixels of a file that was sent; the copy that is decoded is removed at once."""
+        """Write the pixels of an uploaded file; the copy that is decoded is removed at once."""
         name = re.sub(r"[^\w.\- ]", "", Path(file.filename or "").name)[:100] or "the file"
         if (file.size or 0) > MAX_UPLOAD:
             raise TooMuch(f"{name} is larger than {MAX_UPLOAD // 2**20} MB.")
@@ -221,7 +228,7 @@ class Uploads:
             place.mkdir(parents=True)
         sent = place / "sent"
         try:
-            with self._one_image:  # decoded one after the other, so that many visitors need no more memory than one
+            with self._one_image:  # decoded one by one, so that many visitors need no more memory than one
                 _copy(file.file, sent)
                 path = keep_image(sent, place, name)
             sent.unlink()
@@ -243,14 +250,14 @@ class Uploads:
         self.remove_empty(path.parents[2])
 
     def remove_empty(self, mine: Path) -> None:
-        """Remove the folder of an owner, where no image is in it any more."""
+        """Remove the folder of an owner if it has no image any more."""
         with self._lock:
             for place in (mine / "uploads", mine):
                 try:
                     place.rmdir()
                 except FileNotFoundError:
                     continue
-                except OSError:  # something is in it
+                except OSError:  # the folder is not empty
                     return
 
 

@@ -1,4 +1,4 @@
-"""Who is here: one visitor for each open page, with a conversation, a comparison, and a folder of images."""
+"""Visitors: one for each open page, with a conversation, a comparison, and a folder of images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qllava.pages.uploads import EXAMPLES, MAX_IMAGES, PAGELESS, Uploads
 from qllava.voting.duel import Duel
 
 IDLE = 3600
-"""Seconds after which an open page that nothing is asked on is forgotten."""
+"""Seconds after which an open page without requests is forgotten."""
 
 
 @dataclass
 class Visitor:
-    """One open page. Only its own requests reach it."""
+    """One open page; only its own requests reach it."""
 
-    owner: str  # of the cookie
-    rater: str  # the name that votes are given under
+    owner: str  # folder name, derived from the cookie
+    rater: str  # name under which votes are saved
     folder: Path
     session: Session = field(default_factory=Session)
     duel: Duel | None = None
@@ -38,14 +38,14 @@ class Visitor:
     seen: float = field(default_factory=time.monotonic)
 
     def leave(self) -> None:
-        """Stop what is computed and delete the images."""
+        """Stop computations and delete the images."""
         self.session.clear()
         if self.duel is not None:
             self.duel.stopped.set()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Delete the images that neither the conversation nor the comparison shows any more."""
+        """Delete the images that are no longer part of the conversation or the comparison."""
         shown = {path for exchange in self.session.exchanges for path in exchange.images} | set(self.images)
         for path in self.folder.glob("*"):
             if path not in shown:
@@ -53,7 +53,7 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors of the process, and the images they hand in."""
+    """All visitors of the process, and the images they upload."""
 
     def __init__(self, uploads: Uploads, cookies: Cookies) -> None:
         self.uploads = uploads
@@ -62,7 +62,7 @@ class Visitors:
         self._lock = threading.Lock()
 
     def of(self, request: gr.Request) -> Visitor:
-        """The visitor behind a `gr.Request`. Raises InputError for one without the page's cookie."""
+        """Return the visitor of a request, or raise an InputError if it lacks the page's cookie."""
         owner, page = self._key(request)
         if owner is None:
             raise InputError("This page needs its cookie. Allow cookies and reload the page.")
@@ -76,21 +76,21 @@ class Visitors:
         return visitor
 
     def leave(self, request: gr.Request) -> None:
-        """A page was closed."""
+        """Forget the visitor whose page was closed."""
         left = self._key(request)
         self._forget(lambda key, _: key == left)
 
     def _key(self, request: gr.Request) -> tuple[str | None, str]:
-        """Owner of the cookie, None without one, and the page, as a name that a folder may have."""
+        """Return the owner by the cookie, or None without one, and the page, as a name for a folder."""
         owner = self.cookies.owner(request.headers.get("cookie"))
         return owner, re.sub(r"\W", "", str(request.session_hash))[:64]
 
     def leave_all(self) -> None:
-        """The process ends; a model that still computes would be torn out of its thread."""
+        """Forget all visitors at the end of the process, which would otherwise kill the thread of a computing model."""
         self._forget(lambda *_: True)
 
     def sweep(self) -> None:
-        """Forget pages that are not heard of: soon if they hold no connection, later if they do."""
+        """Forget pages without requests: soon if they have no connection, later if they have one."""
         self.uploads.sweep()
         now = time.monotonic()
         self._forget(
@@ -98,7 +98,7 @@ class Visitors:
         )
 
     def sweep_for_ever(self, seconds: float = 15) -> None:
-        """Call `sweep` again and again, in a thread of its own that ends with the process."""
+        """Call `sweep` repeatedly, in a thread that ends with the process."""
 
         def run() -> None:
             while True:
@@ -116,9 +116,10 @@ class Visitors:
             self.uploads.remove_empty(visitor.folder.parent)
 
     def take(self, visitor: Visitor, files: Sequence[str]) -> tuple[Path, ...]:
-        """Move images that were handed in into the visitor's folder.
+        """Move uploaded images into the visitor's folder.
 
-        Raises InputError when one is not the visitor's own, is not there any more, or they are too many.
+        Raises:
+            InputError: An image is not the visitor's own, no longer exists, or there are too many.
         """
         mine, examples = self.uploads.folder / visitor.owner, self.uploads.folder / EXAMPLES
         paths = [Path(file).resolve() for file in files]

@@ -1,1 +1,1 @@
-"""Two models asked the same question without names, and the votes of those who compare them."""
+"""Blind comparison of two models that are asked the same question, and the votes of users."""

@@ -1,4 +1,4 @@
-"""Two models answer one question, and nobody knows which is which until they are judged.
+"""A question answered by two models, whose names are hidden until the vote.
 
 duel = Duel(contenders((chat, other), (0.0, 0.0)), seed=7)    # the seed decides who is on the left
 for left, right in duel.answer("What is this?", [image]):
@@ -28,22 +28,23 @@ from qllava.voting.votes import Side, Verdict, Vote
 
 @dataclass(frozen=True)
 class Contender:
-    """A model and how it answers."""
+    """A model and its way of answering."""
 
     chat: Chat
     temperature: float
-    name: str  # what it is called after the vote
+    name: str  # shown after the vote
 
 
 def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> tuple[Contender, Contender]:
-    """Two models, or one twice, under names that tell them apart.
+    """Return two models, or one twice, under different names.
 
-    Raises InputError when it is one model at one temperature, so that there is nothing to choose between.
+    Raises:
+        InputError: It is one model at one temperature, so that there is nothing to compare.
     """
     same = chats[0] is chats[1]
     if same and temperatures[0] == temperatures[1]:
         raise InputError(
-            f"Both sides would be {label(chats[0])} at the same temperature: choose two temperatures or two models."
+            f"Both sides would be {label(chats[0])} at the same temperature. Choose two temperatures or two models."
         )
     names = [label(chat) for chat in chats]
     pieces = 1
@@ -56,14 +57,14 @@ def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> t
 
 
 class Duel:
-    """One question to two contenders, on sides that a seed has drawn."""
+    """One question to two contenders, on sides drawn with a seed."""
 
     def __init__(self, pair: tuple[Contender, Contender], seed: int) -> None:
         self.seed = seed
         left = random.Random(seed).randrange(2)
         self.contenders: dict[Side, Contender] = {"left": pair[left], "right": pair[1 - left]}
         self.answers: dict[Side, str] = {"left": "", "right": ""}
-        self.whole = False  # both have answered to the end
+        self.whole = False  # whether both have answered completely
         self.voted = False
         self._claiming = threading.Lock()
         self._begun = False
@@ -81,14 +82,13 @@ class Duel:
         max_new_tokens: int = 256,
         system: str | None = None,
     ) -> Iterator[tuple[str, str]]:
-        """Both answers as they grow. Input is checked at the call; `stopped`, set by anyone, or closing the iterator
-        ends both computations.
+        """Yield both answers as they grow, one piece of each in turn, so that the faster model is not recognizable.
 
-        They grow a piece each in turn, so that the faster one is not known by its pace.
+        Input is checked at the call. Setting `stopped`, in any thread, or closing the iterator ends both computations.
         """
         with self._claiming:
             if self._begun:
-                raise InputError("This pair of models has already answered its question; ask the next question.")
+                raise InputError("This pair of models has already answered its question. Ask the next question.")
             self._begun = True
         turn = user_turn(question, len(images))
         said = [("system", system)] if system else []
@@ -124,12 +124,12 @@ class Duel:
         self.whole = not running and not self.stopped.is_set()
 
     def vote(self, verdict: Verdict, rater: str) -> Vote:
-        """The judgement as a line of the file; once, and only when both answers are whole."""
+        """Return the vote as a record of the file; allowed once, when both answers are complete."""
         if not self.whole:
-            raise InputError("You can vote when both answers are complete; ask the question again.")
+            raise InputError("You can vote when both answers are complete. Ask the question again.")
         with self._claiming:
             if self.voted:
-                raise InputError("This pair of answers already has a vote; ask the next question.")
+                raise InputError("This pair of answers already has a vote. Ask the next question.")
             self.voted = True
         return Vote(
             id=uuid.uuid4().hex,

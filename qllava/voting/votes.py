@@ -1,12 +1,12 @@
-"""Votes of people on two answers to one question: a file that is only ever appended to, one JSON object a line.
+"""Votes of users on two answers to one question: an append-only file with one JSON object per line.
 
     {"id": "5f0c...", "time": "2026-11-23T19:40:02+00:00", "question": "What colour is it?", "pictures": ["9b1d..."],
      "conversation": [{"role": "user", "content": "<image>\\nWhat colour is it?"}],
      "answers": {"left": "Red.", "right": "Blue."}, "models": {"left": "nano", "right": "merged"},
      "vote": "left", "rater": "anna", "seed": 81724}
 
-A line is written in one piece and flushed to the disk before the vote is called saved. What a crash in the middle of a
-line leaves is cut off when the file is next opened for writing; the lines before it are never touched.
+A line is written in one piece and flushed to the disk before the vote counts as saved. An incomplete line left by a
+crash is removed when the file is next opened for writing; the lines before it are never changed.
 """
 
 from __future__ import annotations
@@ -31,40 +31,44 @@ ONE_OF = "left, right, tie or both_bad"
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """One judgement of one person. Files of other tools may lack what has a default."""
+    """One vote of one user. Files of other tools may lack the keys that have a default."""
 
     id: str
     time: str = ""  # ISO 8601, with its zone
     question: str
-    pictures: tuple[str, ...] = ()  # SHA-256 of each image's file, as `--keep-pictures` would keep it
-    conversation: tuple[dict[str, str], ...] = ()  # what both models were asked: role and content
+    pictures: tuple[str, ...] = ()  # SHA-256 of each image's file, as `--keep-pictures` would save it
+    conversation: tuple[dict[str, str], ...] = ()  # input of both models: role and content
     answers: dict[Side, str]
     models: dict[Side, str] = field(default_factory=dict)  # names, with the temperature where it is not 0
     vote: Verdict
-    rater: str | None = None  # None where it is not known who voted
+    rater: str | None = None  # None if it is not known who voted
     seed: int | None = None  # of the sides and, above temperature 0, of the answers
 
     @property
     def context(self) -> str:
-        """What both models were told before the question, which ends a conversation; as JSON, empty for nothing."""
+        """Return the turns before the question as JSON; empty if there are none."""
         turns = self.conversation
         before = turns[:-1] if turns and turns[-1].get("role") == "user" else turns
         return json.dumps(before, ensure_ascii=False) if before else ""
 
     @property
     def asked(self) -> tuple[str, tuple[str, ...], str]:
-        """What was asked about which images: votes that share it are not independent of each other."""
+        """Return the question and its images: votes that share them are not independent of each other."""
         return self.question, self.pictures, self.context
 
 
 class VoteFile:
-    """The file of one process. Raises InputError when it cannot be written, or holds something else."""
+    """The file of votes of one process.
+
+    Raises:
+        InputError: The file cannot be written, or has other content.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._appending = threading.Lock()
         if path.is_dir():
-            raise InputError(f"{path} is a folder; name a file for the votes.")
+            raise InputError(f"{path} is a folder. Give a file for the votes.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
@@ -72,27 +76,31 @@ class VoteFile:
                     journal.mend()
             self.votes = read_votes(path) if path.is_file() and path.stat().st_size else []
         except ForeignEndError as error:
-            raise InputError(f"{path} is not a file of votes; name another one.") from error
+            raise InputError(f"{path} is not a file of votes. Give another file.") from error
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+            raise InputError(f"{path} cannot be written ({error.strerror}). Give another file.") from error
 
     def _open(self) -> Journal:
-        # Several demos may write to one file; what one of them is just writing must not look torn to another.
+        # Several demos may write to one file; a line that one of them is writing must not look incomplete to another.
         return Journal(self.path, begins=b'{"id": ', hold=-1)
 
     def append(self, vote: Vote) -> None:
-        """Add a vote; it is on the disk when this returns. Raises InputError when it is not."""
+        """Append a vote and flush it to the disk, or raise an InputError if that fails."""
         content = json.dumps(asdict(vote), ensure_ascii=False).encode() + b"\n"
         try:
             with self._appending, self._open() as journal:
                 journal.append(content)
         except OSError as error:
-            raise InputError(f"The vote could not be saved ({error.strerror}); it was not counted.") from error
+            raise InputError(f"The vote could not be saved ({error.strerror}), so it was not counted.") from error
         self.votes.append(vote)
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """The votes of a file. Raises InputError for a line that is none, for a second one of its id, and for no votes."""
+    """Return the votes of a file.
+
+    Raises:
+        InputError: A line is not a vote, an id occurs twice, or there are no votes.
+    """
     votes: dict[str, Vote] = {}
     for place, record in read_records(path):
         vote = _vote(record, place)
@@ -100,22 +108,26 @@ def read_votes(path: Path) -> list[Vote]:
             raise RecordError(Problem("vote twice", "another vote has this id", "keep one of them", place, vote.id))
         votes[vote.id] = vote
     if not votes:
-        raise InputError(f"{path} holds no votes; collect some with the demo's --votes.")
+        raise InputError(f"{path} has no votes. Collect some with the demo's --votes.")
     return list(votes.values())
 
 
 @dataclass(frozen=True)
 class Tally:
-    """How two models stand: votes for each, and without a winner."""
+    """Result of two models: votes for each, and votes without a winner."""
 
     names: tuple[str, str]
+    """Names of the models."""
     wins: tuple[int, int]
+    """Votes for each model."""
     ties: int
+    """Votes for equally good answers."""
     both_bad: int
+    """Votes for equally bad answers."""
 
 
 def tally(votes: Sequence[Vote], names: tuple[str, str]) -> Tally:
-    """Count the votes between two models, whichever side each stood on."""
+    """Count the votes between two models, whichever side they were on."""
     between = [vote for vote in votes if set(vote.models.values()) == set(names)]
     winners = [vote.models[vote.vote] for vote in between if vote.vote in ("left", "right")]
     return Tally(

@@ -1,11 +1,11 @@
-"""Change one thing at a time, repeat by seed, measure all alike: a table and a page with intervals.
+"""Ablation: change one setting at a time, repeat with several seeds, and write a table and a page with intervals.
 
     python recipes/ablate.py                                   # the first paper's ablations, on nano: three seeds
     python recipes/ablate.py --config mine.yaml --out runs/mine
-    python recipes/ablate.py --seeds 1                         # the first seed only; more seeds go on from there
+    python recipes/ablate.py --seeds 1                         # only the first seed; more seeds can be added later
 
-A grid names keys of pretrain_projector.py and finetune_lora.py, and what `qllava eval` shall measure;
-`recipes/grids/ablate.yaml` is the default and shows all of it. The same command again does what is missing.
+A grid has keys of pretrain_projector.py and finetune_lora.py, and the measurement for `qllava eval`;
+`recipes/grids/ablate.yaml` is the default and shows all keys. The same command again runs what is missing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def run(words: Sequence[str], log: Path) -> str:
-    """Run a recipe, or `qllava eval`, as a user would; what it says goes into `log`."""
+    """Run a recipe, or `qllava eval`, as a user would, write its output to `log`, and return its standard output."""
     program = ["-m", "qllava", *words] if words[0] == "eval" else [str(HERE / f"{words[0]}.py"), *words[1:]]
     with log.open("a", encoding="utf-8") as said:
         done = subprocess.run(
             [sys.executable, *program],
             stdout=subprocess.PIPE,
             stderr=said,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},  # whatever a pipe is on this system
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},  # whatever the system's encoding of pipes
             encoding="utf-8",
             check=False,
         )
@@ -53,7 +53,7 @@ def run(words: Sequence[str], log: Path) -> str:
 
 
 def small_llama() -> Path:
-    """The LLaMA with half of nano's layers; made when it is first needed."""
+    """Return the folder of the LLaMA with half of nano's layers, which is trained when it is first needed."""
     from qllava.nano import dataset
 
     folder = cache_folder() / f"nano-{dataset.VERSION}-small-llama"
@@ -67,7 +67,7 @@ def small_llama() -> Path:
 
 
 def ablate(grid: Grid, out: Path) -> None:
-    """Run what is missing of a grid and write what was found."""
+    """Run what is missing of a grid, and write the table and the report."""
     from qllava.experiments import report as ablation_report
     from qllava.experiments.ablation import run_grid
 
@@ -77,7 +77,7 @@ def ablate(grid: Grid, out: Path) -> None:
 
 
 def command_line() -> Parser:
-    """What the recipe understands."""
+    """Return the parser of the command line."""
     parser = Parser(description="Change one thing at a time, repeat by seed, measure all alike.")
     parser.add_argument(
         "--config",
@@ -104,7 +104,7 @@ def _place(text: str) -> tuple[str, Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the grid and run it; returns the exit status."""
+    """Read and run the grid, and return the exit status."""
     prepare_process()
     return carry_out(command_line().parse_args(arguments), _run)
 

@@ -1,13 +1,13 @@
-"""Make nano's weights again: a tower trained with open_clip on drawn images, and a LLaMA trained on text alone.
+"""Build nano's weights: a tower trained with open_clip on drawn images, and a LLaMA trained on text only.
 
     python recipes/build_nano.py --out qllava/nano/weights
     python recipes/build_nano.py --out small --small
 
-The two parts train side by side, a core each. On two cores with bf16 matrix units it takes about an hour and a half
-when nothing else runs; a C++ compiler (for `torch.compile`) halves the LLaMA's time, without one it trains uncompiled.
+The two parts are trained in parallel, on one core each. On two otherwise idle cores with bf16 matrix units it takes
+about an hour and a half; a C++ compiler (for `torch.compile`) halves the LLaMA's time, without one it is not compiled.
 
-`--small` makes a LLaMA with half of the layers instead, for ablations: nano's own, of which every second layer is left
-out, and a short round of texts. `recipes/ablate.py` makes it so when it first needs it.
+`--small` builds a LLaMA with half of the layers instead, for ablations: nano's own without every second layer, trained
+further on a few texts. `recipes/ablate.py` builds it when it first needs it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
-    weights: torch.nn.Module = model  # transformers' own `to` says nothing of its types
+    weights: torch.nn.Module = model  # the types of transformers' own `to` are incomplete
     weights.to(dtype)
     model.save_pretrained(out)
 
 
 def build_tower(out: Path) -> float:
-    """Train the tower and write it in transformers' format, in fp16. Returns the seconds it took."""
+    """Train the tower, write it in transformers' format, in fp16, and return the seconds it took."""
     import torch
     from transformers import CLIPImageProcessor
 
@@ -59,7 +59,7 @@ def build_tower(out: Path) -> float:
 
 
 def build_llama(out: Path) -> float:
-    """Train tokenizer and LLaMA and write them, in bf16. Returns the seconds it took."""
+    """Train tokenizer and LLaMA, write them, in bf16, and return the seconds it took."""
     import torch
 
     from qllava.nano import llama
@@ -74,7 +74,7 @@ def build_llama(out: Path) -> float:
 
 
 def build_small_llama(out: Path) -> None:
-    """Halve nano's LLaMA, train the rest on text for a short round, and write it, in bf16."""
+    """Halve nano's LLaMA, train the rest on text for a few steps, and write it, in bf16."""
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def build_small_llama(out: Path) -> None:
 
 
 def command_line() -> Parser:
-    """What the recipe understands."""
+    """Return the parser of the command line."""
     parser = Parser(description="Make nano's weights again.")
     parser.add_argument("--out", type=file_path, required=True, help="folder to write `tower` and `llama` into")
     parser.add_argument(
@@ -102,7 +102,7 @@ def command_line() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train both parts side by side, or the small LLaMA; returns the exit status."""
+    """Train both parts in parallel, or the small LLaMA, and return the exit status."""
     prepare_process()
     return carry_out(command_line().parse_args(arguments), _run)
 

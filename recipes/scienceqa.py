@@ -1,11 +1,11 @@
-r"""Write ScienceQA as LLaVA's JSON in both orders, answer first and reason first, to be tuned on and compared.
+r"""Write ScienceQA as LLaVA's JSON in both orders, answer first and reason first, for finetuning and comparison.
 
     python recipes/scienceqa.py --problems problems.json --image_folder images --out rows
     python recipes/ablate.py --config recipes/grids/scienceqa.yaml --out runs/scienceqa \
         --place rows=rows problems=problems.json images=images
 
-The first writes the problems of `--split` (train). The second tunes on each order, asks every checkpoint the test
-problems with `qllava eval scienceqa`, and draws the accuracy over steps.
+The first command writes the problems of `--split` (train). The second finetunes on each order, answers the test
+problems with every checkpoint by `qllava eval scienceqa`, and plots the accuracy over steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ORDERS: tuple[Order, ...] = ("answer-first", "reason-first")
 def write_records(problems: Path, images: Path, split: str, out: Path) -> None:
     """Write `OUT/answer-first.json` and `OUT/reason-first.json`.
 
-    Raises InputError for problems or images that cannot be used, and for a folder that cannot be written.
+    Raises:
+        InputError: Problems or images cannot be used, or the folder cannot be written.
     """
     from qllava.evaluation.scienceqa import read_problems, training_records
 
@@ -46,7 +47,7 @@ def write_records(problems: Path, images: Path, split: str, out: Path) -> None:
 
 
 def command_line() -> Parser:
-    """What the recipe understands."""
+    """Return the parser of the command line."""
     parser = Parser(description="Write ScienceQA as LLaVA's JSON, in both orders.")
     parser.add_argument("--problems", type=file_path, required=True, help="ScienceQA's problems.json")
     parser.add_argument(
@@ -60,7 +61,7 @@ def command_line() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the rows; returns the exit status."""
+    """Write the examples and return the exit status."""
     prepare_process()
     return carry_out(command_line().parse_args(arguments), _run)
 

@@ -1,12 +1,12 @@
-"""A recipe on a Ray cluster: each worker of Ray Train runs it, with the flags that are not this file's own.
+"""A recipe on a Ray cluster: each worker of Ray Train runs it; flags that are not of this file go to the recipe.
 
     ray job submit --working-dir . -- python recipes/cluster/ray_train.py --workers 4 --shared /shared/ray \
         --config recipes/llava15_7b_8gb.yaml --train_file mine.json --output_dir /shared/runs/mine
 
-`pip install 'ray[train]'` on every node; output_dir and data are on a disk that all of them see. When a worker or its
-machine is lost, Ray starts all workers again, and the same command continues from the newest whole checkpoint. Ray runs
-the function in a thread, where Python lets nobody handle signals: what was computed since the last checkpoint is
-computed again, so choose `save_steps` by that.
+Run `pip install 'ray[train]'` on every node, and put output_dir and data on a disk that all of them see. If a worker or
+its machine is lost, Ray restarts all workers, and the same command resumes from the newest intact checkpoint. Ray runs
+the function in a thread, where Python cannot handle signals: steps since the last checkpoint are computed again, so
+choose `save_steps` accordingly.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from qllava.surroundings import prepare_process
 
 
 def work(config: dict[str, Any]) -> None:
-    """What each worker does: `recipes/finetune_lora.py` with these words. Raises RuntimeError when it fails.
+    """Run `recipes/finetune_lora.py` with these arguments in a worker.
 
-    Ray has set RANK, WORLD_SIZE and what else torch.distributed reads.
+    Ray has set RANK, WORLD_SIZE and the other variables of torch.distributed.
+
+    Raises:
+        RuntimeError: The recipe failed.
     """
     from qllava.training.options.begin import finetune
 
     status = finetune(config["words"])
     if status:
-        raise RuntimeError(f"The recipe ended with status {status}; its own words stand above.")
+        raise RuntimeError(f"The recipe ended with status {status}; see its message above.")
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The flags of this file; all others are the recipe's."""
+    """Return the parser of this file's flags; all others belong to the recipe."""
     parser = argparse.ArgumentParser(description="Run finetune_lora on a Ray cluster.", allow_abbrev=False)
     parser.add_argument(
         "--workers", metavar="N", type=int, default=1, help="number of processes, with one GPU each (default: 1)"
@@ -47,7 +50,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def launch(arguments: Sequence[str] | None = None) -> None:
-    """Start the workers and wait for them. Raises Ray's TrainingFailedError when they fail too often."""
+    """Start the workers and wait for them; Ray raises TrainingFailedError if they fail too often."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

@@ -244,7 +244,7 @@ class _Shape:
         return self.size * (2 * self.width + 2 * self.head)
 
     def _lora(self, given: int, out: int) -> int:
-        """Bytes that LoRA in fp32 adds to the output of a product: its input, and its output twice."""
+        """Return the bytes that LoRA in fp32 adds to the output of a product: its input, and its output twice."""
         return (_FP32 * given if self.size != _FP32 else 0) + 2 * _FP32 * out if self.training else 0
 
     @property

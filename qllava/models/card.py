@@ -52,8 +52,13 @@ def write_card(
 ) -> None:
     """Write `README.md`: description, base, hashes of the data, settings, evaluation and a note on licences.
 
-    `run` is a run or one of its checkpoints, `library` the hub's name of the library, `told` own paragraphs, and
-    `results` the results if the run's folder does not hold them yet.
+    Args:
+        folder: Folder for the card.
+        run: The run, or one of its checkpoints.
+        record: Record of the base.
+        library: The hub's name of the library that loads the model.
+        told: Further paragraphs.
+        results: Results of the run, if its folder does not contain them yet.
     """
     base = record.model or ""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()

@@ -1,18 +1,17 @@
-"""TRL's SFTTrainer, for batches that hold images: one subclass, composed of parts that can be tested without it.
+"""TRL's SFTTrainer for batches with images: one subclass, composed of parts that can be tested without it.
 
-- `pack_step` (`step/packs.py`) computes an optimizer step pack by pack, in shorter packs when memory runs out.
-- `objective` (`objectives/`) makes a loss and metrics of the log-probabilities of a pack's learned tokens.
-- `guard` (`durable/numbers.py`) ends the run at a loss or gradient that is not finite, before a weight is touched, and
+- `pack_step` (`step/packs.py`) computes an optimizer step pack by pack, in shorter packs if memory runs out.
+- `objective` (`objectives/`) computes loss and metrics from the log-probabilities of a pack's learned tokens.
+- `guard` (`durable/numbers.py`) ends the run at a loss or gradient that is not finite, before a weight is changed, and
   names the samples. transformers would log a loss of 0 and train to the end with NaN in every weight.
-- `writer` and `contents` (`durable/`) write a checkpoint so that it is there whole or not at all, and know what is in
-  it.
+- `writer` and `contents` (`durable/`) write checkpoints that are complete or absent, and define their contents.
 
-What is left here connects them with TRL's hooks, and adds:
+This class connects them with TRL's hooks, and adds:
 
-- The projector has a learning rate of its own.
-- Samples about one image come together, and several processes share out those of a step (`durable/order.py`). However
-  many packs a batch becomes, its samples are one step's, and its loss is that of all their learned tokens.
-- Held-out questions are answered and compared, beside the held-out loss; a checkpoint of the same step is saved before.
+- The projector has its own learning rate.
+- Samples about one image are computed together, and the ranks divide the samples of a step (`durable/order.py`).
+  However many packs a batch becomes, its samples belong to one step, and its loss is that of all their learned tokens.
+- Held-out questions are answered and scored, in addition to the held-out loss, after a checkpoint of the same step.
 """
 
 from __future__ import annotations
@@ -62,16 +61,16 @@ from qllava.training.step.packs import PackStep, prepare_for_packs
 
 
 class LlavaTrainer(SFTTrainer):
-    """See the head of this file."""
+    """Trainer of both stages; see the module docstring."""
 
     args: TrainConfig
     model: Any
     objective: Objective
-    """Makes a loss and metrics of each pack, in training and for held-out samples."""
+    """Computes loss and metrics of each pack, in training and for held-out samples."""
     evaluating = 0.0
-    """Seconds that evaluations have taken."""
+    """Seconds spent on evaluations."""
     _evaluated: tuple[int, dict[str, float]] = (-1, {})
-    """The step of the last evaluation, and what it found over the held-out samples."""
+    """Step of the last evaluation, and its held-out figures."""
 
     def __init__(
         self,
@@ -83,14 +82,14 @@ class LlavaTrainer(SFTTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         kept: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Prepare a model for its training.
+        """Prepare a model for training.
 
         Args:
-            model: What `add_lora` or `train_projector_only` returned.
+            model: Result of `add_lora` or `train_projector_only`.
             assembled: The model's parts, for its tokenizer and its record.
-            stage: What is trained on, and how.
+            stage: Data and settings of the training.
             exact_match: Answers held-out questions and returns their score.
-            callbacks: Besides transformers' own.
+            callbacks: Callbacks in addition to transformers' own.
             kept: `computed` of the checkpoint that is resumed.
         """
         config = stage.config
@@ -124,7 +123,7 @@ class LlavaTrainer(SFTTrainer):
         )
         self.pack_step.halved = kept.get("halved")
         self.kernels = settle(llava, config, kept)
-        # After TRL, which puts a forward pass of its own on the instance.
+        # After TRL, which sets its own forward method on the instance.
         teach_packs(llava, self.kernels.attention.kernel)
         take_shortcuts(llava, config)
         if self.kernels.layers.kernel == "compiled":
@@ -132,16 +131,16 @@ class LlavaTrainer(SFTTrainer):
 
     @property
     def computed(self) -> dict[str, Any]:
-        """What was settled about how the run computes, by trial or when memory ran out: kept in every checkpoint."""
+        """Choices about the computation, made by trial or when memory ran out; recorded in every checkpoint."""
         return {**self.kernels.record(), "halved": self.pack_step.halved}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW, or what `optim` names, over two groups: LoRA, and the projector with `projector_lr`."""
+        """Create AdamW, or the optimizer `optim`, with two groups: LoRA, and the projector with `projector_lr`."""
         if self.optimizer is None:
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             projector = [p for n, p in named if "multi_modal_projector" in n]
             lora = [p for n, p in named if "multi_modal_projector" not in n]
-            # Decay by group: torch's AdamW would take 0.01 of its own where nothing is said.
+            # Decay by group, because torch's AdamW would use its own 0.01 otherwise.
             decay: dict[str, Any] = {"weight_decay": self.args.weight_decay}
             groups: list[Any] = [
                 {"params": lora, **decay},
@@ -153,39 +152,39 @@ class LlavaTrainer(SFTTrainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """This process's share of every step; samples about one image come together, so that they can share it."""
+        """Return this rank's batches of every step; samples about one image come together to share it."""
         return loader(self.train_dataset, self._order, self.data_collator, self.args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This process's share of the held-out samples, each of them once."""
+        """Return this rank's held-out samples, each of them once."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         return loader(rows, InOrder(len(rows), self.args), self.data_collator, self.args, again=False)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of a step, and its learned tokens in all processes; one that cannot be read ends all."""
+        """Return the batches of a step and its learned tokens over all ranks; an unreadable batch ends all ranks."""
         with processes.together():
             batches = list(islice(epoch_iterator, num_batches))
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm, once per step and before the optimizer's; stops at a gradient that is not finite."""
+        """Return the gradient norm, once per step before the optimizer's; one that is not finite ends the run."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         losses, samples = self.pack_step.taken()
         self.guard.check(self.state.global_step + 1, self.model, losses, norm, samples, self._searching)
         return norm
 
     def _searching(self) -> bool:
-        """Whether an infinite gradient may be how fp16 finds its scale: it skips that step itself and lowers it."""
+        """Return whether an infinite gradient may be fp16's search for its scale: it skips that step and lowers it."""
         if self.is_deepspeed_enabled:
             engine: Any = self.deepspeed
             return bool(self.args.fp16 and engine.optimizer.loss_scale > 1)
         return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
-        """As transformers does; where a run goes on, with what is told now and not what the checkpoint was told.
+        """Restore the state as transformers does, but with this start's settings instead of the checkpoint's.
 
-        Returns the epochs that are done, and the batches of the one in progress. When the last step was saved already,
-        no other comes: transformers would take one more where `max_steps` ends inside an epoch.
+        Returns the completed epochs, and the batches of the current one. If the last step was saved already, no further
+        one follows: transformers would add one if `max_steps` ends inside an epoch.
         """
         epochs, batches = super()._init_training_state(max_steps, *arguments)
         self.writer.step = self.state.global_step
@@ -193,7 +192,7 @@ class LlavaTrainer(SFTTrainer):
         return (self.state.num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _alone(self, sample: Mapping[str, Any], gradient: bool) -> Alone:
-        """One sample alone: its loss, or its gradient, which is thrown away."""
+        """Compute one sample alone: its loss, or its gradient, which is discarded."""
         batch = self.data_collator([dict(sample)])
         pixels = all(
             bool(torch.isfinite(pack["pixel_values"]).all()) for pack in batch["packs"] if "pixel_values" in pack
@@ -208,29 +207,29 @@ class LlavaTrainer(SFTTrainer):
         return Alone(pixels, finite)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; of a checkpoint of DeepSpeed's nothing but tensors is read."""
+        """Train like TRL; only tensors are read from a checkpoint of DeepSpeed."""
         if self.is_deepspeed_enabled:
             read_tensors_only()
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass of a batch, pack by pack."""
+        """Run forward and backward pass of a batch, pack by pack."""
         return self.pack_step.add(model, inputs, num_items_in_batch, self.state.global_step + 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss of a pack; its metrics are averaged over packs into the next log, as TRL does.
+        """Return the objective's loss of a pack; its metrics are averaged over packs for the next log, as in TRL.
 
-        Learned tokens are counted over all processes, and DDP takes the mean of their gradients: hence the factor.
+        Learned tokens are counted over all ranks, and DDP takes the mean of their gradients: hence the factor.
         """
         found = self.objective(model(**inputs, use_cache=False), num_items_in_batch)
         self._note(found, inputs["position_ids"].shape[1])
         return found.loss if num_items_in_batch is None else found.loss * self.accelerator.num_processes
 
     def _note(self, found: Outcome, tokens: int) -> None:
-        """Count a pack's tokens, and keep its metrics for the next log, where TRL averages them over packs."""
-        # All numbers of all processes in one exchange, and one wait for the GPU.
+        """Count a pack's tokens, and store its metrics for the next log, where TRL averages them over packs."""
+        # All numbers of all ranks in one exchange, and one wait for the GPU.
         mine = torch.stack([x.float() for x in (found.learned.new_tensor(tokens), found.learned, *found.sums.values())])
         every = self.accelerator.gather(mine[None]).sum(0)
         every[2:] /= every[1].clamp(min=1)
@@ -247,9 +246,9 @@ class LlavaTrainer(SFTTrainer):
             journal.append((line + "\n").encode())
 
     def rehearse(self) -> None:
-        """Try the largest batches of the data before the first step, so that memory ends now and not at step 4,000.
+        """Try the largest batches of the data before the first step, so that a run fails at once and not at step 4,000.
 
-        Packs are halved if need be; nothing is learned, and the random state is as before.
+        Packs are halved if necessary; nothing is learned, and the random state is restored.
 
         Raises:
             InputError: One sample, or the state of the optimizer, does not fit.
@@ -267,18 +266,18 @@ class LlavaTrainer(SFTTrainer):
         self._metrics, self._total_train_tokens = metrics, tokens
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Take a held-out batch into the means of `evaluation_loop`; transformers would average over batches."""
+        """Add a held-out batch to the means of `evaluation_loop`; transformers would average over batches."""
         for name, value in self.sums(model, inputs).items():
             self._held_out[name] += value
         return None, None, None
 
     def sums(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
-        """Loss and metrics of a held-out batch, see `held_out.sums`."""
+        """Return loss and metrics of a held-out batch, see `held_out.sums`."""
         with self._looking(), self.compute_loss_context_manager():
             return held_out.sums(self.objective, model, batch, self._prepare_inputs)
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
-        """As transformers', with means over all held-out learned tokens of all processes."""
+        """Evaluate like transformers, but with means over all held-out learned tokens of all ranks."""
         self._held_out: dict[str, float] = defaultdict(float)
         output: Any = super().evaluation_loop(*arguments, **named)
         found = held_out.means(self._held_out)
@@ -288,26 +287,26 @@ class LlavaTrainer(SFTTrainer):
         return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Save before an evaluation of the same step, where transformers evaluates first.
+        """Save before an evaluation of the same step, while transformers evaluates first.
 
-        An evaluation that fails (memory, an image that is gone) then costs no step, and the same command resumes behind
-        it instead of meeting it again for ever. Where the evaluation decides what a checkpoint holds (schedulers that
-        follow the held-out loss, the best metric) it is written once more; where it decides whether there is one,
-        transformers' order stays.
+        An evaluation that fails (memory, a missing image) then costs no step, and the same command resumes after it
+        instead of repeating it forever. If the evaluation affects the content of a checkpoint (schedulers that follow
+        the held-out loss, the best metric), it is written once more; if it decides whether there is one, transformers'
+        order is kept.
         """
         control = self.control
         first = control.should_save and control.should_evaluate and self.args.save_strategy != SaveStrategy.BEST
         if first:
             control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
-            control = self.control  # callbacks may have put another in its place
+            control = self.control  # callbacks may have replaced it
             control.should_evaluate, control.should_save = True, self.args.metric_for_best_model is not None
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss, and the share of held-out questions that are answered right.
+        """Return the held-out loss, and the share of held-out questions that are answered correctly.
 
-        The random state is as before: a run that resumes behind an evaluation draws what it would have drawn.
+        The random state is restored: a run that resumes after an evaluation draws what it would have drawn.
         """
         began = time.monotonic()
         with same_draws():
@@ -339,21 +338,21 @@ class LlavaTrainer(SFTTrainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of all packs that were trained on, in all processes, since this process began."""
+        """Return the number of tokens of all packs trained on, over all ranks, since this process started."""
         return int(self._total_train_tokens)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """What was learned, as files; state_dict: of a model that is shared out."""
+        """Write the trained weights as files; `state_dict` is given for a sharded model."""
         if self.args.should_save:
             self.contents.write(self.model, Path(output_dir or str(self.args.output_dir)), state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: TRL's card speaks of another way of training; `qllava merge` writes one that is true."""
+        """Write no card: TRL's describes another way of training; `qllava merge` writes a correct one."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers does, but written by `writer`. Raises NotFinite when there is nothing good to save."""
+        """Save like transformers, but through `writer`, or raise NotFinite if a weight is not finite."""
         check_weights(self.model, self.state.global_step)
-        # The writer clears away what is over the limit.
+        # The writer removes checkpoints over the limit.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             self.writer.write(
@@ -362,7 +361,7 @@ class LlavaTrainer(SFTTrainer):
                 optim=self.args.optimizer,
                 computed=self.computed,
                 limit=limit,
-                # Where weights or state are shared out, or the best is sought.
+                # If weights or state are sharded, or the best checkpoint is tracked.
                 waiting=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.metric_for_best_model),
             )
         finally:
@@ -372,23 +371,23 @@ class LlavaTrainer(SFTTrainer):
         return str(self.writer.aside or super()._get_output_dir(trial))
 
     def save_now(self) -> None:
-        """Save the step that was computed last, unless it has been."""
+        """Save the last computed step unless it is saved already."""
         if self.state.global_step != self.writer.step:
             self._save_checkpoint(self.model_wrapped, None)
 
     def check_start(self, checkpoint: Path) -> None:
-        """Check that an intact checkpoint can be resumed from here; raises InputError where it cannot."""
+        """Check that an intact checkpoint can be resumed in this run, or raise an InputError."""
         engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
         self.contents.check(checkpoint, engine)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Transformers loads an adapter, and what FSDP shares out; of a projector alone it does not know."""
+        """Load a projector without adapter; transformers loads an adapter, and what FSDP shards."""
         if self.is_fsdp_enabled or self.contents.adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.contents.load_projector(self.model, Path(resume_from_checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """The scale of fp16's loss; where this device computes in another type there is nothing to scale."""
+        """Load the scale of fp16's loss, unless this device computes in another type."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)

@@ -288,7 +288,7 @@ def _lora_first(layer: Any, plain: Callable[..., Any], x: Tensor, *args: Any, **
 
 
 def _is_large(layer: Any) -> bool:
-    """Whether a LoRA costs as much as its layer, so that adding it to the weight is cheaper.
+    """Return whether a LoRA costs as much as its layer, so that adding it to the weight is cheaper.
 
     A separate LoRA takes 3 r (in + out) products per token, forward and backward, in seven small steps; added to the
     weight, the gradient of the weight takes in * out in one step. In 16 bit the sum would be rounded, so this is for

@@ -76,7 +76,7 @@ class PackStep:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if processes.several():  # the others are in the midst of their packs
+                if processes.several():  # the other ranks are computing their packs
                     raise InputError(
                         f"Out of memory at step {step} with a pack of {_longest(batches[-1])} tokens. "
                         "With several processes packs cannot be halved during the run. Lower tokens_per_pack."

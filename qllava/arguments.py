@@ -235,6 +235,38 @@ def base_flag(parser: argparse.ArgumentParser) -> None:
     looks(parser, base_model=check_part)
 
 
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model for chat is loaded, `--dtype` and `--base-model`, and their check.
+
+    `--load-in-4bit` is not among them: its default differs between the terminal and the demo.
+    """
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: by device)"
+    )
+    base_flag(parser)
+
+
+def sampling_flag(parser: argparse.ArgumentParser, temperature: str) -> None:
+    """Add the flag `--sampling`; `temperature` is what the help calls the value that the user sets."""
+    parser.add_argument(
+        "--sampling",
+        choices=("asked", "recommended"),
+        default="asked",
+        help=f"asked: use only {temperature} (default); recommended: use the model's own sampling values",
+    )
+
+
+def votes_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--votes`."""
+    parser.add_argument(
+        "--votes",
+        metavar="FILE",
+        type=file_path,
+        default=Path("votes.jsonl"),
+        help="file for the votes (default: votes.jsonl)",
+    )
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Run the registered checks of a parsed command line.
 

@@ -19,7 +19,6 @@ COVERED_BY: dict[str, str] = {
     "qllava/arguments.py": "tests/training/options/test_fields.py",
     "qllava/cli/concepts.py": "tests/synthesis/test_filtering.py",
     "qllava/cli/evaluate.py": "tests/test_cli.py",
-    "qllava/cli/flags.py": "tests/test_cli.py",
     "qllava/cli/judging.py": "tests/evaluation/test_judge.py",
     "qllava/cli/models.py": "tests/test_cli.py",
     "qllava/cli/prepare.py": "tests/test_surroundings.py",

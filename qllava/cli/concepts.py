@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qllava.arguments import check_data, check_written, file_path, looks
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly
+from qllava.cli.flags import Verbs, add_verb, html_flag, json_flag, positive, quietly
 
 
 def add(verbs: Verbs) -> None:
@@ -38,7 +38,7 @@ def add(verbs: Verbs) -> None:
         choices=("spacy", "simple"),
         help="how to find noun phrases (default: spacy if spacy and en_core_web_sm are installed, else simple)",
     )
-    verb.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with tables and a plot")
+    html_flag(verb, "tables and a plot")
     json_flag(verb)
     looks(verb, captions=check_data, out=check_written, html=check_written)
 

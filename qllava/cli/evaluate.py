@@ -19,7 +19,18 @@ from qllava.arguments import (
     model_name,
 )
 from qllava.cli import judging
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank
+from qllava.cli.flags import (
+    Verbs,
+    add_verb,
+    html_flag,
+    image_folder_flag,
+    json_flag,
+    model_argument,
+    positive,
+    problems_flags,
+    quietly,
+    rank,
+)
 from qllava.config import InputError
 
 
@@ -28,17 +39,15 @@ def add(verbs: Verbs) -> None:
     evaluate = verbs.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = evaluate.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
     vqa = add_verb(kinds, "vqa", run_eval_vqa, "exact-match accuracy on short questions about images")
-    vqa.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
+    model_argument(vqa)
     vqa.add_argument(
         "data", metavar="DATA", type=file_path, help="LLaVA JSON, or records with question, image, answer and type"
     )
-    vqa.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
+    image_folder_flag(vqa)
     vqa.add_argument(
         "--out", metavar="FILE", type=file_path, help="write every question and its answer to this JSONL file"
     )
-    vqa.add_argument(
-        "--html", metavar="FILE", type=file_path, help="write an HTML page with the wrong answers and their images"
-    )
+    html_flag(vqa, "the wrong answers and their images")
     vqa.add_argument(
         "--shots",
         metavar="K",
@@ -73,10 +82,7 @@ def add(verbs: Verbs) -> None:
 
 def _add_scienceqa(kinds: Verbs) -> None:
     science = add_verb(kinds, "scienceqa", run_eval_scienceqa, "accuracy on ScienceQA, by subject, context and grade")
-    science.add_argument(
-        "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
-    )
-    science.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    problems_flags(science)
     whose = science.add_mutually_exclusive_group(required=True)
     whose.add_argument(
         "--answers", metavar="A.jsonl", type=file_path, help="score these answers: records with question_id and text"

@@ -30,7 +30,7 @@ def json_flag(parser: argparse.ArgumentParser) -> None:
 
 def reading_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the tokenizer and processor for reading data, and their checks."""
-    parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
+    image_folder_flag(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--model", metavar="MODEL", type=model_name, default="nano", help=f"{MODEL_HELP}; its weights are not loaded"
@@ -52,8 +52,46 @@ def reading_flags(parser: argparse.ArgumentParser) -> None:
     looks(parser, image_folder=check_folder, model=check_model, tokenizer=check_data)
 
 
-def parameters_flag(parser: argparse._ActionsContainer, temperature: float, taken: Sequence[str]) -> None:
-    """Add `--parameters`: parameters of the chat API, except the names in `taken`, which qllava sets itself."""
+def model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument MODEL of a command that asks a model."""
+    parser.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
+
+
+def image_folder_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--image-folder` for data whose image paths are relative to it."""
+    parser.add_argument("--image-folder", metavar="DIR", type=file_path, help="folder that image paths are relative to")
+
+
+def html_flag(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add the flag `--html`; `what` says what the page shows."""
+    parser.add_argument("--html", metavar="FILE", type=file_path, help=f"write an HTML page with {what}")
+
+
+def problems_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the problems of ScienceQA: `--problems` and `--split`."""
+    parser.add_argument("--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json")
+    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
+
+
+def server_flags(parser: argparse._ActionsContainer, *, store: str, temperature: float, taken: Sequence[str]) -> None:
+    """Add the flags of calls to a language model on a server: `--base-url`, `--store` and `--parameters`.
+
+    Args:
+        parser: Parser or group of the command.
+        store: Help of `--store`.
+        temperature: Default temperature, for the help of `--parameters`.
+        taken: Names that `--parameters` must not contain, because qllava sets them itself.
+    """
+    parser.add_argument(
+        "--base-url", metavar="URL", help="URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI)"
+    )
+    parser.add_argument("--store", metavar="FILE", type=file_path, help=store)
+    about = f'parameters of every call, as JSON (default: {{"temperature": {temperature}, "max_tokens": 1024}})'
+    parser.add_argument("--parameters", metavar="JSON", type=_parameters(taken), help=about)
+
+
+def _parameters(taken: Sequence[str]) -> Callable[[str], dict[str, Any]]:
+    """Return a parser of the chat API's parameters that refuses the names in `taken`."""
 
     def parameters(text: str) -> dict[str, Any]:
         try:
@@ -68,8 +106,7 @@ def parameters_flag(parser: argparse._ActionsContainer, temperature: float, take
             )
         return read
 
-    about = f'parameters of every call, as JSON (default: {{"temperature": {temperature}, "max_tokens": 1024}})'
-    parser.add_argument("--parameters", metavar="JSON", type=parameters, help=about)
+    return parameters
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qllava.arguments import check_file, check_folder, check_kept, check_written, file_path, looks
-from qllava.cli.flags import Verbs, add_verb, json_flag, parameters_flag, quietly
+from qllava.cli.flags import Verbs, add_verb, html_flag, json_flag, problems_flags, quietly, server_flags
 from qllava.config import InputError
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ def add(kinds: Verbs) -> None:
     ensemble = add_verb(
         kinds, "ensemble", run_eval_ensemble, "combine two sets of ScienceQA answers and measure the gain"
     )
-    ensemble.add_argument(
-        "--problems", metavar="P.json", type=file_path, required=True, help="ScienceQA's problems.json"
-    )
-    ensemble.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    problems_flags(ensemble)
     ensemble.add_argument(
         "--answers", metavar="A.jsonl", type=file_path, required=True, help="answers of the first model"
     )
@@ -52,7 +49,7 @@ def add(kinds: Verbs) -> None:
         required=True,
         help="the judge's votes, as written by `qllava eval judge --votes`",
     )
-    agreement.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with a plot")
+    html_flag(agreement, "a plot")
     json_flag(agreement)
     looks(agreement, votes=check_file, judgments=check_file, html=check_written)
 
@@ -89,16 +86,8 @@ def _add_judge(kinds: Verbs) -> None:
 
 def _judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="NAME", help="name of the judge model on its server")
-    parser.add_argument(
-        "--base-url", metavar="URL", help="URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL)"
-    )
-    parser.add_argument(
-        "--store",
-        metavar="FILE",
-        type=file_path,
-        help="file that caches replies, so that no call is sent twice",
-    )
-    parameters_flag(parser, 0.0, ("model", "messages", "stream", "n"))
+    store = "file that caches replies, so that no call is sent twice"
+    server_flags(parser, store=store, temperature=0.0, taken=("model", "messages", "stream", "n"))
 
 
 def _judge(arguments: argparse.Namespace) -> Judge:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from qllava.arguments import (
-    MODEL_HELP,
     base_flag,
     check_file,
     check_finished,
@@ -17,10 +15,13 @@ from qllava.arguments import (
     check_run,
     check_written_folder,
     file_path,
+    loading_flags,
     looks,
     model_name,
+    sampling_flag,
+    votes_flag,
 )
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, temperature
+from qllava.cli.flags import Verbs, add_verb, json_flag, model_argument, positive, quietly, temperature
 from qllava.config import InputError
 
 
@@ -70,7 +71,7 @@ def _add_export(verbs: Verbs) -> None:
 
 def _add_chat(verbs: Verbs) -> None:
     chat = add_verb(verbs, "chat", run_chat, "ask a model about images")
-    chat.add_argument("model", metavar="MODEL", type=model_name, help=MODEL_HELP)
+    model_argument(chat)
     chat.add_argument(
         "--image",
         metavar="FILE",
@@ -82,19 +83,12 @@ def _add_chat(verbs: Verbs) -> None:
     )
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one question, print the answer, and exit")
     chat.add_argument("--load-in-4bit", action="store_true", help="load the language model in 4 bit (NF4)")
-    chat.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: by device)"
-    )
+    loading_flags(chat)
     chat.add_argument("--max-new-tokens", metavar="N", type=positive, default=256, help="(default: 256)")
     chat.add_argument(
         "--temperature", metavar="T", type=temperature, help="sampling temperature; 0 is greedy decoding (default: 0)"
     )
-    chat.add_argument(
-        "--sampling",
-        choices=("asked", "recommended"),
-        default="asked",
-        help="asked: use only --temperature (default); recommended: use the model's own sampling values",
-    )
+    sampling_flag(chat, "--temperature")
     chat.add_argument("--seed", metavar="N", type=int, help="random seed for sampling")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument(
@@ -103,14 +97,7 @@ def _add_chat(verbs: Verbs) -> None:
         type=model_name,
         help="second model: both answer each question, and you vote without seeing their names",
     )
-    chat.add_argument(
-        "--votes",
-        metavar="FILE",
-        type=file_path,
-        default=Path("votes.jsonl"),
-        help="file for the votes (default: votes.jsonl)",
-    )
-    base_flag(chat)
+    votes_flag(chat)
     looks(chat, image=check_file, votes=check_kept, model=check_finished, compare=check_finished)
 
 

@@ -20,7 +20,7 @@ from qllava.arguments import (
     looks,
     model_name,
 )
-from qllava.cli.flags import Verbs, add_verb, json_flag, positive, quietly, rank, reading_flags
+from qllava.cli.flags import Verbs, add_verb, html_flag, json_flag, positive, quietly, rank, reading_flags
 from qllava.config import InputError
 from qllava.training.options.sizes import check_bytes
 
@@ -67,7 +67,7 @@ def _add_inspect(verbs: Verbs) -> None:
         help="number of examples to show, from the first (default: 8; with --json, all)",
     )
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--html", metavar="FILE", type=file_path, help="write an HTML page with the images")
+    html_flag(how, "the images")
     how.add_argument("--json", action="store_true", help="print one JSON object per line and nothing else on stdout")
     looks(inspect, data=check_data, html=check_written)
 

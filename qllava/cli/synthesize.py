@@ -17,7 +17,7 @@ from qllava.arguments import (
     looks,
     model_name,
 )
-from qllava.cli.flags import Verbs, add_verb, json_flag, parameters_flag, positive, rank
+from qllava.cli.flags import Verbs, add_verb, json_flag, positive, rank, server_flags
 from qllava.config import NANO, InputError
 from qllava.runs import REPORT_FILE
 
@@ -87,21 +87,16 @@ def _check_contexts(given: str, what: str) -> None:
 
 
 def _add_asking(asking: argparse._ArgumentGroup) -> None:
-    asking.add_argument(
-        "--base-url", metavar="URL", help="URL of the model's server (default: $OPENAI_BASE_URL, else OpenAI)"
-    )
+    taken = ("model", "messages", "response_format", "stream", "n")
+    server_flags(asking, store="file that stores replies (default: OUT.calls.jsonl)", temperature=0.7, taken=taken)
     asking.add_argument("--style", metavar="S,...", type=_styles, help=f"styles of instructions: {', '.join(_STYLES)}")
     asking.add_argument(
         "--prompts", metavar="DIR", type=file_path, help="folder with your edited copies of the prompt files"
     )
-    parameters_flag(asking, 0.7, ("model", "messages", "response_format", "stream", "n"))
     asking.add_argument(
         "--replies",
         choices=("schema", "blocks"),
         help="format of replies (default: schema if the server supports JSON schemas, else blocks)",
-    )
-    asking.add_argument(
-        "--store", metavar="FILE", type=file_path, help="file that stores replies (default: OUT.calls.jsonl)"
     )
     asking.add_argument("--concurrency", metavar="N", type=positive, help="number of parallel calls (default: 16)")
     asking.add_argument(

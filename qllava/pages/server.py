@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 from qllava.arguments import (
     MODEL_HELP,
     Parser,
-    base_flag,
     carry_out,
     check_file,
     check_finished,
     check_kept,
     check_written_folder,
     file_path,
+    loading_flags,
     looks,
     model_name,
+    sampling_flag,
+    votes_flag,
 )
 from qllava.config import NANO, InputError
 from qllava.surroundings import prepare_process
@@ -180,13 +182,7 @@ def _parser() -> Parser:
         "--compare", metavar="MODEL", type=model_name, help="a second model (default: the same at two temperatures)"
     )
     parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1 (default: 7860)")
-    parser.add_argument(
-        "--votes",
-        metavar="FILE",
-        type=file_path,
-        default=Path("votes.jsonl"),
-        help="file for the votes (default: votes.jsonl)",
-    )
+    votes_flag(parser)
     parser.add_argument(
         "--keep-pictures",
         metavar="DIR",
@@ -197,16 +193,8 @@ def _parser() -> Parser:
         "--auth", metavar="FILE", type=file_path, help="require a password; file with lines NAME:PASSWORD"
     )
     parser.add_argument("--share", action="store_true", help="create a public address through Gradio's server")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: by device)"
-    )
-    base_flag(parser)
-    parser.add_argument(
-        "--sampling",
-        choices=("asked", "recommended"),
-        default="asked",
-        help="asked: use only the page's temperature (default); recommended: use the model's own sampling values",
-    )
+    loading_flags(parser)
+    sampling_flag(parser, "the page's temperature")
     parser.add_argument(
         "--load-in-4bit",
         action=argparse.BooleanOptionalAction,

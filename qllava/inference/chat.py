@@ -32,10 +32,14 @@ from qllava.models.recommended import Decoding, recommended
 class Chat:
     """A loaded model that answers questions; usable from several threads, because it stores no conversation."""
 
-    model: Any  # LlavaForConditionalGeneration, bare or inside peft, in eval mode on its device
-    processor: LlavaProcessor  # with its tokenizer, image processor and saved chat template
-    name: str  # name under which the model was loaded, for display
-    recommended_sampling: bool = False  # whether `reply` uses the model's recommended sampling; other methods never do
+    model: Any
+    """LlavaForConditionalGeneration, bare or inside peft, in eval mode on its device."""
+    processor: LlavaProcessor
+    """Processor with tokenizer, image processor and saved chat template."""
+    name: str
+    """Name under which the model was loaded, for display."""
+    recommended_sampling: bool = False
+    """Whether `reply` uses the model's recommended sampling; other methods never do."""
 
     def answer(
         self,

@@ -169,12 +169,17 @@ class _Shape:
     """Sizes from a config in bytes, for one token of one prompt, or for one image."""
 
     text: Any
+    """Config of the language model."""
     size: int
     """Bytes of one value in the model's type."""
     training: bool
+    """Whether LoRA and the projector are held in fp32."""
     pixels: int
+    """Bytes of an image's pixels."""
     tower: int
+    """Peak of the vision tower."""
     projector: int
+    """Peak of the projector."""
     image_outputs: int
     """Tensors of an image that `generate` keeps: two hidden states of the tower, and the features."""
     features: int

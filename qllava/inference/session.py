@@ -38,13 +38,21 @@ class Exchange:
     """A question with its images, and its answer or error."""
 
     question: str
+    """The question."""
     images: tuple[Path, ...]
+    """Its images."""
     answer: str = ""
-    trouble: str = ""  # reason for a missing answer, for display
-    begun: bool = False  # the answer is being computed, or has been
-    over: bool = False  # nothing more will come
-    pace: str = ""  # speed of the answer, for display
-    stop: threading.Event = field(default_factory=threading.Event)  # set to stop the answer
+    """The answer so far."""
+    trouble: str = ""
+    """Reason for a missing answer, for display."""
+    begun: bool = False
+    """Whether the answer is being computed, or has been."""
+    over: bool = False
+    """Whether nothing more will come."""
+    pace: str = ""
+    """Speed of the answer, for display."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Event that stops the answer."""
 
     @property
     def answered(self) -> bool:
@@ -57,6 +65,7 @@ class Session:
     """One user's conversation with one model. `stop` may be called from any thread."""
 
     exchanges: list[Exchange] = field(default_factory=list)
+    """Questions and answers in order."""
     _claiming: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, question: str, images: Sequence[Path] = ()) -> Exchange:

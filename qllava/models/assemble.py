@@ -43,7 +43,9 @@ class Assembled:
     """A LLaVA with its processor and recipe, before LoRA is added."""
 
     model: LlavaForConditionalGeneration
+    """The whole model."""
     processor: LlavaProcessor
+    """Its processor, with tokenizer and chat template."""
     recipe: Recipe
     """With template, fingerprint and dtype filled in."""
 

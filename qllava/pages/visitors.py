@@ -26,16 +26,26 @@ IDLE = 3600
 class Visitor:
     """One open page; only its own requests reach it."""
 
-    owner: str  # folder name, derived from the cookie
-    rater: str  # name under which votes are saved
+    owner: str
+    """Folder name, derived from the cookie."""
+    rater: str
+    """Name under which votes are saved."""
     folder: Path
+    """Folder of the page's images."""
     session: Session = field(default_factory=Session)
+    """Conversation of the chat."""
     duel: Duel | None = None
-    question: str = ""  # of the comparison, with its images
+    """Comparison in progress."""
+    question: str = ""
+    """Question of the comparison."""
     images: tuple[Path, ...] = ()
+    """Images of the comparison."""
     trouble: str = ""
-    voted: Duel | None = None  # the comparison whose vote is on the disk
+    """Reason for a comparison without answers, for display."""
+    voted: Duel | None = None
+    """The comparison whose vote is on the disk."""
     seen: float = field(default_factory=time.monotonic)
+    """Time of the last request, in seconds."""
 
     def leave(self) -> None:
         """Stop computations and delete the images."""

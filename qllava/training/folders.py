@@ -34,8 +34,8 @@ from qllava.training.settings import Settings
 from qllava.training.trial import try_out
 
 ABOUT_ADAPTER = (
-    "LoRA and projector of a LLaVA, tuned with qllava. `qllava chat {folder}` uses the base with this adapter, exactly "
-    "as trained. `qllava merge {folder} merged` writes a standalone model."
+    "LoRA and projector of a LLaVA, finetuned with qllava. `qllava chat {folder}` uses the base with this adapter, "
+    "exactly as trained. `qllava merge {folder} merged` writes a standalone model."
 )
 
 

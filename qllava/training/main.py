@@ -40,7 +40,7 @@ def main(run: Callable[[Settings], Path], settings: Callable[[], Settings]) -> i
             raise
         print(
             f"qllava: Out of memory ({one_line(error)}). Checkpoints are unchanged. Lower fit_memory, max_length or "
-            "lora_r, or ask `qllava plan` for settings that fit; then run the command again.",
+            "lora_r, or run `qllava plan` to find settings that fit; then run the command again.",
             file=sys.stderr,
         )
         return 1

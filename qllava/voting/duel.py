@@ -31,8 +31,11 @@ class Contender:
     """A model and its way of answering."""
 
     chat: Chat
+    """The model."""
     temperature: float
-    name: str  # shown after the vote
+    """Temperature of its answers; 0 for greedy."""
+    name: str
+    """Name shown after the vote."""
 
 
 def contenders(chats: tuple[Chat, Chat], temperatures: tuple[float, float]) -> tuple[Contender, Contender]:

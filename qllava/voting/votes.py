@@ -34,15 +34,25 @@ class Vote:
     """One vote of one user. Files of other tools may lack the keys that have a default."""
 
     id: str
-    time: str = ""  # ISO 8601, with its zone
+    """Id of the vote."""
+    time: str = ""
+    """Time in ISO 8601, with its zone."""
     question: str
-    pictures: tuple[str, ...] = ()  # SHA-256 of each image's file, as `--keep-pictures` would save it
-    conversation: tuple[dict[str, str], ...] = ()  # input of both models: role and content
+    """The question."""
+    pictures: tuple[str, ...] = ()
+    """SHA-256 of each image's file, as `--keep-pictures` would save it."""
+    conversation: tuple[dict[str, str], ...] = ()
+    """Input of both models: role and content."""
     answers: dict[Side, str]
-    models: dict[Side, str] = field(default_factory=dict)  # names, with the temperature where it is not 0
+    """Answers by side."""
+    models: dict[Side, str] = field(default_factory=dict)
+    """Names by side, with the temperature if it is not 0."""
     vote: Verdict
-    rater: str | None = None  # None if it is not known who voted
-    seed: int | None = None  # of the sides and, above temperature 0, of the answers
+    """The user's choice."""
+    rater: str | None = None
+    """Name of the user; None if it is not known."""
+    seed: int | None = None
+    """Seed of the sides and, above temperature 0, of the answers."""
 
     @property
     def context(self) -> str:
@@ -142,7 +152,7 @@ def _vote(record: Any, place: Place) -> Vote:
     id = record_id(record, place, "id")
     answers, pictures, rater = record.get("answers"), record.get("pictures", []), record.get("rater")
     if not isinstance(answers, dict):
-        raise RecordError(Problem("no answers", "'answers' holds no object", "give it left and right", place, id))
+        raise RecordError(Problem("no answers", "'answers' is not an object", "give it left and right", place, id))
     if not isinstance(pictures, list) or not all(isinstance(picture, str) for picture in pictures):
         raise RecordError(
             Problem("pictures", "'pictures' is not a list of texts", "give the images' hashes", place, id)

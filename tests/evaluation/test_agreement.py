@@ -197,7 +197,7 @@ def test_votes_are_read_as_the_demo_writes_them(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"vote": "up"}, "line 2, id v2: the vote is 'up'; expected left, right, tie or both_bad"),
-        ({"answers": None}, "'answers' holds no object"),
+        ({"answers": None}, "'answers' is not an object"),
         ({"answers": {"left": "x"}}, "'right' holds no text"),
         ({"pictures": "abc"}, "'pictures' is not a list"),
         ({"id": "v1"}, "another vote has this id"),

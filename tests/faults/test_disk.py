@@ -121,7 +121,7 @@ class TestTooSmallADisk:
         with pytest.raises(InputError) as caught:
             pretrain(stage1_settings(tiny, tmp_path / "run"))
         said = refusal(caught.value)
-        assert f" in {tmp_path / 'run'} (up to 2 checkpoints of " in said and "are free. Make room" in said
+        assert f" in {tmp_path / 'run'} (up to 2 checkpoints of " in said and "are free. Free disk space" in said
         assert "save_total_limit" in said and not Run(tmp_path / "run").checkpoints()
 
     def test_for_stage_2_is_refused_before_stage_1(
@@ -229,7 +229,7 @@ class TestARealDisk:
         assert said.startswith(f"qllava: The checkpoint {failed} could not be saved (")
         hint = "Free disk space, or make the folder writable, and run the command again."
         assert said.endswith(f"Earlier checkpoints are unchanged. {hint}")
-        with pytest.raises(InputError, match="are free. Make room"):
+        with pytest.raises(InputError, match="are free. Free disk space"):
             pretrain(stage1_settings(tiny, folder, **LONG))
         assert self.unharmed(folder) == found
         ballast.unlink()

@@ -96,6 +96,6 @@ def check(needs: Mapping[Path, Need]) -> None:
     kept = "one checkpoint" if largest.checkpoints == 1 else f"up to {largest.checkpoints} checkpoints"
     raise InputError(
         f"There is not enough disk space: the run needs {format_bytes(total)} in {run} ({kept} of "
-        f"{format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Make room, choose "
-        "another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
+        f"{format_bytes(largest.each)}, and the result), and only {format_bytes(free)} are free. Free disk space, "
+        "choose another output_dir, or keep fewer checkpoints (a lower save_total_limit, a larger save_steps)."
     )

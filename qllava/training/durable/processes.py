@@ -60,9 +60,7 @@ def meeting() -> Iterator[None]:
     alone = f"unset {', '.join(found)} to train in one process"
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in found]
     if missing and "LOCAL_RANK" in found and not any(name in found for name in SIZES[:3]):
-        raise InputError(
-            f"LOCAL_RANK is set, but {' and '.join(missing)} not. Start the run with torchrun, or {alone}."
-        )
+        raise InputError(f"LOCAL_RANK is set without {' and '.join(missing)}. Start the run with torchrun, or {alone}.")
     at = f"{found.get('MASTER_ADDR', '127.0.0.1')}:{found.get('MASTER_PORT', '29500')}"
     # Under torch's launcher rank 0 prints it for all; otherwise the others may not exist, and each prints it.
     if count > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or found.get("RANK") == "0"):

@@ -136,7 +136,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
         else f"The phase '{worst}' needs {format_bytes(phases[worst])}"
         f"{' even with one question at a time' if every[worst].questions else ''}, "
         f"{format_bytes(phases[worst] - limit)} more than the {format_bytes(limit)} limit: "
-        f"{_advice(worst, every[worst], setup, limit)}{f' or a card of {card} GB' if card else ''}."
+        f"{_advice(worst, every[worst], setup, limit)}{f' or a GPU with {card} GB' if card else ''}."
         if limit
         else f"A GPU with {card} GB is enough."
         if card
@@ -147,7 +147,7 @@ def plan_of(setup: Setup, found: Estimate, limit: int | None = None, asking: Ask
 
 def _advice(name: str, phase: Phase, setup: Setup, limit: int) -> str:
     """Return advice for a phase that does not fit."""
-    ways = ["take a smaller model"]
+    ways = ["use a smaller model"]
     if name == "step":
         ways.insert(0, "lower lora_r or max_length")
     elif not setup.load_in_4bit:
@@ -211,7 +211,7 @@ def _refusal(setup: Setup, found: Estimate, limit: int, fixed: Collection[str]) 
             would = " with ".join(f"{names[name]} {value}" for name, value in way.items())
             break
     kept, again = setup.layers
-    card = next((f" or a card of {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
+    card = next((f" or a GPU with {size} GB" for size in CARDS if found.peak_bytes <= size * GB), "")
     return (
         f"Training needs at least {format_bytes(found.peak_bytes)} ({setup.tokens_per_pack} tokens per pack, {again} "
         f"of {kept + again} layers recomputed, {setup.optim}), {format_bytes(found.peak_bytes - limit)} more than the "

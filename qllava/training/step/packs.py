@@ -126,7 +126,7 @@ class PackStep:
         if longest <= sample:
             raise InputError(
                 f"Out of memory at step {step} with a single sample of {sample} tokens. Lower max_length or "
-                "lora_r, or ask `qllava plan` for settings that fit. Checkpoints are unchanged."
+                "lora_r, or run `qllava plan` to find settings that fit. Checkpoints are unchanged."
             )
         limit = max(longest // 2, sample)
         self.halved = limit

@@ -166,7 +166,7 @@ def test_who_is_alone_waits_for_nobody(left_over: pytest.MonkeyPatch, capsys: py
         pass
     left_over.delenv("WORLD_SIZE")
     left_over.setenv("LOCAL_RANK", "0")
-    with pytest.raises(InputError, match="LOCAL_RANK is set, but WORLD_SIZE not"), processes.meeting():
+    with pytest.raises(InputError, match="LOCAL_RANK is set without WORLD_SIZE"), processes.meeting():
         pass
 
 

@@ -258,10 +258,10 @@ class TestFit:
         assert plan.recompute_layers == 7 and plan.optim == "paged_adamw_8bit"
         missing = memory.format_bytes(plan.estimate.peak_bytes - enough_for_16)
         said = str(refused.value)
-        assert said == plan.suggestion and said.endswith(" It would fit with lora_r 16 or a card of 4 GB.")
+        assert said == plan.suggestion and said.endswith(" It would fit with lora_r 16 or a GPU with 4 GB.")
         assert f"{missing} more than the {memory.format_bytes(enough_for_16)}" in said
         assert isinstance(refused.value, InputError)
-        with pytest.raises(DoesNotFit, match="It would fit with a smaller model or a card of 4 GB"):
+        with pytest.raises(DoesNotFit, match="It would fit with a smaller model or a GPU with 4 GB"):
             fit(big, 400 << 20, least_tokens=2000, most_tokens=2000)
 
     def test_short_data_and_long_data(self) -> None:

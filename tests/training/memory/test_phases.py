@@ -172,7 +172,7 @@ class TestChoice:
         monkeypatch.setitem(memory.plan_of.__globals__, "phases_of", lambda *_: every)
         step = memory.Estimate(1000, {}, {})
         said = memory.plan_of(setup, step, GB).suggestion
-        assert said.startswith(f"The phase '{worst}' needs ") and "take a smaller model" in said
+        assert said.startswith(f"The phase '{worst}' needs ") and "use a smaller model" in said
         assert ("set eval_strategy no" in said) == off
         assert ("load_in_4bit true" in said) == (not in_4bit)
         assert ("even with one question at a time" in said) == bool(questions)

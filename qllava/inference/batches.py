@@ -170,7 +170,7 @@ def attempt(call: Callable[[], T]) -> T | None:
         while cause is not None:
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
-    # Not inside the except block: there Python itself holds the exception.
+    # Not inside the except block, where Python itself references the exception.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

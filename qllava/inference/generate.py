@@ -118,7 +118,7 @@ class Pieces(BaseStreamer):
     def __init__(self, tokenizer: Any) -> None:
         self.queue: queue.Queue[str | None] = queue.Queue()
         self._tokenizer = tokenizer
-        self._ids: list[int] | None = None  # None until the prompt has been put, which `generate` does first
+        self._ids: list[int] | None = None  # None until `generate` has put the prompt
         self._sent = 0
 
     def put(self, value: torch.Tensor) -> None:
@@ -274,7 +274,7 @@ def continue_prompts(
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     pixels = [image for image in pixel_values if image is not None]
     if pixels:
-        inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower takes them to its own dtype
+        inputs["pixel_values"] = torch.cat(pixels).to(model.device)  # the tower converts them to its type
     criteria = StoppingCriteriaList([StopOn(*stop)] if stop else [])
     with torch.no_grad():
         out: torch.Tensor = _without_habits(model).generate(

@@ -73,7 +73,7 @@ def prompt_of(processor: LlavaProcessor, conversation: Conversation, images: Seq
         )
     text = render(processor, _without_control(conversation, _control_tokens(processor.tokenizer)))
     bos = processor.tokenizer.bos_token
-    special = not (bos and text.startswith(bos))  # else a template that writes BOS gets two
+    special = not (bos and text.startswith(bos))  # otherwise a template that writes BOS would get two
     encoded = processor(
         text=[text],
         images=[open_given(image) for image in images] or None,

@@ -64,7 +64,7 @@ def read_model(model: str) -> Reader:
         return read_parts(NANO, NANO)
     folder = settings_folder(model)
     advice = "give the folder of a LLaVA, or use --tokenizer"
-    if (folder / RECORD_FILE).is_file():  # a run: it has its own processor, and its base is elsewhere
+    if (folder / RECORD_FILE).is_file():  # a run: it has its own processor, but not its base
         record = read_record(folder)
         positions = _positions_of_base(record)
         with one_sentence(model, advice):

@@ -77,7 +77,7 @@ def _quantize(model: Any, dtype: torch.dtype) -> None:
                 bias = linear.bias is not None
                 packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias, dtype, quant_type="nf4")
                 layer.set_submodule(name, packed)
-    model.is_loaded_in_4bit = True  # peft's LoRA for 4-bit layers asks for it
+    model.is_loaded_in_4bit = True  # required by peft's LoRA for 4-bit layers
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
@@ -188,7 +188,7 @@ def track_model(tracker: Tracker, model: Any) -> None:
         return lambda gradient: setattr(tracker, "phase", phase)
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if tracker.phase == "images":  # and not when the layer is recomputed
+        if tracker.phase == "images":  # but not when the layer is recomputed
             tracker.phase = "forward"
             if args[0].requires_grad:
                 args[0].register_hook(enter("projector"))

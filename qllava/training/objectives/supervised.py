@@ -43,7 +43,7 @@ def _outcome(found: PackOutput, of_tokens: Tensor, count: Tensor | None) -> Outc
     assert found.label_mask is not None and found.entropy is not None and found.is_top1 is not None
     learned = found.label_mask.sum()
     total = learned if count is None else count
-    # A pack without learned tokens has the loss 0, and not 0 / 0.
+    # A pack without learned tokens has the loss 0 instead of 0 / 0.
     loss = of_tokens.sum() / torch.as_tensor(total).clamp(min=1)
     sums = {"entropy": found.entropy.detach().sum(), "mean_token_accuracy": found.is_top1.sum()}
     return Outcome(loss, learned, sums)

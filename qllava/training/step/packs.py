@@ -81,7 +81,7 @@ class PackStep:
                         f"Out of memory at step {step} with a pack of {_longest(batches[-1])} tokens. "
                         "With several processes packs cannot be halved during the run. Lower tokens_per_pack."
                     ) from None
-            # Not inside the except block: there the error still holds what the packs held.
+            # Not inside the except block, where the error still references the tensors of the packs.
             self._halve(step)
             model.zero_grad(set_to_none=True)
             self._losses.clear()
@@ -104,7 +104,7 @@ class PackStep:
                 packs = evened(batch["packs"])
                 for number, pack in enumerate(packs, start=1):
                     last = number == len(packs)
-                    # Gradients of several processes are added up once a batch; DeepSpeed looks at the state alone.
+                    # Gradients are summed over ranks once per batch; DeepSpeed reads only the state.
                     state._set_sync_gradients(sync and last)
                     with nullcontext() if last else self._accelerator.no_sync(model):
                         losses.append(self._learn(model, pack, count))
@@ -130,7 +130,7 @@ class PackStep:
             )
         limit = max(longest // 2, sample)
         self.halved = limit
-        self._collator.shorten(limit)  # the loaders, and their workers, keep the collator that they were made with
+        self._collator.shorten(limit)  # loaders and their workers keep their collator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._say(f"Out of memory at step {step}: from now on packs have at most {limit:,} tokens.")
@@ -142,7 +142,7 @@ def prepare_for_packs(config: TrainConfig) -> None:
     config.remove_unused_columns = False
     config.logging_nan_inf_filter = False
     config.use_cache = False
-    # Every pack uses all that learns: DDP need not look for what is left out.
+    # Every pack uses all trained weights, so DDP need not search for unused ones.
     config.ddp_find_unused_parameters = False
 
 

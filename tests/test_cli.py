@@ -195,30 +195,28 @@ def test_a_merge_onto_the_original_weights_is_not_called_verified(
 
 
 def test_chat_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from qllava.inference import Settings
+    from qllava.inference import Loading, Settings
 
     calls = stand_in(monkeypatch, "qllava.cli.terminal.chat_loop", lambda *a, **k: 0)
     compared = stand_in(monkeypatch, "qllava.cli.terminal.compare_loop", lambda *a, **k: 0)
     assert cli.main(["chat", "nano"]) == 0
     settings = Settings(None, None, 256, None)
-    loading = {"load_in_4bit": False, "dtype": None, "base_model": [], "recommended_sampling": False}
-    assert calls[0] == (("nano",), {"images": [], "prompt": None, "settings": settings, **loading})
+    assert calls[0] == (("nano", Loading()), {"images": [], "prompt": None, "settings": settings})
     line = (
         "chat m --image a.png b.png --image c.png --prompt Why? --load-in-4bit --max-new-tokens 5 --temperature 0.2 "
         "--seed 3 --system Brief --dtype bfloat16 --sampling recommended"
     )
     assert cli.main(line.split()) == 0
-    assert calls[1][1] == {
-        "images": [Path("a.png"), Path("b.png"), Path("c.png")],
-        "prompt": "Why?",
-        "settings": Settings("Brief", 0.2, 5, 3),
-        "load_in_4bit": True,
-        "dtype": "bfloat16",
-        "base_model": [],
-        "recommended_sampling": True,
-    }
+    assert calls[1] == (
+        ("m", Loading(load_in_4bit=True, dtype="bfloat16", recommended_sampling=True)),
+        {
+            "images": [Path("a.png"), Path("b.png"), Path("c.png")],
+            "prompt": "Why?",
+            "settings": Settings("Brief", 0.2, 5, 3),
+        },
+    )
     assert cli.main(["chat", "m", "--compare", "n", "--votes", "v.jsonl"]) == 0
-    assert compared[0][0] == (("m", "n"),) and compared[0][1]["votes"] == Path("v.jsonl")
+    assert compared[0][0] == (("m", "n"), Loading()) and compared[0][1]["votes"] == Path("v.jsonl")
     assert cli.main(["chat", "m", "--compare", "n", "--prompt", "Why?"]) == 1
     assert "cannot be used with --prompt" in capsys.readouterr().err
 

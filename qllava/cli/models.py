@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
 
 from qllava.arguments import (
     base_flag,
@@ -150,16 +149,17 @@ def run_chat(arguments: argparse.Namespace) -> int:
             "--compare cannot be used with --prompt, because it asks for votes. Remove --prompt and type the questions."
         )
     from qllava.cli.terminal import chat_loop, compare_loop
-    from qllava.inference import Settings
+    from qllava.inference import Loading, Settings
 
-    how: dict[str, Any] = {
-        "images": arguments.image,
-        "settings": Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed),
-        "load_in_4bit": arguments.load_in_4bit,
-        "dtype": arguments.dtype,
-        "base_model": arguments.base_model,
-        "recommended_sampling": arguments.sampling == "recommended",
-    }
+    settings = Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed)
+    how = Loading(
+        load_in_4bit=arguments.load_in_4bit,
+        dtype=arguments.dtype,
+        base_model=tuple(arguments.base_model),
+        recommended_sampling=arguments.sampling == "recommended",
+    )
+    images = arguments.image
     if arguments.compare is None:
-        return chat_loop(arguments.model, prompt=arguments.prompt, **how)
-    return compare_loop((arguments.model, arguments.compare), votes=arguments.votes, **how)
+        return chat_loop(arguments.model, how, images=images, prompt=arguments.prompt, settings=settings)
+    models = (arguments.model, arguments.compare)
+    return compare_loop(models, how, images=images, votes=arguments.votes, settings=settings)

@@ -22,7 +22,7 @@ from qllava.data.images import open_image
 from qllava.inference.about import about
 from qllava.inference.chat import Chat
 from qllava.inference.kept_images import hash_of
-from qllava.inference.loading import has_base, load, same_model
+from qllava.inference.loading import Loading, load_as, load_pair
 from qllava.inference.session import Session, Settings
 from qllava.models.recommended import recommendation
 from qllava.surroundings import user_name
@@ -43,25 +43,14 @@ SAMPLING = ("asked", "recommended")
 _VOTES: dict[str, Verdict] = {"l": "left", "r": "right", "t": "tie", "b": "both_bad"}
 
 
-def chat_loop(
-    model: str,
-    *,
-    images: Sequence[Path],
-    prompt: str | None,
-    settings: Settings,
-    load_in_4bit: bool,
-    dtype: str | None,
-    base_model: Sequence[str] = (),
-    recommended_sampling: bool = False,
-) -> int:
+def chat_loop(model: str, how: Loading, *, images: Sequence[Path], prompt: str | None, settings: Settings) -> int:
     """Load the model and run a conversation; return the exit status.
 
     Raises:
         InputError: If the model or an image cannot be loaded, or the one prompt cannot be answered.
     """
     _look_at(images)
-    chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base_model)
-    chat = replace(chat, recommended_sampling=recommended_sampling)
+    chat = load_as(model, how)
     terminal = _Terminal(chat, list(images), settings)
     if prompt is not None:
         terminal.ask(prompt)
@@ -72,27 +61,12 @@ def chat_loop(
 
 
 def compare_loop(
-    models: tuple[str, str],
-    *,
-    images: Sequence[Path],
-    votes: Path,
-    settings: Settings,
-    load_in_4bit: bool,
-    dtype: str | None,
-    base_model: Sequence[str] = (),
-    recommended_sampling: bool = False,
+    models: tuple[str, str], how: Loading, *, images: Sequence[Path], votes: Path, settings: Settings
 ) -> int:
     """Load two models (or one twice), ask both every question, store the votes, and return the exit status."""
     _look_at(images)
     file = VoteFile(votes)
-
-    def loaded(model: str) -> Chat:
-        base = base_model if has_base(model) else ()
-        chat = load(model, load_in_4bit=load_in_4bit, dtype=dtype, base_model=base)
-        return replace(chat, recommended_sampling=recommended_sampling)
-
-    first = loaded(models[0])
-    second = first if same_model(*models) else loaded(models[1])
+    first, second = load_pair(*models, how)
     # The same model twice: compare samples of one model.
     warm = tuple(_temperature(chat, settings) for chat in (first, second))
     cold = 0.0 if second is first else warm[0]

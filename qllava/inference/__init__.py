@@ -17,7 +17,7 @@ from qllava.inference.generate import answer_prompts
 from qllava.inference.given import GivenImage
 from qllava.inference.identity import fingerprint_of
 from qllava.inference.kept_images import keep_image
-from qllava.inference.loading import has_base, load, same_model
+from qllava.inference.loading import Loading, load, load_as, load_pair
 from qllava.inference.prompts import Prompt, user_turn
 from qllava.inference.session import Exchange, Session, Settings
 
@@ -26,6 +26,7 @@ __all__ = [
     "Chat",
     "Exchange",
     "GivenImage",
+    "Loading",
     "Prompt",
     "Room",
     "Session",
@@ -34,10 +35,10 @@ __all__ = [
     "answer_prompts",
     "attempt",
     "fingerprint_of",
-    "has_base",
     "keep_image",
     "label",
     "load",
-    "same_model",
+    "load_as",
+    "load_pair",
     "user_turn",
 ]

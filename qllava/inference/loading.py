@@ -1,8 +1,9 @@
-"""`load`: load a model by name and return a `Chat`."""
+"""`load` and `load_as`: load a model by name and return a `Chat`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +60,47 @@ def load(
     )
     settle_threads(network)
     return Chat(network.eval(), processor, model)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models for chat are loaded."""
+
+    load_in_4bit: bool | None = False
+    """Keep the language model in NF4; None for on CUDA only."""
+    dtype: str | None = None
+    """torch's name of the type of the weights; None to choose by device."""
+    base_model: tuple[str, ...] = ()
+    """Current locations of the parts of a run's base, if they have moved."""
+    recommended_sampling: bool = False
+    """Sample with the model's own values."""
+
+
+def load_as(model: str, how: Loading) -> Chat:
+    """Load a model as `load` does, with the settings of `how`.
+
+    Raises:
+        InputError: The model does not exist, or its base is another one.
+    """
+    four_bit = torch.cuda.is_available() if how.load_in_4bit is None else how.load_in_4bit
+    chat = load(model, load_in_4bit=four_bit, dtype=how.dtype, base_model=how.base_model)
+    return replace(chat, recommended_sampling=how.recommended_sampling)
+
+
+def load_pair(first: str, second: str, how: Loading) -> tuple[Chat, Chat]:
+    """Load two models to compare; the same model is loaded once and returned twice.
+
+    A moved base applies to the runs among them.
+
+    Raises:
+        InputError: A model does not exist, or its base is another one.
+    """
+
+    def loaded(model: str) -> Chat:
+        return load_as(model, how if has_base(model) else replace(how, base_model=()))
+
+    chat = loaded(first)
+    return chat, chat if same_model(first, second) else loaded(second)
 
 
 def has_base(model: str) -> bool:

@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,22 +212,18 @@ def _parser() -> Parser:
 
 def _load_both(options: argparse.Namespace) -> tuple[Chat, Chat]:
     """Return the model and the one to compare it with, which is the same if no other is named."""
-    from qllava.inference import same_model
+    from qllava.inference import Loading, load_as, load_pair
 
-    chat = _load(options.model, options)
-    alone = options.compare is None or same_model(options.model, options.compare)
-    return chat, chat if alone else _load(options.compare, options)
-
-
-def _load(model: str, options: argparse.Namespace) -> Chat:
-    import torch
-
-    from qllava.inference import has_base, load
-
-    four_bit = torch.cuda.is_available() if options.load_in_4bit is None else options.load_in_4bit
-    base = options.base_model if has_base(model) or options.compare is None else ()
-    chat = load(model, load_in_4bit=four_bit, dtype=options.dtype, base_model=base)
-    return replace(chat, recommended_sampling=options.sampling == "recommended")
+    how = Loading(
+        load_in_4bit=options.load_in_4bit,
+        dtype=options.dtype,
+        base_model=tuple(options.base_model),
+        recommended_sampling=options.sampling == "recommended",
+    )
+    if options.compare is not None:
+        return load_pair(options.model, options.compare, how)
+    chat = load_as(options.model, how)
+    return chat, chat
 
 
 def _make_folder(path: Path) -> None:

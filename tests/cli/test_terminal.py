@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qllava.cli import terminal
 from qllava.cli.terminal import chat_loop, compare_loop
 from qllava.config import InputError
-from qllava.inference import Chat, Settings
+from qllava.inference import Chat, Loading, Settings, loading
 from qllava.voting.votes import read_votes
 from tests.tiny_models import make_image, make_tiny_model, make_tiny_processor
 
@@ -22,7 +21,7 @@ SHORT = Settings(max_new_tokens=8)
 def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
     processor = make_tiny_processor()
     chat = Chat(make_tiny_model(processor), processor, "tiny")
-    monkeypatch.setattr(terminal, "load", lambda *_, **__: chat)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: chat)
     return chat
 
 
@@ -34,11 +33,11 @@ def image(tmp_path: Path) -> Path:
 
 def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, images: list[Path] | None = None) -> int:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    return chat_loop("tiny", images=images or [], prompt=None, settings=SHORT, load_in_4bit=False, dtype=None)
+    return chat_loop("tiny", Loading(), images=images or [], prompt=None, settings=SHORT)
 
 
 def test_prompt_answers_once(chat: Chat, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = chat_loop("tiny", images=[image], prompt="What?", settings=SHORT, load_in_4bit=False, dtype=None)
+    status = chat_loop("tiny", Loading(), images=[image], prompt="What?", settings=SHORT)
     assert status == 0
     assert capsys.readouterr().out == chat.answer(image, "What?", max_new_tokens=8) + "\n"
 
@@ -80,14 +79,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
 
 def test_a_missing_image_is_noticed_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.png"):
-        chat_loop(
-            "no/model/at/all",
-            images=[tmp_path / "missing.png"],
-            prompt="?",
-            settings=SHORT,
-            load_in_4bit=False,
-            dtype=None,
-        )
+        chat_loop("no/model/at/all", Loading(), images=[tmp_path / "missing.png"], prompt="?", settings=SHORT)
 
 
 def test_a_question_is_asked_again_in_other_words_and_with_other_settings(
@@ -118,7 +110,7 @@ def test_two_models_are_compared_and_the_vote_kept(
     monkeypatch.setattr("sys.stdin", io.StringIO("What?\nhm\nl\nWhat?\ns\n"))
     votes = tmp_path / "votes.jsonl"
     settings = Settings(max_new_tokens=8, temperature=0.7)
-    compare_loop(("a", "a"), images=[image], votes=votes, settings=settings, load_in_4bit=False, dtype=None)
+    compare_loop(("a", "a"), Loading(), images=[image], votes=votes, settings=settings)
     (vote,) = read_votes(votes)
     out = capsys.readouterr().out
     assert vote.vote == "left" and set(vote.models.values()) == {"tiny", "tiny (temperature 0.7)"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qllava.config import InputError
-from qllava.inference import Chat, load
+from qllava.inference import Chat, Loading, load, load_as, load_pair, loading
 from qllava.runs import newest_nano_run
 from tests.tiny_models import make_image, make_tiny_llava, make_tiny_model, make_tiny_processor, save_llava
 
@@ -81,3 +82,25 @@ def test_a_damaged_run_yaml_is_named(tmp_path: Path) -> None:
     (run / "run.yaml").write_text("a: [")
     with pytest.raises(InputError, match=r"run\.yaml cannot be read"):
         newest_nano_run(tmp_path)
+
+
+def test_a_moved_base_is_for_the_runs_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models are loaded in the same way; only one that has a base is told where it is now."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def stand_in(model: str, **how: Any) -> Chat:
+        calls.append((model, how))
+        return Chat(None, None, model)  # type: ignore[arg-type]  # nothing is asked
+
+    monkeypatch.setattr(loading, "load", stand_in)
+    monkeypatch.setattr(loading, "has_base", lambda model: model == "run")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    how = Loading(load_in_4bit=None, dtype="float16", base_model=("there",), recommended_sampling=True)
+    first, second = load_pair("run", "merged", how)
+    same = {"load_in_4bit": True, "dtype": "float16"}
+    assert calls == [("run", {**same, "base_model": ("there",)}), ("merged", {**same, "base_model": ()})]
+    assert first.recommended_sampling and second.recommended_sampling
+    one, other = load_pair("merged", "merged", how)
+    assert one is other and len(calls) == 3
+    load_as("merged", how)  # alone: refused by `load`, as the base would not be used
+    assert calls[-1][1]["base_model"] == ("there",)

@@ -27,8 +27,8 @@ from benchmarks.machine import provenance
 from qllava.nano.dataset import NanoData, prepare
 from qllava.runs import RESULTS_FILE, STAGE1
 from qllava.surroundings import prepare_process
-from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.rules.examples import write
+from qllava.synthesis.sources import contexts_of
 
 ROOT = Path(__file__).parents[1]
 TYPES = {"rules": "conversation", "naive": "naive"}
@@ -36,7 +36,7 @@ TYPES = {"rules": "conversation", "naive": "naive"}
 
 def make(kind: str, seed: int, images: int, folder: Path) -> Path:
     """Write the examples of a system; returns the file."""
-    contexts = read_contexts(f"nano:{images}")
+    contexts = contexts_of(f"nano:{images}")
     records = [record for one in contexts for record in write(one, (TYPES[kind],), seed=seed, brief=True)]
     path = folder / f"{kind}-{seed}.json"
     path.write_text(json.dumps(records), encoding="utf-8")

@@ -26,9 +26,9 @@ from typing import Any
 
 import httpx
 
+from qllava.data.contexts import Context
 from qllava.surroundings import prepare_process
 from qllava.synthesis import pipeline
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import Prompts
 from qllava.synthesis.tasks import Asking, make_tasks

@@ -24,8 +24,8 @@ from qllava.runs import REPORT_FILE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qllava.data.contexts import Context
     from qllava.llm.batch import Exported
-    from qllava.synthesis.contexts import Context
     from qllava.synthesis.output import Counts
     from qllava.synthesis.pipeline import Job, Result
     from qllava.synthesis.tasks import Task
@@ -117,8 +117,8 @@ def _add_asking(asking: argparse._ArgumentGroup) -> None:
 
 def run_synthesize(arguments: argparse.Namespace) -> int:
     """Run `qllava synthesize`; return status 1 if a call failed after all retries (the next run sends it again)."""
-    from qllava.synthesis.contexts import read_contexts
     from qllava.synthesis.prompting import DEFAULT_TYPES
+    from qllava.synthesis.sources import contexts_of
     from qllava.synthesis.tasks import make_tasks, of_shard
 
     by_rules = arguments.teacher == RULES
@@ -135,7 +135,7 @@ def run_synthesize(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--style has no effect on {' and '.join(types)}, whose questions come from a list. Remove --style."
         )
-    contexts = of_shard(read_contexts(arguments.contexts), *arguments.shard)
+    contexts = of_shard(contexts_of(arguments.contexts), *arguments.shard)
     tasks = make_tasks(contexts, types, arguments.style or ())
     return (_by_rules if by_rules else _by_model)(arguments, contexts, tasks)
 
@@ -192,8 +192,8 @@ def _job(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Job:
 
 def _write_report(arguments: argparse.Namespace, contexts: Sequence[Context]) -> Path:
     from qllava.data.records import read_records
-    from qllava.synthesis.contexts import image_folder
     from qllava.synthesis.report import write_report
+    from qllava.synthesis.sources import image_folder
 
     path: Path = arguments.report or arguments.out.with_name(REPORT_FILE)
     rows = [row for _, row in read_records(arguments.out)]

@@ -27,12 +27,11 @@ from typing import Any, Literal
 import numpy as np
 
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.data.records import read_records, record_id, record_text
 from qllava.evaluation.answers import read_answers
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
 from qllava.evaluation.intervals import Estimate, bootstrap
-from qllava.synthesis.contexts import read_contexts
-from qllava.synthesis.prompting import shown
 
 RatingOrder = Literal["reference-first", "answer-first"]
 ORDERS: tuple[RatingOrder, ...] = ("reference-first", "answer-first")
@@ -179,7 +178,7 @@ def judge_files(
 def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path | None) -> list[Case]:
     """The questions with what belongs to them. Raises InputError for one without a reference or an answer."""
     given = {"reference": read_answers(reference), "answer": read_answers(answers)}
-    known = {context.image: shown(context, "detail") for context in read_contexts(contexts)} if contexts else {}
+    known = {context.image: context.text for context in read_contexts(contexts)} if contexts else {}
     cases: dict[str, Case] = {}
     for place, row in read_records(questions):
         id = record_id(row, place, "question_id")

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.evaluation.asking import Answered, Judge, json_object, write_lines
 from qllava.evaluation.judgments import ORDERS, JudgeOrder, Judgment
-from qllava.synthesis.contexts import read_contexts
-from qllava.synthesis.prompting import shown
 from qllava.voting.votes import Verdict, Vote, read_votes
 
 PROMPT = (
@@ -78,7 +77,7 @@ def vote_on_file(votes: Path, judge: Judge, out: Path, *, contexts: Path | None,
         raise InputError(
             f"The folder {pictures} does not exist; give the folder that you passed to the demo with --keep-pictures."
         )
-    known = {context.id: shown(context, "detail") for context in read_contexts(contexts)} if contexts else {}
+    known = {context.id: context.text for context in read_contexts(contexts)} if contexts else {}
     kept = {path.stem: path for path in sorted(pictures.iterdir()) if path.is_file()} if pictures else {}
     calls, blind = [], 0
     for vote in given:

@@ -28,8 +28,8 @@ from functools import cache
 from pathlib import Path
 
 from qllava.config import InputError
+from qllava.data.contexts import Context
 from qllava.llm.store import Message
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.replies import BLOCKS, JSON_FORM, Turns, as_blocks, as_json, from_blocks
 
 DEFAULT_TYPES = ("conversation", "detail", "reasoning")
@@ -117,11 +117,7 @@ class Prompts:
 
 def shown(context: Context, type_: str) -> str:
     """What the teacher sees of an image: captions, and boxes except for a conversation."""
-    captions = "\n".join(context.captions)
-    if type_ == "conversation" or not context.boxes:
-        return captions
-    boxes = (f"{box.category}: [{', '.join(f'{edge:.3f}' for edge in box.bbox)}]" for box in context.boxes)
-    return f"{captions}\n\n" + "\n".join(boxes)
+    return "\n".join(context.captions) if type_ == "conversation" else context.text
 
 
 def draw(name: str, count: int) -> int:

@@ -33,10 +33,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from qllava.data.contexts import Context
 from qllava.llm.completions import whole
 from qllava.llm.store import Reply
 from qllava.llm.thoughts import answer_of, holds_marks
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.objects import unsupported
 from qllava.synthesis.words import word_set
 

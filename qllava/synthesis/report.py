@@ -22,9 +22,9 @@ from typing import Any
 from qllava import page
 from qllava.config import InputError
 from qllava.conversation import IMAGE_TOKEN
+from qllava.data.contexts import Context
 from qllava.data.images import open_image
 from qllava.page import Bar, Html
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.objects import CATEGORIES, named, unsupported
 
 SAMPLES = 20

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from qllava.data.contexts import Context
 from qllava.llm.store import Call, Reply
 from qllava.llm.thoughts import answer_of
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.prompting import Prompt, Prompts, draw
 from qllava.synthesis.replies import RESPONSE_FORMAT, Turns, judge, repair_request
 

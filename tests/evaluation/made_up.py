@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qllava.synthesis.contexts import Context
+from qllava.data.contexts import Context
 
 NAMES = ("gpt3_cot", "llava_13b_v0", "llava_13b_lcs558k")
 SUBJECTS = ("natural science", "language science", "social science")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from qllava import cli
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.evaluation.asking import Judge, json_object
 from qllava.evaluation.judge import Case, JudgeResult, judge_files, rate, read_cases, read_scores
-from qllava.synthesis.contexts import read_contexts
 from tests.evaluation.made_up import write_bench
 from tests.llm.server import ChatServer, Request, Said
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from qllava.config import InputError
+from qllava.data.contexts import Context, read_contexts
 from qllava.llm import batch
 from qllava.llm.store import Store
 from qllava.synthesis import pipeline
-from qllava.synthesis.contexts import Context, read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.tasks import Asking, make_tasks

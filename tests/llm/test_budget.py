@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllava.config import InputError
+from qllava.data.contexts import Context
 from qllava.llm.budget import Budget, most_prompt_tokens, most_tokens, prompt_tokens, text_tokens
 from qllava.llm.client import Client
 from qllava.llm.store import Call, Store
 from qllava.synthesis import pipeline
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import Prompts
 from qllava.synthesis.tasks import Asking, make_tasks

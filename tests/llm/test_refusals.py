@@ -11,11 +11,11 @@ import httpx
 import pytest
 
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.evaluation.asking import Judge
 from qllava.llm.client import Client
 from qllava.llm.store import Call, Store
 from qllava.synthesis import pipeline
-from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.tasks import Asking, make_tasks

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from qllava.data.contexts import Context
 from qllava.evaluation.asking import Answered, Judge
 from qllava.evaluation.judge import read_scores
 from qllava.llm.completions import read_reply
 from qllava.llm.store import Call, Reply
 from qllava.llm.thoughts import answer_of
-from qllava.synthesis.contexts import Context
 from qllava.synthesis.replies import judge
 
 CONTEXT = Context("1", "1.jpg", ("A dog runs.",), ())

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from qllava.conversation import CHATML, Conversation, Turn
+from qllava.data.contexts import Box, Context
 from qllava.data.encode import Encoder
 from qllava.data.formats import Example
 from qllava.data.inspect import html as inspect_html
@@ -27,7 +28,6 @@ from qllava.experiments.ablation import Grid, Measured, Variant
 from qllava.synthesis.balance import Settings, balance_of
 from qllava.synthesis.balance import html as balance_html
 from qllava.synthesis.concepts import index_phrases
-from qllava.synthesis.contexts import Box, Context
 from qllava.synthesis.report import write_report as write_synthesis
 from qllava.training.report import write_report
 from qllava.voting.votes import Vote

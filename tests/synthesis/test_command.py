@@ -113,7 +113,7 @@ def test_rules_ask_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_rules_write_what_their_own_module_writes(tmp_path: Path) -> None:
-    from qllava.synthesis.contexts import read_contexts
+    from qllava.data.contexts import read_contexts
     from qllava.synthesis.rules import examples as rules
 
     assert run(tmp_path, "--types", ",".join(synthesize._TYPES), teacher="rules") == 0

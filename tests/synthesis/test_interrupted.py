@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.llm.store import Reply, Store
 from qllava.synthesis import pipeline
-from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.pipeline import Job
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.tasks import Asking, make_tasks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qllava.synthesis.contexts import Context, read_contexts
+from qllava.data.contexts import Context, read_contexts
 from qllava.synthesis.objects import CATEGORIES, named, unsupported
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from qllava import cli
 from qllava.config import InputError
+from qllava.data.contexts import read_contexts
 from qllava.synthesis import pipeline, prompting
-from qllava.synthesis.contexts import read_contexts
 from qllava.synthesis.output import OUTCOMES
 from qllava.synthesis.pipeline import Job, Result
 from qllava.synthesis.prompting import DEFAULT_TYPES, STYLES, Prompts

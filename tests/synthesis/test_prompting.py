@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qllava.config import InputError
+from qllava.data.contexts import Box, Context
 from qllava.synthesis import prompting
-from qllava.synthesis.contexts import Box, Context
 from qllava.synthesis.prompting import DEFAULT_TYPES, STYLES, Prompts, shown
 from qllava.synthesis.replies import from_blocks, parse
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from qllava.data.contexts import Box, Context
 from qllava.llm.store import Reply
-from qllava.synthesis.contexts import Box, Context
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts, example_turns
 from qllava.synthesis.replies import RULES, as_blocks, as_json, from_blocks, judge, parse, repair_request
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qllava.synthesis.contexts import Box, Context
+from qllava.data.contexts import Box, Context
 from qllava.synthesis.report import measure, write_report
 from qllava.synthesis.rules.examples import write
 

@@ -20,7 +20,7 @@ from itertools import combinations, permutations
 from typing import Any
 
 from qllava.conversation import ask
-from qllava.synthesis.contexts import Context
+from qllava.data.contexts import Context
 from qllava.synthesis.prompting import DEFAULT_TYPES, Prompts
 from qllava.synthesis.rules.questions import Question, questions
 from qllava.synthesis.rules.view import AT, LARGER, Thing, View

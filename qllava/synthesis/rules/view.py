@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
-from qllava.synthesis.contexts import Context
+from qllava.data.contexts import Context
 from qllava.synthesis.objects import unsupported
 from qllava.synthesis.phrases import simple_phrases
 from qllava.synthesis.rules.asserted import asserted, denied, lacks_article

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qllava.synthesis.contexts import Context
+from qllava.data.contexts import Context
 from qllava.synthesis.rules.examples import write
 from qllava.synthesis.rules.questions import questions
 from qllava.synthesis.rules.view import View

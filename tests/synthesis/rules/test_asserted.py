@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qllava.synthesis.contexts import Context
+from qllava.data.contexts import Context
 from qllava.synthesis.rules.asserted import asserted, denied, lacks_article
 from qllava.synthesis.rules.nouns import spelling
 from qllava.synthesis.rules.view import View

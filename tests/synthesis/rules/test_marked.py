@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qllava.synthesis.contexts import Context, read_contexts
+from qllava.data.contexts import Context, read_contexts
 from qllava.synthesis.rules.examples import detail, reasons
 from qllava.synthesis.rules.questions import questions
 from qllava.synthesis.rules.view import View

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from qllava.data.contexts import Box, Context, read_contexts
 from qllava.data.formats import read_examples
-from qllava.synthesis.contexts import Box, Context, read_contexts
 from qllava.synthesis.objects import CATEGORIES
 from qllava.synthesis.rules.examples import detail, reasons, write
 from qllava.synthesis.rules.questions import questions
 from qllava.synthesis.rules.view import View
+from qllava.synthesis.sources import contexts_of
 from qllava.synthesis.words import article, attributes, counted, plural, sentence, well_formed
 from tests.synthesis.rules.checker import Checker, description, steps
 
@@ -122,7 +123,7 @@ class TestTheFortyOfTheBench:
 class TestNano:
     def test_every_answer_is_true(self) -> None:
         sorts: Counter[str] = Counter()
-        for context in read_contexts("nano:150"):
+        for context in contexts_of("nano:150"):
             for brief in (True, False):
                 (row,) = write(context, ["conversation"], brief=brief, turns=1000)
                 facts = [checker(context).fact(*pair) for pair in pairs(row)]
@@ -133,13 +134,13 @@ class TestNano:
         assert set(sorts) == {"there", "count", "place", "colour", "form", "size", "relation", "comparison"}
 
     def test_verdicts_are_balanced(self) -> None:
-        rows = [row for one in read_contexts("nano:300") for row in write(one, ["conversation"], brief=True)]
+        rows = [row for one in contexts_of("nano:300") for row in write(one, ["conversation"], brief=True)]
         said = Counter(answer for row in rows for _, answer in pairs(row))
         assert 0.85 < said["yes"] / said["no"] < 1.2
 
     def test_the_same_on_any_machine_and_in_any_order(self) -> None:
         """Python's hashes differ between processes; a set's order must not be seen."""
-        code = "from qllava.synthesis.contexts import read_contexts as r; "
+        code = "from qllava.synthesis.sources import contexts_of as r; "
         code += "from qllava.synthesis.rules.examples import write as w; "
         code += "import json, sys; ones = r('nano:20'); ones = ones[::-1] if sys.argv[1] == '2' else ones; "
         code += f"print(json.dumps(sorted([w(one, {ALL}) for one in ones], key=str)))"
@@ -152,7 +153,7 @@ class TestNano:
         assert len(out) == 1
 
     def test_another_seed_says_other_things(self) -> None:
-        (context,) = read_contexts("nano:1")
+        (context,) = contexts_of("nano:1")
         assert write(context, seed=1) == write(context, seed=1) != write(context, seed=2)
 
 

@@ -1,4 +1,4 @@
-"""Contexts from JSONL, from COCO's two files and from nano; what is wrong is said all at once, with its place."""
+"""Contexts from JSONL and from COCO's two files; what is wrong is said all at once, with its place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from qllava.config import InputError
-from qllava.nano.dataset import scene_of
-from qllava.nano.scenes import SIZE
-from qllava.synthesis.contexts import Box, Context, image_folder, read_contexts
+from qllava.data.contexts import Box, Context, read_contexts
 
 ROW = {"id": "1", "image": "1.jpg", "captions": ["A cat."], "boxes": [{"category": "cat", "bbox": [0, 0.25, 0.5, 1]}]}
 
@@ -171,23 +169,7 @@ class TestCoco:
             read_contexts(tmp_path / "captions_more.json")
 
 
-class TestNano:
-    def test_scenes_are_those_of_its_training_images(self) -> None:
-        contexts = read_contexts("nano:30")
-        assert [one.image for one in contexts[:2]] == ["images/train-000000.png", "images/train-000001.png"]
-        for one in contexts:
-            shapes = scene_of(one.id).shapes
-            assert [box.category for box in one.boxes] == [f"{s.size} {s.colour} {s.form}" for s in shapes]
-            assert one.boxes[0].bbox == pytest.approx([value / SIZE for value in shapes[0].box])
-            assert len(one.captions) == 5 and one.complete
-        assert contexts == read_contexts("nano:30")
-
-    @pytest.mark.parametrize("source", ["nano:0", "nano:x", "nano:", "nano:7001", "nano:-1"])
-    def test_a_number_that_is_none(self, source: str) -> None:
-        with pytest.raises(InputError, match=r"must be from 1 to 7,000 \(nano.s training scenes\)"):
-            read_contexts(source)
-
-
-def test_images_lie_beside_the_file(tmp_path: Path) -> None:
-    assert image_folder(tmp_path / "contexts.jsonl") == tmp_path
-    assert image_folder(tmp_path) == tmp_path
+def test_as_text() -> None:
+    context = Context("7", "7.jpg", ("A cat.", "It sleeps."), (Box("cat", (0.1, 0.25, 1 / 3, 1.0)),))
+    assert context.text == "A cat.\nIt sleeps.\n\ncat: [0.100, 0.250, 0.333, 1.000]"
+    assert Context("8", "8.jpg", ("A cat.",), ()).text == "A cat."

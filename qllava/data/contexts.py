@@ -1,4 +1,4 @@
-"""What a teacher is told of an image: captions and boxes.
+"""Images in words: captions and boxes. A teacher writes examples from them, and a judge reads them.
 
     Context
       id        "000000296284"
@@ -14,21 +14,18 @@
                             be missing, the boxes may stand under `instances`, `complete` is false unless it says true;
                             a box with `"iscrowd": 1` is a crowd
     COCO's annotations      captions_NAME.json with instances_NAME.json beside it, or the folder of such a pair
-    nano, nano:N            nano's training scenes, or the first N of them
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qllava.config import NANO, InputError
+from qllava.config import InputError
+from qllava.data import coco
 from qllava.data.problems import Place, Problem, Unusable, is_unicode
 from qllava.data.records import read_records
-from qllava.nano import dataset, language, scenes
-from qllava.synthesis import coco
 
 _ROUNDING = 0.0015
 """How far outside of 0..1 a coordinate of three decimals may lie and still be a rounded one."""
@@ -45,7 +42,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Context:
-    """One image in words; the teacher sees nothing else of it."""
+    """One image in words; a teacher or judge sees nothing else of it."""
 
     id: str
     image: str  # the file's name, relative to the folder of the images
@@ -59,15 +56,19 @@ class Context:
         """What boxes and crowds show, in their order; a category may repeat."""
         return (*(box.category for box in self.boxes), *self.crowds)
 
+    @property
+    def text(self) -> str:
+        """The captions, one per line, and after an empty line the boxes; only the captions if there are no boxes."""
+        captions = "\n".join(self.captions)
+        boxes = [f"{box.category}: [{', '.join(f'{edge:.3f}' for edge in box.bbox)}]" for box in self.boxes]
+        return "\n".join([f"{captions}\n", *boxes]) if boxes else captions
 
-def read_contexts(source: str | Path) -> list[Context]:
-    """Read contexts from a file, a folder of COCO's annotations, or `nano` (see the module).
+
+def read_contexts(path: Path) -> list[Context]:
+    """Read contexts from a file or a folder of COCO's annotations (see the module).
 
     Raises InputError with every problem of the source, a line each, naming file, line and id.
     """
-    if (scenes := _nano_scenes(str(source))) is not None:
-        return [_of_scene(f"train-{number:06d}") for number in range(scenes)]
-    path = Path(source)
     problems: list[Problem] = []
     read = coco.read_records if coco.is_coco(path) else read_records
     contexts: dict[str, Context] = {}
@@ -87,40 +88,6 @@ def read_contexts(source: str | Path) -> list[Context]:
         lines = [str(problem) for problem in problems[:_SHOWN]]
         raise InputError("\n".join([*lines, f"And {more:,} more."] if more > 0 else lines))
     return list(contexts.values())
-
-
-def image_folder(source: str | Path) -> Path:
-    """Where the images of a source lie when nothing else is said: beside its file; nano's are drawn if need be."""
-    if _nano_scenes(str(source)) is not None:
-        return dataset.prepare().folder
-    return Path(source) if Path(source).is_dir() else Path(source).parent
-
-
-def _nano_scenes(source: str) -> int | None:
-    """How many of nano's training scenes are asked for; None where another source is."""
-    name, colon, number = source.partition(":")
-    if name != NANO:
-        return None
-    if not colon:
-        return dataset.TRAIN_IMAGES
-    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= dataset.TRAIN_IMAGES):
-        most = f"{dataset.TRAIN_IMAGES:,}"
-        raise InputError(
-            f"{source}: the number after `nano:` must be from 1 to {most} (nano's training scenes); write nano:100 "
-            "for the first 100."
-        )
-    return int(number)
-
-
-def _of_scene(id_: str) -> Context:
-    """A training scene of nano: five captions, and every shape with size, colour and form as its category."""
-    scene = dataset.scene_of(id_)
-    boxes = []
-    for shape in scene.shapes:
-        x1, y1, x2, y2 = (value / scenes.SIZE for value in shape.box)
-        boxes.append(Box(f"{shape.size} {shape.colour} {shape.form}", (x1, y1, x2, y2)))
-    captions = tuple(f"{said}." for said in language.captions(scene, random.Random(f"captions-{id_}")))
-    return Context(id_, f"images/{id_}.png", captions, tuple(boxes), complete=True)
 
 
 def _said_id(record: Any) -> str | None:

@@ -4,7 +4,7 @@ A mixture is written in the recipe's YAML:
 
     train_file:
       - {path: instruct.json, image_folder: coco/train2017}
-      - {path: digits.jsonl, repeat: 3}        # three times per epoch; 0.5 is every second example, drawn at random
+      - {path: digits.jsonl, repeat: 3}        # three times per epoch; 0.5 is every second example, drawn with the seed
 
 With `weight` instead of `repeat`, weights are the files' shares of an epoch: the file that is largest relative to its
 share is read once, and the others are repeated to match the shares, so that no example is left out.

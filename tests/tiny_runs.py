@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from qllava.config import InputError
 from qllava.data.encode import Encoder
 from qllava.image_layout import ImageLayout
+from qllava.merge import MergeResult, merge
 from qllava.models.adapter import add_lora, train_projector_only
 from qllava.models.assemble import Assembled, assemble
 from qllava.models.lora import Lora
@@ -150,3 +151,9 @@ def write_records(path: Path, rows: list[Any]) -> Path:
     """Write a data file."""
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
+
+
+def run_merge(folder: Path, out: Path, **changes: Any) -> MergeResult:
+    """Merge a run with the defaults of the tests: NF4 base, fp32, verified."""
+    values: dict[str, Any] = {"base": "nf4", "dtype": "float32", "max_shard_size": "5GB", "verify": True, **changes}
+    return merge(folder, out, **values)

@@ -10,7 +10,7 @@ import pytest
 
 from qllava.arguments import Parser
 from qllava.cli.flags import server_flags
-from tests.test_house import CODE, ROOT, name
+from tests.house_rules import CODE, ROOT, name
 
 
 def repeated_flags(sources: Mapping[str, str]) -> list[str]:

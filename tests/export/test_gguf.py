@@ -1,131 +1,38 @@
-"""The GGUF pair, read back by the gguf package: every tensor once and equal, the header as the config; or nothing."""
+"""The GGUF pair, read back by the gguf package: every tensor once and equal, the header as the config."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter
-from gguf.quants import dequantize
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qllava import cli
-from qllava.config import InputError
 from qllava.export import tensors
 from qllava.export.gguf import export
 from qllava.merge import merge
 from qllava.models.weights import Weights, open_weights
+from tests.export.gguf_files import (
+    HEAD,
+    HEADS,
+    KV_HEADS,
+    POSITIONS,
+    altered,
+    as_transformers,
+    language_names,
+    pair,
+    read,
+    tower_names,
+)
 from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
-from tests.tiny_runs import Tiny, refusal
-
-HEADS, KV_HEADS, HEAD = 4, 2, 16  # of the tiny language model
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-BLOCK = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_out": "self_attn.out_proj",
-    "ln1": "layer_norm1",
-    "ln2": "layer_norm2",
-    "ffn_up": "mlp.fc1",
-    "ffn_down": "mlp.fc2",
-}
-
-
-def language_names(layers: int = 2) -> dict[str, str]:
-    """GGUF's name of each tensor of the language model, and the folder's."""
-    names = {
-        "token_embd.weight": "language_model.model.embed_tokens.weight",
-        "output.weight": "language_model.lm_head.weight",
-        "output_norm.weight": "language_model.model.norm.weight",
-    }
-    for n in range(layers):
-        names |= {f"blk.{n}.{k}.weight": f"language_model.model.layers.{n}.{v}.weight" for k, v in LAYER.items()}
-    return names
-
-
-def tower_names(blocks: int) -> dict[str, str]:
-    """The same for tower and projector."""
-    tower = "vision_tower.vision_model"
-    names = {"v.patch_embd.weight": f"{tower}.embeddings.patch_embedding.weight"}
-    for part in ("weight", "bias"):
-        names[f"v.pre_ln.{part}"] = f"{tower}.pre_layrnorm.{part}"
-        names[f"mm.0.{part}"] = f"multi_modal_projector.linear_1.{part}"
-        names[f"mm.2.{part}"] = f"multi_modal_projector.linear_2.{part}"
-        for n in range(blocks):
-            names |= {f"v.blk.{n}.{k}.{part}": f"{tower}.encoder.layers.{n}.{v}.{part}" for k, v in BLOCK.items()}
-    return names
-
-
-# The class token and the positions, which are written as sums.
-POSITIONS = {"v.class_embd", "v.patch_embd.bias", "v.position_embd.weight"}
-
-
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Kind], dict[str, Any]]:
-    """Values in fp32, how each tensor is kept, and the header."""
-    reader = GGUFReader(path)
-    assert len({t.name for t in reader.tensors}) == len(reader.tensors)
-    values = {}
-    for t in reader.tensors:
-        shape = [int(n) for n in reversed(t.shape)]
-        values[t.name] = torch.from_numpy(dequantize(t.data, t.tensor_type).astype(np.float32)).reshape(shape)
-    header = {name: field.contents() for name, field in reader.fields.items()}
-    return values, {t.name: t.tensor_type for t in reader.tensors}, header
-
-
-def pair(folder: Path) -> tuple[Path, Path]:
-    language = [p for p in folder.glob("*.gguf") if not p.name.startswith("mmproj-")]
-    projector = list(folder.glob("mmproj-*.gguf"))
-    assert len(language) == len(projector) == 1
-    return language[0], projector[0]
-
-
-def as_transformers(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Rows of q and k as transformers has them: of a head, row 2 i was row i, and row 2 i + 1 was HEAD / 2 + i."""
-    if ".attn_q." not in name and ".attn_k." not in name or name.startswith("v."):
-        return values
-    heads = HEADS if ".attn_q." in name else KV_HEADS
-    rows = torch.empty_like(values)
-    for head in range(heads):
-        for i in range(HEAD // 2):
-            rows[head * HEAD + i] = values[head * HEAD + 2 * i]
-            rows[head * HEAD + HEAD // 2 + i] = values[head * HEAD + 2 * i + 1]
-    return rows
-
-
-def altered(folder: Path, out: Path, changes: dict[str, Any], **tensors_: torch.Tensor) -> Path:
-    """A copy with other values in config.json ("text_config.hidden_act": ...) and other tensors."""
-    shutil.copytree(folder, out)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    for path, value in changes.items():
-        *outer, last = path.split(".")
-        place = config
-        for name in outer:
-            place = place[name]
-        place[last] = value
-    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    if tensors_:
-        save_file(load_file(out / "model.safetensors") | tensors_, out / "model.safetensors", metadata={"format": "pt"})
-    return out
+from tests.tiny_runs import Tiny
 
 
 @pytest.fixture(scope="module")
@@ -374,132 +281,3 @@ class TestHeader:
         header = read(pair(tmp_path / "out")[0])[2]
         assert header["llama.vocab_size"] == len(header["tokenizer.ggml.tokens"]) == rows + 3
         assert header["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
-
-
-class TestRefusals:
-    """Nothing is written, and what was there stays."""
-
-    def refused(self, model: Path | str, out: Path, **how: Any) -> str:
-        before = sorted(out.parent.iterdir())
-        with pytest.raises(InputError) as caught:
-            export(str(model), out, **how)
-        assert sorted(out.parent.iterdir()) == before
-        return refusal(caught.value)
-
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"vision_config": {"model_type": "siglip_vision_model"}}, "only CLIP towers"),
-            ({"text_config.model_type": "qwen2"}, "LLaMA and Mistral"),
-            ({"text_config.hidden_act": "gelu"}, "silu"),
-            ({"vision_config.hidden_act": "relu"}, "quick_gelu and gelu"),
-            ({"vision_config.intermediate_size": 32}, "as wide as the tower"),
-            ({"projector_hidden_act": "relu"}, "gelu and linear"),
-            ({"vision_feature_layer": [-2, -1]}, "one layer is written"),
-            ({"vision_feature_layer": 0}, "one layer is written"),
-            ({"vision_feature_select_strategy": "full"}, "class token"),
-            ({"text_config.rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
-            ({"text_config.num_hidden_layers": 3}, "lack language_model.model.layers.2"),
-            ({"text_config.num_hidden_layers": 1}, "layers.1.input_layernorm.weight has no place"),
-            ({"model_type": "llava_next"}, "'llava_next'"),
-        ],
-        ids=lambda value: value if isinstance(value, str) else "",
-    )
-    def test_what_llama_cpp_would_not_compute(
-        self, hf_layout: Path, tmp_path: Path, changes: dict[str, Any], said: str
-    ) -> None:
-        assert said in self.refused(altered(hf_layout, tmp_path / "model", changes), tmp_path / "out")
-
-    def test_no_chat_template(self, hf_layout: Path, tmp_path: Path) -> None:
-        shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
-        assert "no chat template" in self.refused(tmp_path / "model", tmp_path / "out")
-
-    @pytest.mark.parametrize("part", ["", "checkpoint-2"])
-    def test_a_run(self, tiny: Tiny, tmp_path: Path, part: str) -> None:
-        assert "merge it first: qllava merge" in self.refused(tiny.stage2 / part, tmp_path / "out")
-
-    def test_a_stage_1(self, tiny: Tiny, tmp_path: Path) -> None:
-        assert "is a run" in self.refused(tiny.stage1, tmp_path / "out")
-
-    def test_nano_names_a_run(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("qllava.runs.newest_nano_run", lambda: tiny.stage2)
-        assert f"qllava merge {tiny.stage2} OUT" in self.refused("nano", tmp_path / "out")
-
-    def test_no_such_folder(self, tmp_path: Path) -> None:
-        assert str(tmp_path / "none") in self.refused(tmp_path / "none", tmp_path / "out")
-
-    def test_a_folder_with_something_in_it(self, hf_layout: Path, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine.txt").touch()
-        assert "is not empty" in self.refused(hf_layout, tmp_path / "out")
-        assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
-
-    @pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (1e6, "--quantize bf16")])
-    def test_values_that_cannot_be_kept(self, hf_layout: Path, tmp_path: Path, value: float, said: str) -> None:
-        name = "language_model.model.layers.1.mlp.up_proj.weight"
-        weight = load_file(hf_layout / "model.safetensors")[name]
-        weight[3, 3] = value
-        source = altered(hf_layout, tmp_path / "model", {}, **{name: weight})
-        message = self.refused(source, tmp_path / "out")
-        assert said in message and name in message
-        if value == 1e6:
-            export(str(source), tmp_path / "bf16", quantize="bf16")
-
-    def test_a_tensor_without_a_place(self, hf_layout: Path, tmp_path: Path) -> None:
-        more = {"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(HEAD)}
-        message = self.refused(altered(hf_layout, tmp_path / "model", {}, **more), tmp_path / "out")
-        assert "q_norm" in message and "has no place" in message
-
-    def test_a_shape_that_is_not_the_configs(self, hf_layout: Path, tmp_path: Path) -> None:
-        for changes in ({"text_config.num_key_value_heads": 1}, {"vision_config.image_size": 64}):
-            source = altered(hf_layout, tmp_path / str(len(str(changes))), changes)
-            assert "should be" in self.refused(source, tmp_path / "out")
-
-    def test_a_shard_that_is_cut_off(self, hf_layout: Path, tmp_path: Path) -> None:
-        shutil.copytree(hf_layout, tmp_path / "model")
-        path = tmp_path / "model" / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1000])
-        assert "truncated or corrupt" in self.refused(tmp_path / "model", tmp_path / "out")
-
-    def test_a_shard_that_is_missing(self, hf_layout: Path, tmp_path: Path) -> None:
-        shutil.copytree(hf_layout, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-        assert "has no weights" in self.refused(tmp_path / "model", tmp_path / "out")
-
-    def test_more_tokens_than_rows(self, hf_layout: Path, tmp_path: Path) -> None:
-        original = load_file(hf_layout / "model.safetensors")
-        fewer = {
-            name: original[name][:100].clone()
-            for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-        }
-        source = altered(hf_layout, tmp_path / "model", {"text_config.vocab_size": 100}, **fewer)
-        assert "only 100 rows" in self.refused(source, tmp_path / "out")
-
-    def test_a_full_disk(self, hf_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
-        message = self.refused(hf_layout, tmp_path / "out")
-        assert "No space left on device" in message and "incomplete files were removed" in message
-
-
-class TestCommand:
-    def test_says_what_it_wrote(self, hf_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["export", str(hf_layout), str(tmp_path / "out"), "--format", "gguf"]) == 0
-        said = capsys.readouterr().out
-        for name in ("tiny-f16.gguf", "mmproj-tiny-f16.gguf", "Modelfile"):
-            assert (tmp_path / "out" / name).is_file() and name in said
-
-    def test_a_refusal_is_one_line_and_status_1(
-        self, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert cli.main(["export", str(tiny.stage2), str(tmp_path / "out"), "--format", "gguf"]) == 1
-        captured = capsys.readouterr()
-        assert captured.out == "" and captured.err.count("\n") == 1 and "merge it first" in captured.err
-
-    @pytest.mark.parametrize("line", ["export m out", "export m out --format onnx", "export m out --quantize q4_0"])
-    def test_a_wrong_command_line_ends_with_2(self, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as end:
-            cli.main(line.split())
-        assert end.value.code == 2
-        assert "usage:" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_house import ROOT
+from tests.house_rules import ROOT
 
 CASES = {
     "nothing is known": ("exit 0", 0, "knows of no weakness"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.house_rules import CODE, name
 from tests.pages.server import ROOT, served
 from tests.security.test_source import calls, constant
-from tests.test_house import CODE, name
 from tests.tiny_models import make_tiny_llava
 
 LISTEN = "0A"  # the state in /proc/net/tcp

@@ -31,8 +31,8 @@ from qllava.synthesis.concepts import index_phrases
 from qllava.synthesis.report import write_report as write_synthesis
 from qllava.training.report import write_report
 from qllava.voting.votes import Vote
+from tests.house_rules import CODE, name
 from tests.security.test_source import dotted
-from tests.test_house import CODE, name
 from tests.test_page import HOSTILE, Reader
 from tests.tiny_models import IMAGE_LAYOUT, make_tiny_tokenizer
 

@@ -1,6 +1,6 @@
 """What no line of ours does: run text as code, unpickle, unpack by names from outside, trust a model's own code.
 
-Each rule is tried on a line that breaks it, as in `tests/test_house.py`.
+Each rule is tried on a line that breaks it, as in `tests/test_house_rules.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_house import CODE, collect, name
+from tests.house_rules import CODE, collect, name
 
 # Text as code, commands through a shell, pickles, and archives that are unpacked by the names that they give.
 FORBIDDEN = {

@@ -1,0 +1,59 @@
+"""A broken data set: what is in it, and the sentence that the user reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUMAN = {"from": "human", "value": "What is it?"}
+SEEN = {"from": "human", "value": "<image>\nWhat is it?"}
+GPT = {"from": "gpt", "value": "A bus."}
+SOUND = {"id": "a1", "image": "red.png", "conversations": [SEEN, GPT]}
+
+DOCS = "see the formats in docs/data.md"
+FORM = "a data file is a JSON list of examples, or one example per line"
+FORMATS = (
+    "a data file is a JSON list of examples, one example per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
+)
+HALF = "holds half of a character (a \\u escape of a surrogate without its partner); write the character whole"
+REPLACE = "replace it, or remove its examples"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A broken data set.
+
+    content: of the data file: examples of a JSON list, one a line; or its text, its bytes; or what writes it.
+    said: the sentence, {folder} being the folder of the file.
+    id, line: as programs read them.
+    samples: the sound ones.
+    file: the name of the data file.
+    """
+
+    content: list[Any] | str | bytes | Callable[[Path], object]
+    said: str
+    id: str | None = None
+    line: int | None = None
+    samples: int = 0
+    file: str = "train.json"
+    severity: str = "error"
+
+
+def row(said: str, *turns: Any, id: Any = "x7", where: str = "id x7", **more: Any) -> Case:
+    """A LLaVA example behind a sound one."""
+    broken = {"conversations": list(turns), **more} | ({} if id is None else {"id": id})
+    return raw(said, broken, where=where)
+
+
+def raw(said: str, broken: Any, *, where: str = "id x7") -> Case:
+    """Any example behind a sound one; `where` is empty when its id cannot be read."""
+    place = f"train.json, example 2, {where}" if where else "train.json, example 2"
+    id = where.removeprefix("id ") or None
+    return Case([SOUND, broken], f"{place}: {said}.", id=id, line=3, samples=1)
+
+
+def lines(rows: list[Any]) -> str:
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"

@@ -1,4 +1,4 @@
-"""In-context learning, measured: right answers with 0, 1, 2 and 4 examples before each question, by way of choosing.
+"""Benchmark of in-context learning: accuracy with 0, 1, 2 and 4 examples per question, by how they are chosen.
 
     python benchmarks/few_shot.py runs/finetune_lora --out benchmarks/results/few_shot.json
 

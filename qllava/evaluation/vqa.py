@@ -55,7 +55,7 @@ _CONTRACTIONS = """
 
 
 def _misspelled(words: str) -> dict[str, str]:
-    """Each contraction by its spellings that lack one apostrophe."""
+    """Return a map from each spelling that lacks one apostrophe to its contraction."""
     found = {"somebody'd": "somebodyd"}  # in the original the other way round
     for word in words.split():
         found |= {word[:at] + word[at + 1 :]: word for at, sign in enumerate(word) if sign == "'"}
@@ -69,13 +69,13 @@ AnswerFn = Callable[[Sequence[Example]], Sequence[str]]
 
 @dataclass(frozen=True)
 class VqaResult:
-    """A score over `n` questions, and what was answered."""
+    """Accuracy over `n` questions, with the answers of the model."""
 
     accuracy: float  # between 0 and 1
     n: int
     correct: int
     ci95: tuple[float, float]  # Wilson's interval for the accuracy
-    types: dict[str, Share]  # right answers per question type, for the questions that have one
+    types: dict[str, Share]  # correct answers per question type, for the questions that have one
     answers: tuple[str, ...]  # in the order of the examples, as the model wrote them
 
     @property
@@ -84,7 +84,7 @@ class VqaResult:
         return {name: share.count / share.n for name, share in self.types.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, under the names that `qllava eval vqa --json` promises."""
+        """Return the figures under the keys that `qllava eval vqa --json` writes."""
         return {
             "accuracy": self.accuracy,
             "n": self.n,
@@ -96,7 +96,7 @@ class VqaResult:
 
 
 def normalize(text: str) -> str:
-    """An answer in the form in which two answers are compared.
+    """Return an answer in the form in which two answers are compared.
 
     >>> normalize("The two red-balls!")
     '2 red balls'
@@ -116,14 +116,15 @@ def normalize(text: str) -> str:
 
 
 def is_correct(answer: str, truth: str) -> bool:
-    """Exact match after `normalize`."""
+    """Return whether both match exactly after `normalize`."""
     return normalize(answer) == normalize(truth)
 
 
 def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
-    """Compare answers that were given elsewhere (during training, say) with the truth of their examples.
+    """Score answers that were generated elsewhere (for example during training) against the reference answers.
 
-    Raises InputError where there is nothing to score: a share of nothing is not 0.
+    Raises:
+        InputError: If there are no examples; their accuracy would be undefined, not 0.
     """
     if not examples:
         raise InputError("There are no questions to score; give examples with a question and its answer.")
@@ -143,7 +144,11 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> VqaResult:
 
 
 def truth(example: Example) -> str:
-    """The right answer: the last turn. Raises InputError when the example does not end with an answer."""
+    """Return the reference answer of an example: its last turn.
+
+    Raises:
+        InputError: If the example does not end with a question and its answer.
+    """
     turns = example.conversation.turns
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         raise InputError(f"{example.where}: the example does not end with a question and its answer; add them.")
@@ -151,7 +156,7 @@ def truth(example: Example) -> str:
 
 
 def question(example: Example) -> Conversation:
-    """The prompt: the conversation up to and with the last question."""
+    """Return the prompt: the conversation up to and including the last question."""
     truth(example)
     return Conversation(turns=example.conversation.turns[:-1], system=example.conversation.system)
 
@@ -159,12 +164,12 @@ def question(example: Example) -> Conversation:
 def evaluate(chat: Chat | AnswerFn, examples: Sequence[Example], *, batch_size: int = MOST) -> VqaResult:
     """Ask every question greedily and score the answers.
 
-    All examples are looked at before the first question is asked. Progress goes to stderr.
+    All examples are checked before the first question is asked. Progress goes to stderr.
 
     Args:
         chat: A loaded model, or any function from a batch of examples to their answers (a baseline, a test).
         examples: Examples that end with a question and its answer.
-        batch_size: The most questions that are asked at once; fewer where memory does not suffice.
+        batch_size: Maximum number of questions in a batch; batches are smaller if memory does not suffice.
     """
     for example in examples:
         truth(example)
@@ -312,9 +317,7 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
         [name, f"{share.count} of {share.n}", page.percent(share.count / share.n)]
         for name, share in result.types.items()
     ]
-    both = page.grid(
-        page.interval_chart("Right answers", types, 0.0, 1.0), page.table(["type", "right", "share"], rows)
-    )
+    both = page.grid(page.interval_chart("Accuracy", types, 0.0, 1.0), page.table(["type", "right", "share"], rows))
     chart = [page.section("By type", both)] if types else []
     which = (
         "No failures"

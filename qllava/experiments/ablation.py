@@ -1,4 +1,4 @@
-"""Ablations: the same run with one thing changed, repeated by seed, each measured alike.
+"""Ablations: the same run with one thing changed, repeated for each seed, all measured in the same way.
 
 A grid is a YAML. `pretrain` and `finetune` hold keys of the two recipes, `variants` what is changed, by name; `grid`
 adds a variant for each combination of values. A variant is compared with the first, or with the one that it names under
@@ -51,38 +51,39 @@ IN_BOTH_STAGES = (
     "image_aspect",
     "load_in_4bit",
 )
-"""What of `finetune` holds for stage 1 too: what the base is made of."""
+"""Keys of `finetune` that apply to stage 1 too, because they define the base model."""
 KEYS = {"seeds", "measure", "pretrain", "finetune", "variants", "grid"}
 
 Command = Callable[[Sequence[str], Path], str]
-"""Run a command: `pretrain_projector`, `finetune_lora` or `eval` with its words, and where its messages are kept;
-returns what it printed. Raises InputError when it fails."""
+"""Run a command (`pretrain_projector`, `finetune_lora` or `eval`) and return what it printed.
+
+Takes the command with its arguments, and the path of the log of its messages. Raises InputError if it fails."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table."""
+    """One variant of the run: a line of the table."""
 
     name: str
-    """For people; also its folder's name, in lower case and with hyphens."""
+    """Name in reports; in lower case and with hyphens also the name of the folder."""
     pretrain: dict[str, Any] | None
-    """The configuration of stage 1; None where there is none to be done."""
+    """Configuration of stage 1; None if stage 1 is not run."""
     finetune: dict[str, Any]
-    """The configuration of stage 2."""
+    """Configuration of stage 2."""
     measure: str
-    """The words after `qllava eval`; `{model}` is the run or checkpoint, `{out}` a file of its own."""
+    """Arguments of `qllava eval`; `{model}` is the run or checkpoint, `{out}` a file for this variant alone."""
     against: str
-    """The name of the variant that it is compared with; its own where with none."""
+    """Name of the variant that it is compared with; its own name if there is none."""
 
     @property
     def folder(self) -> str:
-        """Its folder's name."""
+        """Name of the variant's folder."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Variants, each to be run with every seed."""
+    """Variants, each of which is run with every seed."""
 
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
@@ -90,18 +91,18 @@ class Grid:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found for one variant and seed."""
+    """Results of one variant with one seed."""
 
     variant: str
     seed: int
     points: tuple[tuple[int, float], ...]
-    """(optimizer step, share of right answers) of each checkpoint that was measured; the last is the result."""
+    """(optimizer step, accuracy) of each checkpoint that was measured; the last is the result."""
     ci95: tuple[float, float]
-    """The interval of the last one, over questions."""
+    """95 % interval of the last accuracy, over questions."""
 
     @property
     def result(self) -> float:
-        """The share at the end of the run."""
+        """Accuracy at the end of the run."""
         return self.points[-1][1]
 
 
@@ -109,9 +110,11 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     """Read a grid's YAML.
 
     Args:
-        places: the value of `{name}`; called only where the file speaks of it, as it may take minutes.
+        path: The YAML file.
+        places: Functions that return the value of `{name}`; called only if the file uses it, as it may take minutes.
 
-    Raises InputError for a file that cannot be read, and for keys or values that are none of a grid's.
+    Raises:
+        InputError: If the file cannot be read, or if it has unknown keys or invalid values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -151,7 +154,7 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
 
 
 def _changes(given: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names of all variants, and what each changes."""
+    """Return the names of all variants, and what each changes."""
     for name, changed in given["variants"].items():
         if not isinstance(changed, dict) or not isinstance(changed.get("pretrain", {}), dict):
             raise InputError(f"The grid {path}: the variant {name} must be a mapping of what it changes.")
@@ -166,7 +169,7 @@ def _changes(given: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str,
 
 
 def _variant(name: str, changed: dict[str, Any], given: dict[str, Any], path: Path, first: str) -> Variant:
-    """What is the same for all, with what this one changes."""
+    """Return the common settings, with the changes of this variant."""
     own = {key: value for key, value in changed.items() if key not in ("pretrain", "measure", "against")}
     finetune = {**given["finetune"], **own}
     shared = {key: finetune[key] for key in IN_BOTH_STAGES if key in finetune}
@@ -179,9 +182,10 @@ def _variant(name: str, changed: dict[str, Any], given: dict[str, Any], path: Pa
 
 
 def run_grid(grid: Grid, out: Path, run: Command) -> list[Measured]:
-    """Run and measure every cell that is not finished, seed by seed, with a bar. Returns all that is there in the end.
+    """Run and measure every unfinished cell, seed by seed, with a progress bar; return the results of all cells.
 
-    Raises InputError when a command fails, or when `out` holds a cell with other settings.
+    Raises:
+        InputError: If a command fails, or if `out` holds a cell with other settings.
     """
     cells = [(variant, seed) for seed in grid.seeds for variant in grid.variants]
     for variant, seed in cells:
@@ -199,7 +203,7 @@ def run_grid(grid: Grid, out: Path, run: Command) -> list[Measured]:
 
 
 def read_measured(grid: Grid, out: Path) -> list[Measured]:
-    """What is there of a grid, finished or not."""
+    """Return the results of all measured cells; the grid may be unfinished."""
     found = []
     for variant, seed in itertools.product(grid.variants, grid.seeds):
         if _is_measured(out, variant, seed):
@@ -220,7 +224,7 @@ def _told(out: Path, variant: Variant, seed: int) -> Path:
 
 
 def _models(folder: Path) -> list[Path]:
-    """What of a finished run is measured: its checkpoints where it kept some, the last of which is its end; or it."""
+    """Return what to measure of a finished run: its checkpoints (the last is its end), or the run if it has none."""
     return Run(folder).checkpoints() or [folder]
 
 
@@ -232,13 +236,13 @@ def _is_measured(out: Path, variant: Variant, seed: int) -> bool:
 
 
 def _aligned(out: Path, variant: Variant, seed: int) -> Path:
-    """Where its stage 1 lies: the same for all variants that have the same."""
+    """Return the folder of stage 1, which variants with the same stage 1 share."""
     settings = json.dumps({**(variant.pretrain or {}), "seed": seed}, sort_keys=True, default=str)
     return out / "aligned" / hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def _configure(out: Path, variant: Variant, seed: int) -> None:
-    """Write a cell's configurations. Raises InputError where it was begun with others."""
+    """Write a cell's configurations. Raises InputError if the cell was started with other ones."""
     folder, aligned = _folder(out, variant, seed), _aligned(out, variant, seed)
     stage2 = {**variant.finetune, "seed": seed, "output_dir": str(folder)}
     if variant.pretrain is not None:
@@ -261,7 +265,7 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
 
 
 def _train(out: Path, variant: Variant, seed: int, run: Command) -> None:
-    """Both stages, as far as they are not finished."""
+    """Run both stages, unless they are finished."""
     stages = [("finetune_lora", _folder(out, variant, seed))]
     if variant.pretrain is not None:
         stages.insert(0, ("pretrain_projector", _aligned(out, variant, seed)))
@@ -272,7 +276,7 @@ def _train(out: Path, variant: Variant, seed: int, run: Command) -> None:
 
 
 def _measure(out: Path, variant: Variant, seed: int, run: Command) -> None:
-    """Ask the run, or each of its checkpoints, what it was not asked yet."""
+    """Measure the run, or each of its checkpoints, where that was not done yet."""
     told = _told(out, variant, seed)
     told.mkdir(exist_ok=True)
     for model in _models(_folder(out, variant, seed)):

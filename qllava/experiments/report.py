@@ -1,9 +1,9 @@
-"""What a grid found, as a table in Markdown and as a page with a chart.
+"""Results of a grid, as a table in Markdown and as a page with charts.
 
 A figure is the mean over seeds. Its interval, where there are two seeds or more, is Student's over the seeds: what
-another seed would give, on the same questions. With one seed it is Wilson's over the questions, and says nothing of
-another seed. The difference to the variant that it is compared with is taken seed by seed, so what a seed does to both
-falls out; with one seed it has no interval.
+another seed would give on the same questions. With one seed it is Wilson's over the questions, and says nothing about
+other seeds. The difference to the variant that it is compared with is taken seed by seed, so that the effect of a seed
+on both cancels out; with one seed it has no interval.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Row:
-    """One variant's figures, shares between 0 and 1."""
+    """Figures of one variant, accuracies between 0 and 1."""
 
     variant: str
     seeds: int
     right: float
     ci95: tuple[float, float]
     against: str
-    """The variant that it is compared with."""
+    """Name of the variant that it is compared with."""
     gain: float | None
-    """Mean difference to that on the seeds that both have; None where there are none, and to itself."""
+    """Mean difference to `against` on the seeds that both have; None if there are none, or for itself."""
     gain_ci95: tuple[float, float] | None
-    """None with fewer than two seeds in common."""
+    """95 % interval of `gain`; None with fewer than two seeds in common."""
 
 
 def rows(grid: Grid, measured: Sequence[Measured]) -> list[Row]:
-    """The figures of each variant, in their order."""
+    """Return the figures of each measured variant, in the order of the grid."""
     results: dict[str, dict[int, Measured]] = {variant.name: {} for variant in grid.variants}
     for one in measured:
         results[one.variant][one.seed] = one
@@ -66,7 +66,7 @@ def rows(grid: Grid, measured: Sequence[Measured]) -> list[Row]:
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean by Student's t; None for fewer than two values.
+    """Return the 95 % interval of a mean by Student's t; None for fewer than two values.
 
     >>> [round(bound, 3) for bound in student([0.90, 0.92, 0.94])]
     [0.87, 0.97]
@@ -81,7 +81,7 @@ def student(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """The table."""
+    """Return the table in Markdown."""
     lines = [HEAD, ("---",) * len(HEAD), *(_cells(row) for row in found)]
     text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in lines)
     return f"{text}\n\n{NOTE}\n"
@@ -97,7 +97,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
-    """Write `OUT/cells.json` (each cell as it was measured), `table.md` and `report.html`; returns the page's path."""
+    """Write `OUT/cells.json` (each cell as it was measured), `table.md` and `report.html`; return its path."""
     found = rows(grid, measured)
     cells = [asdict(one) for one in measured]
     write_whole(out / "cells.json", json.dumps(cells, indent=1) + "\n")
@@ -107,13 +107,13 @@ def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
     shares = [(row.variant, row.right, *row.ci95) for row in found]
     gains = [(row.variant, row.gain, *row.gain_ci95) for row in found if row.gain is not None and row.gain_ci95]
     lowest = math.floor(10 * min((row.ci95[0] for row in found), default=0.0)) / 10
-    charts = [page.interval_chart("Share of right answers", shares, lowest, 1.0)]
+    charts = [page.interval_chart("Accuracy", shares, lowest, 1.0)]
     if gains:
         reach = max(0.01, *(abs(bound) for _, _, *interval in gains for bound in interval))
         charts.append(page.interval_chart("Difference to the one it is compared with", gains, -reach, reach))
     curves = _curves(measured)
     if curves:
-        charts.append(page.line_chart("Right answers over steps, mean of the seeds", curves, share=True))
+        charts.append(page.line_chart("Accuracy over steps, mean of the seeds", curves, share=True))
     parts += [page.section("Figures", page.table(HEAD, [_cells(row) for row in found])), page.grid(*charts)]
     path = out / REPORT_FILE
     page.write_page(path, page.page("Ablations", NOTE, parts, footer="Written by qllava from this folder's files."))
@@ -121,7 +121,7 @@ def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
 
 
 def _curves(measured: Sequence[Measured]) -> list[Series]:
-    """For variants whose checkpoints were measured: the mean over seeds at each step."""
+    """Return the mean over seeds at each step, for variants whose checkpoints were measured."""
     at: dict[str, dict[int, list[float]]] = {}
     for one in measured:
         for step, share in one.points if len(one.points) > 1 else ():

@@ -68,22 +68,22 @@ class Run:
 
     @property
     def settings(self) -> Path:
-        """The file of the settings that the run began with."""
+        """File of the settings that the run started with."""
         return self.folder / RUN_FILE
 
     @property
     def results(self) -> Path:
-        """The file that marks the run as finished."""
+        """File that marks the run as finished."""
         return self.folder / RESULTS_FILE
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """Path of the report page."""
         return self.folder / REPORT_FILE
 
     @property
     def stage1(self) -> Run:
-        """The pretraining that this run did first, in a folder of its own."""
+        """Run of the pretraining that this run did first, in its own folder."""
         return Run(self.folder / STAGE1)
 
     @property
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def state(self) -> State:
-        """How far the run is.
+        """State of the run.
 
         - "finished": it has results.
         - "interrupted": there is work to resume: a checkpoint, or a finished pretraining of its own. A command must
@@ -145,7 +145,7 @@ class Run:
         return self.read_settings().get("model_name_or_path") == NANO
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the settings that the run began with, by their present names.
+        """Return the settings that the run started with, by their current names.
 
         Raises:
             InputError: The settings cannot be read.
@@ -176,7 +176,7 @@ class Run:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is named as a checkpoint is."""
+    """Return whether a path is named like a checkpoint."""
     return path.name.startswith(_CHECKPOINT) and path.name.removeprefix(_CHECKPOINT).isdigit()
 
 

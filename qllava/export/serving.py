@@ -27,7 +27,7 @@ _READ_TURN = r"""{%- macro content(message) -%}
 
 
 def for_llama_cpp(chat_template: str) -> str:
-    """The chat template for the GGUF file; one that is not ours is returned as it is."""
+    """Return the chat template for the GGUF file; a template that is not ours is returned unchanged."""
     if template_of(chat_template) is None:
         return chat_template
     served = re.sub(
@@ -38,14 +38,14 @@ def for_llama_cpp(chat_template: str) -> str:
 
 
 def template_of(chat_template: str) -> Template | None:
-    """Which of our templates it is."""
+    """Return which of our templates it is."""
     return next((template for template in TEMPLATES.values() if template.chat_template() == chat_template), None)
 
 
 def modelfile(
     language_model: str, projector: str, template: Template | None, bos: str | None, eos: str, add_bos: bool
 ) -> str:
-    """An Ollama Modelfile for the two files in the same folder.
+    """Return an Ollama Modelfile for the two files in the same folder.
 
     bos, eos: the tokenizer's own. add_bos: Ollama puts the begin of text there itself, as the file tells it to.
     """
@@ -61,7 +61,7 @@ def modelfile(
 
 
 def _go_template(template: Template, own: dict[str, str]) -> str:
-    """The template in Go's language, which Ollama takes; on one line but for newlines of the template itself."""
+    """Return the template in Go's language, which Ollama takes; on one line but for newlines of the template itself."""
 
     def said(string: str) -> str:
         return re.sub("|".join(own), lambda found: own[found.group()], string)

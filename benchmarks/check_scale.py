@@ -1,15 +1,15 @@
-"""How fast and in how much memory a large data file is checked, and how soon a run on it can begin a second time.
+"""Benchmark of time and memory for checking a large data file, and for starting a run on it a second time.
 
     python benchmarks/check_scale.py --rows 600000 --images 5000 --out benchmarks/results/check_scale.json
 
-The examples are made up: LLaVA's JSON, words drawn so that an example has 200 tokens of text on average, spread as in
-LLaVA-Instruct (log-normal), several examples an image. Five commands are measured, each in a process of its own:
+The examples are synthetic: LLaVA's JSON with random words, 200 tokens of text per example on average, distributed as in
+LLaVA-Instruct (log-normal), and several examples per image. Five commands are measured, each in its own process:
 
-    first       `qllava check`, nothing known: examples are read and every image is decoded
-    edited      the same after an example was added: images are known, all examples are read again
+    first       `qllava check` with an empty cache: examples are read and every image is decoded
+    edited      the same after an example was added: images are cached, all examples are read again
     again       the same file a second time
-    run         a training run of one step on nano's parts, whose tokenizer makes other samples of the examples
-    run_again   the same a second time: the whole command, from its start to its report
+    run         a training run of one step on nano's parts, whose tokenizer encodes the examples differently
+    run_again   the same run a second time: the whole command, from its start to its report
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORDS = [f"{start}{end}" for start in STARTS for end in ENDS]
 
 
 def make(folder: Path, rows: int, images: int) -> Path:
-    """Write images and examples; returns the data file."""
+    """Write images and examples, and return the path of the data file."""
     images_folder = folder / "images"
     images_folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def _row(rng: random.Random, number: int, image: int) -> dict[str, Any]:
 
 
 def measure(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Run a command; seconds, and the most memory that its processes held at one time (bytes)."""
+    """Run a command, and return its seconds and the peak memory of its processes together, in bytes."""
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     most = own = 0
@@ -82,21 +82,21 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, float]
 
 
 def _tree(root: int) -> list[int]:
-    """A process and all of its descendants."""
+    """Return the ids of a process and all of its descendants."""
     found = [root]
     for pid in found:
         try:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 found += [int(child) for child in (task / "children").read_text().split()]
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return found
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Proportional set size (what processes share is counted once), and how much of it is not pages of a file.
+    """Return the proportional set size of a process (shared memory is counted once) and its anonymous part, in bytes.
 
-    Pages of a mapped file are the system's cache: it takes them back when memory is needed.
+    The rest are pages of mapped files: the system's cache, which it reclaims when memory is needed.
     """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -107,11 +107,11 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Make the data, measure, write the result."""
-    parser = argparse.ArgumentParser(description="Check a large data file; Linux only.")
+    """Write the data, measure the commands, and print and write the result."""
+    parser = argparse.ArgumentParser(description="Measure time and memory for checking a large data file (Linux only).")
     parser.add_argument("--rows", type=int, default=600_000)
     parser.add_argument("--images", type=int, default=5_000)
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder, LLaMA's for one")
+    parser.add_argument("--tokenizer", required=True, help="file or folder of a tokenizer, such as LLaMA's")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/qllava/benchmark-check")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -128,7 +128,7 @@ def main() -> int:
     for name in ("edited", "again"):
         found[name] = measure(command, environment)
     run = [sys.executable, "recipes/pretrain_projector.py", "--train_file", str(data), "--template", "chatml"]
-    run += ["--too_long", "drop", "--max_steps", "1"]  # nano's tokenizer takes several tokens for such a word
+    run += ["--too_long", "drop", "--max_steps", "1"]  # nano's tokenizer needs several tokens for each of these words
     run += ["--output_dir", str(cache / "run"), "--overwrite_output_dir", "True"]
     for name in ("run", "run_again"):
         found[name] = measure(run, environment)

@@ -1,4 +1,4 @@
-"""Runs `qllava` in a process of its own and tells what it took: seconds, peak memory, and which libraries it loaded."""
+"""Measurement of one `qllava` command in its own process: seconds, peak memory, and which libraries it loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# VmHWM counts from the program's own start. The peak of getrusage and wait4 does not: a child has its parent's.
+# VmHWM counts from the program's own start. The peak of getrusage and wait4 does not: a child inherits its parent's.
 MEASURED = """
 import json, pathlib, sys
 from qllava.cli import main
@@ -24,18 +24,23 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class Command:
-    """What a command printed and what it took."""
+    """Output and cost of one command."""
 
     stdout: str
+    """What it printed on stdout."""
     seconds: float
+    """Wall-clock time."""
     peak_bytes: int
+    """Peak resident memory."""
     loaded: list[str]
+    """Which of torch and transformers it imported."""
 
 
 def measured(words: Sequence[str]) -> Command:
-    """Run `qllava WORDS...` on Linux; what it says on stderr is kept from the screen.
+    """Run `qllava WORDS...` and measure it (Linux only). Its stderr is not shown.
 
-    Raises CalledProcessError, with what it said, where it fails.
+    Raises:
+        CalledProcessError: If the command fails; it holds the command's output.
     """
     began = time.monotonic()
     line = [sys.executable, "-c", MEASURED, *words]

@@ -1,8 +1,8 @@
-"""Floating point operations of what torch really computes, a multiplication and an addition counted as two.
+"""Count of the floating point operations that torch really computes; a multiplication and an addition are two.
 
-torch's counter knows matrix products, convolutions and attention; it is told here of the packed layers: their forward
-pass is one operation of bitsandbytes, their backward pass unpacks and multiplies, which is seen as it is. Attention is
-counted whole, also where a causal kernel leaves half of it out; the same for every system.
+torch's counter knows matrix products, convolutions and attention. The 4-bit layers are added here: their forward pass
+is one operation of bitsandbytes; their backward pass unpacks and multiplies, which torch's counter sees. Attention is
+counted in full even where a causal kernel skips half of it, in the same way for every system.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 def counter() -> FlopCounterMode:
-    """A context in which FLOPs are counted; `get_total_flops()` says how many."""
+    """Return a context manager that counts FLOPs; its `get_total_flops()` returns the total."""
     aten: Any = torch.ops.aten
     told = {
         torch.ops.bitsandbytes.gemm_4bit: _packed_product,
-        # torch before 2.15 counts attention on a GPU alone.
+        # torch before 2.15 counts attention only on a GPU.
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
@@ -28,7 +28,7 @@ def counter() -> FlopCounterMode:
 
 
 def _packed_product(a: Any, b: Any, shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """(..., K) times a packed (N, K)."""
+    """Return the FLOPs of (..., K) times a packed (N, K)."""
     n, k = shape
     return 2 * prod(a[:-1]) * int(n) * int(k)
 

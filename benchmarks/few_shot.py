@@ -2,9 +2,9 @@
 
     python benchmarks/few_shot.py runs/finetune_lora --out benchmarks/results/few_shot.json
 
-nano's test questions are asked; the examples are its validation questions, which no training saw. Every line has the
-interval of its accuracy and, paired with no examples, how many questions were gained and lost. It is measured too
-whether answers that were given in batches are the ones that are given one by one.
+The questions are nano's test questions; the examples are its validation questions, which were not trained on. Every
+line has the accuracy with its confidence interval and, compared with no examples, how many questions were gained and
+lost. The benchmark also measures how many answers are the same in batches and one at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTS = (1, 2, 4)
 
 
 def measure(chat: Chat, examples: Sequence[Example], pool: Sequence[Example]) -> list[dict[str, Any]]:
-    """A line without examples, and one for each way and number of them."""
+    """Return a line without examples, and one for each way of choosing them and each number of them."""
     without = evaluate(chat, examples, batch_size=50)
     lines = [_line("none", 0, without, examples, without)]
     for choose in get_args(Choose):
@@ -44,7 +44,7 @@ def measure(chat: Chat, examples: Sequence[Example], pool: Sequence[Example]) ->
 
 
 def same_in_batches(chat: Chat, examples: Sequence[Example]) -> dict[str, Any]:
-    """How many answers are the same to the letter in batches of 50 and one by one."""
+    """Return how many answers are exactly the same in batches of 50 and one at a time."""
     batched, single = (evaluate(chat, examples, batch_size=size).answers for size in (50, 1))
     return {"questions": len(examples), "same": sum(a == b for a, b in zip(batched, single, strict=True))}
 
@@ -67,18 +67,18 @@ def _line(choose: str, shots: int, found: VqaResult, examples: Sequence[Example]
 
 
 def main() -> int:
-    """Print a table; with --out write the figures too."""
+    """Measure, print a table and, with --out, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a finished nano run, or a model merged from one")
-    parser.add_argument("--questions", type=int, help="ask the first N only (default: all)")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--questions", type=int, help="number of questions to ask, from the first (default: all)")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     arguments = parser.parse_args()
     data = dataset.prepare()
     examples = read_examples(data.test, data.folder)[: arguments.questions]
     pool = read_examples(data.validation, data.folder)
     chat = load(arguments.run)
     batched = same_in_batches(chat, [*examples, *read_examples(data.unseen, data.folder)[: arguments.questions]])
-    print(f"{batched['same']} of {batched['questions']} answers are the same in batches of 50 and one by one")
+    print(f"{batched['same']} of {batched['questions']} answers are the same in batches of 50 and one at a time.")
     lines = measure(chat, examples, pool)
     print(format_table([{key: value for key, value in line.items() if key != "by_type"} for line in lines]))
     if arguments.out:

@@ -1,10 +1,10 @@
-"""A synthetic million of captions with a known power law through `qllava filter`: seconds, peak memory, what is kept.
+"""Benchmark of `qllava filter` on a million synthetic captions with a known power law: time, memory, correctness.
 
     python benchmarks/filter_million.py --folder DIR --out benchmarks/results/filter_million.json
 
-A caption names one to five concepts, drawn from many by Zipf's law. The generator remembers which, and by its
-memory, not by the filter's reading of the words, the definition is followed step by step (`plainly`). The command runs
-in a process of its own; the bounds are 300 seconds and 1.5 GB.
+A caption names one to five concepts, drawn by Zipf's law. The generator records which ones. From this record, not from
+the filter's parsing of the text, `plainly` follows the definition of the filter step by step; the command must keep the
+same captions. It runs in its own process; the bounds are 300 seconds and 1.5 GB.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from qllava.surroundings import prepare_process
 
 SECONDS, BYTES = 300, 1.5e9
 
-# Syllables that make words of no language, of which none is a function word, a verb, or ends in -ing, -ed or -ly.
+# Syllables of invented words; none of the words is a function word or a verb, or ends in -ing, -ed or -ly.
 STARTS = ("b", "br", "d", "dr", "f", "g", "gl", "k", "kr", "m", "n", "p", "pl", "r", "v", "z")
 ENDS = ("ako", "elu", "imo", "ora", "uska", "eno", "atu", "ibo")
 BETWEEN = (" next to the ", " is riding a ", " with two ", ", and an ", " of the ", " quickly walked toward 3 ")
 
 
 def concept(number: int) -> str:
-    """The name of a concept: one word, or two; distinct numbers have distinct names."""
+    """Return the name of a concept, one or two words; different numbers have different names."""
     syllables = [start + end for start in STARTS for end in ENDS]
     word = ""
     rest = number
@@ -43,9 +43,9 @@ def concept(number: int) -> str:
 
 
 def make(captions: int, concepts: int, exponent: float, seed: int = 0) -> tuple[list[str], list[list[str]]]:
-    """Captions, and the concepts that each was made of.
+    """Return captions, and the concepts that each of them names.
 
-    The concept of rank r is drawn with a probability that falls as r to the power of -`exponent`.
+    The r-th concept is drawn with a probability proportional to r to the power of -`exponent`.
     """
     rng = np.random.default_rng(seed)
     share = np.arange(1, concepts + 1, dtype=np.float64) ** -exponent
@@ -67,7 +67,7 @@ def make(captions: int, concepts: int, exponent: float, seed: int = 0) -> tuple[
 
 
 def plainly(truth: Sequence[Sequence[str]], min_count: int, max_per_concept: int, seed: int) -> set[int]:
-    """The captions that the definition keeps, found slowly and step by step, from the rarest concept upward."""
+    """Return the captions that the filter's definition keeps, computed step by step from the rarest concept upward."""
     captions_of: dict[str, list[int]] = {}
     for caption, concepts in enumerate(truth):
         for name in set(concepts):
@@ -86,14 +86,14 @@ def plainly(truth: Sequence[Sequence[str]], min_count: int, max_per_concept: int
 
 
 def record(number: int, caption: str) -> dict[str, Any]:
-    """An example as in LLaVA's captions for stage 1."""
+    """Return an example in the format of LLaVA's captions for pretraining."""
     human = {"from": "human", "value": "Describe the picture briefly.\n<image>"}
     turns = [human, {"from": "gpt", "value": caption}]
     return {"id": f"{number:09d}", "image": f"{number // 1000:05d}/{number:09d}.jpg", "conversations": turns}
 
 
 def measure(data: Path, out: Path) -> dict[str, Any]:
-    """Run the command on a file; seconds, bytes, and what it said."""
+    """Run the command on a file, and return its seconds, its peak memory in bytes, and the figures that it printed."""
     took = measured(["filter", str(data), str(out), "--concepts", "simple", "--json"])
     said = json.loads(took.stdout)
     return {
@@ -109,13 +109,13 @@ def measure(data: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Make the million, filter it, compare; status 1 when a bound is broken or something else was kept."""
-    parser = argparse.ArgumentParser(description="Filter a synthetic million of captions; Linux only.")
+    """Write the captions, filter them and compare; return 1 if a bound is exceeded or the kept captions differ."""
+    parser = argparse.ArgumentParser(description="Measure `qllava filter` on synthetic captions (Linux only).")
     parser.add_argument("--captions", type=int, default=1_000_000)
     parser.add_argument("--concepts", type=int, default=1_000_000)
     parser.add_argument("--exponent", type=float, default=1.0)
-    parser.add_argument("--folder", type=Path, required=True, help="where the file of captions is made")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the captions and the filtered file")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     arguments = parser.parse_args()
     texts, truth = make(arguments.captions, arguments.concepts, arguments.exponent)
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""From the click to the first word in the browser: the demo with the newest nano run, a real chromium.
+"""Benchmark of the time from the click to the first letter in the browser: the demo with the newest nano run.
 
     python benchmarks/first_token.py --out benchmarks/results/first_token.json
 
-Each question is about an image that is uploaded before the clock starts. The page itself takes the time, from the
-press on the button to the first letter of the answer in the document.
+The browser is a real chromium. Each question is about an image that is uploaded before the clock starts. The page
+itself measures the time, from the click on the button to the first letter of the answer in the document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.machine import provenance
 from qllava.surroundings import prepare_process
 
 APP = Path(__file__).resolve().parents[1] / "demo" / "app.py"
-# Resolves with the milliseconds between the click and the first letter of a further answer.
+# Resolves to the milliseconds between the click and the first letter of the next answer.
 CLOCK = """() => new Promise(done => {
     const answers = () => [...document.querySelectorAll('#chat .bot.message')].filter(e => e.innerText.trim()).length;
     const before = answers(), begun = performance.now();
@@ -43,13 +43,17 @@ class Measured:
     """Seconds from the click to the first letter, over all questions."""
 
     questions: int
+    """Number of questions."""
     median: float
+    """Median of the seconds."""
     p95: float
+    """95th percentile of the seconds."""
     longest: float
+    """Longest of the seconds."""
 
 
 def ask(address: str, image: Path, questions: int) -> list[float]:
-    """Ask in a browser, each time in a new conversation; seconds for each."""
+    """Ask in a browser, each time in a new conversation, and return the seconds of each question."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -65,11 +69,11 @@ def ask(address: str, image: Path, questions: int) -> list[float]:
             seconds.append(page.evaluate(CLOCK) / 1000)
             page.close()
         browser.close()
-    return seconds[1:]  # the first one pays for what is loaded when it is first used
+    return seconds[1:]  # the first includes what is loaded on first use
 
 
 def measure(model: str, questions: int) -> Measured:
-    """Start the demo, ask, and end it."""
+    """Start the demo, ask the questions, and stop the demo."""
     from qllava.nano import scenes
 
     with socket.socket() as probe:
@@ -84,7 +88,7 @@ def measure(model: str, questions: int) -> Measured:
         try:
             while not _answers(address):
                 if process.poll() is not None:
-                    raise SystemExit("the demo ended; its message stands above")
+                    raise SystemExit("The demo has ended; see its message above.")
                 time.sleep(0.5)
             seconds = sorted(ask(address, image, questions))
         finally:
@@ -107,11 +111,11 @@ def _answers(address: str) -> bool:
 
 
 def main() -> int:
-    """Measure, print, and write with date, machine and commit."""
-    parser = argparse.ArgumentParser(description="Seconds from the click to the first word in the browser.")
-    parser.add_argument("--model", default="nano", help="as the demo takes it (default: nano)")
-    parser.add_argument("--questions", type=int, default=20, help="(default: 20)")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    """Measure, and print and write the figures with date, machine and commit."""
+    parser = argparse.ArgumentParser(description="Measure the seconds from the click to the first letter of an answer.")
+    parser.add_argument("--model", default="nano", help="value of the demo's --model (default: nano)")
+    parser.add_argument("--questions", type=int, default=20, help="number of questions to ask (default: 20)")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.questions)
     figures = {**asdict(found), **provenance("cpu")}

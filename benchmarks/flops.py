@@ -1,11 +1,11 @@
-"""FLOPs of a training step at the real sizes, counted without weights.
+"""Count of a training step's FLOPs at real model sizes, without weights.
 
     python benchmarks/flops.py --json benchmarks/results/flops.json
 
-The real code runs on fake tensors: they have shapes and no contents, so 13B parameters take no memory, and torch's
-counter sees every product, forward, recomputed and backward. Counted are TRL with and without recomputation, and qllava
-with one and three samples per image, with and without recomputation, and with each shortcut off alone. A sample
-has an image of 576 tokens and 200 tokens of text, 100 of them learned.
+The real code runs on fake tensors, which have shapes and no contents: 13B parameters take no memory, and torch's
+counter sees every product, forward, recomputed and backward. The table has TRL with and without recomputation, and
+qllava with one and three samples per image, with and without recomputation, and with each single shortcut switched off.
+A sample has an image of 576 tokens and 200 tokens of text, 100 of them learned.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEXT_TOKENS, LEARNED_TOKENS = 200, 100
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What qllava leaves out; see `training.exact`."""
+    """Work that qllava skips; see `training.exact`."""
 
     share: bool = True
     stop_tower: bool = True
@@ -62,20 +62,26 @@ def trl_step(
     recompute: bool = True,
     lora_r: int = 64,
 ) -> int:
-    """FLOPs of a step of TRL's trainer over a batch of samples of one length.
+    """Return the FLOPs of a step of TRL's trainer over a batch of samples of one length.
 
-    learned: how many positions of a sample go through the head: those learned, as on CUDA; None: all, as on a CPU.
+    Args:
+        config: Config of the model.
+        samples: Samples in the batch, each with one image.
+        text: Tokens of text of a sample.
+        learned: Positions of a sample that go through the head: the learned ones, as on CUDA; None: all, as on a CPU.
+        recompute: Whether layers are recomputed in the backward pass.
+        lora_r: Rank of LoRA.
     """
     with FakeTensorMode():
         model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=Lora(lora_r, lora_r))
         llava = llava_of(model)
-        # As SFTTrainer prepares a model: the inputs' gradients let the frozen tower run in the graph, recomputed too.
+        # As SFTTrainer prepares a model: with gradients of the inputs, the frozen tower is in the graph and recomputed.
         model.train()
         if recompute:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
         image = ImageLayout.of_config(config).tokens
-        # transformers compares the number of image tokens with the features' here; these tensors hold no numbers.
+        # transformers compares the numbers of image tokens and features here; fake tensors have no values to count.
         llava.model.get_placeholder_mask = lambda ids, *_, **__: (ids == config.image_token_index).unsqueeze(-1)
         side = getattr(config.vision_config, "image_size", 0)
         ids = torch.zeros(samples, image + text, dtype=torch.long)
@@ -101,13 +107,13 @@ def qllava_step(
     shortcuts: Shortcuts = Shortcuts(),
     lora_r: int = 64,
 ) -> int:
-    """FLOPs of a step of qllava over one image and all samples about it."""
+    """Return the FLOPs of a step of qllava over one image and all samples about it."""
     pack = _pack(config, samples, text, learned, share=shortcuts.share)
     return count_pack(config, pack, recompute=recompute, shortcuts=shortcuts, lora_r=lora_r)
 
 
 def count_pack(config: LlavaConfig, pack: Pack, *, recompute: bool, shortcuts: Shortcuts, lora_r: int) -> int:
-    """FLOPs of a pack, forward and backward."""
+    """Return the FLOPs of a pack, forward and backward."""
     with FakeTensorMode() as fake:
         model = fake_llava(config, load_in_4bit=True, dtype=torch.float32, lora=Lora(lora_r, lora_r))
         llava = llava_of(model)
@@ -130,7 +136,7 @@ def count_pack(config: LlavaConfig, pack: Pack, *, recompute: bool, shortcuts: S
 
 
 def _pack(config: LlavaConfig, samples: int, text: int, learned: int, *, share: bool) -> Pack:
-    """Samples about one image in one pack: the image, a question of other words each, an answer."""
+    """Return a pack of samples about one image: the image, then a different question and answer in each."""
     image = [config.image_token_index] * ImageLayout.of_config(config).tokens
     asked = [IGNORE_INDEX] * (len(image) + text - learned)
     packs = [
@@ -167,11 +173,11 @@ LINES: list[tuple[str, Callable[[LlavaConfig], int], int]] = [
         if not (off == "share" and samples == 1) and not (off == "lora_first" and not recompute)
     ),
 ]
-"""What is counted: a name, how, and for how many samples."""
+"""Steps to count: the name, the function that counts the FLOPs, and the number of samples in the step."""
 
 
 def table(names: Sequence[str]) -> list[dict[str, Any]]:
-    """All lines for these shapes."""
+    """Return all lines of the table for these shapes."""
     found = []
     for name in names:
         for line, count, samples in LINES:
@@ -181,10 +187,10 @@ def table(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, print, write."""
-    parser = argparse.ArgumentParser(description="FLOPs of a training step, without weights.")
-    parser.add_argument("--shape", nargs="+", default=["llava_7b", "llava_13b"], help="functions of shapes.py")
-    parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
+    """Count the FLOPs, and print and write them."""
+    parser = argparse.ArgumentParser(description="Count the FLOPs of a training step without weights.")
+    parser.add_argument("--shape", nargs="+", default=["llava_7b", "llava_13b"], help="names of functions of shapes.py")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to check that the command runs")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args(arguments)
     found = table(["tiny"] if given.tiny else given.shape)

@@ -1,15 +1,15 @@
-"""Everything that only a GPU can tell, in steps that end within minutes and write their figures as they go.
+"""All benchmarks that need a GPU, in steps of a few minutes that write their figures as they measure.
 
-    python benchmarks/gpu.py --quick         # the machine's ceiling, attention kernels, one step of each system
-    python benchmarks/gpu.py --memory        # every phase of every preset under caps of 8 to 24 GB, beside the plan
-    python benchmarks/gpu.py --throughput    # qllava beside TRL by samples per image, and a profile of a step
-    python benchmarks/gpu.py --fp16          # the same step in fp16 with loss scaling, as on a T4
+    python benchmarks/gpu.py --quick         # matrix product, attention kernels, one step of each system
+    python benchmarks/gpu.py --memory        # measured and planned peaks of every preset under caps of 8 to 24 GB
+    python benchmarks/gpu.py --throughput    # qllava and TRL by samples per image, and a profile of a step
+    python benchmarks/gpu.py --fp16          # a step in fp16 with loss scaling, as on a T4, and one in bf16
 
-Without a step, all of them. Models have random NF4 weights (no download). Every measurement goes into OUT.json and
-OUT.md at once, and each step keeps what the others have written. `--memory` begins no new case after `--minutes`; the
-same command measures what is missing.
+Without a flag, all steps run. Models have random NF4 weights (no download). Every measurement is written to OUT.json
+and OUT.md at once, and each step keeps the figures of the others. `--memory` starts no new case after `--minutes`; run
+the same command again to measure the missing ones.
 
-`--device cpu --tiny` runs any step at no size, to see that it runs.
+`--device cpu --tiny` runs any step with a tiny model, to check that it runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*gb*.ya
 
 
 def seconds_of(call: Callable[[], Any], device: str, repetitions: int = 10) -> float:
-    """Median time of a call, after two that are not timed."""
+    """Return the median seconds of a call, after two calls that are not timed."""
     found = []
     for _ in range(repetitions + 2):
         _wait(device)
@@ -60,14 +60,26 @@ def _wait(device: str) -> None:
 
 
 def ceiling(device: str, size: int) -> float:
-    """TFLOP per second of a square product, in bf16 on a GPU."""
+    """Return the TFLOP per second of a square matrix product, in bf16 on a GPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device) / 1e12
 
 
 def kernels(device: str, heads: int, width: int, prefix: int, branch: int, samples: int) -> list[dict[str, Any]]:
-    """Attention of one pack forward and backward by each kernel: milliseconds, or why it does not run here."""
+    """Measure attention of one pack, forward and backward, with each kernel.
+
+    Args:
+        device: cuda or cpu.
+        heads: Number of attention heads.
+        width: Width of a head.
+        prefix: Tokens of the prefix that the samples of a group share.
+        branch: Tokens of a sample after the prefix.
+        samples: Number of samples; two share a prefix.
+
+    Returns:
+        A line per kernel: its milliseconds, or None with a note why it does not run on this machine.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     groups = tuple(
         Group(start, prefix, (branch,) * 2)
@@ -96,7 +108,7 @@ def kernels(device: str, heads: int, width: int, prefix: int, branch: int, sampl
 
 
 def profiled(plan: Plan, path: Path) -> None:
-    """Write where the time of a step of qllava goes."""
+    """Write a profile of one step of qllava."""
     worker = Worker(plan.job("qllava", plan.texts([1.95], 3)))
     try:
         worker.step()
@@ -106,24 +118,24 @@ def profiled(plan: Plan, path: Path) -> None:
 
 
 class Record:
-    """The figures of all steps in one file, written again after each measurement."""
+    """The figures of all steps, in one file that is rewritten after each measurement."""
 
     def __init__(self, out: Path, device: str) -> None:
         self.out = out.with_suffix(".json")
         found = json.loads(self.out.read_text(encoding="utf-8")) if self.out.is_file() else {}
         about = provenance(device)
-        # Figures of another commit or machine are not mixed with these.
+        # Figures of another commit or machine are not mixed with new ones.
         same = all(found.get(name) == about[name] for name in ("machine", "versions", "commit"))
         self.result: dict[str, Any] = {**(found if same else {}), **about}
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
     def begin(self, *names: str) -> None:
-        """Forget what an earlier run of the same step has found."""
+        """Remove the figures that an earlier run of the same step has written."""
         for name in names:
             self.result[name] = []
 
     def add(self, name: str, lines: list[dict[str, Any]]) -> None:
-        """Add lines to a table, and write all."""
+        """Add lines to a table, and write all tables."""
         self.result.setdefault(name, []).extend(lines)
         for path, text in (
             (self.out, json.dumps(self.result, indent=2) + "\n"),
@@ -132,12 +144,12 @@ class Record:
             write_whole(path, text)
 
     def has(self, name: str, **values: Any) -> bool:
-        """Whether a table has such a line."""
+        """Return whether a table has a line with these values."""
         return any(all(line[key] == value for key, value in values.items()) for line in self.result.get(name, ()))
 
 
 def quick(given: argparse.Namespace, record: Record, folder: Path) -> None:
-    """The ceiling, each kernel, and a step of each system with the loss behind it."""
+    """Measure a matrix product, each attention kernel, and a step of each system with the loss after it."""
     cuda = given.device == "cuda"
     record.begin("ceiling", "kernels", "step")
     record.add("ceiling", [{"tflops": ceiling(given.device, 8192 if cuda else 256)}])
@@ -149,7 +161,7 @@ def quick(given: argparse.Namespace, record: Record, folder: Path) -> None:
 
 
 def one_step(job: Job) -> dict[str, Any]:
-    """The second step of a system, which is like all that follow, and the loss behind it."""
+    """Return the figures of a system's second step, which is typical of later ones, and the loss after it."""
     worker = Worker(job)
     try:
         worker.step()
@@ -169,13 +181,13 @@ def one_step(job: Job) -> dict[str, Any]:
 
 
 def memory(given: argparse.Namespace, record: Record, folder: Path) -> None:
-    """Planned and measured peaks of each phase, for presets under caps."""
+    """Measure and plan the memory peak of each phase, for presets under caps."""
     until = time.monotonic() + 60 * given.minutes
     cases = [(preset, cap) for preset in given.preset for cap in given.cap]
     left = [(preset, cap) for preset, cap in cases if not record.has("memory", preset=preset.stem, cap_gb=cap)]
     for number, (preset, cap) in enumerate(left):
         if time.monotonic() > until:
-            print(f"{len(left) - number} cases are left: give the command again.", file=sys.stderr)
+            print(f"Cases not measured yet: {len(left) - number}. Run the command again.", file=sys.stderr)
             return
         place = tempfile.mkdtemp(dir=folder)
         record.add("memory", phases.lines_of(phases.Case(str(preset), cap, given.device, place)))
@@ -183,7 +195,7 @@ def memory(given: argparse.Namespace, record: Record, folder: Path) -> None:
 
 
 def throughput(given: argparse.Namespace, record: Record, folder: Path) -> None:
-    """The three systems in turn, by samples per image; then where the time of a step goes."""
+    """Compare the three systems in turn, by samples per image, and write a profile of a step."""
     record.begin("throughput")
     for shape in given.shape:
         plan = _plan(given, folder, shape)
@@ -192,7 +204,7 @@ def throughput(given: argparse.Namespace, record: Record, folder: Path) -> None:
 
 
 def fp16(given: argparse.Namespace, record: Record, folder: Path) -> None:
-    """A step of qllava in fp16 beside one in bf16; on a CPU both are in fp32."""
+    """Measure a step of qllava in fp16 and one in bf16; on a CPU both are in fp32."""
     record.begin("fp16")
     plan = _plan(given, folder, given.shape[0])
     texts = plan.texts([1.95], 2)
@@ -212,14 +224,14 @@ TABLES = ("ceiling", "kernels", "step", "memory", "throughput", "fp16")
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The result as a page of Markdown."""
+    """Return the result as a page of Markdown."""
     head = [f"{name}: {result[name]}" for name in ("date", "machine", "versions", "commit")]
     tables = [f"## {name}\n\n{format_table(result[name])}" for name in TABLES if result.get(name)]
-    return "\n\n".join(["# What gpu.py measured", *head, *tables]) + "\n"
+    return "\n\n".join(["# Results of gpu.py", *head, *tables]) + "\n"
 
 
 def wrong_losses(result: dict[str, Any]) -> str | None:
-    """A sentence when systems that computed the same steps came to other losses: no speed counts then."""
+    """Return a sentence if systems that computed the same steps have different losses, so that speeds do not count."""
     for name in ("step", "throughput", "fp16"):
         lines = [{"samples_per_image": 1.95, **line} for line in result.get(name, ())]
         for shape in dict.fromkeys(line["shape"] for line in lines):
@@ -229,24 +241,24 @@ def wrong_losses(result: dict[str, Any]) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 when the losses of the systems do not agree."""
-    parser = argparse.ArgumentParser(description="All benchmarks that need a GPU.")
+    """Measure, and print and write the figures; return 1 if the losses of the systems do not agree."""
+    parser = argparse.ArgumentParser(description="Run all benchmarks that need a GPU.")
     for name, step in STEPS.items():
         parser.add_argument(f"--{name}", action="store_true", help=str(step.__doc__).splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--shape", nargs="+", default=None, help="functions of shapes.py (default: llava_7b)")
-    parser.add_argument("--preset", type=Path, nargs="+", default=PRESETS, help="YAMLs of --memory (default: all)")
+    parser.add_argument("--shape", nargs="+", default=None, help="names of functions of shapes.py (default: llava_7b)")
+    parser.add_argument("--preset", type=Path, nargs="+", default=PRESETS, help="presets of --memory (default: all)")
     parser.add_argument("--cap", type=int, nargs="+", default=CAPS_GB, help="GB of --memory (default: 8 12 16 24)")
-    parser.add_argument("--minutes", type=float, default=8, help="after which --memory begins no case (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8, help="time to start cases of --memory in (default: 8)")
     parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
     parser.add_argument("--samples-per-step", type=int, default=24)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to check that the command runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     given = parser.parse_args(arguments)
     given.shape = given.shape or ["tiny" if given.tiny else "llava_7b"]
     if given.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA device is here; --device cpu --tiny shows that the command runs.", file=sys.stderr)
+        print("No CUDA device was found. Use --device cpu --tiny to check that the command runs.", file=sys.stderr)
         return 1
     record = Record(given.out, given.device)
     asked = [name for name in STEPS if getattr(given, name)] or list(STEPS)

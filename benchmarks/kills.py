@@ -1,12 +1,14 @@
-"""Thirty `kill -9` in nano runs, each followed by the same command: do they end with the weights of an undisturbed one?
+"""Test of resuming: thirty `kill -9` in nano runs must not change the final weights.
 
     python benchmarks/kills.py --out benchmarks/results/kills.json      (about seven minutes on one core)
 
-Two runs over a few hundred of nano's own examples, with a checkpoint after every step: stage 1 alone, and both stages
-by one command. (There nano's stage 1 saves nothing: the first kill waits for its end, and comes before stage 2 saves.)
-Of the others two of three wait for `.partial`, the folder of a checkpoint that is being written, and come within 20 ms;
-the rest come at a drawn moment, its start too, or after two more steps. Half of the first kind let one save pass, or no
-run would ever get further. A kill counts as one in a save when it leaves that folder behind.
+After each kill the same command resumes the run; at the end its weights are compared with those of an uninterrupted
+run. There are two runs over a few hundred of nano's examples, with a checkpoint after every step: stage 1 alone, and
+both stages by one command. (In the second, stage 1 saves no checkpoints: its first kill waits for the end of stage 1
+and comes before stage 2 saves.) Of the other kills, two of three wait for `.partial`, the folder of a checkpoint that
+is being written, and come within 20 ms; the rest come at a random time, or after two more steps. Half of those that
+wait for a save let one save pass first, otherwise the run would never advance. A kill counts as one during a save if it
+leaves that folder behind.
 """
 
 from __future__ import annotations
@@ -41,16 +43,21 @@ STAGE1_DONE = Path(STAGE1) / RESULTS_FILE
 
 @dataclass(frozen=True)
 class Trained:
-    """One command: its recipe, steps of a stage, kills, whether it does both stages, and what it is given besides."""
+    """A training command that is killed and resumed."""
 
     recipe: str
+    """File name of the recipe."""
     steps: int
+    """Optimizer steps of a stage."""
     kills: int
+    """How often it is killed."""
     both: bool
+    """Whether it trains both stages."""
     given: tuple[str, ...]
+    """Further arguments."""
 
     def start(self, folder: Path, log: Path) -> subprocess.Popen[str]:
-        """The command as users type it, in a process of its own; what it says is added to a file."""
+        """Start the command in its own process, as a user would; its output is appended to a log."""
         words = ["--output_dir", folder, "--max_steps", self.steps, "--save_strategy", "steps", "--save_steps", 1]
         words += ["--save_total_limit", 2, "--per_device_train_batch_size", 8, "--eval_strategy", "no", *self.given]
         line = [sys.executable, str(ROOT / "recipes" / self.recipe), *map(str, words)]
@@ -61,17 +68,22 @@ class Trained:
 
 @dataclass(frozen=True)
 class Kill:
-    """One of them: seconds after the command began, what was under way, the newest whole checkpoint that is left."""
+    """A kill and the state in which it left the run."""
 
     recipe: str
+    """File name of the recipe that was killed."""
     seconds: float
+    """Seconds since the command started."""
     in_save: bool
+    """Whether a checkpoint was being written."""
     between_stages: bool
+    """Whether stage 1 had ended and stage 2 had no checkpoint yet."""
     newest: str | None
+    """Name of the newest intact checkpoint; None if there is none."""
 
 
 def write_records(folder: Path) -> tuple[Path, Path, Path]:
-    """Some of nano's captions and conversations; returns both files and the folder of their images."""
+    """Write some of nano's captions and conversations; return both files and the folder of their images."""
     data = prepare()
     files = []
     for path in (data.pretrain, data.train):
@@ -81,7 +93,7 @@ def write_records(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def wait_for_save(process: subprocess.Popen[str], folder: Path, pass_by: int, dice: random.Random) -> None:
-    """Until a checkpoint is being written, after `pass_by` others."""
+    """Wait until a checkpoint is being written, after `pass_by` others."""
     aside, saves, was = folder / PARTIAL, 0, (folder / PARTIAL).exists()
     while process.poll() is None:
         now = aside.exists()
@@ -94,14 +106,14 @@ def wait_for_save(process: subprocess.Popen[str], folder: Path, pass_by: int, di
 
 
 def wait_for(process: subprocess.Popen[str], folder: Path, seconds: float) -> None:
-    """So many seconds, but no longer than two more checkpoints: the run has to last for all kills."""
+    """Wait some seconds, but no longer than two more checkpoints, so that the run lasts for all kills."""
     until, first = time.monotonic() + seconds, newest_step(folder)
     while process.poll() is None and time.monotonic() < until and newest_step(folder) < first + 2:
         time.sleep(0.002)
 
 
 def wait_for_stage2(process: subprocess.Popen[str], folder: Path, seconds: float) -> None:
-    """Until stage 1 has ended, and so many seconds more, but not until stage 2 begins to save."""
+    """Wait until stage 1 has ended and some seconds more, but no longer than until stage 2 starts to save."""
     while process.poll() is None and not (folder / STAGE1_DONE).exists():
         time.sleep(0.002)
     until = time.monotonic() + seconds
@@ -110,12 +122,16 @@ def wait_for_stage2(process: subprocess.Popen[str], folder: Path, seconds: float
 
 
 def newest_step(folder: Path) -> int:
-    """Of the checkpoint with the highest number, 0 without one."""
+    """Return the highest step of a checkpoint, or 0 if there is none."""
     return max(map(step_of, Run(folder).checkpoints()), default=0)
 
 
 def kill_once(run: Trained, folder: Path, log: Path, number: int, longest: float, dice: random.Random) -> Kill:
-    """Start the command and kill it. Raises RuntimeError when it ends before, well or not."""
+    """Start the command, kill it, and return what the kill found.
+
+    Raises:
+        RuntimeError: If the command ends before it is killed.
+    """
     began, clock = time.monotonic(), time.time()
     process = run.start(folder, log)
     if number == 0 and run.both:
@@ -127,16 +143,16 @@ def kill_once(run: Trained, folder: Path, log: Path, number: int, longest: float
     seconds = time.monotonic() - began
     process.kill()
     if process.wait() != -9:
-        raise RuntimeError(f"{run.recipe} ended on its own with {process.returncode} at kill {number}; see {log}.")
+        raise RuntimeError(f"{run.recipe} ended before kill {number}, with status {process.returncode}; see {log}.")
     whole = [place.name for place in Run(folder).checkpoints() if fault(place) is None]
-    aside = folder / PARTIAL  # one that an earlier kill left is older than this command
+    aside = folder / PARTIAL  # if an earlier kill left it, it is older than this command
     in_save = aside.exists() and aside.stat().st_mtime > clock
     between = (folder / STAGE1_DONE).exists() and not whole
     return Kill(run.recipe, round(seconds, 2), in_save, between, whole[-1] if whole else None)
 
 
 def differing(a: Path, b: Path) -> tuple[int, list[str]]:
-    """How many tensors two runs have, and the names of those that are not equal bit for bit."""
+    """Return how many tensors two runs have, and the names of those that are not equal bit for bit."""
     count, names = 0, []
     for file in WEIGHTS:
         if not (a / file).exists() and not (b / file).exists():
@@ -153,7 +169,7 @@ def _bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
-    """Both runs, undisturbed and killed."""
+    """Train both runs uninterrupted and with kills, and compare their weights."""
     captions, conversations, images = write_records(work)
     log, dice, told, compared, wrong = work / "said.txt", random.Random(seed), [], 0, []
     first = kills // 3
@@ -168,13 +184,13 @@ def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
         whole, killed = work / f"whole-{number}", work / f"killed-{number}"
         began = time.monotonic()
         if status := run.start(whole, log).wait():
-            raise RuntimeError(f"{run.recipe} ended with {status}; see {log}.")
+            raise RuntimeError(f"{run.recipe} failed with status {status}; see {log}.")
         undisturbed = time.monotonic() - began
         for kill in range(run.kills):
             told.append(kill_once(run, killed, log, kill, undisturbed * 0.6, dice))
             bar.update()
         if status := run.start(killed, log).wait():
-            raise RuntimeError(f"{run.recipe} ended with {status} after its kills; see {log}.")
+            raise RuntimeError(f"{run.recipe} failed with status {status} after its kills; see {log}.")
         count, names = differing(whole, killed)
         compared, wrong = compared + count, wrong + names
     bar.close()
@@ -189,12 +205,12 @@ def measure(work: Path, kills: int, seed: int) -> dict[str, object]:
 
 
 def main() -> int:
-    """Measure, print and write; status 1 when a tensor differs."""
+    """Run the test, and print and write the result; return 1 if a tensor differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the result here, as JSON")
-    parser.add_argument("--folder", type=Path, help="work here, and keep it")
+    parser.add_argument("--out", type=Path, help="file to write the result to, as JSON")
+    parser.add_argument("--folder", type=Path, help="folder to train in, which is kept (default: a temporary one)")
     arguments = parser.parse_args()
     work = arguments.folder or Path(tempfile.mkdtemp(prefix="qllava-kills-"))
     work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every result says of itself: the date, the machine, the versions and the commit."""
+"""Origin of a result: the date, the machine, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from qllava.training.memory.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD
 
 MALLOC = {
-    # What qllava sets for itself on a CPU, for every system alike: a layer's weights that were just unpacked go back to
-    # the allocator, not to the kernel, which would have to fill their pages with zeros again.
+    # What qllava sets for itself on a CPU, here for every system alike: a layer's unpacked weights return to the
+    # allocator and not to the kernel, which would have to fill their pages with zeros again.
     "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD),
     "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD),
 }
 
 
 def provenance(device: str) -> dict[str, str]:
-    """Date, machine, versions and commit ("+" behind it: with changes that are not committed)."""
+    """Return the date, the machine, the versions and the commit (ending in "+" if there are uncommitted changes)."""
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         machine = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
@@ -38,14 +38,14 @@ def provenance(device: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that lies here, with a plus behind it where files differ from it."""
+    """Return the commit that is checked out, followed by "+" if files differ from it."""
     here = Path(__file__).parent
     line = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(line, capture_output=True, text=True, check=False, cwd=here).stdout.strip()
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """Return the processor's name, or its architecture if the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

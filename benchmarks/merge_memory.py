@@ -1,9 +1,9 @@
-"""Peak memory and time of `qllava merge` at real sizes, with random weights, in shards on disk.
+"""Benchmark of peak memory and time of `qllava merge` at real sizes, with random weights in shards on disk.
 
     python benchmarks/merge_memory.py --folder DIR --out benchmarks/results/merge_memory.json      (about 10 GB of disk)
 
-The base is written shard by shard, and LoRA, projector and 32 probes beside it, as a run would leave them. Then the
-command runs in a process of its own, whose peak is what the system counted. The bound is two shards and 1.5 GB.
+The base is written shard by shard, then LoRA, projector and 32 probes, as a run would leave them. The command runs in
+its own process; the operating system counts the peak. The bound is two shards and 1.5 GB.
 """
 
 from __future__ import annotations
@@ -51,20 +51,32 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One merge."""
+    """Figures of one merge."""
 
     shape: str
+    """A key of SHAPES."""
     parameters: int
+    """Parameters of the language model."""
     shard_gb: float
+    """Size of a shard in GB."""
     peak_gb: float
+    """Peak memory of the command in GB."""
     bound_gb: float
+    """Largest peak that is allowed, in GB."""
     seconds: float
+    """Seconds of the whole command."""
     kl_per_token: float
+    """KL divergence that the command reports."""
     verified: bool
+    """Whether the command verified the merged model."""
 
 
 def make_base(folder: Path, shape: str, shard: str) -> tuple[Path, Path, int]:
-    """A language model in bf16 and CLIP-L/14 in fp16, and how many parameters the first has."""
+    """Write a language model in bf16 and CLIP-L/14 in fp16, unless they exist.
+
+    Returns:
+        The folders of both, and the number of the language model's parameters.
+    """
     language_model, tower = folder / "llama", folder / "tower"
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16", **SHAPES[shape])
     with torch.device("meta"):
@@ -92,7 +104,7 @@ def make_base(folder: Path, shape: str, shard: str) -> tuple[Path, Path, int]:
 
 
 def make_run(folder: Path, language_model: Path, tower: Path) -> Path:
-    """What a run over this base would leave: adapter, record and probes."""
+    """Write what a run on this base would leave (adapter, record and probes), and return its folder."""
     run = folder / "run"
     run.mkdir(exist_ok=True)
     config = LlamaConfig.from_pretrained(language_model)
@@ -126,7 +138,7 @@ def make_run(folder: Path, language_model: Path, tower: Path) -> Path:
 
 
 def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
-    """Make what is merged, merge it in a process of its own, and take its peak."""
+    """Write a base and a run, merge them in another process, and return the figures."""
     torch.manual_seed(0)
     shard = f"{round(shard_gb * 1000)}MB"
     language_model, tower, parameters = make_base(folder / f"{shape}-{shard}", shape, shard)
@@ -141,12 +153,12 @@ def measure(shape: str, folder: Path, shard_gb: float) -> Measured:
 
 
 def main() -> int:
-    """One shape; status 1 when the peak is above the bound."""
+    """Measure one shape; return 1 if the peak is above the bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--shard-gb", type=float, default=0.5)
-    parser.add_argument("--folder", type=Path, required=True, help="where weights are made; they stay there")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write the weights to; they are kept")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     arguments = parser.parse_args()
     found = measure(arguments.shape, arguments.folder, arguments.shard_gb)
     figures = {**asdict(found), **provenance("cpu")}

@@ -1,7 +1,7 @@
 """Statistics of measurements that were taken in turn: ratios within a repetition, their median and its interval.
 
-A machine that is shared gets slower and faster by a third within minutes. What was measured in the same repetition met
-the same machine, so only ratios within a repetition are looked at; never a mean over repetitions of each side.
+The speed of a shared machine changes by a third within minutes. Measurements of the same repetition met the same
+conditions, so only ratios within a repetition are used, never the ratio of two means over repetitions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ RESAMPLES = 10_000
 
 
 def paired_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """How many times as fast as the baseline: the median of baseline / seconds, and its bootstrap interval of 95 %.
+    """Return the speed relative to the baseline: the median of baseline / seconds, and its 95 % bootstrap interval.
 
-    seconds, baseline: of the same repetitions, in the same order.
-    Raises ValueError when they are not of the same number, or there is none.
+    Args:
+        seconds: Seconds in each repetition.
+        baseline: Seconds of the baseline in the same repetitions, in the same order.
+
+    Raises:
+        ValueError: If the two have different lengths, or are empty.
     """
     if len(seconds) != len(baseline) or not len(seconds):
         raise ValueError(f"{len(seconds)} and {len(baseline)} measurements cannot be paired")
@@ -28,5 +32,8 @@ def paired_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> tuple[f
 
 
 def largest_difference(values: Sequence[float]) -> float:
-    """How far values lie from the first, relative to it; NaN when one is (Python's own max would pass over it)."""
+    """Return the largest difference from the first value, relative to it; NaN if any value is NaN.
+
+    numpy's max is used because Python's would ignore a NaN.
+    """
     return float(np.max(np.abs(np.asarray(values) - values[0])) / abs(values[0]))

@@ -1,8 +1,8 @@
-"""Peak memory of every phase of a preset's run on a GPU, under a cap, beside what `qllava plan` says.
+"""Measured and planned peak memory of every phase of a preset's run on a GPU, under a cap.
 
-The run is `train_stage` itself: two steps and an evaluation, over random NF4 weights that are made on the device, so
-that nothing is downloaded. The phase `before` is therefore the answers before the first step, without the loading.
-Each case runs in a process of its own, because a cap and what an allocator holds belong to a process.
+The run is `train_stage` itself: two steps and an evaluation, with random NF4 weights that are made on the device, so
+that nothing is downloaded. The phase `before` therefore covers the answers before the first step, without the loading.
+Each case runs in its own process, because a cap and an allocator's memory belong to a process.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from qllava.training.stages import ALIGNMENT, INSTRUCTION, Stage
 from qllava.training.trainer import LlavaTrainer
 
 TINY_TOKENS = 512
-"""Length of samples and packs on a CPU: 16 image tokens of the model of no size are 250 images in a pack of 8,192."""
+"""Length of samples and packs on a CPU; with the tiny model's 16 tokens per image, 8,192 would be 250 images a pack."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """Measurement that one process makes."""
 
     preset: str
-    """A recipe's YAML."""
+    """Path of the preset's YAML."""
     cap_gb: int
-    """What the process may take of the card, its context included."""
+    """GB of GPU memory that the process may take, its CUDA context included."""
     device: str
-    """cuda or cpu; on a CPU nothing is measured, and a model of no size shows that it runs."""
+    """cuda or cpu; on a CPU nothing is measured, and a tiny model checks that the code runs."""
     folder: str
-    """Where it may write."""
+    """Folder that the process may write to."""
 
 
 class Peaks:
-    """The most that the process has taken in each phase, in bytes: the context and what torch holds."""
+    """Peak GPU memory of the process in each phase, in bytes: its CUDA context and what torch has reserved."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -73,13 +73,13 @@ class Peaks:
             self.context = self.total - free - torch.cuda.memory_reserved()
 
     def cap(self, size: int) -> None:
-        """Refuse what goes beyond a size, as a smaller card would."""
+        """Limit the process to a size in bytes, as a smaller GPU would."""
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(min(1.0, (size - self.context) / self.total))
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
-        """Count as a phase; one inside another counts for itself."""
+        """Count memory for a phase; a phase within another counts for itself alone."""
         before = self.phase
         self._enter(phase)
         try:
@@ -100,7 +100,7 @@ class Peaks:
 
 
 def lines_of(case: Case) -> list[dict[str, Any]]:
-    """Measure a case in a process of its own, and return a line for each phase."""
+    """Measure a case in its own process (on a CPU in this one), and return a line for each phase."""
     if case.device == "cpu":
         return measure(case)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -108,7 +108,7 @@ def lines_of(case: Case) -> list[dict[str, Any]]:
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """Measure a case in this process: planned and measured gigabytes (2^30) of each phase of the run."""
+    """Measure a case in this process, and return planned and measured GB (2^30 bytes) of each phase."""
     settings = _settings(case)
     config = shapes.tiny() if case.device == "cpu" else shapes_of(settings.model).config
     lora = None if Path(case.preset).stem.endswith("_pretrain") else Lora.of_settings(settings.model)
@@ -137,7 +137,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 
 def _settings(case: Case) -> Settings:
-    """The preset's, for two steps and one evaluation."""
+    """Return the preset's settings, for two steps and one evaluation."""
     line = ["--config", case.preset, "--fit_memory", f"{case.cap_gb}GB", "--max_steps", "2", "--eval_steps", "2"]
     line += ["--save_strategy", "no", "--dataloader_num_workers", "0", "--report_to", "none"]
     if case.device == "cpu":
@@ -149,7 +149,7 @@ def _settings(case: Case) -> Settings:
 
 
 def _planned(settings: Settings, config: Any, lora: Lora | None, limit: int) -> dict[str, int]:
-    """Bytes of each phase, as `qllava plan` says them of this run."""
+    """Return the bytes of each phase that `qllava plan` computes for this run."""
     train = settings.train
     setup = memory.setup_of(train, config, lora, load_in_4bit=settings.model.load_in_4bit)
     asking = scores.asking_of(train, lora, held_out=scores.expects_held_out(settings))
@@ -164,7 +164,7 @@ def _planned(settings: Settings, config: Any, lora: Lora | None, limit: int) -> 
 
 
 def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: Peaks) -> None:
-    """Go through the phases of the run."""
+    """Run all phases."""
     folder, train = Path(case.folder), settings.train
     model = random_llava(config, device=case.device, dtype=torch.bfloat16 if peaks.cuda else torch.float32)
     recipe = Recipe(None, "random", "random", "mlp2x_gelu", config.vision_feature_layer, "pad", CHATML.name, True)
@@ -198,7 +198,7 @@ def _run(case: Case, settings: Settings, config: Any, lora: Lora | None, peaks: 
 
 @contextmanager
 def _evaluations(peaks: Peaks) -> Iterator[None]:
-    """Count evaluations for themselves."""
+    """Count the memory of evaluations as their own phase."""
     plain: Callable[..., Any] = LlavaTrainer.evaluate
 
     def evaluate(own: LlavaTrainer, *args: Any, **named: Any) -> Any:

@@ -1,16 +1,16 @@
-"""What `qllava plan` says of each phase, compared with what a real process takes on the CPU.
+"""Comparison of the memory that `qllava plan` computes for each phase with that of a real process on the CPU.
 
     python benchmarks/plan_memory.py --out benchmarks/results/plan_memory.json
 
-A whole `finetune` over random weights, with held-out questions, and a chat with its result run in a process each. Two
+A whole `finetune` with random weights and held-out questions, and a chat with its result, run in a process each. Two
 figures are sampled in them, and the peak of each phase is kept:
 
-- in use: what the C library has given out (`mallinfo2`): torch's tensors, and whatever other libraries allocate.
+- in use: memory that the C library has allocated (`mallinfo2`), for torch's tensors and for other libraries.
 - taken: anonymous memory as the system counts it, which includes freed blocks that the C library keeps.
 
-The same with a model of no size shows what Python, its libraries and the data take: the difference of the two runs is
-what the plan has to say. Freed memory is given back where a phase begins, so that no phase counts what another one has
-left behind; inside a phase it is kept, as in a run.
+The same with a tiny model shows what Python, its libraries and the data take; the plan must match the difference of the
+two runs. Freed memory is returned to the system where a phase starts, so that no phase counts what an earlier one has
+left; within a phase it is kept, as in a run.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ from qllava.training.trainer import LlavaTrainer
 
 IMAGES = 4
 ROWS = 2
-"""Samples of a step, a pack each."""
+"""Samples of a step, each in its own pack."""
 FRAME = 40
-"""Tokens at most of what the template writes around a question and its answer."""
+"""Upper limit of the tokens that the template adds to a question and its answer."""
 WORDS = "The small red circle is left of the large blue square. "
 BOUND = 0.1
 RETURNED = 1 << 16
-"""Bytes of a block that is given back as soon as it is freed, where that is asked for."""
+"""With `--give-back`: size in bytes from which a block returns to the system as soon as it is freed."""
 STATUS = Path("/proc/self/status")
 QUESTION = 4
-"""Sentences of a question."""
+"""Number of sentences in a question."""
 NEW_TOKENS = 16
-"""Of every answer, in place of the run's and the chat's own: random weights never end one."""
+"""Tokens of every answer, instead of the run's and the chat's own limits, as random weights never end an answer."""
 
 
 class _Heap(ctypes.Structure):
@@ -79,7 +79,7 @@ class _Heap(ctypes.Structure):
 
 
 def _in_use() -> int:
-    """Bytes that the C library has given out: from its heaps, and as mappings of their own."""
+    """Return the bytes that the C library has allocated, in its heaps and as separate mappings."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Heap
     found = mallinfo()
@@ -87,18 +87,18 @@ def _in_use() -> int:
 
 
 def _taken() -> int:
-    """Bytes of anonymous memory of this process that are in RAM."""
+    """Return the bytes of this process's anonymous memory that are in RAM."""
     lines = STATUS.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
 FIGURES = {"in_use": _in_use, "taken": _taken}
 Peaks = dict[str, dict[str, int]]
-"""Bytes by figure and by phase."""
+"""Peak bytes, by figure and phase."""
 
 
 class Watch:
-    """Samples the memory of this process, and keeps the peak of each phase."""
+    """Sampler of this process's memory, which keeps the peak of each phase."""
 
     def __init__(self) -> None:
         self.phase, self.peaks = "", {figure: dict.fromkeys(("", *PHASES), 0) for figure in FIGURES}
@@ -106,14 +106,14 @@ class Watch:
         threading.Thread(target=self._sample, daemon=True).start()
 
     def enter(self, phase: str) -> None:
-        """Begin a phase with what lives, and nothing that was freed."""
+        """Start a phase, after freed memory was returned to the system."""
         gc.collect()
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).malloc_trim(0)
         self.phase = phase
 
     def inside(self, phase: str, call: Callable[..., Any], *given: Any, after: str | None = None, **named: Any) -> Any:
-        """Call as this phase, and go on with another, or with the one before; "" is none."""
+        """Make a call in a phase, then enter the phase `after` (default: the one before); "" means no phase."""
         before = self.phase
         self.enter(phase)
         try:
@@ -129,14 +129,14 @@ class Watch:
     def _sample(self) -> None:
         while not self._ended.is_set():
             for figure, count in FIGURES.items():
-                # Read once: a phase that begins here would otherwise be given the peak of the one before.
+                # Read once: a phase that starts here would otherwise get the peak of the one before.
                 phase = self.phase
                 self.peaks[figure][phase] = max(self.peaks[figure][phase], count())
             time.sleep(0.002)
 
 
 def shape_of(name: str) -> Any:
-    """A config of `shapes`, with a vocabulary that nano's tokenizer fits into."""
+    """Return a config of `shapes`, with a vocabulary that is large enough for nano's tokenizer."""
     config: Any = getattr(shapes, name)()
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(_tokenizer()) + 1)
     return config
@@ -148,13 +148,13 @@ def _tokenizer() -> Any:
 
 
 def answer_that_fills(config: Any, tokens: int) -> str:
-    """The answer with which a question about an image takes a pack of so many tokens, to within a sentence."""
+    """Return an answer that fills a pack of `tokens` tokens together with image and question, except for a sentence."""
     text = tokens - ImageLayout.of_config(config).tokens - FRAME
     return WORDS * (text // len(_tokenizer()(WORDS)["input_ids"]) - QUESTION)
 
 
 def make_parts(folder: Path, shape: str, tokens: int) -> None:
-    """Write a language model in bf16, a tower, and samples about images that fill a pack of so many tokens each."""
+    """Write a language model in bf16, a tower, and examples of which each fills a pack of `tokens` tokens."""
     config = shape_of(shape)
     torch.manual_seed(0)
     LlamaForCausalLM(config.text_config).to(torch.bfloat16).save_pretrained(folder / "llama")  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def make_parts(folder: Path, shape: str, tokens: int) -> None:
 
 
 def settings_of(folder: Path, tokens: int) -> Settings:
-    """One step over all images, and its evaluation."""
+    """Return the settings of two steps and an evaluation."""
     fields = {
         "language_model": folder / "llama",
         "vision_tower": folder / "tower",
@@ -208,7 +208,14 @@ def settings_of(folder: Path, tokens: int) -> Settings:
 
 
 def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> Peaks:
-    """Peaks of a run, in this process. Without `keep` freed memory is not kept, as a run does on a CPU."""
+    """Train in this process, and return its peaks.
+
+    Args:
+        folder: Where parts and run are written.
+        shape: A function of `shapes`.
+        tokens: Tokens of a pack.
+        keep: Whether freed memory is kept, as a run does on a CPU.
+    """
     if not keep:
         base.keep_freed_memory = lambda: False
     scores.MAX_ANSWER_TOKENS = NEW_TOKENS
@@ -230,7 +237,7 @@ def measure(folder: Path, shape: str, tokens: int, *, keep: bool = True) -> Peak
 
 
 def measure_chat(folder: Path) -> Peaks:
-    """Peaks of loading a finished run and asking it one question, in this process."""
+    """Load a finished run in this process, ask it one question, and return the peaks."""
     watch = Watch()
     watch.enter("chat")
     qllava.load(str(folder / "run")).answer(folder / "0.png", WORDS * QUESTION, max_new_tokens=NEW_TOKENS)
@@ -238,7 +245,10 @@ def measure_chat(folder: Path) -> Peaks:
 
 
 def planned(folder: Path, tokens: int) -> dict[str, int]:
-    """What the plan says of the same run: all its questions answered at once, every sample with an image of its own."""
+    """Return the planned bytes of each phase of the same run.
+
+    All its questions are answered in one batch, and every sample has its own image.
+    """
     settings = settings_of(folder, tokens)
     config, lora = shapes_of(settings.model).config, Lora.of_settings(settings.model)
     setup = memory.setup_of(settings.train, config, lora, load_in_4bit=settings.model.load_in_4bit)
@@ -251,7 +261,7 @@ def planned(folder: Path, tokens: int) -> dict[str, int]:
 
 
 def compared(shape: str, tokens: int, *, give_back: bool = False) -> list[dict[str, Any]]:
-    """A line for each phase: planned, in use and taken beyond a model of no size, and what the plan is of both."""
+    """Return a line for each phase: planned, in use and taken, less the tiny model's, and the plan relative to both."""
     found: dict[str, tuple[dict[str, int], Peaks]] = {}
     for name in ("tiny", shape):
         with tempfile.TemporaryDirectory() as text:
@@ -277,7 +287,7 @@ def compared(shape: str, tokens: int, *, give_back: bool = False) -> list[dict[s
 
 
 def _measured(line: Sequence[str], give_back: bool) -> Peaks:
-    """What a process prints that measures; with `give_back` it returns every larger block as soon as it is freed."""
+    """Run a measuring process and return its peaks; with `give_back` it returns every larger block when it is freed."""
     given = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED)} if give_back else {}
     more = ["--give-back"] if give_back else []
     done = subprocess.run([*line, *more], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **given})
@@ -286,14 +296,14 @@ def _measured(line: Sequence[str], give_back: bool) -> Peaks:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 when a phase is further than a tenth from its plan."""
-    parser = argparse.ArgumentParser(description="Planned memory of each phase, compared with what a process takes.")
-    parser.add_argument("--shape", default="cpu_bench", help="a function of shapes.py")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack")
+    """Measure, and print and write the figures; return 1 if a phase differs by more than a tenth from its plan."""
+    parser = argparse.ArgumentParser(description="Compare the planned memory of each phase with a real process.")
+    parser.add_argument("--shape", default="cpu_bench", help="name of a function of shapes.py (default: cpu_bench)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack (default: 1024)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.json"))
-    parser.add_argument("--give-back", action="store_true", help="return freed memory at once; slower")
-    parser.add_argument("--measure", type=Path, help="a folder: train there in this process, and print bytes by phase")
-    parser.add_argument("--measure-chat", type=Path, help="a folder that was measured: chat with its run")
+    parser.add_argument("--give-back", action="store_true", help="return freed memory to the system at once (slower)")
+    parser.add_argument("--measure", type=Path, help="folder to train in, in this process; prints bytes by phase")
+    parser.add_argument("--measure-chat", type=Path, help="folder of an earlier --measure, to chat with its run")
     given = parser.parse_args(arguments)
     if given.measure:
         print(json.dumps(measure(given.measure, given.shape, given.tokens, keep=not given.give_back)))

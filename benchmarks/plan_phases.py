@@ -1,9 +1,9 @@
-"""Planned memory of every preset, phase by phase, on fake tensors at full size. No network, no GPU.
+"""Table of the planned memory of every preset, phase by phase, from fake tensors at full size.
 
     python benchmarks/plan_phases.py --out benchmarks/results/plan_phases.json
 
-With packs of max_length and all layers recomputed, which is the least that a preset takes; `--fit` chooses as a run
-does, which takes a minute or two for each.
+It needs no network and no GPU. Packs have max_length and all layers are recomputed, the smallest need of a preset; with
+`--fit` both are chosen as in a run, which takes a minute or two per preset.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PRESETS = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"
 
 
 def stages(preset: Path) -> list[str]:
-    """The stages that a preset is for: both, unless its name or its model says otherwise."""
+    """Return the stages that a preset is for: both, unless its name or its model says otherwise."""
     if preset.stem.endswith(("_pretrain", "_finetune")):
         return [preset.stem.rpartition("_")[2]]
     return ["finetune"] if preset.stem.startswith("llava15") else ["pretrain", "finetune"]
 
 
 def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
-    """A line of the table: what a stage of a preset takes in each phase, in GB of 2**30 bytes."""
+    """Return a line of the table: the memory of each phase of a preset's stage, in GB of 2**30 bytes."""
     settings = parse(["--config", str(preset)], output_dir="unused", nano=NANO_FINETUNE)
     model, lora = settings.model, Lora.of_settings(settings.model) if stage == "finetune" else None
     setup = memory.setup_of(settings.train, shapes_of(model).config, lora, load_in_4bit=model.load_in_4bit)
@@ -59,8 +59,8 @@ def planned(preset: Path, stage: str, *, fit: bool) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan, print, write after each preset; 1 when a phase does not fit its card."""
-    parser = argparse.ArgumentParser(description="Planned memory of every preset by phase.")
+    """Plan every preset, write after each, and print the table; return 1 if a phase does not fit its GPU."""
+    parser = argparse.ArgumentParser(description="Compute the planned memory of every preset by phase.")
     parser.add_argument("--fit", action="store_true", help="choose packs, recomputation and optimizer as a run does")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_phases.json"))
     given = parser.parse_args(arguments)

@@ -1,15 +1,15 @@
-"""The paper's claim at small scale: what rules make of captions and boxes teaches more than captions alone.
+"""Test of the paper's claim at small scale: examples from captions and boxes teach more than captions alone.
 
     python benchmarks/rules_vs_naive.py --run runs/finetune_lora --out benchmarks/results/rules_vs_naive.json
 
-nano is tuned on the images of its own training set, with the projector that the finished run `--run` aligned, through
-recipes/finetune_lora.py and its settings; only the words differ:
+nano is tuned on the images of its training set, with the projector that the finished run `--run` aligned, by
+recipes/finetune_lora.py with its defaults; only the texts differ:
 
-    main      nano's own questions: what the finished run scored, over 3,000 more images in colours without a name
-    rules     `qllava.synthesis.rules.examples`, conversations with brief answers: up to ten questions per image
+    main      nano's own questions: the score of the finished run, which saw 3,000 more images in unnamed colours
+    rules     conversations with brief answers of `qllava.synthesis.rules.examples`: up to ten questions per image
     naive     a question from a list, and a caption
 
-Each is scored on nano's own 1,000 held-out questions. Seeds change the examples and the order of training.
+Each is scored on nano's 1,000 held-out questions. Seeds change the examples and the order of training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TYPES = {"rules": "conversation", "naive": "naive"}
 
 
 def make(kind: str, seed: int, images: int, folder: Path) -> Path:
-    """Write the examples of a system; returns the file."""
+    """Write the examples of a system, and return the path of their file."""
     contexts = contexts_of(f"nano:{images}")
     records = [record for one in contexts for record in write(one, (TYPES[kind],), seed=seed, brief=True)]
     path = folder / f"{kind}-{seed}.json"
@@ -44,7 +44,7 @@ def make(kind: str, seed: int, images: int, folder: Path) -> Path:
 
 
 def tune(records: Path, run: Path, projector: Path, images: Path, seed: int) -> float:
-    """Stage 2 on these examples, unless it has been finished before; returns its seconds."""
+    """Train stage 2 on these examples, unless it is finished already, and return its seconds."""
     results = run / RESULTS_FILE
     if not results.is_file():
         data = ["--train_file", records, "--image_folder", images, "--projector", projector]
@@ -54,7 +54,7 @@ def tune(records: Path, run: Path, projector: Path, images: Path, seed: int) -> 
 
 
 def score(run: Path, data: NanoData, questions: Path) -> dict[str, Any]:
-    """What `qllava eval vqa --json` says of a run."""
+    """Return the figures that `qllava eval vqa --json` prints for a run."""
     line = [sys.executable, "-m", "qllava", "eval", "vqa", str(run), str(questions)]
     line += ["--image-folder", str(data.folder), "--json"]
     out: dict[str, Any] = json.loads(subprocess.run(line, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
@@ -62,7 +62,7 @@ def score(run: Path, data: NanoData, questions: Path) -> dict[str, Any]:
 
 
 def measure(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: examples, tuning, and both scores."""
+    """Write the examples of one run, train it, and return both scores."""
     data = prepare()
     options.folder.mkdir(parents=True, exist_ok=True)
     records = make(kind, seed, options.images, options.folder)
@@ -74,7 +74,7 @@ def measure(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 
 def summary(main: float, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over the seeds, and how far they lie apart, in points."""
+    """Return the mean accuracies over the seeds, and their differences in percentage points."""
     means = {kind: statistics.mean(one["accuracy"] for one in done) for kind, done in runs.items() if done}
     out: dict[str, Any] = {"main": main, **means}
     if "rules" in means:
@@ -85,11 +85,11 @@ def summary(main: float, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 
 
 def main() -> None:
-    """Read the flags, run every system with every seed, and write what came out after each."""
+    """Run every system with every seed, and write the results after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a finished run of recipes/finetune_lora.py on nano")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/rules_vs_naive"), help="where examples and runs are kept"
+        "--folder", type=Path, default=Path("runs/rules_vs_naive"), help="folder for examples and runs, which are kept"
     )
     parser.add_argument("--images", type=int, default=7000)
     parser.add_argument("--seeds", type=int, default=3)

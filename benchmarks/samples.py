@@ -1,10 +1,11 @@
-"""Samples to train on, made up: images of noise, and questions and answers as long as those of LLaVA-Instruct.
+"""Synthetic training samples: images of noise, and questions and answers as long as those of LLaVA-Instruct.
 
-A sample's text is log-normally long, 200 tokens in the mean, and about half of it is learned. The words mean nothing;
-they come from a few hundred, so that there is something to learn (how often each comes) and losses can be compared.
+The length of a sample's text has a log-normal distribution with a mean of 200 tokens; about half of it is learned. The
+words have no meaning. They come from a vocabulary of a few hundred, so that there is something to learn (their
+frequencies) and losses can be compared.
 
-All systems get the same examples and the same samples in each optimizer step. Steps are those of `packing.steps_of`, as
-a run of qllava has them: samples about one image come together.
+All systems get the same examples, and the same samples in each optimizer step. Steps are those of `packing.steps_of`,
+as in a run of qllava: samples about one image are together.
 """
 
 from __future__ import annotations
@@ -29,32 +30,31 @@ MEAN_TOKENS = 200
 SPREAD = 0.55
 """Standard deviation of the logarithm of a text's length."""
 TEMPLATE_TOKENS = 6
-"""Begin and end of turn, and the two roles, of a ChatML round."""
+"""Tokens that ChatML adds to a question and its answer: starts and ends of turns, and the two roles."""
 WORDS = 256
 MIXTURE = {1: 0.30, 2: 0.45, 3: 0.25}
-"""How many images have one, two and three samples when the mean is 1.95, that of LLaVA-Instruct-158K."""
+"""Shares of images with one, two and three samples; their mean is 1.95, that of LLaVA-Instruct-158K."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A sample.
-
-    image: its file.
-    question, answer: words.
-    """
+    """The texts and the image of an example."""
 
     image: str
+    """Path of the image file."""
     question: str
+    """Words of the question, separated by spaces."""
     answer: str
+    """Words of the answer, separated by spaces."""
 
     @property
     def tokens(self) -> int:
-        """Of the text; the tokenizer has one for each word."""
+        """Number of tokens of the text; the tokenizer has one for each word."""
         return len(self.question.split()) + len(self.answer.split()) + TEMPLATE_TOKENS
 
 
 def make_processor(config: LlavaConfig) -> LlavaProcessor:
-    """A processor with a tokenizer of one token a word, as many as fit below `<image>`, and ChatML as its template."""
+    """Return a processor whose tokenizer has one token per word, with ids below that of `<image>`, and uses ChatML."""
     image_token: int = config.image_token_index
     special = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
     words = [*special, "user", "assistant"]
@@ -82,7 +82,19 @@ def make_processor(config: LlavaConfig) -> LlavaProcessor:
 def make_texts(
     folder: Path, *, side: int, samples_per_image: float, samples_per_step: int, steps: int, seed: int
 ) -> list[Text]:
-    """Samples of `steps` optimizer steps, one step after the other; images of side x side are written to `folder`."""
+    """Return the samples of `steps` optimizer steps in order, and write their images.
+
+    Args:
+        folder: Folder for the images.
+        side: Width and height of an image in pixels.
+        samples_per_image: A whole number, or 1.95 for a mixture.
+        samples_per_step: Samples of an optimizer step.
+        steps: Number of optimizer steps.
+        seed: Seed of all random choices.
+
+    Raises:
+        ValueError: If `samples_per_image` is another fraction.
+    """
     rng = np.random.default_rng([seed, round(100 * samples_per_image)])
     shown: list[int] = []
     while len(shown) < steps * samples_per_step + 64:
@@ -94,12 +106,12 @@ def make_texts(
 
 
 def _group(rng: np.random.Generator, samples_per_image: float) -> int:
-    """How many samples the next image has."""
+    """Return how many samples the next image has."""
     if samples_per_image == round(samples_per_image):
         return round(samples_per_image)
     mean = sum(size * share for size, share in MIXTURE.items())
     if abs(mean - samples_per_image) > 1e-6:
-        raise ValueError(f"samples per image are whole numbers or {mean:.2f}, not {samples_per_image}")
+        raise ValueError(f"samples per image must be a whole number or {mean:.2f}, not {samples_per_image}")
     return int(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
 
 
@@ -107,7 +119,7 @@ def _text(rng: np.random.Generator, image: str) -> Text:
     drawn = rng.lognormal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD)
     length = int(np.clip(drawn, 24, 700)) - TEMPLATE_TOKENS
     learned = max(1, round(length * rng.uniform(0.4, 0.6)))
-    # Common words and rare ones, as in a language.
+    # Some words are frequent and others rare, as in a natural language.
     numbers = (WORDS * rng.random(length) ** 2).astype(int)
     words = [f"w{number}" for number in numbers]
     return Text(image, " ".join(words[learned:]), " ".join(words[:learned]))
@@ -122,29 +134,36 @@ def _image(folder: Path, side: int, samples_per_image: float, number: int) -> st
 
 
 def write_texts(path: Path, texts: Sequence[Text]) -> None:
-    """For the processes that train on them."""
+    """Write samples to a file, for the processes that train on them."""
     path.write_text(json.dumps([asdict(text) for text in texts]), encoding="utf-8")
 
 
 def read_texts(path: Path) -> list[Text]:
-    """What `write_texts` wrote."""
+    """Read the samples that `write_texts` wrote."""
     return [Text(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def as_messages(text: Text) -> dict[str, Any]:
-    """An example as TRL takes it."""
+    """Return an example in TRL's format."""
     turns = [{"role": "user", "content": text.question}, {"role": "assistant", "content": text.answer}]
     return {"messages": turns, "images": [text.image]}
 
 
 def as_conversation(number: int, text: Text) -> dict[str, Any]:
-    """An example of LLaVA's JSON; its image's name is relative to the images' folder."""
+    """Return an example in LLaVA's format; its image path is relative to the image folder."""
     turns = [{"from": "human", "value": ask(text.question)}, {"from": "gpt", "value": text.answer}]
     return {"id": f"{number:06d}", "image": Path(text.image).name, "conversations": turns}
 
 
 def within_steps(texts: Sequence[Text], samples_per_step: int, order: str, seed: int) -> list[Text]:
-    """The same samples in each step, in another order: `shuffled`, as plain data comes, or `sorted`, longest first."""
+    """Return the samples in another order within each step.
+
+    Args:
+        texts: Samples of all steps in order.
+        samples_per_step: Samples of an optimizer step.
+        order: `shuffled`, as in plain data, or `sorted`, the longest first.
+        seed: Seed of the shuffling.
+    """
     rng = np.random.default_rng(seed)
     out: list[Text] = []
     for start in range(0, len(texts), samples_per_step):

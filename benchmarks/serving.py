@@ -1,4 +1,4 @@
-"""The inside of a process of `turns`: the training loop waits for its turn at the end of each optimizer step."""
+"""Code that runs in a process of `turns`: the training loop waits for its turn at the end of each optimizer step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qllava.data.packing import packs_of
 
 
 def run(job: Job, pipe: Connection) -> None:
-    """Build the system of a job, and train as `turns.Worker` says."""
+    """Build the system of a job, and train as a `turns.Worker` commands."""
     warnings.filterwarnings("ignore")
     if job.memory is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -32,7 +32,7 @@ def run(job: Job, pipe: Connection) -> None:
 
 
 class Tally:
-    """Remembers of each batch how many positions go through the language model, and how many tokens are learned."""
+    """Counter of each batch's positions in the language model and of its learned tokens."""
 
     def __init__(self, trainer: Any) -> None:
         self.batches: list[tuple[int, Any]] = []
@@ -45,13 +45,13 @@ class Tally:
             learned: Any = sum(row["learned"].numel() for row in inputs["packs"])
         else:
             positions = inputs["input_ids"].numel()
-            learned = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()  # read later: a look makes a GPU wait
+            learned = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()  # read later: reading it now makes the GPU wait
         self.batches.append((positions, learned))
         return self._plain(model, inputs, *args, **kwargs)
 
 
 class Turns(TrainerCallback):
-    """Waits for what to do next; tells how long the step took, and what was in it."""
+    """Callback that waits for the next command, and reports how long each step took and what was in it."""
 
     def __init__(self, job: Job, pipe: Connection) -> None:
         self.job, self.pipe = job, pipe
@@ -63,29 +63,29 @@ class Turns(TrainerCallback):
         self.started = 0.0
 
     def begin(self, system: System) -> None:
-        """Say that the system is built."""
+        """Report that the system is built."""
         self.system = system
         self.tally = Tally(system.trainer)
         self.pipe.send(("built", system.digest))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the first step; what a rehearsal on a GPU did is forgotten."""
+        """Discard what a rehearsal on a GPU recorded, and wait for the first command."""
         self.tally.batches = []
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Behind each."""
+        """Report the step, and wait for the next command."""
         self.pipe.send(("step", self._report()))
         self.step += 1
         self._wait()
 
     def _wait(self) -> None:
         if self.job.device == "cuda":
-            torch.cuda.empty_cache()  # the others need it now
+            torch.cuda.empty_cache()  # the other systems need the memory now
         while True:
             try:
                 self.command = self.pipe.recv().split(" ", 1)
-            except EOFError:  # whoever asked is gone
+            except EOFError:  # the commanding process has ended
                 self.command = ["stop"]
             if self.command[0] == "stop":
                 raise SystemExit(0)
@@ -106,7 +106,7 @@ class Turns(TrainerCallback):
         self.started = time.perf_counter()
 
     def _samples(self) -> int:
-        """Of all steps so far."""
+        """Return the number of samples of all steps so far."""
         return self.step * self.job.samples_per_step
 
     def _report(self) -> Step:

@@ -1,11 +1,11 @@
-"""What each way of serving a run costs, in KL per token from the model that was trained.
+"""Benchmark of the quality loss of each way to serve a run: KL per token from the trained model.
 
     python benchmarks/serving_loss.py runs/finetune_lora --out benchmarks/results/serving_loss.json
 
-The run's own held-out examples are asked of base and adapter, which is what was trained, and of
+On the run's probes (held-out examples), the trained model (base and adapter) is compared with
 
-    merged              `qllava merge`, bf16: the delta on the NF4 weights that training saw
-    merged_original     `qllava merge --base original`, bf16: the delta on the 16-bit weights
+    merged              `qllava merge`, bf16: the delta added to the NF4 weights that training used
+    merged_original     `qllava merge --base original`, bf16: the delta added to the 16-bit weights
     merged_nf4_again    the merged model with its language model in NF4, as `--load-in-4bit` serves it
     merged_q8_0         the merged model with its language model in Q8_0, as `qllava export --quantize q8_0` writes it
 """
@@ -37,7 +37,7 @@ from qllava.surroundings import prepare_process
 
 
 class Rounded(Mapping[str, Tensor]):
-    """Weights of which some go through a format and back."""
+    """Weights of which some are converted to a format and back."""
 
     def __init__(self, weights: Mapping[str, Tensor], names: set[str], through: Callable[[Tensor], Tensor]) -> None:
         self.weights, self.names, self.through = weights, names, through
@@ -56,13 +56,13 @@ class Rounded(Mapping[str, Tensor]):
 
 
 def q8_0(weight: Tensor) -> Tensor:
-    """A weight through Q8_0 and back, in fp32."""
+    """Convert a weight to Q8_0 and back, to fp32."""
     packed = quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
     return torch.from_numpy(quants.dequantize(packed, GGMLQuantizationType.Q8_0)).reshape(weight.shape)
 
 
 def measure(run: Path, folder: Path) -> list[dict[str, Any]]:
-    """Merge a run in both ways into a folder, and compare; a line for each way."""
+    """Merge a run in both ways into a folder, and return a line with the comparison for each way of serving."""
     record = read_record(run)
     plan, delta, probes = outline(record), Delta(run), read_probes(run)
     for base in ("nf4", "original"):
@@ -74,7 +74,7 @@ def measure(run: Path, folder: Path) -> list[dict[str, Any]]:
         "merged": merged,
         "merged_original": original,
         "merged_nf4_again": Stored(Rounded(merged.weights, names, as_quantized), merged.dtype, merged.device),
-        # The embedding too, as a GGUF holds it.
+        # With the embedding, which a GGUF file quantizes too.
         "merged_q8_0": Stored(Rounded(merged.weights, names | set(TABLES), q8_0), merged.dtype, merged.device),
     }
     lines = []
@@ -92,10 +92,10 @@ def measure(run: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Print a table; with --out write the figures too."""
+    """Measure, print a table and, with --out, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run of finetune_lora")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines = measure(arguments.run, Path(folder))

@@ -1,7 +1,7 @@
-"""The shapes of models that are measured or planned, as configs alone: nothing is downloaded, no weights are made.
+"""Configs of the models that are measured or planned; nothing is downloaded, and no weights are made.
 
-Those of models that presets name are the plan's own (`qllava.models.known`). Each function returns a config of its
-own, so a caller may change it.
+Configs of models that presets name are those of the plan (`qllava.models.known`). Each call returns a new config, which
+the caller may change.
 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(llava_7b())
@@ -21,32 +21,32 @@ SIGLIP = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
 
 
 def llava_7b() -> LlavaConfig:
-    """LLaVA-1.5 on Vicuna-7B with CLIP-L/336."""
+    """Return LLaVA-1.5 on Vicuna-7B with CLIP-L/336."""
     return shapes_of(ModelConfig("llava-hf/llava-1.5-7b-hf")).config
 
 
 def llava_13b() -> LlavaConfig:
-    """LLaVA-1.5 on Vicuna-13B with CLIP-L/336."""
+    """Return LLaVA-1.5 on Vicuna-13B with CLIP-L/336."""
     return _of_parts("lmsys/vicuna-13b-v1.5", CLIP)
 
 
 def llama31_8b_siglip() -> LlavaConfig:
-    """Llama-3.1-8B with SigLIP so400m/14 at 384 px."""
+    """Return Llama-3.1-8B with SigLIP so400m/14 at 384 px."""
     return _of_parts("meta-llama/Llama-3.1-8B-Instruct", SIGLIP)
 
 
 def llama32_3b_siglip() -> LlavaConfig:
-    """Llama-3.2-3B, whose head is its embedding table, with SigLIP so400m/14 at 384 px."""
+    """Return Llama-3.2-3B, whose head is its embedding table, with SigLIP so400m/14 at 384 px."""
     return _of_parts("meta-llama/Llama-3.2-3B-Instruct", SIGLIP)
 
 
 def smollm2_siglip() -> LlavaConfig:
-    """SmolLM2-1.7B, whose head is its embedding table, with SigLIP so400m/14 at 384 px."""
+    """Return SmolLM2-1.7B, whose head is its embedding table, with SigLIP so400m/14 at 384 px."""
     return _of_parts("HuggingFaceTB/SmolLM2-1.7B-Instruct", SIGLIP)
 
 
 def cpu_bench() -> LlavaConfig:
-    """The size that benchmarks on a CPU are fixed to: LLaMA of 8 layers x 1024, a small tower at LLaVA-1.5's 336 px."""
+    """Return the model of all CPU benchmarks: LLaMA of 8 layers x 1024, and a small tower at LLaVA-1.5's 336 px."""
     text = LlamaConfig(
         hidden_size=1024,
         intermediate_size=2816,
@@ -60,7 +60,7 @@ def cpu_bench() -> LlavaConfig:
 
 
 def tiny() -> LlavaConfig:
-    """For tests: 4 layers x 64, images of 28 px in patches of 14, so 4 image tokens."""
+    """Return a model for tests: 4 layers x 64, images of 28 px in patches of 14 px, which are 4 image tokens."""
     text = LlamaConfig(
         hidden_size=64,
         intermediate_size=192,
@@ -83,7 +83,7 @@ def _clip(**sizes: int) -> CLIPVisionConfig:
 
 
 def _llava(text: LlamaConfig, vision: Any, *, image_token_index: int) -> LlavaConfig:
-    """CLIP's class token is dropped."""
+    """Return a LLaVA of two configs, without CLIP's class token."""
     return LlavaConfig(
         text_config=text,
         vision_config=vision,

@@ -1,4 +1,4 @@
-"""The measurements of one optimizer step: a process of `serving` sends them, and `turns` collects them."""
+"""Measurements of one optimizer step: a process of `serving` sends them, and `turns` collects them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step took, and what was in it."""
+    """Cost and contents of one optimizer step."""
 
     seconds: float
     """Wall-clock time."""
     samples: int
     """Samples of the step."""
     positions: int
-    """Tokens that went through the language model."""
+    """Positions in the language model, padding included."""
     learned: int
     """Tokens that the loss counts."""
     needed: int
     """Positions that remain when nothing is padded and no shared prefix is computed twice."""
     flops: int | None
-    """None where they were not counted."""
+    """FLOPs; None if they were not counted."""
     peak_bytes: int
-    """Most memory of the GPU in tensors; 0 on a CPU."""
+    """Peak GPU memory in tensors; 0 on a CPU."""
     reserved_bytes: int
-    """Most memory of the GPU with what torch keeps; 0 on a CPU."""
+    """Peak GPU memory that torch reserved; 0 on a CPU."""

@@ -1,14 +1,14 @@
-"""How much of a server's limit the data engine uses: calls per second against those that the server could answer.
+"""Benchmark of the data engine's throughput: calls per second, relative to what the server could answer.
 
     python -m benchmarks.synthesis_throughput --out benchmarks/results/synthesis_throughput.json
 
-The server is a process of its own on this machine. It speaks the protocol, works on so many requests at a time, and
-takes the same time for each; so it can answer at most slots / seconds of them in a second. All calls are begun at once,
-through everything that `qllava synthesize` does: prompts, requests, the store with its flush to the disk after each
-reply, rules, examples.
+The server is another process on this machine. It speaks the protocol, handles a fixed number of requests at a time
+(slots), and takes the same time for each, so it can answer at most slots / seconds requests per second. All calls start
+at once and run through everything that `qllava synthesize` does: prompts, requests, the store with its flush to the
+disk after each reply, rules, examples.
 
-    ratio    calls per second over slots / seconds: from the first request that the server saw to its last answer
-    whole    the same for the whole run, the reading of the store and the writing of examples included
+    ratio    calls per second over slots / seconds, from the first request that the server received to its last answer
+    whole    the same for the whole run, with reading the store and writing the examples
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ REPLY = "A quiet scene that takes up the whole picture. " * 20
 
 
 async def serve(slots: int, seconds: float) -> None:
-    """Answer until the end of the process; prints the port, and on request the time that was worked."""
+    """Answer requests until the process ends.
+
+    The port is printed at the start; a request for `/times` returns when the first request and the last answer were.
+    """
     free = asyncio.Semaphore(slots)
     times: list[float] = []
 
@@ -78,7 +81,11 @@ def _length(head: bytes) -> int:
 
 
 def measure(slots: int, seconds: float, calls: int) -> dict[str, Any]:
-    """One run of `calls` at once; raises SystemExit when one is lost or doubled."""
+    """Run `calls` calls at once, and return the server's limit and both ratios.
+
+    Raises:
+        SystemExit: If a call is lost or was made twice.
+    """
     line = [sys.executable, "-m", "benchmarks.synthesis_throughput", "--serve", str(slots), str(seconds)]
     with (
         subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server,
@@ -94,7 +101,7 @@ def measure(slots: int, seconds: float, calls: int) -> dict[str, Any]:
         times = httpx.get(f"{url}/times").json()
         server.kill()
     if not times["answers"] == result.calls == result.counts.total("accepted") == calls:
-        raise SystemExit(f"{calls} calls, {times['answers']} answers, {result.to_json()}")
+        raise SystemExit(f"Calls were lost or repeated: {calls} calls, {times['answers']} answers, {result.to_json()}")
     limit = slots / seconds
     return {
         "limit_per_second": limit,
@@ -131,7 +138,7 @@ def main() -> None:
     if arguments.out:
         from importlib.metadata import version
 
-        from benchmarks.machine import provenance  # needs torch, which the server need not wait for
+        from benchmarks.machine import provenance  # imports torch, which the server does not need
 
         about = {**provenance("cpu"), "versions": f"httpx {version('httpx')}", "calls": arguments.calls}
         about |= {"repeats": arguments.repeats, "settings": results}

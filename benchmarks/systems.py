@@ -1,14 +1,15 @@
-"""The three systems that are compared, each as its user would start it, over the same model and the same samples.
+"""The three systems that are compared, each started as its user would, with the same model and the same samples.
 
-    trl        TRL's SFTTrainer with its own collator and its defaults: layers recomputed on the way back, a batch
-               padded to its longest. Set is only what it takes to run at all, or to compute the same: no cutting at
-               `max_length`, answers alone learned (`assistant_only_loss`), samples in the given order
+    trl        TRL's SFTTrainer with its own collator and its defaults: layers are recomputed in the backward pass, a
+               batch is padded to its longest sample. Only settings that it needs to run, or to compute the same, are
+               changed: no truncation at `max_length`, only answers are learned (`assistant_only_loss`), samples in the
+               given order
     trl_tuned  the same with the best settings that were found for it: batch size, recomputation, samples by length
     qllava     LlavaTrainer
 
-All have the same frozen weights, LoRA and projector at the start, learning rate, optimizer and samples per optimizer
-step. On a CPU all compute in fp32; on a GPU in bf16, where TRL also holds what it trains in bf16, as it does for every
-4-bit model.
+All start with the same frozen weights, LoRA and projector, and have the same learning rate, optimizer and samples per
+optimizer step. On a CPU all compute in fp32; on a GPU in bf16, where TRL also keeps the trained weights in bf16, as it
+does for every 4-bit model.
 """
 
 from __future__ import annotations
@@ -57,40 +58,38 @@ EVERY_LAYER = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """What one process trains.
-
-    system: which of the three.
-    shape: a function of `shapes`.
-    device: cpu or cuda.
-    folder: where it may write.
-    texts: file of the samples, the steps one after the other.
-    samples_per_step: of an optimizer step.
-    batch: samples that go through TRL's model at once.
-    recompute: whether layers are recomputed on the way back; None: qllava decides by the memory of the GPU.
-    changes: fields of qllava's TrainConfig.
-    whole_head: qllava's head computes all positions, for the price of that.
-    lora_r: rank; alpha is twice that.
-    memory: bytes that the process may take of a GPU; None: all.
-    half: on a GPU compute in fp16 with loss scaling, as on a card without bf16.
-    """
+    """Training of one process."""
 
     system: Literal["trl", "trl_tuned", "qllava"]
+    """The system that trains."""
     shape: str
+    """Name of a function of `shapes`."""
     device: str
+    """cpu or cuda."""
     folder: str
+    """Folder that the process may write to."""
     texts: str
+    """File of the samples, in the order of the steps."""
     samples_per_step: int
+    """Samples of an optimizer step."""
     batch: int = 1
+    """Samples in a forward pass of TRL's model."""
     recompute: bool | None = True
+    """Whether layers are recomputed in the backward pass; None: qllava decides by the memory of the GPU."""
     changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of qllava's TrainConfig."""
     whole_head: bool = False
+    """Whether qllava's head computes all positions, to measure what that costs."""
     lora_r: int = 16
+    """Rank of LoRA; alpha is twice the rank."""
     memory: int | None = None
+    """Bytes of GPU memory that the process may take; None: all."""
     half: bool = False
+    """Whether a GPU computes in fp16 with loss scaling, as one without bf16 does."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in."""
+        """Type that the layers compute in."""
         if self.device == "cpu":
             return torch.float32
         return torch.float16 if self.half else torch.bfloat16
@@ -98,32 +97,30 @@ class Job:
 
 @dataclass
 class System:
-    """A trainer before its first step.
-
-    trainer: of transformers' kind.
-    rows: the samples as the model takes them, in the order in which this system sees them.
-    digest: of everything that will be trained; equal for equal starts.
-    collator: makes one padded batch of samples.
-    """
+    """A trainer before its first step."""
 
     trainer: Any
+    """Trainer of the kind of transformers'."""
     rows: Prepared
+    """Samples, in the order in which this system sees them."""
     digest: str
+    """SHA-256 of all trained weights, to check that all systems start equally."""
     collator: Collator
+    """Collator that makes a padded batch of samples."""
 
 
 class InOrder(LlavaTrainer):
-    """Takes the samples as they come; their order is that of `steps_of` already."""
+    """LlavaTrainer that takes the samples in the given order, which is that of `steps_of` already."""
 
     def get_train_dataloader(self) -> Any:
-        """Its batches are the steps."""
+        """Return a loader whose batches are the optimizer steps."""
         samples: Any = self.train_dataset
         steps = BatchSampler(SequentialSampler(samples), self.args.per_device_train_batch_size, drop_last=False)
         return loader(samples, steps, self.data_collator, self.args)
 
 
 def build(job: Job, callbacks: Sequence[TrainerCallback]) -> System:
-    """The system of a job."""
+    """Return the system of a job, ready to train."""
     texts = read_texts(Path(job.texts))
     if job.system != "qllava":
         order = "sorted" if job.system == "trl_tuned" else "shuffled"
@@ -158,7 +155,7 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
     )
     if job.whole_head:
         compute_whole_head(assembled.model)
-    # As `train_stage` begins a run: what fits the memory is chosen, and on a GPU rehearsed.
+    # As `train_stage` starts a run: settings that fit the memory are chosen, and rehearsed on a GPU.
     stage, _ = fitted(Stage(INSTRUCTION, CHATML, rows, None, [], Path(job.folder), config, {}), model, assembled)
     trainer = InOrder(model, assembled, stage)
     trainer.add_callback(Begin(trainer))
@@ -166,7 +163,7 @@ def _qllava(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: l
 
 
 def _trl(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list[Text]) -> Any:
-    # With this mark TRL holds what is trained in bf16; an fp32 model cannot be trained so.
+    # With this flag TRL casts trained weights to bf16, which an fp32 model on a CPU cannot use.
     model.is_loaded_in_4bit = job.device == "cuda"
     config = SFTConfig(
         **_common(job, len(texts)),
@@ -177,7 +174,7 @@ def _trl(job: Job, model: Any, assembled: Assembled, rows: Prepared, texts: list
         assistant_only_loss=True,
         train_sampling_strategy="sequential",
     )
-    # Images are opened when a batch asks for them, like qllava's.
+    # Images are opened when a batch needs them, as in qllava.
     dataset = Dataset.from_list([as_messages(text) for text in texts]).cast_column("images", List(Image()))
     return SFTTrainer(model, config, train_dataset=dataset, processing_class=assembled.processor)
 
@@ -202,7 +199,7 @@ def _common(job: Job, samples: int) -> dict[str, Any]:
 
 
 def prepare_records(texts: Sequence[Text], encoder: Encoder, folder: Path) -> Prepared:
-    """Write samples to `rows.json` of a folder, and return the examples as a run of qllava reads them."""
+    """Write samples to `rows.json` in a folder, and return the data that a run of qllava reads from it."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["QLLAVA_CACHE"] = str(folder / "cache")
     path = folder / "rows.json"
@@ -221,7 +218,7 @@ def _digest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def mean_loss(system: System, numbers: Sequence[int], device: str) -> float:
-    """Mean loss over the learned tokens of samples, one after the other by the model's own plain forward pass."""
+    """Return the mean loss over the learned tokens, one sample at a time by the model's plain forward pass."""
     model = system.trainer.model
     base = model.get_base_model()
     dtype = base.lm_head.weight.dtype

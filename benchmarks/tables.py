@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Tables of results as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Lines of one kind as a Markdown table."""
+    """Return lines with the same keys as a Markdown table."""
     rows = [[_cell(value) for value in line.values()] for line in lines]
     head = [name.replace("_", " ") for name in lines[0]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,13 +1,13 @@
-"""Samples per second of qllava beside TRL, on the same samples, in turn.
+"""Benchmark of samples per second of qllava and TRL, on the same samples, in turn.
 
     python benchmarks/throughput.py --device cpu --json benchmarks/results/throughput_cpu.json
 
-Three systems (`systems.py`) train the same model on the same samples, each in a process of its own, and compute their
-optimizer steps in turn (`turns.py`). Printed are the median of the ratios within repetitions and its interval, the loss
-over learned tokens after the same samples, which has to agree within 1 %, the share of positions that are neither
+Three systems (`systems.py`) train the same model on the same samples, each in its own process, and compute their
+optimizer steps in turn (`turns.py`). The table has the median of the ratios within repetitions and its interval, the
+loss over learned tokens after the same samples, which must agree within 1 %, the share of positions that are neither
 padding nor a prefix computed twice, and FLOPs. On a CPU the model has the fixed shape `shapes.cpu_bench`.
 
-`--ablate` measures qllava against itself instead: each shortcut switched off alone.
+`--ablate` compares qllava with itself instead, with each single shortcut switched off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIXTURES = (1.0, 1.95, 3.0)
 AGREEMENT = 0.01
 
 ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # Changes of a Job: with the shortcut, without it. LoRA first has an effect under recomputation alone.
+    # Changes of a Job with the shortcut, and without it. `lora_first` has an effect only with recomputation.
     "share_image_prefix": ({}, {"changes": {"share_image_prefix": False}}),
     "stop_tower": ({}, {"changes": {"stop_tower": False}}),
     "prune_last_layer": ({}, {"changes": {"prune_last_layer": False}}),
@@ -48,26 +48,29 @@ ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
-
-    shape, device, mixtures, samples_per_step: see `systems.Job` and `samples`.
-    repetitions: timed steps of each mixture; one more before them is counted and not timed.
-    folder: for images, examples and what the trainers write.
-    """
+    """Settings of a measurement; see also `systems.Job`."""
 
     shape: str
+    """Name of a function of `shapes`."""
     device: str
+    """cpu or cuda."""
     mixtures: tuple[float, ...]
+    """Mean numbers of samples per image that are measured; see `samples`."""
     samples_per_step: int
+    """Samples of an optimizer step."""
     repetitions: int
+    """Timed steps of each mixture; one more before them counts FLOPs and is not timed."""
     folder: Path
+    """Folder for images, examples and the trainers' files."""
     lora_r: int = 16
+    """Rank of LoRA."""
     memory: int | None = None
+    """Bytes of GPU memory that each process may take; None: all."""
 
     def texts(self, mixtures: Sequence[float], steps: int) -> str:
-        """Samples of `steps` steps of each mixture, one mixture after the other, and of one step more, in a file."""
+        """Write the samples of `steps` steps of each mixture in turn, and of one step more; return the file's path."""
         side = getattr(shapes, self.shape)().vision_config.image_size
-        # The step behind the last is never computed: the loader reads one ahead, and reading is a part of each step.
+        # The additional step is never computed: the loader reads one step ahead, and every timed step includes reading.
         texts = [
             text
             for mixture in [*mixtures, mixtures[-1]]
@@ -85,7 +88,10 @@ class Plan:
         return str(path)
 
     def job(self, system: Any, texts: str, **changes: Any) -> Job:
-        """The job of a system with its defaults: on a CPU qllava keeps what the way back needs, on a GPU as it fits."""
+        """Return the job of a system with its defaults.
+
+        qllava recomputes no layers on a CPU; on a GPU it decides by the memory.
+        """
         whole = next(size for size in range(min(8, self.samples_per_step), 0, -1) if self.samples_per_step % size == 0)
         recompute = system == "trl" or (None if system == "qllava" and self.device == "cuda" else False)
         values = {"batch": whole, "recompute": recompute, **changes}
@@ -103,7 +109,11 @@ class Plan:
 
 
 def tuned(plan: Plan) -> Job:
-    """TRL at its best: the fastest of batch sizes, with and without recomputation where there is memory for it."""
+    """Return TRL's fastest job: the best batch size, without recomputation if the memory suffices for it.
+
+    Raises:
+        SystemExit: If no batch size fits into the memory.
+    """
     texts = plan.texts(plan.mixtures[:1], 2)
     sizes = [size for size in range(1, plan.samples_per_step + 1) if plan.samples_per_step % size == 0]
     best: tuple[float, Job] | None = None
@@ -116,19 +126,19 @@ def tuned(plan: Plan) -> Job:
                     raise
                 break  # a larger batch does not fit either
             seconds = steps[-1].seconds
-            print(f"TRL, batch {batch}, recomputation {recompute}: {seconds:.2f} s a step", flush=True)
+            print(f"TRL, batch {batch}, recomputation {recompute}: {seconds:.2f} s per step", flush=True)
             if best is not None and seconds > best[0]:
-                break  # still larger ones have still more padding
+                break  # larger batches have even more padding
             best = seconds, plan.job("trl_tuned", texts, batch=batch, recompute=recompute)
         if best is not None:
-            break  # what is recomputed where nothing need be is slower
+            break  # recomputation that is not needed is slower
     if best is None:
         raise SystemExit("TRL does not fit into the memory with any batch size.")
     return best[1]
 
 
 def measure(jobs: Sequence[Job], repetitions: int) -> list[list[Step]]:
-    """Steps of jobs in turn, the first of each counted and not timed."""
+    """Return the steps of jobs that run in turn; the first of each counts FLOPs and is not timed."""
     workers: list[Worker] = []
     try:
         for job in jobs:
@@ -141,9 +151,14 @@ def measure(jobs: Sequence[Job], repetitions: int) -> list[list[Step]]:
 
 
 def compare(plan: Plan, heard: Callable[[list[dict[str, Any]]], None] = lambda lines: None) -> list[dict[str, Any]]:
-    """The three systems over all mixtures; raises SystemExit when they did not learn the same tokens.
+    """Compare the three systems over all mixtures, and return a line for each system and mixture.
 
-    heard: called with the lines of each mixture, as soon as they are there.
+    Args:
+        plan: Settings of the measurement.
+        heard: Function that is called with the lines of each mixture as soon as they are measured.
+
+    Raises:
+        SystemExit: If the systems start from different weights, or do not learn the same tokens.
     """
     best = tuned(plan)
     texts = plan.texts(plan.mixtures, 1 + plan.repetitions)
@@ -174,16 +189,20 @@ def compare(plan: Plan, heard: Callable[[list[dict[str, Any]]], None] = lambda l
 
 
 def check_same(counted: Sequence[Step], steps: Sequence[Sequence[Step]]) -> None:
-    """Every system learned the same number of tokens in each step; else what is compared is not the same."""
+    """Check that all systems learned the same number of tokens in each step, so that they can be compared.
+
+    Raises:
+        SystemExit: If they did not.
+    """
     learned = [[step.learned for step in (first, *rest)] for first, rest in zip(counted, steps, strict=True)]
     if any(other != learned[0] for other in learned):
-        raise SystemExit(f"The systems did not learn the same tokens: {learned} of each step.")
+        raise SystemExit(f"The systems did not learn the same tokens; learned tokens of each step: {learned}.")
 
 
 def summarize(
     mixture: float, counted: Sequence[Step], steps: Sequence[Sequence[Step]], losses: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A line for each system; the first is what the others are compared with."""
+    """Return a line for each system; the others are compared with the first."""
     out = []
     baseline = [step.seconds for step in steps[0]]
     for system, first, taken, loss in zip(SYSTEMS, counted, steps, losses, strict=True):
@@ -206,7 +225,7 @@ def summarize(
 
 
 def ablate(plan: Plan, mixture: float) -> list[dict[str, Any]]:
-    """Each shortcut of qllava alone: how much faster a step is with it than without."""
+    """Measure how much faster a step of qllava is with each single shortcut than without it."""
     texts = plan.texts([mixture], 1 + plan.repetitions)
     out = []
     for name, (on, off) in ABLATIONS.items():
@@ -228,24 +247,24 @@ def ablate(plan: Plan, mixture: float) -> list[dict[str, Any]]:
 
 
 def disagreement(found: Sequence[dict[str, Any]]) -> str | None:
-    """What is wrong with the losses; None when they agree."""
+    """Return a sentence if the losses differ by more than 1 %, or None if they agree."""
     for mixture in dict.fromkeys(line["samples_per_image"] for line in found):
         losses = [line["loss"] for line in found if line["samples_per_image"] == mixture]
         if not largest_difference(losses) <= AGREEMENT:
-            return f"With {mixture} samples per image the losses are {losses}: they differ by more than 1 %."
+            return f"With {mixture} samples per image the losses differ by more than 1 %: {losses}."
     return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 when the losses do not agree."""
-    parser = argparse.ArgumentParser(description="Samples per second of qllava beside TRL.")
+    """Measure, and print and write the figures; return 1 if the losses do not agree."""
+    parser = argparse.ArgumentParser(description="Compare the samples per second of qllava and TRL.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", default=None, help="a function of benchmarks/shapes.py")
+    parser.add_argument("--shape", default=None, help="name of a function of benchmarks/shapes.py")
     parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
     parser.add_argument("--samples-per-step", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--ablate", action="store_true", help="qllava against itself, each shortcut off alone")
-    parser.add_argument("--tiny", action="store_true", help="a model of no size, to see that it runs")
+    parser.add_argument("--ablate", action="store_true", help="measure qllava with each single shortcut switched off")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to check that the command runs")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args(arguments)
     shape = given.shape or ("tiny" if given.tiny else "cpu_bench" if given.device == "cpu" else "llava_7b")

@@ -1,8 +1,8 @@
-"""Systems take turns: each trains in a process of its own, and computes its next optimizer step when it is told to.
+"""Measurement of systems in turn: each trains in its own process, and computes an optimizer step on command.
 
-The processes wait for each other inside the real training loop (a callback at the end of a step), so a step is all of
-it: reading images, collating, forward, backward, clipping, optimizer. A repetition is one step of every system, with
-the same samples; they begin it in turn.
+The processes wait for each other inside the real training loop (a callback at the end of a step), so a step includes
+everything: reading images, collating, forward, backward, clipping, optimizer. A repetition is one step of every system
+with the same samples; each repetition starts with another system.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ STOP_SECONDS = 30
 
 
 class Failed(RuntimeError):
-    """A process ended with an error.
+    """Error of a process that failed.
 
-    out_of_memory: whether it was that.
+    Args:
+        text: Message of the error.
+        out_of_memory: Whether the memory did not suffice.
     """
 
     def __init__(self, text: str, out_of_memory: bool) -> None:
@@ -36,14 +38,15 @@ class Failed(RuntimeError):
 
 
 class Worker:
-    """A system in a process of its own; it has built its trainer when this returns.
+    """A system in its own process; its trainer is built when the constructor returns.
 
-    Raises Failed when it could not be built, here or at any later call.
+    Raises:
+        Failed: If the process fails, here or in any later call.
     """
 
     def __init__(self, job: Any) -> None:
         self.job = job
-        # A server that has imported everything forks in no time; CUDA does not survive a fork.
+        # A server that has imported everything forks at once; CUDA does not survive a fork.
         context: Any = multiprocessing.get_context("spawn" if job.device == "cuda" else "forkserver")
         if job.device != "cuda":
             context.set_forkserver_preload(["benchmarks.serving"])
@@ -55,20 +58,20 @@ class Worker:
         self.digest: str = self._answer()
 
     def step(self, *, count: bool = False) -> Step:
-        """The next optimizer step; `count`: with its FLOPs, which takes longer."""
+        """Compute the next optimizer step; with `count` its FLOPs are counted, which takes longer."""
         return self._ask("count" if count else "step")  # type: ignore[no-any-return]
 
     def loss(self, samples: int) -> float:
-        """Mean loss over the learned tokens of the last samples that were trained on."""
+        """Return the mean loss over the learned tokens of the last `samples` samples that were trained on."""
         return self._ask(f"loss {samples}")  # type: ignore[no-any-return]
 
     def profile(self, path: Path) -> Step:
-        """The next step under torch's profiler; its table is written to a file."""
+        """Compute the next step under torch's profiler, and write the profile as a table."""
         return self._ask(f"profile {path}")  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # the process has ended already
             self._pipe.send("stop")
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
@@ -86,8 +89,8 @@ class Worker:
         except EOFError as error:
             self._process.join()
             status = self._process.exitcode
-            # Linux ends a process that takes too much memory without a word.
-            raise Failed(f"the process of {self.job.system} ended with status {status}", status == -9) from error
+            # Linux kills a process that takes too much memory without a message.
+            raise Failed(f"The process of {self.job.system} ended with status {status}.", status == -9) from error
         if kind == "failed":
             self.close()
             raise Failed(*value)
@@ -95,21 +98,21 @@ class Worker:
 
 
 def serve(job: Any, pipe: Connection) -> None:
-    """What a process does: build, and then as it is told."""
-    # Imported here: the process that starts the others holds no model.
+    """Run a worker's process: build the system, then follow commands."""
+    # Imported here: the process that starts the others does not need it.
     from benchmarks.serving import run
 
     try:
         run(job, pipe)
     except Exception as error:
         text = f"{job.system}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-        # torch's own error, and the two in which qllava says the same.
+        # torch's error, and the two errors of qllava with the same meaning.
         memory = type(error).__name__ in ("OutOfMemoryError", "DoesNotFit") or "Memory does not suffice" in str(error)
         pipe.send(("failed", (text, memory)))
 
 
 def interleave(workers: Sequence[Worker], repetitions: int) -> list[list[Step]]:
-    """For each worker its steps; in each repetition another one begins."""
+    """Return the steps of each worker; each repetition starts with another worker."""
     steps: list[list[Step]] = [[] for _ in workers]
     for repetition in range(repetitions):
         for place in range(len(workers)):

@@ -1,8 +1,8 @@
-"""A LLaVA of any size with random weights, in seconds and without a download; the language model's are packed NF4.
+"""A LLaVA of any size with random weights, made in seconds without a download; its language model is in NF4.
 
-What time and memory depend on is as in a real one: NF4 with double quantization for the linear layers of the language
-model, everything else in the compute type, the projector in fp32. Each layer is made where it will lie, so no copy of
-the model in 16 bits ever exists. The same seed and device give the same weights.
+Everything that time and memory depend on is as in a real model: NF4 with double quantization for the linear layers of
+the language model, everything else in the compute type, the projector in fp32. Each layer is made on its device, so no
+16-bit copy of the model ever exists. The same seed and device give the same weights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 
 STD = 0.02
 VALUES_STD = 0.517
-"""Of the 16 values of NF4."""
+"""Standard deviation of the 16 values of NF4."""
 BLOCK, OUTER_BLOCK = 64, 256
 
 
 def random_llava(config: LlavaConfig, *, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A LlavaForConditionalGeneration in eval mode, frozen, marked as a 4-bit model.
+    """Return a frozen LlavaForConditionalGeneration in eval mode, marked as a 4-bit model.
 
-    dtype: what the layers compute in, and what is not packed is held in.
+    Args:
+        config: Config of the model; it is not changed.
+        device: Device of the weights.
+        dtype: Type that the layers compute in, and of the weights that are not in NF4.
+        seed: Seed of the weights.
     """
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(copy.deepcopy(config))
@@ -45,7 +49,7 @@ def random_llava(config: LlavaConfig, *, device: str, dtype: torch.dtype, seed: 
 
 
 def _pack(language_model: nn.Module, device: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Put packed layers in the place of the linear ones."""
+    """Replace the linear layers by 4-bit ones."""
     for parent in list(language_model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
@@ -61,15 +65,15 @@ def _packed(layer: nn.Linear, device: str, dtype: torch.dtype, generator: torch.
     packed.weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4")
     packed.weight.module = packed
     packed.quant_state = state
-    # Otherwise a pass without gradients repacks the weights in place on some CPUs, and training goes wrong in silence.
+    # Otherwise, on some CPUs, a pass without gradients repacks the weights in place, and training is silently wrong.
     packed.support_avx512bf16_for_cpu = False
     return packed
 
 
 def _scales(shape: torch.Size, device: str, dtype: torch.dtype) -> QuantState:
-    """What bitsandbytes keeps beside a packed matrix: here every block has the same scale, packed in 8 bits too.
+    """Return the quantization state of a 4-bit matrix; every block has the same scale, itself quantized to 8 bits.
 
-    Random bytes hit all 16 values alike, so the scale follows from their spread.
+    Random bytes use all 16 values equally often, so the scale follows from the values' standard deviation.
     """
     values, scales = _codes(device)
     blocks = -(-shape.numel() // BLOCK)
@@ -88,12 +92,12 @@ def _scales(shape: torch.Size, device: str, dtype: torch.dtype) -> QuantState:
 
 @cache
 def _codes(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 16 values of NF4, and the 256 of its scales."""
+    """Return the 16 values of NF4, and the 256 values of its scales."""
     return bnb.get_4bit_type("nf4", device=device), bnb.create_dynamic_map().to(device)
 
 
 def _fill(module: nn.Module, model: Any, device: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Give the module's own parameters and buffers values."""
+    """Give values to the parameters and buffers of the module itself."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         value = torch.empty(parameter.shape, device=device, dtype=dtype)
         if "norm" in type(module).__name__.lower():
@@ -108,10 +112,10 @@ def _fill(module: nn.Module, model: Any, device: str, dtype: torch.dtype, genera
 
 
 def _buffer(module: Any, name: str, buffer: torch.Tensor, device: str) -> torch.Tensor:
-    """Positions count up; the rotary frequencies are computed as the module does it."""
+    """Return the values of a buffer: positions in order, or rotary frequencies as the module computes them."""
     if name == "position_ids":
         return torch.arange(buffer.shape[-1], device=device)[None]
     if name in ("inv_freq", "original_inv_freq"):
         frequencies: torch.Tensor = type(module)(module.config).inv_freq.to(device)
         return frequencies
-    raise ValueError(f"{type(module).__name__} has the buffer {name}, whose values are not known here")
+    raise ValueError(f"the values of the buffer {name} of {type(module).__name__} are not known; add them to _buffer")

@@ -1,4 +1,4 @@
-"""A shortcut of qllava switched off: the head computes all positions, as it would without `training.exact`."""
+"""Switch for a shortcut of qllava: the head computes all positions, as it would without `training.exact`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def compute_whole_head(model: Any) -> None:
-    """Let the head multiply as many positions as the pack has, and throw away what is not learned.
+    """Make the head compute as many positions as the pack has, and discard those that are not learned.
 
-    The positions that are not learned are zeros here: what they hold costs nothing less or more.
+    Positions that are not learned are zeros here; their values do not change the cost.
     """
     seen: dict[str, int] = {}
     plain = model.lm_head.forward

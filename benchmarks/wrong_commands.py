@@ -1,9 +1,9 @@
-"""Wrong commands as a user types them: status, time to the message, and the message.
+"""Benchmark of wrong commands: their exit status, the time to the message, and the message.
 
     python benchmarks/wrong_commands.py                 # writes benchmarks/results/wrong_commands.json, prints a table
 
-Each is a process of its own. `wall` is from start to end, best of three; `cpu` is the user and system time of that
-process, which is the figure to compare on a machine that does other work too; `load` says how much it did.
+Each command runs in its own process. `wall` is the time from start to end, the best of three; `cpu` is the user and
+system time of the same process, the figure to compare on a machine with other work; `load` is the machine's load.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qllava.surroundings import prepare_process
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "wrong_commands.json"
 
-# Program and words; {folder} is a folder of files that `_prepare` makes.
+# Program and arguments; {folder} is the folder of the files that `_prepare` writes.
 COMMANDS = (
     ("recipes/finetune_lora.py", "--per_device_batch_size 4"),
     ("recipes/finetune_lora.py", "--lora_r many"),
@@ -58,9 +58,11 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run them all; status 1 when one works, or ends in a stack trace."""
-    parser = argparse.ArgumentParser(description="Time wrong commands.")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=RESULT, help=f"(default: {RESULT.name})")
+    """Run all commands; return 1 if one succeeds, or ends in a stack trace."""
+    parser = argparse.ArgumentParser(description="Measure the time until wrong commands are refused.")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, default=RESULT, help=f"file to write to (default: {RESULT.name})"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -83,7 +85,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _measure(program: str, words: str, folder: Path) -> dict[str, Any]:
-    """The faster of three runs of one command."""
+    """Return the figures of the fastest of three runs of one command."""
     best: dict[str, Any] = {}
     for _ in range(3):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

@@ -1,1 +1,1 @@
-"""From files on disk to tensors: formats -> Example -> encode -> Sample -> collate -> batch."""
+"""Data, from files on disk to tensors: formats -> Example -> encode -> Sample -> collate -> batch."""

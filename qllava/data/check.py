@@ -1,14 +1,14 @@
-"""The whole data set, before anything is trained: what is wrong with it, how long it is, what would be left out.
+"""Check of a whole data set before training: its problems, the lengths of its samples, and what would be left out.
 
     file --records--> Place, example --formats--> Example --encode--> Sample --table--> samples.arrow
                                                                   images ----> every one decoded, once
 
-Every example goes the way that it goes in training, through the same code, in processes of its own when there are many.
-What comes out is kept in a folder, named by a hash of the file's bytes and of everything that decides what its samples
-are, so the training run, and a second check, find it done. Which images are sound is remembered for a whole folder of
-them, so only those are decoded that are new or have changed, whatever was changed in the text.
+Every example is read by the same code as in training, in several processes if there are many examples. The result is
+kept in a folder whose name is a hash of the file's bytes and of everything that decides its samples, so the training
+run and a second check reuse it. The state of the images is kept per image folder, so only new and changed images are
+decoded, whatever was changed in the text.
 
-Memory does not grow with the examples: they are in an Arrow file, and problems in a JSONL file next to it.
+Memory does not grow with the number of examples: samples are in an Arrow file, problems in a JSONL file next to it.
 """
 
 from __future__ import annotations
@@ -42,69 +42,67 @@ from qllava.files import whole_folder
 from qllava.workers import pool
 
 _VERSION = 5
-"""Raised whenever the same file would give another table, so that an old one is not taken for it."""
+"""Version of the table; raise it whenever the same file would give a different table, so that old ones are unused."""
 _ROWS = 1_000
 _SAMPLES, _ROWS_BROKEN, _IMAGES_BROKEN = "samples.arrow", "rows.jsonl", "images.jsonl"
-# The key of a folder does not see what else is on the disk: an image that was missing may have been added.
+# The key of a folder does not cover the rest of the disk: an image that was missing may have been added.
 _UNSETTLED = ("image missing", "file unreadable")
-_ROWS_DONE = "rows.json"  # written last: a folder that has it is whole
+_ROWS_DONE = "rows.json"  # written last: a folder that has it is complete
 _ALONE = 6
-"""Chunks of examples after which it pays to start processes, which takes seconds."""
+"""Number of chunks after which starting processes, which takes seconds, pays off."""
 
 _MOST_KEYS, _OTHERS = 100, "\0"
-"""Keys that are reported one by one; a file whose keys are ids may have a million."""
+"""Maximum number of keys that are reported one by one; a file whose keys are ids may have a million."""
 
 _Row = tuple[Place, Any]
 _Unread = dict[str, tuple[int, Place]]
-"""Keys that are not read: in how many records, and the first of them."""
+"""For each key that is not read, the number of records that have it, and the place of the first."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a data file comes to.
-
-    rows: examples of the file that could be read, sound or not.
-    samples, images: what is learned from, and the distinct images of it.
-    shown: images of all samples together; divided by `images` it says how many samples share an image.
-    tokens: length of a sample with its image tokens: least, median, 95th percentile, most.
-    learned_tokens: of all samples together.
-    counts: problems by kind.
-    failing: problems for which a check fails; `errors` are those for which a run would.
-    """
+    """Figures of a data file."""
 
     rows: int
+    """Number of examples that could be read, usable or not."""
     samples: int
+    """Number of samples to train on."""
     images: int
+    """Number of distinct images of the samples."""
     shown: int
+    """Number of images summed over the samples; divided by `images`, how many samples share an image."""
     tokens: dict[str, int]
+    """Minimum, median, 95th percentile and maximum length of a sample in tokens, including image tokens."""
     learned_tokens: int
+    """Number of learned tokens of all samples."""
     counts: dict[str, int]
+    """Number of problems of each kind."""
     failing: int
+    """Number of problems for which a check fails."""
     errors: int
+    """Number of problems for which a run would fail."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A data file that was read to its end.
-
-    path: the file.
-    folder: where what was found is kept.
-    layout: how its samples are unfolded.
-    summary: its figures.
-    """
+    """A data file that was read to its end."""
 
     path: Path
+    """The data file."""
     folder: Path
+    """Folder of the results."""
     layout: Layout
+    """Layout that unfolds the samples of the table."""
     summary: Summary
+    """Figures of the file."""
 
     @property
     def table(self) -> Dataset:
-        """Its samples, folded, memory-mapped."""
+        """The samples of the file, folded and memory-mapped."""
         return open_table(self.folder / _SAMPLES)
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong, in the order of the examples; images come last."""
+        """Yield the problems in the order of the examples; those of images come last."""
         return _problems(self.folder)
 
 
@@ -117,18 +115,18 @@ def check(
     progress: bool = True,
     workers: int | None = None,
 ) -> Checked:
-    """Read a data file to its end. What is wrong with the file is not raised: see `problems`.
+    """Read a data file to its end, and collect its problems instead of raising them (`Checked.problems`).
 
     Args:
         path: The file, or a folder that holds a data set.
         image_folder: The folder that image paths are relative to; None for that of the file.
-        encoder: Makes samples of the examples.
-        images: Whether every image is decoded once.
-        progress: Whether a bar is shown.
+        encoder: Encoder of the examples.
+        images: Whether to decode every image once.
+        progress: Whether to show a progress bar.
         workers: Number of processes that read a large file; None for one per core. The result is the same.
 
     Raises:
-        InputError: The result cannot be kept.
+        InputError: The result cannot be written.
     """
     root = cache_folder() / "checked"
     folder = root / _key(path, image_folder, encoder)
@@ -146,16 +144,15 @@ def check(
             _write(file, at_their_examples(table, seen, uses))
     except OSError as error:
         raise InputError(
-            f"The results of the check of {path} cannot be written to {root} ({error.strerror or error}); make room "
-            "there, "
-            "or name another folder in $QLLAVA_CACHE."
+            f"The results of the check of {path} cannot be written to {root} ({error.strerror or error}); "
+            "free disk space there, or set $QLLAVA_CACHE to another folder."
         ) from error
     layout = Layout(encoder.image_token_id)
     return Checked(path, folder, layout, _summary(folder, table, uses))
 
 
 def _is_settled(folder: Path) -> bool:
-    """Whether the examples of a file were read into this folder, and would be read the same again."""
+    """Return whether the examples of a file were read into this folder, and would give the same result again."""
     try:
         return bool(json.loads((folder / _ROWS_DONE).read_text(encoding="utf-8"))["unsettled"] == 0)
     except (FileNotFoundError, ValueError):  # a machine that loses its power can leave the file empty
@@ -171,7 +168,7 @@ def _problems(folder: Path) -> Iterator[Problem]:
 
 
 def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
-    """A hash of the file's bytes and of everything else that decides its samples, the images excepted."""
+    """Return a hash of the file's bytes and of everything else that decides its samples, except the images."""
     core = encoder.tokenizer.backend_tokenizer.to_str()
     decides = (
         _VERSION, tokenizers.__version__,
@@ -196,7 +193,7 @@ def _key(path: Path, image_folder: Path | None, encoder: Encoder) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns a chunk of examples into a piece of the table; it needs no other chunk, so it works in any process."""
+    """Reader of a chunk of examples into a piece of the table; it needs no other chunk, so it works in any process."""
 
     encoder: Encoder
     folder: ImageFolder
@@ -230,7 +227,7 @@ def _unread(examples: Sequence[Example]) -> _Unread:
 
 
 def _count(found: _Unread, more: _Unread) -> None:
-    """Add to the counts; beyond a number of keys, of all others together."""
+    """Add to the counts; keys beyond the maximum are counted together."""
     for key, (count, place) in more.items():
         name = key if key in found or len(found) < _MOST_KEYS else _OTHERS
         before, first = found.get(name, (0, place))
@@ -238,7 +235,7 @@ def _count(found: _Unread, more: _Unread) -> None:
 
 
 def _not_read(found: _Unread) -> Iterator[Problem]:
-    """A note for each key that is not read."""
+    """Yield a note for each key that is not read."""
     hint = "nothing to do, unless it should be learned"
     for key, (count, place) in found.items():
         records = f"{count:,} record{'' if count == 1 else 's'}"
@@ -251,7 +248,7 @@ def _not_read(found: _Unread) -> Iterator[Problem]:
 
 @cache
 def _reader(path: Path) -> _Reader:
-    """The reader in a process of its own: loaded once, not with every chunk."""
+    """Return the reader in a worker process, where it is loaded once and not with every chunk."""
     reader: _Reader = pickle.loads(path.read_bytes())
     return reader
 
@@ -268,7 +265,7 @@ def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 def _pieces(
     reader: _Reader, chunks: Iterator[list[_Row]], aside: Path, workers: int
 ) -> Iterator[tuple[pa.RecordBatch, Any, Any]]:
-    """Every chunk read, in order: the first ones here, and if there are more, in `workers` processes (here if 1)."""
+    """Yield every chunk read, in order: the first ones in this process, further ones in `workers` processes, if > 1."""
     for chunk in islice(chunks, _ALONE if workers > 1 else None):
         yield reader(chunk)
     first = next(chunks, None)
@@ -282,7 +279,7 @@ def _pieces(
 
 
 def _read(path: Path, folder: Path, reader: _Reader, progress: bool, workers: int) -> None:
-    """Read all examples into the table in `folder`, and what is wrong with them into the file beside it."""
+    """Read all examples into the table in `folder`, and their problems into the file next to it."""
     rows = unsettled = 0
     unread: list[Problem] = []
     keys: _Unread = {}
@@ -310,7 +307,7 @@ def _read(path: Path, folder: Path, reader: _Reader, progress: bool, workers: in
 
 
 def _write(file: Any, problems: Iterable[Problem]) -> int:
-    """Write problems, one in a line; returns of how many the cause may be gone the next time."""
+    """Write problems, one per line, and return how many of them may be solved at the next check without a new file."""
     unsettled = 0
     for problem in problems:
         file.write(json.dumps(asdict(problem)) + "\n")
@@ -322,10 +319,10 @@ def _write(file: Any, problems: Iterable[Problem]) -> int:
 
 
 def numbers(table: Dataset, name: str) -> np.ndarray:
-    """A column of numbers, (examples,); the hashes of a column of lists one after the other."""
+    """Return a column of numbers, (samples,); a column of lists is concatenated."""
     column = table.data.column(name)
     is_list = pa.types.is_list(column.type)
-    # Of no examples too with the type of the others: a hash beside an empty column of int64 would become a float.
+    # An empty column keeps its type too: uint64 hashes concatenated with an empty int64 column would become floats.
     parts = [np.empty(0, dtype=(column.type.value_type if is_list else column.type).to_pandas_dtype())]
     for chunk in column.chunks:
         flat = chunk.flatten() if is_list else chunk.fill_null(0)
@@ -334,7 +331,7 @@ def numbers(table: Dataset, name: str) -> np.ndarray:
 
 
 def lengths(checked: Checked) -> np.ndarray:
-    """Tokens of every sample, (samples,)."""
+    """Return the number of tokens of every sample, (samples,)."""
     return numbers(checked.table, "length")
 
 

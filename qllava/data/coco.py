@@ -1,15 +1,15 @@
-"""COCO's annotations -> examples of captions and boxes, one an image.
+"""Reader of COCO's annotations: captions and boxes of each image.
 
     captions_val2014.json     images:      {id, file_name, width, height}
                               annotations: {image_id, caption}
     instances_val2014.json    annotations: {image_id, category_id, bbox: [x, y, width, height] in pixels, iscrowd}
                               categories:  {id, name}
 
-A box of a crowd (`iscrowd`) is passed on as one: it holds an unknown number of objects, so that a category that has one
-cannot be counted. A box without area, of which train2017 has two, is left out. Boxes become corners between 0 and 1.
+A box of a crowd (`iscrowd`) is marked as such: it holds an unknown number of objects, so its category cannot be
+counted. A box without area, of which train2017 has two, is left out. Boxes become corners between 0 and 1.
 
 The files are read by `json` alone: pycocotools builds the same tables, must be compiled, and prints to stdout; what it
-adds (masks, the scores of detectors) is not looked at here.
+adds (masks, the scores of detectors) is not needed here.
 """
 
 from __future__ import annotations
@@ -24,19 +24,24 @@ from qllava.config import InputError
 from qllava.data.problems import OnProblem, Place, Problem
 
 _EDGE = 1.0
-"""COCO's outlines may end so many pixels behind the image's edge; that is cut, more is an error."""
+"""Pixels by which a COCO outline may exceed the image's edge; it is clipped there, and more is an error."""
 _MALFORMED = (KeyError, TypeError, ValueError, ZeroDivisionError)
 
 
 def is_coco(path: Path) -> bool:
-    """Whether this is COCO's own layout: a folder, or one of its files by its name."""
+    """Return whether a path is COCO's own layout: a folder, or one of its files by name."""
     return path.is_dir() or (path.suffix == ".json" and path.name.startswith(("captions_", "instances_")))
 
 
 def read_records(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """The images of a pair of files, or of a folder that holds one pair: {id, image, captions, boxes}, unchecked.
+    """Yield the images of a pair of files as {id, image, captions, boxes}, unchecked.
 
-    An entry that cannot be read is handed to `on_problem`. Raises InputError where a whole file cannot be used.
+    Args:
+        path: One of the two files, or a folder that holds one pair.
+        on_problem: Called with the problem of each entry that cannot be read.
+
+    Raises:
+        InputError: A whole file cannot be used.
     """
     captions_path, instances_path = _pair(path)
     said, marked = _load(captions_path, "images"), _load(instances_path, "categories")
@@ -62,7 +67,7 @@ def read_records(path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, dic
 def _boxes(
     marked: dict[str, Any], sizes: dict[Any, tuple[float, float]], at: Place, on_problem: OnProblem
 ) -> dict[Any, list[dict[str, Any]]]:
-    """The boxes of each image that has captions; those of others are not wanted."""
+    """Return the boxes of each image that has captions; others are not needed."""
     boxes: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     try:
         categories = {one["id"]: one["name"] for one in marked["categories"]}
@@ -80,7 +85,7 @@ def _boxes(
 
 
 def _corners(bbox: list[float], across: float, down: float) -> list[float]:
-    """x, y, width and height in pixels -> x1, y1, x2, y2 of the image's width and height."""
+    """Convert x, y, width and height in pixels to x1, y1, x2, y2 as fractions of the image's width and height."""
     x, y, width, height = bbox
     x2, y2 = x + width, y + height
     x2, y2 = (min(x2, across) if x2 <= across + _EDGE else x2), (min(y2, down) if y2 <= down + _EDGE else y2)
@@ -92,7 +97,7 @@ def _malformed(what: str, number: int, error: Exception, at: Place, needed: str)
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """captions_NAME.json and instances_NAME.json. Raises InputError where one is missing, or it is unclear which."""
+    """Return captions_NAME.json and instances_NAME.json, or raise InputError if one is missing or NAME is unclear."""
     if path.is_dir():
         found = sorted(path.glob("captions_*.json"))
         if len(found) != 1:
@@ -110,7 +115,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
 
 
 def _load(path: Path, beside: str) -> dict[str, Any]:
-    """A file with its lists `annotations` and `beside`, without outlines, which are nine tenths of it."""
+    """Load a file that has the lists `annotations` and `beside`, without outlines, which are 90% of its size."""
     try:
         with path.open(encoding="utf-8") as file:
             read = json.load(file, object_hook=_without_outline)

@@ -1,14 +1,14 @@
-"""Samples -> tensors: laid out as packs, or one below the other, padded on the right.
+"""Collators: samples to tensors, as packs or as a batch padded on the right.
 
     B samples, S tokens of the longest, I images of all samples together, H x W pixels
 
-    input_ids       (B, S)  pad_token_id behind the end
-    labels          (B, S)  IGNORE_INDEX there
-    attention_mask  (B, S)  1 for tokens, 0 behind the end
+    input_ids       (B, S)  pad_token_id after the end of a sample
+    labels          (B, S)  IGNORE_INDEX after the end of a sample
+    attention_mask  (B, S)  1 for tokens, 0 after the end of a sample
     pixel_values    (I, 3, H, W)  in the order of the image tokens, sample by sample; absent when no sample has an image
-    ids             the samples' ids, for messages; the trainer takes them out before the model sees the batch
+    ids             ids of the samples, for messages; the trainer removes them before the model gets the batch
 
-Images are opened here, when they are needed: a data set of any size costs no memory.
+Images are opened here, when they are needed, so the size of a data set costs no memory.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from qllava.data.packing import Pack, lay_out, packs_of
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of samples {"id", "input_ids", "labels", "images": paths as text}.
+    """Collator of samples {"id", "input_ids", "labels", "image_files": paths as text} into a padded batch.
 
-    The column is not called image or images, because TRL would then take the data set over as one of images.
-
-    pad_token_id: what stands behind the end of a shorter sample; never looked at, never learned.
-    image_processor: turns RGB images into pixel_values, all of one size.
-
-    Raises InputError, with file and id, when an image cannot be read.
+    The column is not called image or images, because TRL would then process the data set as one of images.
     """
 
     pad_token_id: int
+    """Id that fills a shorter sample at its end; it is masked and never learned."""
     image_processor: BaseImageProcessor
+    """Processor of RGB images into pixel_values, all of one size."""
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; see the head of this file."""
+        """Return the batch described in the module's docstring.
+
+        Raises:
+            InputError: An image cannot be read; the message names file and id.
+        """
         lengths = [len(sample["input_ids"]) for sample in samples]
         shape = (len(samples), max(lengths))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
@@ -64,25 +65,25 @@ class Collator:
 
 @dataclass(frozen=True)
 class Kept:
-    """Samples as the collator got them; of a type of its own, so that nothing looks for tensors inside."""
+    """Samples as the collator got them; a separate type, so that libraries do not look for tensors inside."""
 
     samples: list[dict[str, Any]]
+    """The samples."""
     images: list[tuple[str, ...]]
-    """Of each pack, the paths of its images in the order of its pixel_values."""
+    """For each pack, the paths of its images in the order of its pixel_values."""
 
 
 class PackCollator:
-    """Lays the samples of a batch out as packs (`packing`), for the forward pass of `training.exact`.
+    """Collator of samples into packs (`packing`), for the forward pass of `training.exact`.
 
         lengths  (N,)  tokens of each sample; the first entry, because the trainer counts samples by it
-        labels   (1, S of all packs)  the tokens that are to come, for what only counts them
-        packs    a list; each as `pack_tensors` has it, and `pixel_values` (I, 3, H, W) of its distinct images, absent
-                 when it has none
-        ids      of the samples, for messages
+        labels   (1, S of all packs)  labels of the next tokens, for code that only counts them
+        packs    a list; each entry from `pack_tensors`, with `pixel_values` (I, 3, H, W) of its distinct images, absent
+                 if it has none
+        ids      ids of the samples, for messages
         kept     the samples and the paths of their images, for `again`
 
-    Of no samples (a process without a share of the step) it makes one pack that weighs nothing.
-    Raises InputError, with file and id, when an image cannot be read.
+    An empty list of samples (on a rank without a share of the step) becomes one weightless pack.
     """
 
     def __init__(
@@ -92,32 +93,38 @@ class PackCollator:
         share: bool = True,
         tokens_per_pack: int | None = None,
     ) -> None:
-        """Args:
-        image_token_id: the id of `<image>`.
-        image_processor: turns RGB images into pixel_values, all of one size.
-        share: whether samples about the same images share their tokens.
-        tokens_per_pack: most tokens of a pack; None: all in one.
+        """Create the collator.
+
+        Args:
+            image_token_id: Id of the `<image>` token.
+            image_processor: Processor of RGB images into pixel_values, all of one size.
+            share: Whether samples about the same images share their tokens.
+            tokens_per_pack: Maximum number of tokens in a pack; None puts all samples into one pack.
         """
         self.image_token_id, self.image_processor, self.share = image_token_id, image_processor, share
-        # In shared memory: the workers of a loader have copies of this object, made when they were started, and read
-        # the present value; 0 for None.
+        # In shared memory, because the workers of a data loader have copies of this object, made when they were
+        # started, and must read the current value; 0 for None.
         self._limit = torch.tensor([tokens_per_pack or 0]).share_memory_()
 
     @property
     def tokens_per_pack(self) -> int | None:
-        """Most tokens of a pack, now."""
+        """Current maximum number of tokens in a pack; None for no maximum."""
         return int(self._limit[0]) or None
 
     def shorten(self, tokens_per_pack: int) -> None:
-        """Make shorter packs from here on, in every process that holds a copy of this collator."""
+        """Set a lower maximum for later packs, in every process that has a copy of this collator."""
         self._limit[0] = tokens_per_pack
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch."""
+        """Return the batch described in the class's docstring.
+
+        Raises:
+            InputError: An image cannot be read; the message names file and id.
+        """
         return self._laid_out(samples, self._pixels(samples))
 
     def again(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The same samples in packs of the present length; their images are not decoded again."""
+        """Return the same samples in packs of the current maximum length, without decoding their images again."""
         packs = zip(batch["kept"].images, batch["packs"], strict=True)
         pixels = {
             path: x for paths, pack in packs if paths for path, x in zip(paths, pack["pixel_values"], strict=True)
@@ -125,7 +132,7 @@ class PackCollator:
         return self._laid_out(batch["kept"].samples, pixels)
 
     def _laid_out(self, samples: list[dict[str, Any]], pixels: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """pixels: (3, H, W) of each distinct image of the samples, by its path."""
+        """Return the batch of samples; `pixels` holds (3, H, W) of each distinct image by its path."""
         if not samples:
             labels = torch.empty((1, 0), dtype=torch.long)
             lengths = torch.empty(0, dtype=torch.long)
@@ -145,7 +152,7 @@ class PackCollator:
         return batch
 
     def _pixels(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """(3, H, W) of each distinct image of the batch."""
+        """Return (3, H, W) of each distinct image of the batch, by its path."""
         owner = {path: sample["id"] for sample in reversed(samples) for path in sample["image_files"]}
         if not owner:
             return {}
@@ -155,11 +162,14 @@ class PackCollator:
 
 
 def pack_tensors(pack: Pack) -> dict[str, Any]:
-    """A pack as the model takes it, but for its pixels.
+    """Return a pack as the model takes it, except its pixels.
 
-    input_ids, position_ids (1, S); image_places, features (P,): where the image tokens stand, and which feature is put
-    there; learned, targets (L,): the places that predict a learned token, and that token; learned_counts: how many of
-    them are in each branch; pack_groups: what is where.
+    Returns:
+        input_ids, position_ids: (1, S) each.
+        image_places, features: (P,) positions of the image tokens, and the index of the feature at each.
+        learned, targets: (L,) positions that predict a learned token, and that token.
+        learned_counts: Number of learned tokens in each branch.
+        pack_groups: Groups of the pack.
     """
     learned = np.flatnonzero(pack.shift_labels != IGNORE_INDEX)
     edges = [
@@ -181,9 +191,9 @@ def pack_tensors(pack: Pack) -> dict[str, Any]:
 
 
 def weightless_pack() -> dict[str, Any]:
-    """A pack of two tokens that teaches nothing: what a process computes while others still have packs.
+    """Return a pack of two tokens with weight 0, which a rank computes while other ranks still have packs.
 
-    All go through the model equally often, because they wait for each other inside.
+    All ranks must run the model equally often, because they wait for each other in it.
     """
     sample = {"id": "", "input_ids": [0, 0], "labels": [IGNORE_INDEX, 0], "image_files": [], "image_tokens": []}
     return {**pack_tensors(lay_out([sample], IGNORE_INDEX)), "weightless": True}

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files -> records, a few at a time."""
+"""Reader of Parquet and Arrow files, a few records at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qllava.data.unpacked import bytes_or_path, is_image, unpack
 Rows = Iterator[tuple[Place, Any]]
 
 _KNOWN = {*LEARNED, *REFUSED, *chain(*SPELLINGS.values())}
-_BATCH = 64  # rows that are Python objects at one time; each may hold images
+_BATCH = 64  # records that are Python objects at one time; each may hold images
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_columns(path: Path, kind: str, on_problem: OnProblem) -> Rows:
-    """Yield the records of a Parquet or Arrow file; what is corrupt ends it with a problem."""
+    """Yield the records of a Parquet or Arrow file; corrupt data ends it with a problem."""
     import pyarrow as pa
 
     number = 0
@@ -38,9 +38,9 @@ def read_columns(path: Path, kind: str, on_problem: OnProblem) -> Rows:
 
 
 def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict[str, Any]]]:
-    """The columns as Python objects, a few records at a time; raises what pyarrow does.
+    """Yield the records as Python objects, a few at a time; errors of pyarrow are not caught.
 
-    Of columns that nobody reads only those are loaded that may name or hold an image; the others are True.
+    Columns that have no meaning are loaded only if they may name or hold an image; the others become True.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -65,17 +65,17 @@ def _batches(path: Path, kind: str, on_problem: OnProblem) -> Iterator[list[dict
         others = {name: True for name in schema.names if name not in wanted}
         for batch in batches:
             batch = batch.select(wanted)
-            batch.validate(full=True)  # Arrow trusts offsets that it has read: broken ones lead anywhere in memory
+            batch.validate(full=True)  # Arrow trusts the offsets in a file: corrupt ones point anywhere in memory
             for start in range(0, batch.num_rows, _BATCH):
                 yield [record | others for record in batch.slice(start, _BATCH).to_pylist()]
         if kind == "Arrow stream":
             source.seek(max(source.size() - len(END_OF_STREAM), 0))
-            if source.read() != END_OF_STREAM:  # a stream that is cut between two batches looks sound otherwise
+            if source.read() != END_OF_STREAM:  # a stream truncated between two batches looks intact otherwise
                 raise ValueError("the file is truncated (its end mark is missing)")
 
 
 def _wanted(schema: Any) -> list[str]:
-    """The columns that are loaded: those that have a meaning, and others in which there is text or bytes."""
+    """Return the columns to load: those that have a meaning, and others that hold text or bytes."""
     once = [field for field in schema if schema.names.count(field.name) == 1 or field.name in _KNOWN]
     return [field.name for field in once if field.name.strip().lower() in _KNOWN or _says_words(field.type)]
 
@@ -93,10 +93,10 @@ def _says_words(type: Any) -> bool:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A value as JSON would have it: images unpacked, keys without null.
+    """Return a value as JSON would have it: images unpacked, keys with null removed.
 
     Columns give every object the keys that one of them has ({"type": "image", "text": None}). Bytes of an image, alone
-    or in the {"bytes", "path"} of Hugging Face, become the path that they were unpacked to; other bytes become True.
+    or in the {"bytes", "path"} of Hugging Face, become the path they were unpacked to; other bytes become True.
     """
     if isinstance(value, list):
         return [_plain(key, one) for one in value]

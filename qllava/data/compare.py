@@ -1,4 +1,4 @@
-"""Examples compared with each other, by the hashes in their tables: twice the same, one id for two, leaks.
+"""Comparison of examples by the hashes in their tables: duplicates, ids used twice, and leaks into the evaluation.
 
 Several files are one data set: examples are compared across them.
 """
@@ -15,9 +15,13 @@ from qllava.data.problems import OnProblem, Place, Problem
 
 
 def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
-    """Examples of one data set, of one or more files, that occur twice, and ids that name two different examples.
+    """Report examples that occur twice in one data set, and ids that name two different examples.
 
-    Several examples about one image may bear its id, as LLaVA's own do; examples with the same words may not.
+    Several examples about one image may have its id, as LLaVA's own do, but not if their text is the same.
+
+    Args:
+        parts: Files of the data set.
+        on_problem: Called with each problem.
     """
     where = _Records(parts)
     contents, ids, shown = (where.column(name) for name in ("content_hash", "id_hash", "images_hash"))
@@ -27,7 +31,7 @@ def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
     for index in np.sort(same):
         earlier = where.place(first_of[contents[index]])
         problem = f"the example has the same text and the same images as {earlier}"
-        on_problem(where.problem(index, "duplicate", problem, "remove one, unless it shall count twice", "note"))
+        on_problem(where.problem(index, "duplicate", problem, "remove one, unless it should count twice", "note"))
     order = np.lexsort((np.arange(len(ids)), ids))
     first_of = _firsts(ids, order)
     for index in np.sort(order[1:][(ids[order[1:]] == ids[order[:-1]]) & (ids[order[1:]] != 0)]):
@@ -39,7 +43,7 @@ def repeated(parts: Sequence[Checked], on_problem: OnProblem) -> None:
 
 
 def _firsts(values: np.ndarray, order: np.ndarray) -> dict[int, int]:
-    """For each value that occurs twice, where it occurs first; `order` sorts the values, equal ones by place."""
+    """Return the first index of each value that occurs twice; `order` sorts the values, equal ones by index."""
     ordered = values[order]
     again = np.flatnonzero(ordered[1:] == ordered[:-1])
     starts = again[np.concatenate([[True], ordered[again[1:]] != ordered[again[:-1]]])] if len(again) else again
@@ -47,7 +51,7 @@ def _firsts(values: np.ndarray, order: np.ndarray) -> dict[int, int]:
 
 
 def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: OnProblem) -> None:
-    """Examples in which a question of the evaluation examples is asked about the same images and answered the same."""
+    """Report examples that contain a question of the evaluation examples with the same images and the same answer."""
     held_out = np.concatenate([numbers(part.table, "round_hashes") for part in evaluation])
     for part in parts:
         offset = 0
@@ -63,7 +67,7 @@ def leaked(parts: Sequence[Checked], evaluation: Sequence[Checked], on_problem: 
 
 
 class _Records:
-    """The examples of several tables, numbered through."""
+    """Examples of several tables under one numbering."""
 
     def __init__(self, parts: Sequence[Checked]) -> None:
         self.tables = [part.table for part in parts]

@@ -1,12 +1,12 @@
-"""Binary data files and folders -> records: Parquet, Arrow, WebDataset tars, recognized by their first bytes.
+"""Reader of binary data files and folders: Parquet, Arrow, WebDataset tars, recognized by their first bytes.
 
     Parquet    columns named as the keys of a JSON record
     Arrow      the same, as a file or as a stream (what `Dataset.save_to_disk` writes)
     tar        a WebDataset: NAME.json is the record, or NAME.txt a caption; NAME.jpg and others are its images
 
-A record comes out as `formats.to_example` takes it. Images that a file holds itself are unpacked into the cache, once
-for all records that show them, and the record names them by a `Path`. A file is read piece by piece: its records cost
-no memory.
+Records are in the form that `formats.to_example` takes. Images embedded in a file are unpacked into the cache, once for
+all records that show them, and the record names them by a `Path`. A file is read piece by piece, so its size costs no
+memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
 
 def read_container(path: Path, head: bytes, on_problem: OnProblem) -> Records:
-    """The examples of a binary file, recognized by its first 512 bytes. What is broken ends it with a problem."""
+    """Yield the records of a binary file, whose kind is known by its first 512 bytes; corrupt data ends it."""
     if head.startswith(b"PAR1"):
         yield from read_columns(path, "Parquet file", on_problem)
     elif head.startswith((b"ARROW1", END_OF_STREAM[:4])):
@@ -44,12 +44,12 @@ def read_container(path: Path, head: bytes, on_problem: OnProblem) -> Records:
 
 
 def read_folder(path: Path, on_problem: OnProblem) -> Records:
-    """The examples of a saved Hugging Face dataset, or of a folder of Parquet, Arrow or tar files, by name."""
+    """Yield the records of a saved Hugging Face dataset, or of the Parquet, Arrow or tar files in a folder, by name."""
     for shard in _shards(path, on_problem):
         try:
             with shard.open("rb") as file:
                 head = file.read(512)
-        except (OSError, ValueError) as error:  # ValueError: state.json can spell names that no file may have
+        except (OSError, ValueError) as error:  # ValueError: state.json can contain names that no file may have
             problem = f"the data file cannot be read ({error.strerror if isinstance(error, OSError) else error})"
             on_problem(Problem("file unreadable", problem, "check its folder", Place(str(shard))))
         else:

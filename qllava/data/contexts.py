@@ -1,4 +1,4 @@
-"""Images in words: captions and boxes. A teacher writes examples from them, and a judge reads them.
+"""Contexts: captions and boxes of images, from which a teacher model writes examples and which a judge reads.
 
     Context
       id        "000000296284"
@@ -11,9 +11,9 @@
 `read_contexts` reads them from
 
     a JSON list or JSONL    {"id", "image", "captions": [...], "boxes": [{"category", "bbox"}], "complete"}; the id may
-                            be missing, the boxes may stand under `instances`, `complete` is false unless it says true;
-                            a box with `"iscrowd": 1` is a crowd
-    COCO's annotations      captions_NAME.json with instances_NAME.json beside it, or the folder of such a pair
+                            be missing, the boxes may be named `instances`, `complete` is false by default; a box with
+                            `"iscrowd": 1` is a crowd
+    COCO's annotations      captions_NAME.json and instances_NAME.json in one folder, or that folder
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qllava.data.problems import Place, Problem, Unusable, is_unicode
 from qllava.data.records import read_records
 
 _ROUNDING = 0.0015
-"""How far outside of 0..1 a coordinate of three decimals may lie and still be a rounded one."""
+"""How far outside of 0..1 a coordinate of three decimals may be because of rounding."""
 _SHOWN = 20
 
 
@@ -37,37 +37,46 @@ class Box:
     """One annotated object."""
 
     category: str
-    bbox: tuple[float, float, float, float]  # x1, y1, x2, y2 between 0 and 1
+    """Name of the object's category."""
+    bbox: tuple[float, float, float, float]
+    """x1, y1, x2, y2 between 0 and 1, as fractions of width and height."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """One image in words; a teacher or judge sees nothing else of it."""
+    """Description of one image, and all that a teacher or a judge gets of it."""
 
     id: str
-    image: str  # the file's name, relative to the folder of the images
+    """Id of the image."""
+    image: str
+    """File name of the image, relative to the image folder."""
     captions: tuple[str, ...]
+    """Captions of the image."""
     boxes: tuple[Box, ...]
-    complete: bool = False  # whether the boxes are all that there is to see, so that what has none is not there
-    crowds: tuple[str, ...] = ()  # categories of which one box holds many (COCO's `iscrowd`): there, but not counted
+    """Annotated objects."""
+    complete: bool = False
+    """Whether the boxes cover all visible objects, so that an object without a box is not in the image."""
+    crowds: tuple[str, ...] = ()
+    """Categories of which one box holds many objects (COCO's `iscrowd`): present, but not countable."""
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """What boxes and crowds show, in their order; a category may repeat."""
+        """Categories of the boxes and crowds, in order; a category may repeat."""
         return (*(box.category for box in self.boxes), *self.crowds)
 
     @property
     def text(self) -> str:
-        """The captions, one per line, and after an empty line the boxes; only the captions if there are no boxes."""
+        """Captions, one per line, and after an empty line the boxes; only the captions if there are no boxes."""
         captions = "\n".join(self.captions)
         boxes = [f"{box.category}: [{', '.join(f'{edge:.3f}' for edge in box.bbox)}]" for box in self.boxes]
         return "\n".join([f"{captions}\n", *boxes]) if boxes else captions
 
 
 def read_contexts(path: Path) -> list[Context]:
-    """Read contexts from a file or a folder of COCO's annotations (see the module).
+    """Read contexts from a file or a folder of COCO's annotations (see the module's docstring).
 
-    Raises InputError with every problem of the source, a line each, naming file, line and id.
+    Raises:
+        InputError: The source has problems; each is on one line and names file, line and id.
     """
     problems: list[Problem] = []
     read = coco.read_records if coco.is_coco(path) else read_records
@@ -91,13 +100,13 @@ def read_contexts(path: Path) -> list[Context]:
 
 
 def _said_id(record: Any) -> str | None:
-    """The id of a record that may be anything, for messages."""
+    """Return the id of a record of any type, for messages; None if it has none."""
     id_ = record.get("id") if isinstance(record, dict) else None
     return str(id_) if isinstance(id_, str | int) else None
 
 
 def _context(record: Any) -> Context:
-    """Check one context. Raises Unusable with everything that is wrong with it."""
+    """Check one context, or raise Unusable with all its problems."""
     if not isinstance(record, dict):
         raise Unusable("not a context", "a context is a JSON object", "write image, captions and boxes")
     wrong: list[str] = []
@@ -120,23 +129,23 @@ def _context(record: Any) -> Context:
     said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes), *crowds]
     wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
-        raise Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the form")
+        raise Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the format")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete, crowds)
 
 
 def _names_a_file(image: str) -> bool:
-    """Whether a name can be that of a file: "..", "photos/" and "" cannot, nor can one with a NUL."""
+    """Return whether a name can be that of a file: "..", "photos/", "" and names with a NUL cannot."""
     last = image.rpartition("/")[2]
     return bool(last.strip()) and last not in (".", "..") and "\0" not in image
 
 
 def _boxes(record: dict[str, Any], wrong: list[str]) -> tuple[list[Box], tuple[str, ...]]:
-    """The boxes of a context, and the categories of its crowds; what is wrong with them is added to `wrong`."""
+    """Return the boxes of a context, and the categories of its crowds; their problems are added to `wrong`."""
     keys = [key for key in ("boxes", "instances") if key in record]
     given = record[keys[0]] if len(keys) == 1 else None
     if not isinstance(given, list):
-        twice = "boxes and instances are two names of one list"
-        wrong.append(twice if len(keys) > 1 else "boxes must be a list, empty where nothing was marked")
+        twice = "boxes and instances are two names for one list; keep one"
+        wrong.append(twice if len(keys) > 1 else "boxes must be a list, [] if no object is annotated")
         return [], ()
     boxes: list[Box] = []
     crowds: set[str] = set()

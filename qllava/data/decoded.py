@@ -1,6 +1,6 @@
-"""Every image of a data set, decoded once: which are corrupt, which are one colour, which are the same image.
+"""Decoding of every image of a data set, to find images that are corrupt, of one colour, or equal.
 
-What was seen is remembered for a whole folder of images, so that only those are decoded that are new or have changed.
+The results are kept per image folder, so that only new and changed images are decoded.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from qllava.files import write_whole
 
 _AT_ONCE = 64
 _SKETCH = (32, 32)
-"""Rows and columns of pixels that are looked at first: hashing all would double the time of decoding."""
+"""Rows and columns of pixels that are compared first: hashing all pixels would double the time of decoding."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What decoding an image has shown."""
+    """Result of decoding an image."""
 
     name: str
-    """Its path."""
+    """Path of the image."""
     sketch: str = ""
-    """A hash of its size and of some of its pixels; empty where it could not be decoded."""
+    """Hash of the image's size and of some of its pixels; empty if it could not be decoded."""
     colour: str | None = None
-    """The colour of all its pixels, where they have only one."""
+    """Colour of all pixels if they have only one, else None."""
     pixels: str | None = None
-    """A hash of its size and of all its pixels; only where another image has the same sketch."""
+    """Hash of the image's size and of all its pixels; only if another image has the same sketch."""
     problem: Problem | None = None
-    """Why it could not be decoded."""
+    """Reason why the image could not be decoded."""
 
 
 def uses_of(table: Dataset) -> dict[str, int]:
@@ -60,11 +60,11 @@ def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
 
     Args:
         names: Paths of the images.
-        known: Remembers what was seen, for all data files of a folder of images.
-        progress: Whether to show a bar.
+        known: File of earlier results, shared by all data files of an image folder.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What is known of each image, in the order of the names.
+        The result for each image, in the order of the names.
     """
     kept: dict[str, list[Any]] = {}
     with suppress(FileNotFoundError, ValueError):
@@ -91,7 +91,7 @@ def seen_in(names: Sequence[str], known: Path, progress: bool) -> list[Seen]:
 
 
 def _state(name: str) -> list[int] | None:
-    """Size and time of change of an image: where one is another, it has to be decoded again."""
+    """Return size and modification time of an image; if either changes, it must be decoded again."""
     try:
         found = Path(name).stat()
     except OSError:
@@ -100,7 +100,7 @@ def _state(name: str) -> list[int] | None:
 
 
 _ABSENT = "check the name, and the folder that names are relative to (--image-folder; image_folder in a recipe)"
-"""What to do about an image that a data file names and that is not found."""
+"""Hint for an image that a data file names and that is not found."""
 
 
 def _decode(name: str) -> Seen:
@@ -121,7 +121,7 @@ def _is_flat(image: Image.Image) -> bool:
 
 
 def _hash_of_all(name: str) -> str | None:
-    """A hash of all pixels; takes as long as decoding, so it is asked for only where sketches are equal."""
+    """Return a hash of all pixels; it takes as long as decoding, so it is used only if sketches are equal."""
     try:
         image = open_image(Path(name))
     except RecordError:  # removed meanwhile
@@ -134,7 +134,7 @@ def _hash(image: Image.Image, shown: Image.Image) -> str:
 
 
 def at_their_examples(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]) -> Iterator[Problem]:
-    """Yield what there is to say of images, each at the first record that shows it."""
+    """Yield the problems of images, each at the first example that shows the image."""
     about = dict(_about(seen))
     missing = set(about)
     for index, names in enumerate(lists(table, "image_files")) if missing else ():
@@ -146,7 +146,7 @@ def at_their_examples(table: Dataset, seen: Sequence[Seen], uses: dict[str, int]
 
 
 def _about(seen: Sequence[Seen]) -> Iterator[tuple[str, Problem]]:
-    """An error for what cannot be decoded; a note for what may not show what its owner thinks."""
+    """Yield an error for an image that cannot be decoded, and a note for one whose content may be unintended."""
     first: dict[str, str] = {}
     for one in seen:
         place = Place(one.name)
@@ -162,7 +162,7 @@ def _about(seen: Sequence[Seen]) -> Iterator[tuple[str, Problem]]:
 
 
 def in_order(pool: Executor, work: Any, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
-    """Yield `pool.map`, but take no more items than it can work on: those of a large file would fill the memory."""
+    """Yield the results of `pool.map`, but take only `ahead` items at a time: a large file would fill the memory."""
     waiting: deque[tuple[Any, Future[Any]]] = deque()
 
     def oldest() -> Any:

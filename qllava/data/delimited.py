@@ -1,4 +1,4 @@
-"""Tables with a header (CSV, TSV) -> records, whose keys are the names of the columns."""
+"""Reader of tables with a header (CSV, TSV) as records, whose keys are the names of the columns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qllava.data.keys import SPELLINGS, can_be_records, keys_of
 from qllava.data.problems import FORMATS, OnProblem, Place, Problem
 
 _LONGEST = 1 << 26
-"""Characters of a field. Python's own limit (131,072) is less than a small image as a data URL; without any limit, a
-quote that is never closed would read the whole file into memory."""
+"""Maximum number of characters in a field. Python's own limit (131,072) is less than a small image as a data URL;
+without any limit, an unclosed quote would read the whole file into memory."""
 _WORDS = {*SPELLINGS["question"], *SPELLINGS["answer"], *SPELLINGS["caption"]}
 _QUOTES = "close every quote, and double the quotes inside a quoted field"
 
 
 def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-    """Yield the records of a table, which `file` is at the beginning of; one that cannot be read is left out."""
+    """Yield the records of a table from the beginning of `file`; a record that cannot be read is left out."""
     header, skipped = "", 0
     for header in file:
         skipped += 1
@@ -65,7 +65,7 @@ def _unreadable(error: csv.Error, place: Place) -> Problem:
 
 
 def _header(line: str) -> tuple[str, list[str]]:
-    """Delimiter and columns of a table; no columns where the line is not a header."""
+    """Return delimiter and columns of a table; no columns if the line is not a header."""
     for delimiter in ",;\t":
         try:
             fields = next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True), [])
@@ -79,7 +79,7 @@ def _header(line: str) -> tuple[str, list[str]]:
 
 
 def _record(columns: list[str], record: list[str]) -> dict[str, str]:
-    # An empty cell says nothing, but of words that they are missing.
+    # An empty cell is dropped, except in a column of text, where the check must report that the text is missing.
     cells = ((column, column.lower(), field) for column, field in zip(columns, record, strict=True))
     return {
         column: field.strip() if name in SPELLINGS["image"] else field

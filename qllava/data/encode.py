@@ -1,4 +1,4 @@
-r"""Example -> Sample: one tokenization, labels from spans, every image token in its place.
+r"""Encoding of examples into samples: one tokenization, labels from spans, every image token in its place.
 
     text      USER: <image>\nWhat is it? ASSISTANT: A bus.</s>
     tokens    USER : _ <image> _ \n What is it ? ASS ... : _A _bus . </s>
@@ -6,9 +6,8 @@ r"""Example -> Sample: one tokenization, labels from spans, every image token in
     labels    -100   -100 ...                      ...      _A _bus . </s>
 
 A token is learned exactly when its characters are in a span of `Rendered`; no prefix is tokenized a second time, no
-lengths are subtracted. Only the template's own strings become control tokens: one that a user's text spells is
-an error, because it would end a turn, or mean an image that is not there.
-Labels are not shifted; the loss shifts them.
+lengths are subtracted. Only the template's own strings become control tokens: a control token spelled in a user's text
+is an error, because it would end a turn, or mean an image that is missing. Labels are not shifted; the loss does that.
 """
 
 from __future__ import annotations
@@ -35,26 +34,24 @@ _TEXTS_PER_CALL = 256  # the tokenizer works on a batch in parallel, and offsets
 
 @dataclass(frozen=True)
 class Sample:
-    """An example as the model takes it.
-
-    id: of the example.
-    input_ids: with all image tokens of each image.
-    labels: as long as input_ids; what is not learned is IGNORE_INDEX. Not shifted.
-    images: the images in the order of their tokens.
-    image_tokens: how many tokens each of them takes.
-    place: where the example is in its file, for messages.
-    """
+    """An encoded example."""
 
     id: str
+    """Id of the example."""
     input_ids: list[int]
+    """Token ids, with all image tokens of each image."""
     labels: list[int]
+    """Labels, as many as input_ids and not shifted; IGNORE_INDEX for tokens that are not learned."""
     images: tuple[Path, ...]
+    """Paths of the images in the order of their tokens."""
     image_tokens: tuple[int, ...]
+    """Number of tokens of each image."""
     place: Place
+    """Place of the example in its file, for messages."""
 
 
 class _Tokens(NamedTuple):
-    """A tokenized text: ids, and the characters [start, end) of each; starts and ends never decrease."""
+    """Tokenized text: ids, and the characters [start, end) of each token; starts and ends never decrease."""
 
     ids: list[int]
     starts: list[int]
@@ -63,27 +60,27 @@ class _Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into samples for one model.
+    """Encoder of examples into samples for one model.
 
-    tokenizer: a fast one (it must tell offsets).
-    template: the strings around the turns.
-    image_token_id: the id of `<image>`.
-    image: the tokens of an image.
-    max_length: the most tokens of a sample, image tokens counted.
-    positions: how many the language model reads, which bounds `max_length`; None where no model is known.
-    too_long: a longer one is an error; or it is dropped; or it loses whole turns at its end, never an image and
-        never a part of an answer, and is dropped where that does not suffice.
-
-    Raises InputError when tokenizer and template do not fit together.
+    Raises:
+        InputError: Tokenizer and template do not fit together.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    """A fast tokenizer, because character offsets are needed."""
     template: Template
+    """Strings around the turns."""
     image_token_id: int
+    """Id of the `<image>` token."""
     image: ImageLayout
+    """Tokens of an image."""
     max_length: int = 2048
+    """Maximum number of tokens in a sample, including image tokens."""
     too_long: Literal["error", "drop", "trim"] = "error"
+    """Policy for a longer sample: error; drop it; or trim whole turns at its end, never an image or a part of an
+    answer, and drop it if that is not enough."""
     positions: int | None = None
+    """Number of positions of the language model, which limits `max_length`; None if no model is known."""
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -109,22 +106,31 @@ class Encoder:
 
     @cached_property
     def _controls(self) -> frozenset[int]:
-        """Ids that only the template may write."""
+        """Ids of tokens that only the template may produce."""
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         vocabulary = self.tokenizer.get_vocab()
         return frozenset({*special, *(vocabulary[control] for control in self.template.controls), self.image_token_id})
 
     def encode(self, example: Example) -> Sample | None:
-        """One sample; None when the policy drops it. Raises RecordError like `encode_all`."""
+        """Return the sample of one example, or None if the length policy drops it.
+
+        Raises:
+            RecordError: The example cannot be encoded (see `encode_all`).
+        """
         samples = self.encode_all([example])
         return samples[0] if samples else None
 
     def encode_all(self, examples: Sequence[Example], on_problem: OnProblem = stop) -> list[Sample]:
-        """The samples of examples, in order. They are in memory at once: call it per part of a large data set.
+        """Return the samples of examples, in order.
 
-        Left out, and handed to `on_problem`, is an example that is too long under the policy, spells a control token,
-        does not suit the template, has other images than `<image>`, or teaches nothing; one that is trimmed is
-        handed to it too. `stop`, the default, raises a RecordError for what is an error, and lets the policy be.
+        An example is left out if it is too long, spells a control token, does not fit the template, has another number
+        of images than of `<image>`, or has nothing to learn. All samples are in memory at once, so call this per part
+        of a large data set.
+
+        Args:
+            examples: Examples to encode.
+            on_problem: Called with the problem of each example that is left out or trimmed. The default raises a
+                RecordError for errors, and ignores examples that the length policy drops or trims.
         """
         samples: list[Sample] = []
         for example, rendered, tokens in self._tokenized(examples, on_problem):
@@ -138,10 +144,14 @@ class Encoder:
         return samples
 
     def encode_prompt(self, conversation: Conversation, *, images: int | None = None) -> list[int]:
-        """The ids up to where the answer begins, image tokens expanded.
+        """Return the ids up to the start of the answer, with image tokens expanded.
 
-        images: the number of images, where it shall be compared with the number of `<image>`.
-        Raises InputError when they differ, the words spell a control token, or the last turn is not the user's.
+        Args:
+            conversation: Conversation whose last turn is the user's.
+            images: Number of images to compare with the number of `<image>`; None skips the comparison.
+
+        Raises:
+            InputError: These numbers differ, the text spells a control token, or the last turn is not the user's.
         """
         try:
             rendered = self._render(conversation, generation_prompt=True)
@@ -157,7 +167,7 @@ class Encoder:
         return self._expand(tokens.ids, tokens.ids)
 
     def _image_tokens(self, images: int) -> tuple[int, ...]:
-        """How many tokens each of so many images takes."""
+        """Return the number of tokens of each of `images` images."""
         return (self.image.tokens,) * images
 
     def _render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
@@ -180,7 +190,7 @@ class Encoder:
             yield from zip(batch, texts, self._tokens([rendered.text for rendered in texts]), strict=True)
 
     def _tokens(self, texts: list[str]) -> list[_Tokens]:
-        """The one tokenization. Begin of text is in the text already; verbose would warn about long ones."""
+        """Tokenize texts, which include the begin-of-text token; `verbose` would warn about long texts."""
         if not texts:
             return []
         out = self.tokenizer(
@@ -192,7 +202,7 @@ class Encoder:
         ]
 
     def _check_words(self, rendered: Rendered, tokens: _Tokens, refuse: Callable[[str, str, str], InputError]) -> None:
-        """Refuse control tokens that come from what was said; `<image>` may be in a question."""
+        """Raise what `refuse` returns for control tokens in the text of turns; `<image>` may be in a question."""
         for start, end in rendered.contents:
             here = tokens.ids[bisect_right(tokens.ends, start) : bisect_left(tokens.starts, end)]
             for id in self._controls.intersection(here):
@@ -207,7 +217,7 @@ class Encoder:
                     )
 
     def _end(self, example: Example, rendered: Rendered, tokens: _Tokens, on_problem: OnProblem) -> int | None:
-        """How many tokens (before expansion) are kept; None when the example is dropped."""
+        """Return the number of tokens, before expansion, that are kept; None if the example is dropped."""
         images = tokens.ids.count(self.image_token_id)
         if images != len(example.images):
             problem = f"the text holds {images} {IMAGE_TOKEN} for {count_of(len(example.images))}"
@@ -238,7 +248,7 @@ class Encoder:
 
     @property
     def _limit(self) -> tuple[int, str, str]:
-        """The most tokens of a sample, what says so, and what keeps a longer one."""
+        """Maximum number of tokens in a sample, the setting that limits it, and the hint for a longer sample."""
         if self.positions is not None and self.positions < self.max_length:
             return self.positions, f"the {self.positions} positions that the language model reads", "shorten it"
         return self.max_length, f"max_length {self.max_length}", "raise max_length"
@@ -252,8 +262,8 @@ class Encoder:
         for (start, end_), learned in zip(rendered.spans, _learned(example), strict=True):
             if not learned:
                 continue
-            # A token that a tokenizer puts in front (sentencepiece's lone space mark) is empty: it belongs to what
-            # follows, so it is the start that decides.
+            # A token that a tokenizer adds in front (sentencepiece's space mark) has no characters and belongs to the
+            # token after it, so the start of the token decides.
             first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end_)
             if last > end:
                 break
@@ -261,7 +271,7 @@ class Encoder:
                 problem = (
                     f"a token is partly inside and partly outside of the answer {rendered.text[start:end_][:40]!r} ..."
                 )
-                raise example.problem("token edge", problem, "take white space off its ends")
+                raise example.problem("token edge", problem, "remove white space from its ends")
             labels[first:last] = ids[first:last]
         if all(label == IGNORE_INDEX for label in labels):
             raise example.problem("nothing learned", "nothing of this sample is learned", "give it an answer")
@@ -282,5 +292,5 @@ class Encoder:
 
 
 def _learned(example: Example) -> list[bool]:
-    """Whether each answer is learned, in order."""
+    """Return whether each answer is learned, in order."""
     return [turn.learned for turn in example.conversation.turns if turn.role == "assistant"]

@@ -1,4 +1,4 @@
-"""Records -> `Example`. What a record is is recognized, not declared.
+"""Conversion of records into examples; the format of a record is recognized, not declared.
 
     LLaVA     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}
     messages  {"id", "images", "messages": [{"role": "user" | "assistant", "content"}, ...]}
@@ -7,14 +7,14 @@
     caption   {"image", "caption"}
 
 ShareGPT's records are LLaVA's. A record names no image, one, or a list of them, relative to the image folder, and its
-questions hold one `<image>` for each; `keys` lists the aliases of every key, and `turns` reads what is said. `id` and
-`type` may be missing.
+questions contain one `<image>` for each; `keys` lists the aliases of every key, and `turns` reads the conversation.
+`id` and `type` may be missing.
 
-Two rules are LLaVA's own: `<image>` moves to the start of its turn, is followed by a newline, and the turn loses its
-outer white space; a leading turn that is not the human's is dropped (a system prompt is kept as such). Where one
-turn holds several images, they stay where they are: their places may mean something ("is <image> left of <image>?").
+Two rules are LLaVA's own: `<image>` moves to the start of its turn and is followed by a newline, and outer white space
+of the turn is removed; a leading turn that is not the human's is dropped (a system prompt is kept as such). If one turn
+has several images, they stay where they are: their places may have a meaning ("is <image> left of <image>?").
 
-Everything else that is wrong is a `RecordError` with file, line or example, id, what was expected and what to do.
+Every other problem is a `RecordError` with file, line or example, id, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -42,39 +42,38 @@ _COMMON = ("id", "image", "system", "type")
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a data file, checked.
-
-    id: the example's own, or its place in the file.
-    images: the images in the order of their `<image>`; each exists.
-    conversation: begins with the user, ends with the assistant; every answer says something.
-    place: where it stands, for messages: "train.json, example 3".
-    type: the kind of question, where the example tells it.
-    lost: a leading turn that was not the human's, and was dropped.
-    unread: keys of the record that say something and are not read, in order.
-    """
+    """One example of a data file, checked."""
 
     id: str
+    """Id of the example, or its place in the file if it has none."""
     images: tuple[Path, ...]
+    """Paths of the images in the order of their `<image>`; each exists."""
     conversation: Conversation
+    """Conversation that begins with the user and ends with the assistant; no turn is empty."""
     place: Place
+    """Place of the example in its file, for messages: "train.json, example 3"."""
     type: str | None = None
+    """Kind of question, if the record names it."""
     lost: bool = False
+    """Whether a leading turn that was not the human's was dropped."""
     unread: tuple[str, ...] = ()
+    """Keys of the record that have a value and are not read, in order."""
 
     @property
     def where(self) -> str:
-        """The place and the id, as messages begin."""
+        """Place and id, as messages begin."""
         return f"{self.place}, id {self.id}"
 
     def problem(self, kind: str, problem: str, hint: str) -> RecordError:
-        """An error of this example."""
+        """Return an error about this example."""
         return RecordError(Problem(kind, problem, hint, self.place, self.id))
 
 
 def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]:
     """Read a data file; images are in `image_folder`, or in the folder of the file.
 
-    Raises InputError for the first example that cannot be used.
+    Raises:
+        InputError: An example cannot be used; the message is about the first one.
     """
     folder = ImageFolder(image_folder if image_folder is not None else folder_of(path))
     examples = [to_example(record, place, folder) for place, record in read_records(path)]
@@ -84,7 +83,7 @@ def read_examples(path: Path, image_folder: Path | None = None) -> list[Example]
 
 
 def read_these(path: Path, image_folder: Path | None, wanted: Collection[int]) -> list[Example]:
-    """The examples of a file with these numbers, from 0, in the file's order."""
+    """Return the examples of a file with these indices, counted from 0, in the file's order."""
     folder = ImageFolder(image_folder if image_folder is not None else folder_of(path))
     return [
         to_example(record, place, folder)
@@ -94,24 +93,24 @@ def read_these(path: Path, image_folder: Path | None, wanted: Collection[int]) -
 
 
 def folder_of(path: Path) -> Path:
-    """Where the images of a data file lie when nothing else is said: beside it, or in the folder that it is."""
+    """Return the default image folder of a data file: the folder of the file, or the data folder itself."""
     return path if is_folder(path) else path.parent
 
 
 def count_of(images: int) -> str:
-    """A number of images in words: "1 image"."""
+    """Return a number of images for messages, as "1 image" or "2 images"."""
     return f"{images} image" if images == 1 else f"{images} images"
 
 
 def no_records(path: Path) -> RecordError:
-    """The error of a file that holds nothing."""
+    """Return the error for a file without examples."""
     return RecordError(
         Problem("no examples", "the file contains no examples", "give it at least one conversation", Place(str(path)))
     )
 
 
 class ImageFolder:
-    """A folder of images, which no name may leave."""
+    """Folder of images; names that lead out of it are refused."""
 
     def __init__(self, folder: Path) -> None:
         self._root = os.path.normpath(folder.absolute())
@@ -123,9 +122,10 @@ class ImageFolder:
 
         Args:
             name: A file name relative to the folder, a `file://` or `data:` URL, the bytes of an image, the
-                {"bytes", "path"} of Hugging Face, or a Path to which a container was unpacked already.
+                {"bytes", "path"} of Hugging Face, or the Path of an image that was unpacked from a container.
 
-        Raises Unusable when a name leaves the folder or nothing is there.
+        Raises:
+            Unusable: The name leads out of the folder, or the image is missing.
         """
         name = bytes_or_path(name)
         if isinstance(name, bytes):
@@ -143,13 +143,13 @@ class ImageFolder:
         path = url2pathname(urlsplit(name).path) if name.startswith("file:///") else name
         if "://" in path:
             raise Unusable("image missing", f"the image {shown} is an address", "download it, and name the file")
-        # By the letters of the path only: a link inside the folder that points elsewhere was put there by its owner.
+        # Links are not resolved: a link in the folder that points elsewhere was put there by the folder's owner.
         full = Path(os.path.normpath(Path(self._root, path)))
         if not is_unicode(str(full)):
-            raise Unusable("image missing", f"the path of the image {shown} is not UTF-8", "rename what is not")
+            raise Unusable("image missing", f"the path of the image {shown} is not UTF-8", "rename the file or folder")
         if not full.is_relative_to(self._root):
-            problem = f"the image {shown} lies outside the image folder {self._root}"
-            raise Unusable("image outside", problem, "name it relative to it")
+            problem = f"the image {shown} is outside the image folder {self._root}"
+            raise Unusable("image outside", problem, "give its path relative to that folder")
         found = full if _is_file(full) else self._spelled_otherwise(full)
         if found is None:
             problem = f"the image {shown} is not in the image folder {self._root}"
@@ -164,7 +164,7 @@ class ImageFolder:
             return None
 
     def _spelled_otherwise(self, full: Path) -> Path | None:
-        """A file whose name looks the same: "é" is one character (NFC) or two (NFD, as macOS writes names)."""
+        """Find a file whose name looks the same: "é" is one character (NFC) or two (NFD, as macOS writes names)."""
         if str(full).isascii():
             return None
         found = Path(self._root)
@@ -184,7 +184,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _data_of(url: str) -> bytes:
-    """The bytes of a `data:` URL."""
+    """Return the bytes of a `data:` URL."""
     head, comma, data = url.partition(",")
     try:
         if not comma:
@@ -195,7 +195,16 @@ def _data_of(url: str) -> bytes:
 
 
 def to_example(record: Any, place: Place, folder: ImageFolder) -> Example:
-    """Check one record and bring it into the one form. Raises RecordError."""
+    """Check one record and convert it into an Example.
+
+    Args:
+        record: Value read from a data file; anything but an object is refused.
+        place: Place of the record, for messages.
+        folder: Folder of the images that the record names.
+
+    Raises:
+        RecordError: The record cannot be used.
+    """
     id: str | None = None
     try:
         if not isinstance(record, dict):
@@ -223,7 +232,7 @@ def to_example(record: Any, place: Place, folder: ImageFolder) -> Example:
 
 
 def _id(id: Any) -> str | None:
-    """The id of a record as text; None where it has none."""
+    """Return the id of a record as text; None if it has none."""
     if id is None or id == "":
         return None
     if not isinstance(id, str | int) or isinstance(id, bool):
@@ -233,7 +242,7 @@ def _id(id: Any) -> str | None:
 
 
 def _said(keys: Keys) -> tuple[Said, tuple[str, ...]]:
-    """What a record of any kind says, and the meanings that are read of it."""
+    """Return the turns of a record of any kind, and the meanings of the keys that are read."""
     told = [kind for kind in KINDS if kind in keys.values and (kind != "question" or keys.spelled[kind] == "question")]
     found = [kind for kind in told if keys.get(kind) is not None] or told
     if len(found) > 1:
@@ -258,7 +267,7 @@ def _not_a_record(had: str) -> Unusable:
 
 
 def _listed(keys: Keys) -> list[Any]:
-    """What the record names as its images, as a list; null, "" and [] are none."""
+    """Return the images that the record names as a list; null, "" and [] mean no images."""
     if keys.spelled.get("image") == "image" and "images" in keys.rest:
         raise Unusable("image names", "the example has both image and images", "keep one")
     given = listed(keys.get("image"))
@@ -268,7 +277,7 @@ def _listed(keys: Keys) -> list[Any]:
 
 
 def _images(keys: Keys, said: Said) -> list[Any]:
-    """The images of the record, or those that its content parts name."""
+    """Return the images that the record names, or those that its content parts name."""
     listed = _listed(keys)
     if listed and said.images:
         problem = f"the images are named under {keys.spelled['image']} and in the content parts"
@@ -277,7 +286,7 @@ def _images(keys: Keys, said: Said) -> list[Any]:
 
 
 def _system(keys: Keys, said: Said) -> str | None:
-    """The system prompt: a system turn, or what the record itself gives; nothing where that is blank."""
+    """Return the system prompt, from a system turn or a key of the record; a blank one counts as none."""
     system = keys.get("system")
     if system is not None and not isinstance(system, str):
         raise Unusable("turns", f"the system prompt is {kind_of(system)}", "give it as text")
@@ -290,7 +299,7 @@ def _system(keys: Keys, said: Said) -> str | None:
 
 
 def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], folder: ImageFolder, place: Place) -> None:
-    """Refuse a key that is not read and names an image that the record does not show otherwise."""
+    """Raise Unusable for a key that is not read and names an image that the record does not show otherwise."""
     for key, value in unread.items():
         for name in images_named(value):
             beside = ImageFolder(Path(place.file).parent)
@@ -302,7 +311,7 @@ def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], folder: Imag
 
 
 def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation:
-    """The conversation, `<image>` at its place; Unusable when roles, images or words do not fit."""
+    """Return the conversation with `<image>` in its place, or raise Unusable if roles, images or text do not fit."""
     if not turns:
         raise Unusable("turns", "the conversation has no turn of the human", "write a question and an answer")
     placed = tuple(replace(t, content=_image_first(t.content)) if t.role == "user" else t for t in turns)
@@ -317,11 +326,11 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
             raise Unusable("empty", f"turn {number} is an empty {what}", "write it or drop the example")
         if turn.role == "assistant" and IMAGE_TOKEN in turn.content:
             problem = f"turn {number} is an answer with {IMAGE_TOKEN} in it"
-            raise Unusable("images", problem, "images belong into questions")
+            raise Unusable("images", problem, "images belong in questions")
     if system is not None:
         check_unicode(system, "the system prompt")
         if IMAGE_TOKEN in system:
-            raise Unusable("images", f"the system prompt holds {IMAGE_TOKEN}", "images belong into questions")
+            raise Unusable("images", f"the system prompt holds {IMAGE_TOKEN}", "images belong in questions")
     if not any(turn.learned for turn in placed if turn.role == "assistant"):
         raise Unusable("nothing learned", "no answer of this conversation is used for training", "remove the record")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)

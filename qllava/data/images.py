@@ -1,16 +1,16 @@
-"""Images: opened, turned upright, made RGB of 8 bits; what is corrupt is refused.
+"""Reading of images as upright RGB of 8 bits; corrupt images are refused.
 
-`as_rgb` is the one way from a decoded image to the pixels that a model sees, in training, chat, evaluation and demo:
+`as_rgb` alone makes the pixels that a model sees from a decoded image, in training, chat, evaluation and demo:
 
     animation                   the first frame
     EXIF orientation            applied
-    transparency                flattened on white, where it is what a viewer shows on a page: black text stays readable
+    transparency                flattened on white, as a viewer shows it on a page, so that black text stays readable
     more than 8 bits of grey    scaled by the smallest usual depth (8, 10, 12, 14, 16 ... bits) that holds all values;
                                 floating point up to 1 is 1 = white; with negative values, from the least to the most
     CMYK, YCbCr, HSV, LAB       converted
 
-Pillow's `convert("RGB")` alone would clamp deep grey to white and paint what is transparent in its hidden colour, which
-is usually black. Padding and cropping belong to the image processor, which is saved with the model.
+Pillow's `convert("RGB")` alone would clamp deep grey to white and paint transparent pixels in their hidden colour,
+which is usually black. Padding and cropping are done by the image processor, which is saved with the model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from qllava.data.problems import Place, Problem, RecordError
 
-# The longest side of an image, and how many times it may be as long as the other one: image processors make a square
-# of it, and need 1 GB for one of 12,000 x 60 pixels.
+# Maximum length of an image's longer side in pixels, and maximum ratio to the shorter side: image processors pad the
+# image to a square, and need 1 GB for one of 12,000 x 60 pixels.
 _LONGEST = 12_000
 _SLENDER = 200
 _TOO_LONG = f"more than {_LONGEST:,} pixels"
 
-# What to do for each value of the EXIF tag Orientation; 1 is upright. `ImageOps.exif_transpose` does the same, but it
-# also writes the EXIF block again, and fails there on images whose other tags are damaged.
+# Transformation for each value of the EXIF tag Orientation; 1 is upright. `ImageOps.exif_transpose` does the same, but
+# it also rewrites the EXIF block, and fails there on images whose other tags are corrupt.
 _ORIENTATION = 0x0112
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,9 +47,10 @@ _DEPTHS = (8, 10, 12, 14, 16, 24, 32)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image of any kind that Pillow itself decodes, as upright RGB, completely decoded.
+    """Read and decode an image of any format that Pillow itself decodes, as upright RGB.
 
-    Raises RecordError, which names the file, when it is missing, broken, cut off or no image.
+    Raises:
+        RecordError: The file is missing, corrupt, truncated or not an image; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -64,18 +65,18 @@ def open_image(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise _broken(path, "this is not an image that can be read", "replace it, or remove its examples") from None
     except Image.DecompressionBombError:  # Pillow refuses what has more pixels than a square of this side
-        raise _broken(path, f"a side of the image has {_TOO_LONG}", "make it smaller, or cut it") from None
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to (SyntaxError, struct.error)
+        raise _broken(path, f"a side of the image has {_TOO_LONG}", "resize or crop it") from None
+    except Exception as error:  # Pillow's decoders raise many types for corrupt bytes (SyntaxError, struct.error)
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = f"the image cannot be decoded ({said})"
         raise _broken(path, reason, "replace it, or remove its examples") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the image upright, in RGB of 8 bits; see the head of this file.
+    """Return the image upright, in RGB of 8 bits, by the rules in the module's docstring.
 
     Raises:
-        ValueError: Its values are not finite, or Pillow knows no way from its mode to RGB.
+        ValueError: Pixel values are not finite, or Pillow cannot convert the image's mode to RGB.
     """
     image.load()
     turn = _TO_UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
@@ -92,7 +93,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as RGB; the value that a PNG declares transparent becomes white."""
+    """Convert grey of more than 8 bits to RGB; the value that a PNG declares transparent becomes white."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("some pixel values are infinite or NaN")
@@ -102,7 +103,7 @@ def _grey(image: Image.Image) -> Image.Image:
         floating = image.mode == "F"
         high = 1.0 if floating and high <= 1 else next((2.0**bits - 1 for bits in _DEPTHS if high < 2**bits), high)
     scaled = np.rint((values - low) * (255 / ((high - low) or 1.0)))
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # Pillow turns it round for 8 bits only
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # Pillow inverts it for 8 bits only
         scaled = 255 - scaled
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -111,7 +112,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    """CIE Lab as sRGB, by Little CMS, because Pillow's `convert` does not know it."""
+    """Convert CIE Lab to sRGB with Little CMS, because Pillow's `convert` does not support it."""
     transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
     converted = ImageCms.applyTransform(image, transform)
     if converted is None:
@@ -122,10 +123,10 @@ def _from_lab(image: Image.Image) -> Image.Image:
 def _check_sides(path: Path, width: int, height: int) -> None:
     longest, shortest = max(width, height), max(1, min(width, height))
     if longest > _LONGEST:
-        raise _broken(path, f"a side of the image has {_TOO_LONG}", "make it smaller, or cut it")
+        raise _broken(path, f"a side of the image has {_TOO_LONG}", "resize or crop it")
     if longest > _SLENDER * shortest:
         slender = f"the image has {width} x {height} pixels, one side over {_SLENDER} times the other"
-        raise _broken(path, slender, "cut it, or remove its examples")
+        raise _broken(path, slender, "crop it, or remove its examples")
 
 
 def _broken(path: Path, problem: str, hint: str) -> RecordError:

@@ -1,7 +1,7 @@
-"""Samples as the model gets them: every token, the learned ones marked, and the images after the image processor.
+"""Display of samples as the model gets them: every token, learned ones marked, and images after the image processor.
 
-What is shown is read back from the ids and labels of a `Sample`, which are what a batch is made of; the text of the
-example is not looked at. A space that a tokenizer puts in, or a capital that it does not keep, is seen for that reason.
+The display is decoded from the ids and labels of a `Sample`, from which batches are made, and not from the text of the
+example. So it shows a space that a tokenizer inserts, or a capital letter that it does not keep.
 
     shown = show(example, encoder, image_processor)
     print(terminal(shown, colour=sys.stdout.isatty()))
@@ -29,45 +29,49 @@ from qllava.page import Html
 
 IMAGE_INDEX = -200  # an image in `as_json`: LLaVA's own number for it
 
-_BROKEN = "\ufffd"  # what a part of a character reads as
+_BROKEN = "\ufffd"  # decoded text of a part of a character
 _RETURN = "\u21b5"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token; or the few that make up one character, or the many of one image.
-
-    text: what it reads as; `<image>` for an image.
-    ids: of its tokens.
-    learned: whether they are.
-    images: the number of image tokens; 0 for text.
-    """
+    """A token, or the tokens of one character or of one image."""
 
     text: str
+    """Decoded text; `<image>` for an image."""
     ids: tuple[int, ...]
+    """Ids of the tokens."""
     learned: bool
+    """Whether the tokens are learned."""
     images: int = 0
+    """Number of image tokens; 0 for text."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample, ready to be looked at.
-
-    sample: as it goes into a batch.
-    pieces: all of its tokens in order.
-    images: in the order of their tokens, padded, cropped and resized as the model sees them.
-    """
+    """A sample in the form in which it is displayed."""
 
     sample: Sample
+    """The sample as it goes into a batch."""
     pieces: tuple[Piece, ...]
+    """All tokens of the sample in order."""
     images: tuple[Image.Image, ...]
+    """Images in the order of their tokens, padded, cropped and resized as the model sees them."""
 
 
 def show(example: Example, encoder: Encoder, image_processor: BaseImageProcessor | None) -> Shown | None:
-    """Encode an example and read it back; None when the length policy drops it.
+    """Encode an example and decode it again.
 
-    image_processor: the model's; without one, images are shown as they were opened.
-    Raises InputError, with place and id, for an example that the encoder refuses or an image that cannot be read.
+    Args:
+        example: The example.
+        encoder: Encoder of the model.
+        image_processor: Image processor of the model; None shows images as they were opened.
+
+    Returns:
+        The sample to display; None if the length policy drops the example.
+
+    Raises:
+        InputError: The encoder refuses the example, or an image cannot be read; the message names place and id.
     """
     sample = encoder.encode(example)
     if sample is None:
@@ -83,7 +87,7 @@ def show(example: Example, encoder: Encoder, image_processor: BaseImageProcessor
 
 
 def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
-    """An image from its pixel values (3, H, W): what the processor did to the colours is undone."""
+    """Return an image from its pixel values (3, H, W), with the processor's changes to the colours undone."""
     values = values.float()
     if processor.do_normalize:
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (processor.image_mean, processor.image_std))
@@ -94,7 +98,7 @@ def _restored(values: torch.Tensor, processor: Any) -> Image.Image:
 
 
 def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
-    """All tokens of a sample, in order, those of a character or an image folded into one piece."""
+    """Yield all tokens of a sample in order; those of one character or one image are one piece."""
     ids, labels, image = sample.input_ids, sample.labels, encoder.image_token_id
     image_tokens = iter(sample.image_tokens)
     at = 0
@@ -108,7 +112,7 @@ def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
             continue
         end = at + 1
         text = _read(encoder.tokenizer, image, ids[at:end])
-        # Part of a character reads as U+FFFD, and so does its next part; a token that begins a new character does not.
+        # Parts of a character decode as U+FFFD; a token that begins a new character does not.
         while text.endswith(_BROKEN) and end < len(ids) and (labels[end] != IGNORE_INDEX) == learned:
             if not _read(encoder.tokenizer, image, ids[end : end + 1]).startswith(_BROKEN):
                 break
@@ -119,7 +123,7 @@ def _pieces(sample: Sample, encoder: Encoder) -> Iterator[Piece]:
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> str:
-    """What tokens read as in the middle of a text: at its start, sentencepiece would lose their leading space."""
+    """Decode tokens as in the middle of a text: at its start, sentencepiece would remove their leading space."""
     alone, both = (
         str(tokenizer.decode(all, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for all in ([before], [before, *ids])
@@ -128,11 +132,12 @@ def _read(tokenizer: PreTrainedTokenizerBase, before: int, ids: list[int]) -> st
 
 
 def terminal(shown: Shown, *, colour: bool) -> str:
-    """A sample as lines of text: a head line, and the tokens.
+    """Return a sample as text: a head line, and the tokens, with control characters escaped.
 
-    colour: with ANSI codes: learned tokens are green, and every other token is underlined, so that their edges are
-        seen. Without: learned tokens are in double brackets, and a dot parts a token from the next.
-    No control character of the text gets through.
+    Args:
+        shown: The sample to display.
+        colour: True for ANSI codes: learned tokens are green, and every second token is underlined to show where
+            tokens begin. False for plain text: learned tokens are in double brackets, and a dot separates tokens.
     """
     sample = shown.sample
     how = "green" if colour else "in \u27e6 \u27e7"
@@ -167,7 +172,7 @@ def _plain(pieces: Sequence[Piece]) -> str:
 
 
 def as_json(shown: Shown) -> dict[str, Any]:
-    """`id`, `input_ids` and `labels`, of equal length: an image is one IMAGE_INDEX, and not learned."""
+    """Return `id`, and `input_ids` and `labels` of equal length, in which an image is one IMAGE_INDEX, not learned."""
     input_ids: list[int] = []
     labels: list[int] = []
     for piece in shown.pieces:
@@ -178,10 +183,12 @@ def as_json(shown: Shown) -> dict[str, Any]:
 
 
 def html(shown: Sequence[Shown], *, title: str, about: Sequence[tuple[str, str]]) -> str:
-    """A page that shows samples and explains itself.
+    """Return an HTML page that shows samples and explains the display.
 
-    title: of the page.
-    about: where the samples come from, as (label, value).
+    Args:
+        shown: Samples to display.
+        title: Title of the page.
+        about: Origin of the samples, as pairs of label and value.
     """
     tokens = sum(len(one.sample.input_ids) for one in shown)
     learned = sum(map(_learned, shown))
@@ -199,7 +206,7 @@ def html(shown: Sequence[Shown], *, title: str, about: Sequence[tuple[str, str]]
 
 
 def _explanation(tokens_per_image: int) -> Html:
-    """What a reader must know who has never heard of labels."""
+    """Return the section that explains tokens and labels to readers who do not know them."""
     learned, read = Piece(" bus", (), True), Piece(" What", (), False)
     marks = [
         (_boxes([learned]), "Learned: the model is trained to write this token, given everything before it."),
@@ -210,22 +217,22 @@ def _explanation(tokens_per_image: int) -> Html:
         ),
         (
             _boxes([Piece("\n", (), False)]),
-            "The end of a line. Other signs that cannot be seen are spelled, such as \\x1b.",
+            "The end of a line. Other invisible characters are shown as escapes, such as \\x1b.",
         ),
     ]
     return page.section(
         "How to read this",
         page.paragraph(
-            "A language model reads tokens: words, parts of words, single signs. Each box is a token; a space before "
+            "A language model reads tokens: words, parts of words, characters. Each box is a token; a space before "
             "a word is often part of it. Only a character that takes several tokens, and an image, which takes many, "
             "are drawn as one box. The model knows each token by a number: point at a box, or open the list below a "
             "sample, to see it."
         ),
         page.paragraph(
             "In training the model guesses each token from those before it, and is corrected where a token is "
-            "learned. Learned are the answers and the sign that ends them, so the model gets to know what to say and "
-            "when to stop. Questions, images and the words around them are what it answers to: it reads them, but "
-            "being corrected there would only teach it to ask."
+            "learned. The answers and the token that ends them are learned, so that the model learns what to say and "
+            "when to stop. Questions, images and the text around them are only read: being corrected there would "
+            "teach the model to ask."
         ),
         page.legend(marks),
     )
@@ -252,7 +259,7 @@ def _exhibit(shown: Shown) -> Html:
 
 
 def _boxes(pieces: Sequence[Piece]) -> Html:
-    """Tokens in boxes; learned ones are bold and underlined too, for those who cannot see the colour."""
+    """Return tokens in boxes; learned ones are also bold and underlined, for readers who cannot see the colour."""
     out = []
     form = Html('<{tag} class="token{kind}"{tip}>{text}</{tag}>{line}')
     for piece in pieces:
@@ -269,12 +276,12 @@ def _mark(piece: Piece) -> str:
 
 
 def _end_of_line(piece: Piece) -> str:
-    """A line ends after the token that ends it: the line of the page is the line of the text."""
+    """Return a newline if the token ends a line, so that lines of the display are those of the text."""
     return "\n" if "\n" in piece.text else ""
 
 
 def _visible(text: str) -> str:
-    r"""Every character so that it is seen and does nothing: a newline as a sign, ESC as \x1b, a joiner as \u200d."""
+    r"""Return a text with invisible characters made visible: a newline as a sign, ESC as \x1b, a joiner as \u200d."""
     return "".join(
         _RETURN if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,11 +1,11 @@
-"""The keys of a record: one table for every format and every kind of file.
+"""Keys of a record, in one table for every format and every kind of file.
 
-    read        under its own name or a common alias (`image_path`, `query`, `response`, `caption`)
-    refused     keys by which other tools learn something that is not learned here (`video`, `tools`, `mask`)
+    read        keys under their own name or a common alias (`image_path`, `query`, `response`, `caption`)
+    refused     keys from which other tools learn something that is not learned here (`video`, `tools`, `mask`)
     obeyed      `weight`, `label`, `loss`, `train`: whether an answer is learned
-    not read    everything else; `check` counts it, and an image that only such a key names is an error
+    not read    all other keys; `check` counts them, and an image that only such a key names is an error
 
-So a record is learned as it is written, or refused, and nothing that was meant to change it is dropped in silence.
+So a record is learned as it is written, or refused, and nothing that was meant to change it is ignored silently.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SPELLINGS = {
     "system": ("system", "system_prompt"),
     "type": ("type",),
 }  # fmt: skip
-"""Meaning -> the keys that have it, the preferred one first. `image_id` is not among them: it is a number elsewhere."""
+"""Keys of each meaning, the preferred one first. `image_id` is not among them: in other data sets it is a number."""
 
 KINDS = ("conversations", "messages", "question")
-"""The meanings that hold a conversation; a record has one of them, or an image and its caption."""
+"""Meanings that contain a conversation; a record has one of them, or an image and its caption."""
 
 REFUSED = {
     **dict.fromkeys(("video", "videos", "audio", "audios", "speech"), "only images and text are learned"),
@@ -45,7 +45,7 @@ REFUSED = {
     **dict.fromkeys(("chosen", "rejected"), "preferences are not learned"),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), "the template is set for the whole run"),
 }
-"""Keys of a record or a turn that change what other tools learn, and why they are refused here."""
+"""Keys of a record or a turn that change what other tools learn, each with the hint for refusing it."""
 
 REFUSED_OF_TURNS = {
     **REFUSED,
@@ -54,41 +54,39 @@ REFUSED_OF_TURNS = {
 }
 
 LEARNED = ("weight", "label", "loss", "train")
-"""Keys that tell whether an answer is learned."""
+"""Keys that set whether an answer is learned."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
-"""What the names of images end in, where a file has nothing else to tell them by."""
+"""Suffixes of image names, used where nothing else marks a file name as that of an image."""
 
-_MOST_TEXTS = 64  # of a key that is not read, in which names of images are looked for
+_MOST_TEXTS = 64  # maximum number of texts under a key that is not read to search for names of images
 _DEEPEST = 4
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of one record, by meaning.
-
-    values: Meaning -> value. A meaning that no key has is absent.
-    spelled: Meaning -> the key, as it is written.
-    rest: Keys without a meaning, or whose meaning another key has; only those whose value says something.
-    """
+    """The keys of one record, by meaning."""
 
     values: dict[str, Any]
+    """Value of each meaning; a meaning without a key is absent."""
     spelled: dict[str, str]
+    """Key of each meaning, as it is written in the record."""
     rest: dict[str, Any]
+    """Other keys with a value: those without a meaning, or whose meaning is taken from another key."""
 
     def get(self, meaning: str) -> Any:
-        """Return the value, or None."""
+        """Return the value of a meaning, or None."""
         return self.values.get(meaning)
 
     def unread(self, read: Collection[str]) -> dict[str, Any]:
-        """Return the keys that nobody reads when of all meanings these are read, with their values."""
+        """Return the keys that remain unread if only the meanings in `read` are read, with their values."""
         keys = {key for meaning, key in self.spelled.items() if meaning in read}
         others = {k: self.values[m] for m, k in self.spelled.items() if k not in keys and is_said(self.values[m])}
         return {key: value for key, value in self.rest.items() if key not in keys} | others
 
 
 def is_said(value: Any) -> bool:
-    """Return whether a value says anything: null, an empty text, list or object do not."""
+    """Return whether a value has content: null, an empty text, list or object have none."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
@@ -112,7 +110,7 @@ def keys_of(record: dict[str, Any]) -> Keys:
 
 
 def can_be_records(names: Iterable[str]) -> bool:
-    """Return whether columns of these names can be records: one that says something, and of a caption its image."""
+    """Return whether columns of these names can be records: one holds a conversation, or two a caption and an image."""
     meanings = keys_of(dict.fromkeys(names)).spelled.keys()
     return bool(meanings & {*KINDS}) or {"caption", "image"} <= meanings
 
@@ -120,7 +118,8 @@ def can_be_records(names: Iterable[str]) -> bool:
 def obey(record: dict[str, Any]) -> list[str]:
     """Return the keys of a record that ask for what is done anyway: to learn it, and no tools, no video.
 
-    Raises Unusable for a key that asks for what cannot be done, or that turns learning off for the whole record.
+    Raises:
+        Unusable: A key asks for something unsupported, or turns learning off for the whole record.
     """
     refuse(record, REFUSED)
     # The class that an image shows is often called its label, and a number.
@@ -128,27 +127,28 @@ def obey(record: dict[str, Any]) -> list[str]:
     for key, learned in found.items():
         if not learned:
             problem = f"the record says that nothing of it is learned ({key!r})"
-            raise Unusable("nothing learned", problem, "remove the record, or say it of single turns")
+            raise Unusable("nothing learned", problem, "remove the record, or set the key on single turns")
     return [*found, *(key for key in record if key.strip().lower() in REFUSED)]
 
 
 def refuse(holder: dict[str, Any], refused: dict[str, str]) -> None:
-    """Raise Unusable for the first key of a record or turn that is in the table and says anything."""
+    """Raise Unusable for the first key of a record or turn that is in the table and has a value."""
     for key, value in holder.items():
         why = refused.get(key.strip().lower())
         empty = isinstance(value, str) and value.strip().lower() in ("", "[]", "{}", "null", "none")
         if why is not None and is_said(value) and value is not False and not empty:
-            raise Unusable("key refused", f"the key {key!r} cannot be obeyed", why)
+            raise Unusable("key refused", f"the key {key!r} is not supported", why)
 
 
 def flags(holder: dict[str, Any], *, numbers: Collection[str]) -> dict[str, bool]:
-    """Return which keys of a record or turn say that it is learned, or that it is not.
-
-    Raises Unusable for a weight that is neither 0 nor 1.
+    """Return the keys of a record or turn that set whether it is learned, each with its value.
 
     Args:
         holder: The record or turn.
         numbers: Keys in which 0 and 1 count; in the others they mean something else.
+
+    Raises:
+        Unusable: A weight is neither 0 nor 1.
     """
     found: dict[str, bool] = {}
     for key, value in holder.items():
@@ -163,13 +163,13 @@ def flags(holder: dict[str, Any], *, numbers: Collection[str]) -> dict[str, bool
             found[key] = bool(value)
         elif isinstance(value, int | float) and name == "weight":
             raise Unusable(
-                "key refused", f"the weight {value} cannot be obeyed", "write 1 for learned, 0 for only read"
+                "key refused", f"the weight {value} is not supported", "write 1 for learned, 0 for only read"
             )
     return found
 
 
 def images_named(value: Any) -> Iterator[str | Path]:
-    """Yield what in the value of a key looks like the name of an image, and images that were embedded in the file."""
+    """Yield texts in a key's value that look like names of images, and paths of images embedded in the file."""
     waiting = [(value, 0)]
     seen = 0
     while waiting and seen < _MOST_TEXTS:

@@ -1,8 +1,8 @@
-"""Samples -> packs: what samples share is there once, and packs are full. Pure functions on lengths and ids.
+"""Packing of samples: a shared prefix is stored once, and packs are full. Pure functions on lengths and ids.
 
 Samples about the same image(s) that begin with the same tokens become one group: the longest common prefix once
-(every image token is in it), then the rest of each sample as a branch, whose positions go on from the prefix. Two
-questions about an image of 4 tokens, and a text, in one pack:
+(it contains every image token), then the rest of each sample as a branch, whose positions continue from the prefix.
+Two questions about an image of 4 tokens, and a text, in one pack:
 
     index         0    1 2 3 4  5  |  6     7  8  9   |  10     11  12  13  |  14  15  16
     token         <s>  P P P P  \\n |  What  ?  A  </s> |  Where  ?   B   </s> |  <s> Hi  </s>
@@ -12,16 +12,16 @@ questions about an image of 4 tokens, and a text, in one pack:
     sees          before it        |  prefix and its own branch, before it  |  its own sample, before it
     shift_labels  -                |  -     A  </s> - |  -      B   </s> -  |  Hi </s> -
 
-`shift_labels` are the labels of the next token of the same sample, so a branch predicts nothing of another one. What
-predicts a learned token is never shared: where a branch would begin with a learned token (captions in `plain`), the
-token before it is repeated in each branch, and if it is an image token, its feature too. For three captions:
+`shift_labels` are the labels of the next token of the same sample, so a branch predicts nothing of another one. A token
+that predicts a learned one is never shared: if a branch would begin with a learned token (captions in `plain`), the
+token before it is repeated in each branch, and if it is an image token, its feature too. For two captions:
 
     token         <s>  P P P  |  P  a  cat  \\n  |  P  two  cats  \\n
     position      0    1 2 3  |  4  5  6    7   |  4  5    6     7
     feature            0 1 2  |  3              |  3
     shift_labels  -           |  a  cat \\n  -   |  two cats \\n -
 
-S tokens of a pack, N samples.
+In shapes, S is the number of tokens in a pack, P of its image tokens, N of samples.
 
 Packing is ours: TRL refuses to pack samples with images, cuts samples that are longer than a pack, and repeats what
 samples share. Shared prefixes are ours too: in training neither TRL nor transformers computes them once.
@@ -38,54 +38,59 @@ import numpy as np
 from qllava.data.encode import IGNORE_INDEX
 
 _WINDOW = 256
-"""Groups among which the best fit for a step is looked for."""
+"""Number of groups that are searched for one that fits into a step."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Where the samples of a group are in a pack.
-
-    start: of the prefix, an index into the pack.
-    prefix: tokens that they share; 0 for a sample alone.
-    branches: tokens of each one's rest, one after the other behind the prefix.
-    """
+    """Position of a group of samples in a pack."""
 
     start: int
+    """Index of the prefix in the pack."""
     prefix: int
+    """Number of shared tokens; 0 for a sample alone."""
     branches: tuple[int, ...]
+    """Number of tokens of each sample's rest; the rests follow the prefix one after the other."""
 
     @property
     def end(self) -> int:
-        """Behind the last token."""
+        """Index after the last token."""
         return self.start + self.prefix + sum(self.branches)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Tokens that go through the model at once; see the head of this file.
-
-    input_ids, position_ids, shift_labels: (S,) each.
-    image_places: (P,) where the image tokens stand.
-    features: (P,) which feature is there: an index into the features of `images`, one image after the other.
-    images: the distinct images of the pack.
-    groups: who stands where.
-    ids: of the samples, in the order of the branches.
-    """
+    """Tokens that the model computes as one sequence (see the module's docstring)."""
 
     input_ids: np.ndarray
+    """(S,) token ids."""
     position_ids: np.ndarray
+    """(S,) positions in the sample."""
     shift_labels: np.ndarray
+    """(S,) labels of the next tokens."""
     image_places: np.ndarray
+    """(P,) indices of the image tokens."""
     features: np.ndarray
+    """(P,) feature at each image token, as an index into the concatenated features of `images`."""
     images: tuple[str, ...]
+    """Paths of the distinct images of the pack."""
     groups: tuple[Group, ...]
+    """Groups of samples in the pack."""
     ids: tuple[str, ...]
+    """Ids of the samples, in the order of the branches."""
 
 
 def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_token_id: int) -> int:
-    """How many tokens samples (input_ids, labels) can share; 0 when that would not hold every image token but the last.
+    """Return how many leading tokens the samples can share.
 
-    Nothing that is learned is shared, nor the token before it, which predicts it.
+    Learned tokens, and the token that predicts the first of them, are never shared.
+
+    Args:
+        samples: Pairs of input_ids and labels of samples that show the same images.
+        image_token_id: Id of the `<image>` token.
+
+    Returns:
+        Length of the shared prefix in tokens; 0 if it would not contain all image tokens but the last.
     """
     if len(samples) < 2:
         return 0
@@ -105,7 +110,11 @@ def shared_prefix(samples: Sequence[tuple[Sequence[int], Sequence[int]]], image_
 def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bool = True) -> Pack:
     """Lay samples out in one pack; those about the same images become a group.
 
-    samples: {"id", "input_ids", "labels", "images": paths of its images, "image_tokens": how many each of them takes}
+    Args:
+        samples: Samples as {"id", "input_ids", "labels", "image_files": paths of the images, "image_tokens": number of
+            tokens of each image}.
+        image_token_id: Id of the `<image>` token.
+        share: Whether samples about the same images share their tokens.
     """
     return packs_of(samples, image_token_id, tokens_per_pack=None, share=share)[0]
 
@@ -113,10 +122,9 @@ def lay_out(samples: Sequence[dict[str, Any]], image_token_id: int, *, share: bo
 def packs_of(
     samples: Sequence[dict[str, Any]], image_token_id: int, *, tokens_per_pack: int | None, share: bool = True
 ) -> list[Pack]:
-    """The same samples in packs of at most `tokens_per_pack` tokens; None: in one pack.
+    """Lay samples out in packs of at most `tokens_per_pack` tokens; None puts them into one pack.
 
-    A group that is longer is cut between branches, and its prefix repeated. A sample that is longer alone is a pack of
-    its own.
+    A longer group is split between branches, and its prefix repeated. A longer sample becomes a pack of its own.
     """
     parts = [
         part for members in _by_images(samples, share) for part in _parts(members, image_token_id, tokens_per_pack)
@@ -131,7 +139,7 @@ def packs_of(
 def _by_images(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict[str, Any]]]:
     shown: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for number, sample in enumerate(samples):
-        # A text shares no image: it is a group of its own, whatever else is in the pack.
+        # A sample without images shares nothing: it is a group of its own.
         key = tuple(sample["image_files"]) if share and sample["image_files"] else ("", str(number))
         shown.setdefault(key, []).append(sample)
     return list(shown.values())
@@ -140,7 +148,7 @@ def _by_images(samples: Sequence[dict[str, Any]], share: bool) -> list[list[dict
 def _parts(
     members: list[dict[str, Any]], image_token_id: int, limit: int | None
 ) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Samples about the same images as groups (prefix, members) that are no longer than the limit."""
+    """Return samples about the same images as groups (prefix, members) that are no longer than the limit."""
     prefix = shared_prefix([(m["input_ids"], m["labels"]) for m in members], image_token_id)
     if not prefix:
         return [(0, [member]) for member in members]
@@ -151,12 +159,12 @@ def _parts(
 
 
 def _rest(members: Sequence[dict[str, Any]], prefix: int) -> int:
-    """Tokens behind the prefix, of all members."""
+    """Return the number of tokens after the prefix, of all members."""
     return sum(len(member["input_ids"]) - prefix for member in members)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices by bins: the largest first, each into the fullest bin that has room; one that fits nowhere is alone."""
+    """Return bins of indices: the largest size first, each into the fullest bin that has room, or into a new bin."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
@@ -186,12 +194,10 @@ def _pack(parts: list[tuple[int, list[dict[str, Any]]]], image_token_id: int) ->
 
 
 class _Builder:
-    """A pack that grows by groups.
-
-    features: which features are those of an image, by its path.
-    """
+    """Builder of a pack, to which groups are added."""
 
     def __init__(self, image_token_id: int, features: dict[str, range]) -> None:
+        """Create an empty pack; `features` maps the path of an image to the indices of its features."""
         self.image_token_id, self.features_of = image_token_id, features
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
@@ -226,7 +232,7 @@ class _Builder:
         self.length += end - start
 
     def pack(self, images: tuple[str, ...]) -> Pack:
-        """What was appended, as one pack."""
+        """Return the groups that were added as one pack."""
         features = np.concatenate(self.features) if self.features else np.empty(0, dtype=np.int64)
         ids = np.concatenate(self.ids)
         return Pack(
@@ -244,13 +250,21 @@ class _Builder:
 def steps_of(
     images: np.ndarray, samples_per_step: int, *, seed: int, epoch: int, share: bool = True
 ) -> Iterator[np.ndarray]:
-    """The samples of each optimizer step of an epoch, (samples_per_step,) indices each; the last may be shorter.
+    """Yield the samples of each optimizer step of an epoch.
 
-    images: (N,) a hash of each sample's images, 0 for none.
-
-    Samples about the same images come in one step, as far as they fit: groups are shuffled, and a step takes the
-    next ones; what its last place has no room for waits, and if nothing in sight fits, the next group is cut. The same
+    Samples about the same images are in one step if they fit: groups are shuffled, and a step takes the next ones; a
+    group that does not fit waits for the next step, and if none of the next groups fits, the first is split. The same
     seed and epoch give the same steps.
+
+    Args:
+        images: (N,) hash of each sample's images, 0 for none.
+        samples_per_step: Number of samples in a step.
+        seed: Seed of the order.
+        epoch: Number of the epoch, which changes the order.
+        share: Whether to keep samples about the same images together.
+
+    Yields:
+        (samples_per_step,) indices of samples; the last step may be shorter.
     """
     rng = np.random.default_rng([seed, epoch])
     groups = _groups(images, rng) if share else [np.array([k]) for k in rng.permutation(len(images))]
@@ -278,10 +292,15 @@ def steps_of(
 
 
 def shares_of(step: np.ndarray, images: np.ndarray, count: int) -> list[np.ndarray]:
-    """A step's samples in `count` shares of the same size, or one more in the first ones; indices as in `steps_of`.
+    """Split a step's samples into shares of equal size, or with one more in the first shares.
 
-    images: (N,) a hash of each sample's images, 0 for none; samples about the same ones stay together as far
-    as they fit. Where there are fewer samples than shares, the last shares are empty.
+    Args:
+        step: Indices of the samples, from `steps_of`.
+        images: (N,) hash of each sample's images, 0 for none; samples about the same images stay together if they fit.
+        count: Number of shares.
+
+    Returns:
+        Indices of each share; the last shares are empty if there are fewer samples than shares.
     """
     room = [len(step) // count + (number < len(step) % count) for number in range(count)]
     groups: dict[Any, list[int]] = {}
@@ -291,7 +310,7 @@ def shares_of(step: np.ndarray, images: np.ndarray, count: int) -> list[np.ndarr
     for group in sorted(groups.values(), key=len, reverse=True):
         while group:
             fitting = [number for number in range(count) if room[number] >= len(group)]
-            # The fullest that has room; where none has, the emptiest takes what it can.
+            # The fullest share that has room; if none has, the emptiest takes a part of the group.
             best = min(fitting, key=room.__getitem__) if fitting else max(range(count), key=room.__getitem__)
             taken, group = group[: room[best]], group[room[best] :]
             shares[best] += taken
@@ -300,10 +319,10 @@ def shares_of(step: np.ndarray, images: np.ndarray, count: int) -> list[np.ndarr
 
 
 def _groups(images: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Samples by their images, in a shuffled order, and shuffled within; a text is a group of its own."""
+    """Return groups of samples about the same images, shuffled, and shuffled within; a text is a group of its own."""
     order = rng.permutation(len(images))
     alone = images[order] == 0
-    # Images are known by the first sample about them: by hashes of paths, a folder that moves would change the order.
+    # Images are identified by their first sample: with hashes of paths, moving a folder would change the order.
     _, first, of = np.unique(images, return_index=True, return_inverse=True)
     keys = first[of][order]
     by_key = np.argsort(keys[~alone], kind="stable")

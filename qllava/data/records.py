@@ -1,6 +1,6 @@
-"""Files -> examples, one after the other; what is wrong with a file or a line is a `Problem` with its place.
+"""Reader of data files, record by record; problems of a file or a line become a `Problem` with its place.
 
-What a file is is recognized by what it holds, not by its name:
+The format of a file is recognized by its content, not by its name:
 
     text that begins with [      a JSON list of examples, read piece by piece: a file of any size costs no memory
     text that begins with {      one JSON example per line (JSONL)
@@ -8,10 +8,10 @@ What a file is is recognized by what it holds, not by its name:
     Parquet, Arrow, tar          see `containers`
     a folder                     of such files: a saved Hugging Face dataset, or the shards of a WebDataset
 
-Nothing is said here about what an example must hold: that is `formats`.
+What an example must contain is checked in `formats`.
 
-The reader of JSON lists is ours: `ijson` streams a list too, but neither it nor the reader of `datasets` says in which
-line an example begins, and every message about an example names its line.
+The reader of JSON lists is ours: `ijson` streams a list too, but neither it nor the reader of `datasets` returns the
+line in which an example begins, and every message about an example names its line.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from qllava.data import containers, delimited
 from qllava.data.problems import OnProblem, Place, Problem, RecordError, Unusable, check_unicode, stop
 
 _PIECE = 1 << 20  # characters that are read at a time
-# A token of JSON that the end of a piece cuts in two is at most this long; a string may be longer.
+# Maximum length of a JSON token that the end of a piece cuts in two, except strings, which may be longer.
 _CUT = 32
-# And so much of a number may follow where it seems to end: "1e+" of 1e+5.
+# Maximum number of characters of a number after the point where it seems to end: "e+" of a cut 1e+5.
 _NUMBER_CUT = 2
 _RECORDS_IN_A_FOLDER = {".parquet", ".arrow", ".tar", ".json"}
 
 
 def record_id(record: Any, place: Place, key: str) -> str:
-    """The id of an example, as text. Raises InputError where there is none."""
+    """Return the id of an example, as text.
+
+    Raises:
+        InputError: The example has no id.
+    """
     id = record.get(key) if isinstance(record, dict) else None
     if not isinstance(id, str | int) or isinstance(id, bool):
         raise RecordError(Problem("no id", f"the line has no {key}", f"expected an object with {key}", place))
@@ -43,7 +47,11 @@ def record_id(record: Any, place: Place, key: str) -> str:
 
 
 def record_text(record: dict[str, Any], key: str, place: Place, id: str) -> str:
-    """A text of an example. Raises InputError where it is none."""
+    """Return the text under a key of an example.
+
+    Raises:
+        InputError: The value is not a text.
+    """
     text = record.get(key)
     if not isinstance(text, str):
         problem = f"{key!r} holds no text"
@@ -62,15 +70,15 @@ def _check_unicode(text: str, key: str, place: Place, id: str | None) -> None:
 
 
 def read_records(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Place, Any]]:
-    """The examples of a file or folder with their places, unchecked.
+    """Yield the records of a file or folder with their places, unchecked.
 
-    A line that cannot be read is handed to `on_problem` and left out; so is the rest of a file that cannot be read on.
+    A line that cannot be read is reported to `on_problem` and left out, as is the rest of a corrupt file.
     """
     try:
         if is_folder(path):
             yield from containers.read_folder(path, on_problem)
             return
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block
             problem = "this is neither a file nor a folder"
             on_problem(Problem("file unreadable", problem, "write the examples to a file", Place(str(path))))
             return
@@ -92,20 +100,20 @@ def read_records(path: Path, on_problem: OnProblem = stop) -> Iterator[tuple[Pla
 
 
 def record_files(path: Path) -> list[Path]:
-    """The files that hold the examples of a data set: itself, or those in a folder, where images may lie too."""
+    """Return the files with the examples of a data set: the file itself, or those in a folder, except images."""
     return sorted(p for p in path.rglob("*") if p.suffix in _RECORDS_IN_A_FOLDER) if is_folder(path) else [path]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder; False, and no error, where that cannot be seen."""
+    """Return whether a path is a folder; False, and no error, if that cannot be determined."""
     try:
         return path.is_dir()
-    except OSError:  # a name that is too long, or a folder around it that may not be entered
+    except OSError:  # a name that is too long, or a parent folder without permission
         return False
 
 
 def _undecodable(path: Path) -> int:
-    """The line of the first byte that is not UTF-8; the reader of text does not say it."""
+    """Return the line of the first byte that is not UTF-8, which Python's text reader does not report."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
@@ -119,7 +127,7 @@ def _undecodable(path: Path) -> int:
 
 
 def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-    # Not by lines: all of a JSON list may be in one.
+    # Not by lines: a whole JSON list may be on one line.
     first = next((piece.lstrip() for piece in iter(lambda: file.read(512), "") if piece.strip()), "")
     file.seek(0)
     if first.startswith("["):
@@ -131,7 +139,7 @@ def _read_text(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tupl
 
 
 def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-    # Not str.splitlines: it also splits at U+2028 and others, which may stand unescaped inside a JSON string.
+    # Not str.splitlines: it also splits at U+2028 and others, which may be unescaped inside a JSON string.
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -144,7 +152,7 @@ def _read_lines(file: TextIO, path: str, on_problem: OnProblem) -> Iterator[tupl
 
 
 def _not_json(error: Exception, place: Place, column: int | None = None) -> Problem:
-    """A line that json cannot read: not JSON, nested absurdly deep, or with a number of thousands of digits."""
+    """Return the problem of text that json cannot read: not JSON, nested too deeply, or a number with many digits."""
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg}, column {column or error.colno}"
     else:
@@ -154,19 +162,19 @@ def _not_json(error: Exception, place: Place, column: int | None = None) -> Prob
 
 
 class _JsonList:
-    """A JSON list that is read element by element: `text` holds what was read and is not used up yet."""
+    """Reader of a JSON list, element by element; `text` holds what was read from the file and not yet parsed."""
 
     def __init__(self, file: TextIO, path: str) -> None:
         self.file, self.path = file, path
         self.text = ""
         self.position = 0
         self.line = 1
-        self.line_start = 0  # where the line began, relative to `text`; below 0 when it began before
+        self.line_start = 0  # start of the line, relative to `text`; negative if the line began before it
         self.ended = False
         self.decoder = json.JSONDecoder()
 
     def records(self, on_problem: OnProblem) -> Iterator[tuple[Place, Any]]:
-        """The elements; at the first text that is not JSON, `on_problem` and the end."""
+        """Yield the elements with their places; text that is not JSON is reported and ends the list."""
         try:
             self._expect("[")
             number = 0
@@ -189,7 +197,7 @@ class _JsonList:
             on_problem(_not_json(error, Place(self.path, line=self.line), column))
 
     def _more(self) -> None:
-        """Read on: twice as much as is there, so that a large element is not looked at again and again."""
+        """Read more text, doubling what is there, so that a large element is not parsed again too often."""
         piece = self.file.read(max(_PIECE, len(self.text) - self.position))
         self.ended = not piece
         self.line_start -= self.position
@@ -197,7 +205,7 @@ class _JsonList:
         self.position = 0
 
     def _advance(self, to: int) -> None:
-        """Use up the text to here, and count its lines."""
+        """Move the position to `to`, and count the lines before it."""
         lines = self.text.count("\n", self.position, to)
         if lines:
             self.line += lines
@@ -205,7 +213,7 @@ class _JsonList:
         self.position = to
 
     def _peek(self) -> str:
-        """The next character other than white space; "" at the end."""
+        """Return the next character other than white space; "" at the end."""
         while True:
             at = self.position
             while at < len(self.text) and self.text[at] in " \t\n\r":

@@ -1,13 +1,13 @@
-"""Samples on disk: an Arrow file that is memory-mapped, so that a data set of any size takes no memory.
+"""Samples on disk, in an Arrow file that is memory-mapped, so that the size of a data set costs no memory.
 
-The tokens of an image are in it once, and what is learned as pairs of positions; both are unfolded when a row is
-taken out. For one image of 4 tokens:
+The tokens of an image are stored as one, and learned tokens as pairs of positions [start, end); both are unfolded when
+a row is read. For one image of 4 tokens:
 
     tokens     [10, <image>, 11, 12, 13]     learned  [3, 5]
     input_ids  [10, <image>, <image>, <image>, <image>, 11, 12, 13]
     labels     [-100, -100,  -100,    -100,    -100,  -100, 12, 13]
 
-How many tokens each image takes is kept with the sample (`image_tokens`, here [4]).
+The number of tokens of each image is stored with the sample (`image_tokens`, here [4]).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SCHEMA = pa.schema(
         "length": pa.int32(),  # of input_ids
         "learned_tokens": pa.int32(),
         "image_files": pa.list_(pa.string()),
-        "image_tokens": pa.list_(pa.int32()),  # of each of them
+        "image_tokens": pa.list_(pa.int32()),  # number of tokens of each image
         "file": pa.string(),
         "line": pa.int64(),
         "row": pa.int64(),
-        # Hashes, by which rows are compared without being read: of the id, the images, images and conversation,
-        # and for each learned answer of images, question and answer.
+        # Hashes, so that samples are compared without decoding them: of the id; of the images; of images and
+        # conversation; and for each learned answer, of images, question and answer.
         "id_hash": pa.uint64(),
         "images_hash": pa.uint64(),
         "content_hash": pa.uint64(),
@@ -51,15 +51,13 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a table is unfolded into what the collator takes; the transform of its `Dataset`.
-
-    image_token_id: the id of `<image>`.
-    """
+    """Transform of a table's `Dataset`, which unfolds its rows into samples for the collator."""
 
     image_token_id: int
+    """Id of the `<image>` token."""
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Rows as the collator takes them. No column is called image: TRL would prepare the rows itself."""
+        """Return rows as the collator takes them; no column is called image, or TRL would process the rows itself."""
         folded = zip(rows["tokens"], rows["learned"], rows["image_tokens"], strict=True)
         unfolded = [self.unfold(*row) for row in folded]
         return {
@@ -73,7 +71,7 @@ class Layout:
     def unfold(
         self, tokens: Sequence[int], learned: Sequence[int], image_tokens: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Ids and labels with every image token."""
+        """Return ids and labels with every image token."""
         ids = np.asarray(tokens, dtype=np.int64)
         labels = np.full(len(ids), IGNORE_INDEX)
         for start, end in zip(learned[::2], learned[1::2], strict=True):
@@ -83,7 +81,7 @@ class Layout:
         return np.repeat(ids, counts).tolist(), np.repeat(labels, counts).tolist()
 
     def fold(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and learned positions of a sample, each image a single token."""
+        """Return tokens and learned positions of a sample, in which each image is a single token."""
         ids, labels = np.asarray(sample.input_ids), np.asarray(sample.labels)
         kept = ids != self.image_token_id
         counts = np.asarray(sample.image_tokens, dtype=np.int64)
@@ -93,7 +91,7 @@ class Layout:
 
 
 def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Layout) -> pa.RecordBatch:
-    """Samples as a piece of a table, each with its example in the same place of `examples`."""
+    """Return samples as a piece of a table; `examples` holds the example of each sample, in the same order."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for example, sample in zip(examples, samples, strict=True):
         tokens, learned = layout.fold(sample)
@@ -126,7 +124,7 @@ def batch_of(examples: Sequence[Example], samples: Sequence[Sample], layout: Lay
 
 
 def _rounds(conversation: Conversation) -> list[tuple[str, str]]:
-    """Questions without their images, and answers."""
+    """Return pairs of question, without its `<image>`, and answer."""
     said = [turn.content.replace(IMAGE_TOKEN, "").strip() for turn in conversation.turns]
     return list(zip(said[::2], said[1::2], strict=True))
 
@@ -137,18 +135,18 @@ def _hash(*words: str) -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    """A table that grows by `write_batch`."""
+    """Open a new table for writing with `write_batch`."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         yield writer
 
 
 def open_table(path: Path) -> Dataset:
-    """The rows of the file, memory-mapped; `with_transform(layout)` gives them to the trainer."""
+    """Open the rows of the file, memory-mapped; `with_transform(layout)` makes them samples for the trainer."""
     return Dataset.from_file(str(path))
 
 
 def quantiles(sizes: np.ndarray) -> dict[str, int]:
-    """Least, median, 95th percentile and most of lengths; {} of none."""
+    """Return minimum, median, 95th percentile and maximum of lengths; {} if there are none."""
     if not len(sizes):
         return {}
     at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -157,6 +155,6 @@ def quantiles(sizes: np.ndarray) -> dict[str, int]:
 
 
 def lists(table: Dataset, name: str) -> Iterator[list[Any]]:
-    """The values of a column of lists, row by row."""
+    """Yield the values of a column of lists, row by row."""
     for chunk in table.data.column(name).chunks:
         yield from chunk.to_pylist()

@@ -1,6 +1,6 @@
-"""What a record says -> turns: conversations, messages with content parts, questions, Alpaca's instructions, captions.
+"""Turns of a record: conversations, messages with content parts, questions, Alpaca's instructions, captions.
 
-Nothing is known here of files and images but their number: `formats` finds them, and checks what comes out.
+This module knows of images only their number: `formats` finds them, and checks the turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qllava.data.problems import Unusable
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _SOURCES = ("image", "path", "url", "image_url", "file", "base64", "source")
-"""Keys of a part under which chat APIs and transformers put the image itself."""
+"""Keys of a content part under which chat APIs and transformers give the image itself."""
 
 
 @dataclass
@@ -24,29 +24,35 @@ class Said:
     """The turns of a record, before they are checked."""
 
     turns: list[Turn] = field(default_factory=list)
-    """User and assistant in any order."""
+    """Turns of user and assistant, in any order."""
     system: str | None = None
-    """A leading system turn."""
+    """Text of a leading system turn."""
     lost: bool = False
     """Whether a leading turn that was not the user's was dropped."""
     images: list[Any] = field(default_factory=list)
     """Images that content parts name themselves, in order."""
     bare: int = 0
-    """Content parts that are an image and do not say which."""
+    """Number of content parts that are an image and do not name it."""
     unread: dict[str, Any] = field(default_factory=dict)
-    """Keys of turns and parts that are not read, as `messages[].name`, with a value."""
+    """Values of keys of turns and parts that are not read, by keys as `messages[].name`."""
 
     def not_read(self, key: str, values: dict[str, Any], read: Sequence[str]) -> None:
-        """Remember what is said under other keys than those that are read."""
+        """Record the values under keys that are not read."""
         for name, value in values.items():
             if name not in read and is_said(value):
                 self.unread.setdefault(f"{key}.{name}", value)
 
 
 def conversation(value: Any, kind: str, key: str) -> Said:
-    """Read the list of turns under `conversations` or `messages` (the kind), which may be JSON in a text.
+    """Read a list of turns, which may be JSON in a text.
 
-    Raises Unusable.
+    Args:
+        value: The list.
+        kind: `conversations` or `messages`, which decides the keys of a turn.
+        key: Key of the list as the record spells it.
+
+    Raises:
+        Unusable: A turn cannot be read.
     """
     said = Said()
     for number, turn in enumerate(_turns_of(value, key), start=1):
@@ -79,7 +85,7 @@ def _turns_of(value: Any, key: str) -> list[Any]:
 
 
 def _names(turn: dict[str, Any], kind: str) -> tuple[str, str]:
-    """The keys of role and content: those of the kind, or those of the other kind where only they are there."""
+    """Return the keys of role and content: those of the kind, or those of the other kind if only they are present."""
     own, other = (("from", "role"), ("value", "content")), (("role", "from"), ("content", "value"))
     pairs = own if kind == "conversations" else other
     role, content = (b if turn.get(a) is None and turn.get(b) is not None else a for a, b in pairs)
@@ -110,22 +116,22 @@ def _add_turn(said: Said, turn: dict[str, Any], number: int, kind: str, key: str
         content = _joined(said, content, number, f"{key}[].{content_key}[]")
     if not isinstance(content, str):
         raise Unusable("no text", f"turn {number} has no text under {content_key!r}", "write it there")
-    refused = (name for name in turn if name.strip().lower() in REFUSED_OF_TURNS)  # and say nothing, so they are obeyed
+    refused = (name for name in turn if name.strip().lower() in REFUSED_OF_TURNS)  # empty, or `refuse` had raised
     said.not_read(f"{key}[]", turn, (role_key, content_key, *obeyed, *refused))
     if _ROLES[role] != "system":
         said.turns.append(Turn("user" if _ROLES[role] == "user" else "assistant", content, learned is not False))
     elif number > 1:
-        raise Unusable("turns", "a system prompt stands after another turn", "move it to the start")
+        raise Unusable("turns", "a system prompt comes after another turn", "move it to the start")
     else:
         said.system = content
 
 
 def _joined(said: Said, parts: list[Any], number: int, key: str) -> str:
-    """A content given as a list of parts, as text with every image at its place."""
+    """Return content given as a list of parts as text, with every image at its place."""
     pieces: list[str | None] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(part, dict) and kind is None:  # Qwen's parts say what they are by their only key
+        if isinstance(part, dict) and kind is None:  # Qwen's parts have no type; their only key is the kind
             kind = next((name for name in ("text", "image") if part.get(name) is not None), None)
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
             pieces.append(part["text"])
@@ -147,7 +153,7 @@ def _joined(said: Said, parts: list[Any], number: int, key: str) -> str:
 
 
 def _named(source: Any, *, is_base64: bool) -> Any:
-    """What an image part says of its image, as a record would name it: a path, an address, a data URL."""
+    """Return the image of an image part as a record would name it: a path, an address, a data URL."""
     if isinstance(source, dict) and isinstance(source.get("url"), str):
         return source["url"]
     if isinstance(source, dict) and source.get("type") == "base64":
@@ -156,7 +162,11 @@ def _named(source: Any, *, is_base64: bool) -> Any:
 
 
 def question(keys: Keys, images: int) -> Said:
-    """Read one question and its answer. Raises Unusable."""
+    """Read one question and its answer.
+
+    Raises:
+        Unusable: One of them is not a text.
+    """
     asked = _text(keys, "question")
     answer = _text(keys, "answer")
     return Said([Turn("user", asked if IMAGE_TOKEN in asked else ask(asked, images)), Turn("assistant", answer)])
@@ -165,7 +175,10 @@ def question(keys: Keys, images: int) -> Said:
 def alpaca(keys: Keys, images: int) -> Said:
     """Read an Alpaca record: earlier rounds under `history`, then `instruction`, and below it `input`.
 
-    Images come first where no question says where they belong. Raises Unusable.
+    Images come first if no question contains `<image>`.
+
+    Raises:
+        Unusable: A value has the wrong type.
     """
     asked, answer = _text(keys, "question"), _text(keys, "answer")
     if keys.spelled["question"] == "instruction" and is_said(keys.get("input")):
@@ -183,7 +196,11 @@ def alpaca(keys: Keys, images: int) -> Said:
 
 
 def caption(keys: Keys, images: int) -> Said:
-    """Read a caption: the answer to its images alone. Raises Unusable."""
+    """Read a caption as the answer to a question that consists of its images.
+
+    Raises:
+        Unusable: The caption is not a text.
+    """
     return Said([Turn("user", ask("", images)), Turn("assistant", _text(keys, "caption"))])
 
 
@@ -198,7 +215,7 @@ def _text(keys: Keys, meaning: str) -> str:
 
 
 def listed(value: Any) -> Any:
-    """Return the list that a text spells as JSON, as tables write lists; any other value as it is."""
+    """Return the list that a text contains as JSON, as in tables; any other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -208,7 +225,7 @@ def listed(value: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value in words."""
+    """Return the kind of a JSON value in words."""
     if value is None:
         return "null"
     if isinstance(value, list) and not value:

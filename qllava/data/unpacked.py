@@ -1,4 +1,4 @@
-"""Images that a data file holds itself, unpacked into the cache once for all records that show them."""
+"""Images embedded in a data file, unpacked into the cache once for all records that show them."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ def _suffix(data: bytes) -> str | None:
 
 
 def is_image(data: bytes) -> bool:
-    """Return whether bytes begin as one of the usual kinds of image does."""
+    """Return whether bytes begin with the signature of a common image format."""
     return _suffix(data) is not None
 
 
 def bytes_or_path(value: Any) -> Any:
-    """Return what the {"bytes", "path"} of Hugging Face holds; any other value as it is."""
+    """Return the bytes or the path in the {"bytes", "path"} of Hugging Face; any other value unchanged."""
     if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
         return value.get("path") if value.get("bytes") is None else value["bytes"]
     return value
 
 
 def unpack(data: bytes) -> Path:
-    """Write the bytes of an image into the cache, where they are not there yet; the same bytes are the same file.
+    """Write the bytes of an image into the cache, unless they are there; equal bytes are one file.
 
-    Returns its absolute path. Processes may do so at the same time. Raises InputError when the cache cannot be written.
+    Several processes may do so at the same time.
+
+    Returns:
+        Absolute path of the file.
+
+    Raises:
+        InputError: The cache cannot be written.
     """
     name = hashlib.sha256(data).hexdigest()[:32]
     folder = cache_folder().absolute() / "pictures" / name[:2]
     path = folder / f"{name}{_suffix(data) or '.bin'}"
     try:
-        # The size is looked at because a machine that loses its power can leave a file of this name empty.
+        # The size is checked because a power failure can leave an empty file of this name.
         if path.is_file() and path.stat().st_size == len(data):
             return path
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +54,6 @@ def unpack(data: bytes) -> Path:
     except OSError as error:
         raise InputError(
             f"{folder.parent}: the images of the data file cannot be unpacked here ({error.strerror}); "
-            "make room, or set QLLAVA_CACHE to another folder."
+            "free disk space, or set QLLAVA_CACHE to another folder."
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""What a check found, for people and for programs: problems by kind, lengths as a histogram, one verdict."""
+"""Result of a check, for people and for programs: problems by kind, lengths as a histogram, one verdict."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Verdict:
-    """One data set, of one or more files, and what was found in it.
-
-    parts: its files.
-    evaluation: held-out files that it was compared with.
-    compared: what comes out only when examples are compared with examples.
-    """
+    """Result of the check of one data set, of one or more files."""
 
     parts: Sequence[Checked]
+    """Files of the data set."""
     evaluation: Sequence[Checked]
+    """Held-out files that the data set was compared with."""
     compared: Sequence[Problem]
+    """Problems found by comparing examples with each other."""
 
     @classmethod
     def over(cls, parts: Sequence[Checked], evaluation: Sequence[Checked] = ()) -> Verdict:
@@ -42,24 +40,24 @@ class Verdict:
         return cls(parts, evaluation, compared)
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that is wrong, of all files."""
+        """Yield the problems of all files."""
         for part in (*self.parts, *self.evaluation):
             yield from part.problems()
         yield from self.compared
 
     @property
     def ok(self) -> bool:
-        """Whether every example is learned as it is written, from images that can be read, and no answer leaks."""
+        """True if every example is learned as it is written, all images can be read, and no answer leaks."""
         failing = sum(part.summary.failing for part in (*self.parts, *self.evaluation))
         return failing == 0 and all(problem.severity == "note" for problem in self.compared)
 
     @property
     def errors(self) -> int:
-        """Problems for which a run would fail."""
+        """Number of problems for which a run would fail."""
         return sum(part.summary.errors for part in (*self.parts, *self.evaluation))
 
     def as_json(self) -> dict[str, Any]:
-        """The keys that other programs read."""
+        """Return the result under the keys that other programs read."""
         summaries = [part.summary for part in self.parts]
         images, shown = sum(s.images for s in summaries), sum(s.shown for s in summaries)
         return {
@@ -73,7 +71,7 @@ class Verdict:
         }
 
     def text(self, *, verbose: bool = True) -> str:
-        """A few lines a file, problems by kind with the first of each; `verbose` adds histogram and verdict."""
+        """Return a line per file, and problems by kind with the first of each; `verbose` adds histogram and verdict."""
         lines = [_line(part) for part in (*self.parts, *self.evaluation)]
         if verbose:
             lines += ["", *_histogram(self.parts)]
@@ -90,7 +88,7 @@ class Verdict:
                 f"Not ready: {self.errors:,} of these problems {'is an error' if self.errors == 1 else 'are errors'}; "
                 "fix them before training."
             )
-        return "A run would go on, but not every example is learned as it is written, or is worth what it seems."
+        return "A run would start, but not every example is learned as it is written, or the evaluation is unreliable."
 
 
 def _fields(problem: Problem) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def _line(part: Checked) -> str:
     s = part.summary
     shared = f", each in {s.shown / s.images:.1f} samples" if s.images else ""
     images = f"{s.images:,} image{'s' if s.images != 1 else ''}{shared}"
-    tokens = f"tokens median {s.tokens['median']:,}, most {s.tokens['max']:,}; " if s.tokens else ""
+    tokens = f"tokens median {s.tokens['median']:,}, maximum {s.tokens['max']:,}; " if s.tokens else ""
     file = Place(str(part.path))
     return f"{file}: {s.rows:,} examples, {s.samples:,} samples, {images}; {tokens}learned {s.learned_tokens:,}"
 

@@ -1,4 +1,4 @@
-"""WebDataset tars -> records: NAME.json, or NAME.txt with a caption, with NAME.jpg beside it."""
+"""Reader of WebDataset tars: NAME.json, or NAME.txt with a caption, and the image NAME.jpg."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from qllava.data.unpacked import unpack
 
 Records = Iterator[tuple[Place, Any]]
 
-# The parts that say what a sample is about; of others it is only said that they are not read, or refused.
+# Members that are not read, except to report them, or to refuse the record.
 _NOT_SHOWN = dict.fromkeys((".mp4", ".webm", ".avi", ".mov", ".mkv"), "video")
 _NOT_SHOWN |= dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audio")
 _READ = {*IMAGE_SUFFIXES, ".json", ".txt"}
 
 
 class _Member(NamedTuple):
-    """A file in a tar: NAME.PART.jpg has the key NAME, a part that may be a number, and the suffix .jpg.
-
-    data: its bytes; None where the tar does not hold them as such (a link, or a sparse file of any size).
-    """
+    """A file in a tar, named as NAME.PART.jpg."""
 
     key: str
+    """Name of the sample, as NAME."""
     part: str
+    """Text between name and suffix, as PART; it may be a number, or empty."""
     suffix: str
+    """Suffix, as .jpg."""
     data: bytes | None
+    """Bytes of the file; None if the tar does not contain them as such (a link, or a sparse file of any size)."""
 
 
 class _Broken(Exception):
-    """The tar cannot be read on."""
+    """Error: the rest of the tar cannot be read."""
 
 
 def read_tar(path: Path, on_problem: OnProblem) -> Records:
-    """Yield the records of a tar; what is corrupt ends it with a problem."""
+    """Yield the records of a tar; corrupt data ends it with a problem."""
     number = 0
     try:
         for key, found in groupby(_members(path), key=lambda member: member.key):
@@ -54,7 +55,7 @@ def read_tar(path: Path, on_problem: OnProblem) -> Records:
 
 
 def _members(path: Path) -> Iterator[_Member]:
-    """The files of a tar that belong to samples, with their bytes; nothing is written by the names that it gives."""
+    """Yield the files of a tar that belong to samples, with their bytes; no file is written under a name of the tar."""
     size = path.stat().st_size
     with path.open("rb") as file:
         try:
@@ -63,7 +64,7 @@ def _members(path: Path) -> Iterator[_Member]:
                     name = PurePosixPath(member.name)
                     first, *parts = name.name.split(".")
                     suffix = name.suffix.lower()
-                    # A name that begins with a dot is not a sample: systems pack such files with the real ones.
+                    # A name that begins with a dot is not a sample: operating systems add such files.
                     if not first:
                         continue
                     if suffix not in _READ:
@@ -73,32 +74,32 @@ def _members(path: Path) -> Iterator[_Member]:
                     opened = tar.extractfile(member) if plain else None
                     data = None if opened is None else opened.read()
                     yield _Member(str(name.with_name(first)), ".".join(parts[:-1]), suffix, data)
-                # A damaged header is the end to tarfile, and so is the end of the first of two tars that were joined.
+                # To tarfile, a corrupt header is the end of the tar, and so is the end of the first of two joined tars.
                 if tar.offset >= size:
-                    raise _Broken("it is cut off")
+                    raise _Broken("the file is truncated")
                 file.seek(tar.offset)
                 if any(piece.strip(b"\0") for piece in iter(lambda: file.read(1 << 20), b"")):
-                    raise _Broken("a header is damaged or cut off, or another tar was appended")
+                    raise _Broken("a header is corrupt or truncated, or another tar was appended")
         except (tarfile.TarError, *DAMAGE) as error:
             raise _Broken(str(error)) from None
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar of `size` bytes, folders excepted; _Broken where one reaches beyond it, or backwards."""
+    """Yield the members of a tar of `size` bytes, except folders; raise _Broken if one exceeds it or goes backwards."""
     end = -1
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would remember them all
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
         if member.size < 0 or tar.offset <= end:
             raise _Broken("a member has a negative size")
         end = tar.offset
         if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
-            raise _Broken("it is cut off")
+            raise _Broken("the file is truncated")
         if not member.isdir():
             yield member
 
 
 def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProblem) -> Records:
-    """The example of one sample; nothing, and a problem, where it has none."""
+    """Yield the record of one sample; nothing, and a problem, if it has none."""
 
     def report(problem: str, hint: str) -> None:
         on_problem(Problem("sample", problem, hint, place, key))
@@ -132,7 +133,7 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
         record = record | {"id": key}
     if captions and keys.spelled.keys() & {*KINDS}:
         record[".txt"] = caption
-    elif captions:  # a .json beside a caption may tell other things of the image
+    elif captions:  # a .json with a caption may contain other facts about the image
         if not images:
             return report("the sample has a caption and no image", "pack it directly beside its image")
         record = {name: value for name, value in record.items() if name not in ("caption", "text")} | {

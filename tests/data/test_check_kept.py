@@ -201,7 +201,7 @@ def test_a_cache_that_is_no_folder(train: Path, monkeypatch: pytest.MonkeyPatch)
         looked_at(train)
     assert str(error.value) == (
         f"The results of the check of {train} cannot be written to {train.parent}/file/checked (Not a directory); "
-        "make room there, or name another folder in $QLLAVA_CACHE."
+        "free disk space there, or set $QLLAVA_CACHE to another folder."
     )
     assert (train.parent / "file").read_text() == "mine"
 
@@ -225,7 +225,7 @@ def test_a_full_disk(train: Path, small_files: Callable[[int], None], work: list
     assert str(error.value).startswith(
         f"The results of the check of {train} cannot be written to {train.parents[1]}/cache/checked ("
     )
-    assert str(error.value).endswith("); make room there, or name another folder in $QLLAVA_CACHE.")
+    assert str(error.value).endswith("); free disk space there, or set $QLLAVA_CACHE to another folder.")
     assert list((train.parents[1] / "cache" / "checked").glob("*")) == []
     assert again(train, work) == ALL
 

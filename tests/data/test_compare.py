@@ -142,7 +142,7 @@ class TestLeaked:
             "1.jsonl, line 3, id 2: a question with its images and answer is in the evaluation file too; "
             "remove it from one of the two, or the evaluation measures memorized answers."
         )
-        assert "A run would go on, but not every example" in verdict.text()
+        assert "A run would start, but not every example" in verdict.text()
         assert Verdict.over([first, second]).ok
 
     def test_problems_of_held_out_rows_count(self, folder: Path) -> None:

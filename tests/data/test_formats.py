@@ -151,9 +151,9 @@ BROKEN_ROWS = {
     "image is a folder": (llava(SEEN, GPT, image="deep"), "'deep' is not in the image folder"),
     "image is an address": (llava(SEEN, GPT, image="https://host/a.png"), "is an address; download it"),
     "image is pixels": (llava(SEEN, GPT, image="iVBORw0KGgo" * 999), "is not in the image folder"),
-    "image leaves the folder": (llava(SEEN, GPT, image="../outside.png"), "lies outside the image folder"),
-    "image leaves in the middle": (llava(SEEN, GPT, image="deep/../../outside.png"), "lies outside the image folder"),
-    "image is elsewhere": (llava(SEEN, GPT, image="/etc/hostname"), "lies outside the image folder"),
+    "image leaves the folder": (llava(SEEN, GPT, image="../outside.png"), "is outside the image folder"),
+    "image leaves in the middle": (llava(SEEN, GPT, image="deep/../../outside.png"), "is outside the image folder"),
+    "image is elsewhere": (llava(SEEN, GPT, image="/etc/hostname"), "is outside the image folder"),
     "a part of another type": (
         {"id": "x7", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
         "turn 1 has a part that is neither",

@@ -219,7 +219,7 @@ def test_an_alias_beside_the_key_itself_is_not_read(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", REFUSED)
 def test_keys_that_change_what_others_learn_are_refused(folder: Path, kind: str, key: str) -> None:
-    with pytest.raises(RecordError, match=f"the key '{key}' cannot be obeyed; {REFUSED[key]}"):
+    with pytest.raises(RecordError, match=f"the key '{key}' is not supported; {REFUSED[key]}"):
         read(folder, kind, {"id": "x7", **ASKED, key: "ball.mp4"})
 
 
@@ -266,13 +266,13 @@ def test_a_label_that_is_a_class_is_not_obeyed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({**ASKED, "weight": 0.5}, "the weight 0.5 cannot be obeyed; write 1 for learned"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 2}]}, "turn 2: the weight 2 cannot be obeyed"),
+        ({**ASKED, "weight": 0.5}, "the weight 0.5 is not supported; write 1 for learned"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": 2}]}, "turn 2: the weight 2 is not supported"),
         ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, r"turn 1 is to be learned \(train\) but is not an answer"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]}, "weight and train of turn 2 disagree"),
-        ({"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{}]}]}, "turn 2: the key 'tool_calls' cannot be obeyed"),
-        ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, "turn 1: the key 'images' cannot be obeyed"),
-        ({"messages": [CHAT[0], CHAT[1] | {"thinking": "Hm."}]}, "turn 2: the key 'thinking' cannot be obeyed"),
+        ({"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{}]}]}, "turn 2: the key 'tool_calls' is not supported"),
+        ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, "turn 1: the key 'images' is not supported"),
+        ({"messages": [CHAT[0], CHAT[1] | {"thinking": "Hm."}]}, "turn 2: the key 'thinking' is not supported"),
         ({"system": 3, "messages": CHAT}, "the system prompt is a number"),
         ({"system": "A", "messages": [{"role": "system", "content": "B"}, *CHAT]}, "another prompt under 'system'"),
         ({"question_id": 1, "image": "a.png", "text": "What is it?"}, "this one has none of them"),
@@ -323,7 +323,7 @@ def test_samples_of_a_tar_hide_nothing(folder: Path) -> None:
     assert row[".txt"] == "A bus."
     for suffix, key in (("mp4", "video"), ("wav", "audio")):
         ((place, row),) = tar(**{"json": json.dumps(ASKED).encode(), suffix: b"x"})
-        with pytest.raises(RecordError, match=f"the key '{key}' cannot be obeyed"):
+        with pytest.raises(RecordError, match=f"the key '{key}' is not supported"):
             to_example(row, place, images)
 
 
@@ -334,7 +334,7 @@ def test_inputs_after_public_reports(reports: Path, encoder: Encoder) -> None:
     assert {e.conversation.system for e in read_examples(reports / "system.jsonl")} == {
         "Answer in one upper-case word."
     }
-    with pytest.raises(RecordError, match="'video' cannot be obeyed"):
+    with pytest.raises(RecordError, match="'video' is not supported"):
         read_examples(reports / "video.jsonl")
     rows = list(read_records(reports / "weight.jsonl"))
     example = to_example(rows[0][1], rows[0][0], ImageFolder(reports))

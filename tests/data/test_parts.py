@@ -76,7 +76,7 @@ def test_records_name_images_by_the_same_forms(folder: Path) -> None:
     [
         ([{"type": "image_url", "image_url": {"url": "https://host/a.png"}}], {}, "is an address; download it"),
         ([{"type": "image", "image": "gone.png"}], {}, "'gone.png' is not in the image folder"),
-        ([{"type": "image", "url": "file:///etc/hostname"}], {}, "lies outside the image folder"),
+        ([{"type": "image", "url": "file:///etc/hostname"}], {}, "is outside the image folder"),
         ([{"type": "image", "image": "data:image/png;base64,%%"}], {}, "the data URL 'data:image/png;base64,%%'"),
         ([{"type": "image", "image": 3}], {}, "must be a file name"),
         ([{"type": "image", "image": "a.png"}], {"images": ["a.png"]}, "under images and in the content parts"),

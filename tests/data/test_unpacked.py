@@ -70,5 +70,5 @@ class TestUnpack:
             unpack(RED)
         assert str(error.value) == (
             f"{tmp_path}/cache/pictures: the images of the data file cannot be unpacked here (Not a directory); "
-            "make room, or set QLLAVA_CACHE to another folder."
+            "free disk space, or set QLLAVA_CACHE to another folder."
         )

@@ -30,7 +30,7 @@ from tests.data.container_files import (
     write_tar,
 )
 
-DAMAGED = "a header is damaged or cut off, or another tar was appended"
+DAMAGED = "a header is corrupt or truncated, or another tar was appended"
 
 
 class TestTar:
@@ -152,9 +152,9 @@ class TestTar:
     @pytest.mark.parametrize(
         ("damage", "reason", "left"),
         [
-            (lambda data: data[:3000], "it is cut off", 0),
-            (lambda data: data[:3072], "it is cut off", 1),  # between two samples: who knows whether b was whole
-            (lambda data: data[:2048], "it is cut off", 0),  # the header of b, and nothing of it
+            (lambda data: data[:3000], "the file is truncated", 0),
+            (lambda data: data[:3072], "the file is truncated", 1),  # between two samples: b may be incomplete
+            (lambda data: data[:2048], "the file is truncated", 0),  # the header of b, and nothing of it
             (lambda data: data[:1700], DAMAGED, 0),
             (lambda data: data[:1536] + b"x" + data[1537:], DAMAGED, 0),
             (lambda data: data + data, DAMAGED, 2),

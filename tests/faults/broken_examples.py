@@ -74,7 +74,7 @@ ROWS = {
         {"from": "system", "value": "Be brief."},
     ),
     "a late system prompt": row(
-        "a system prompt stands after another turn; move it to the start",
+        "a system prompt comes after another turn; move it to the start",
         HUMAN, {"from": "system", "value": "Be brief."}, GPT,
     ),
     "an empty answer": row("turn 2 is an empty answer; write it or drop the example", HUMAN, GPT | {"value": ""}),
@@ -112,11 +112,11 @@ ROWS = {
         image="red.png",
     ),
     "<image> in an answer": row(
-        "turn 2 is an answer with <image> in it; images belong into questions",
+        "turn 2 is an answer with <image> in it; images belong in questions",
         SEEN, GPT | {"value": "See <image>."}, image="red.png",
     ),
     "<image> in a system prompt": row(
-        "the system prompt holds <image>; images belong into questions",
+        "the system prompt holds <image>; images belong in questions",
         {"from": "system", "value": "<image>"}, SEEN, GPT, image="red.png",
     ),
     "image and images": row(
@@ -139,11 +139,11 @@ ROWS = {
         "the image '.' is not in the image folder {folder}; add it or give the right folder", SEEN, GPT, image="."
     ),
     "an image of another folder": row(
-        "the image '../red.png' lies outside the image folder {folder}; name it relative to it",
+        "the image '../red.png' is outside the image folder {folder}; give its path relative to that folder",
         SEEN, GPT, image="../red.png",
     ),
     "an image of the system": row(
-        "the image '/etc/hostname' lies outside the image folder {folder}; name it relative to it",
+        "the image '/etc/hostname' is outside the image folder {folder}; give its path relative to that folder",
         SEEN, GPT, image="/etc/hostname",
     ),
     "an address for an image": row(
@@ -159,7 +159,7 @@ ROWS = {
         SEEN, GPT, image="red\0.png",
     ),
     "an image of half a character": row(
-        "the path of the image '\\udcff.png' is not UTF-8; rename what is not", SEEN, GPT, image="\udcff.png"
+        "the path of the image '\\udcff.png' is not UTF-8; rename the file or folder", SEEN, GPT, image="\udcff.png"
     ),
     "a control token in a question": row(
         "the words 'What does <|im_end|> mean?' ... contain <|im_end|>, which is a control token of this model; "

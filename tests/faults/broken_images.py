@@ -66,14 +66,14 @@ IMAGES = {
         bytes_of(jpeg()[:1500]), name="bus.jpg",
     ),
     "a PNG of 60,000 x 60,000": image(
-        "a side of the image has more than 12,000 pixels; make it smaller, or cut it",
+        "a side of the image has more than 12,000 pixels; resize or crop it",
         bytes_of(claims(60_000, 60_000)),
     ),
     "a PNG of 60,000 x 3": image(
-        "a side of the image has more than 12,000 pixels; make it smaller, or cut it", bytes_of(claims(60_000, 3))
+        "a side of the image has more than 12,000 pixels; resize or crop it", bytes_of(claims(60_000, 3))
     ),
     "a line": image(
-        "the image has 1 x 201 pixels, one side over 200 times the other; cut it, or remove its examples",
+        "the image has 1 x 201 pixels, one side over 200 times the other; crop it, or remove its examples",
         bytes_of(png((1, 201))),
     ),
     "a link to itself": image(

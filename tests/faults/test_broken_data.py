@@ -81,7 +81,7 @@ def test_the_two_halves_of_a_duplicate(folder: Path) -> None:
     found = verdict(folder / "train.json")
     assert [str(problem) for problem in found.problems()] == [
         "train.json, example 2, id a1: the example has the same text and the same images as train.json, example 1; "
-        "remove one, unless it shall count twice.",
+        "remove one, unless it should count twice.",
         "train.json, example 2, id a1: train.json, example 1 has the same id; give each example an id of its own.",
     ]
     assert not found.ok

@@ -1,1 +1,1 @@
-"""Instruction data about images from captions and boxes, by a language model or by rules that never see them."""
+"""Instruction data from the captions and boxes of images, written by a text-only language model or by rules."""

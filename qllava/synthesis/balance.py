@@ -1,4 +1,4 @@
-"""What the concept-balanced filter did to a distribution: figures, a table for the terminal, and a page with a plot."""
+"""Effect of the concept-balanced filter: figures, a table for the terminal, and a page with a plot."""
 
 from __future__ import annotations
 
@@ -13,83 +13,91 @@ from qllava import page
 from qllava.page import Series
 from qllava.synthesis.concepts import Index
 
-_MOST_CUT = 12  # concepts in the table of those that lost most
-_POINTS = 60  # of a curve, evenly spaced on its logarithmic axis
+_MOST_CUT = 12  # concepts in the table of those that lost most captions
+_POINTS = 60  # points of a curve, evenly spaced on its logarithmic axis
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How captions were chosen.
-
-    chunker: how phrases were found, as in `--concepts`.
-    about: the same in words, with versions.
-    min_count, max_per_concept, seed: as in `concepts.select`.
-    """
+    """Settings of the choice of captions."""
 
     chunker: str
+    """Method of finding phrases, as in `--concepts`."""
     about: str
+    """Description of the method, with versions."""
     min_count: int
+    """Smallest number of captions of a concept that is not ignored."""
     max_per_concept: int
+    """Number of captions drawn for a frequent concept."""
     seed: int
+    """Seed of the draws."""
 
 
 @dataclass(frozen=True)
 class Band:
     """Concepts of similar frequency.
 
-    least, most: in how many captions of the input each of them is.
-    concepts: how many concepts these are.
-    before, after: mentions of them, that is pairs of a concept and a caption that contains it.
+    A mention is a pair of a concept and a caption that contains it.
     """
 
     least: int
+    """Smallest number of captions of the input that contain such a concept."""
     most: int
+    """Largest number of captions of the input that contain such a concept."""
     concepts: int
+    """Number of these concepts."""
     before: int
+    """Mentions of these concepts in the input."""
     after: int
+    """Mentions of these concepts in the captions that were kept."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A concept, and the number of captions that contain it before and after."""
+    """A concept with the number of captions that contain it."""
 
     concept: str
+    """Name of the concept."""
     before: int
+    """Captions of the input that contain it."""
     after: int
+    """Captions that contain it and were kept."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """What the filter did; `before` is the input, `after` what was kept.
-
-    captions_before, captions_after: numbers of captions.
-    without_concept: captions that were left out because they contain no concept of `min_count` captions.
-    concepts_before, concepts_after: numbers of distinct concepts.
-    concepts_counted: of those before, the ones with at least `min_count` captions; all of them are there after.
-    bands: all concepts by frequency before, the rarest first.
-    most_cut: the concepts that lost most captions, the most cut first; alphabetical where they lost the same.
-    ranks_before, ranks_after: points (rank, captions that contain the concept of this rank), rank 1 the most frequent.
-    """
+    """Figures of the filter; `before` is the input, `after` the captions that were kept."""
 
     settings: Settings
+    """Settings of the choice."""
     captions_before: int
+    """Number of captions in the input."""
     captions_after: int
+    """Number of captions that were kept."""
     without_concept: int
+    """Captions left out because none of their concepts has `min_count` captions."""
     concepts_before: int
+    """Number of distinct concepts in the input."""
     concepts_after: int
+    """Number of distinct concepts in the captions that were kept."""
     concepts_counted: int
+    """Concepts of the input with at least `min_count` captions; all of them remain."""
     bands: tuple[Band, ...]
+    """All concepts by their frequency in the input, the rarest first."""
     most_cut: tuple[Cut, ...]
+    """Concepts that lost most captions, the largest loss first, in alphabetical order if the loss is the same."""
     ranks_before: tuple[tuple[int, int], ...]
+    """Points (rank, captions that contain the concept of this rank) of the input; rank 1 is the most frequent."""
     ranks_after: tuple[tuple[int, int], ...]
+    """The same points for the captions that were kept."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it under the names above; what `qllava filter --json` prints."""
+        """Return all figures under the names above, as `qllava filter --json` prints them."""
         return asdict(self)
 
 
 def balance_of(index: Index, kept: NDArray[np.bool_], settings: Settings) -> Balance:
-    """The figures of a choice; kept: (C) which captions are in it."""
+    """Return the figures of a choice; `kept` (C) marks the captions in it."""
     before, after = index.counts, index.counts_among(kept)
     counted = before >= settings.min_count
     reached = np.zeros(index.captions, dtype=np.bool_)
@@ -110,7 +118,7 @@ def balance_of(index: Index, kept: NDArray[np.bool_], settings: Settings) -> Bal
 
 
 def _bands(before: NDArray[np.int64], after: NDArray[np.int64], settings: Settings) -> tuple[Band, ...]:
-    """Below the first threshold, up to the second, up to ten times that, and so on; bands that can be empty."""
+    """Return bands below the first threshold, up to the second, up to ten times that, and so on; some may be empty."""
     largest = int(before.max(initial=0))
     edges = [settings.min_count - 1] if settings.min_count > 1 else []
     most = settings.max_per_concept
@@ -128,7 +136,7 @@ def _bands(before: NDArray[np.int64], after: NDArray[np.int64], settings: Settin
 
 def _most_cut(names: Sequence[str], before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[Cut, ...]:
     lost = before - after
-    # All that tie with the last of the table, so that the alphabet and not their order in the file decides.
+    # Include all ties with the last of the table, so that the alphabet decides and not the order in the file.
     least = np.sort(lost)[-_MOST_CUT:][0] if len(lost) else 0
     cuts = [Cut(names[n], int(before[n]), int(after[n])) for n in np.flatnonzero((lost >= least) & (lost > 0)).tolist()]
     return tuple(sorted(cuts, key=lambda cut: (cut.after - cut.before, cut.concept))[:_MOST_CUT])
@@ -143,7 +151,7 @@ def _ranks(counts: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
 
 
 def as_text(figures: Balance) -> str:
-    """The figures as lines for the terminal."""
+    """Return the figures as lines for the terminal."""
     settings = figures.settings
     lines = [
         f"Concepts by {settings.chunker}: {settings.about}.",
@@ -183,11 +191,11 @@ def _short(concept: str) -> str:
 
 
 def _remarks(figures: Balance) -> list[str]:
-    """What the tables do not say."""
+    """Return remarks that complete the tables."""
     settings = figures.settings
     remarks = [
-        f"Concepts of at least {settings.min_count:,} captions, all of which are kept: {figures.concepts_counted:,}. "
-        f"Captions without any of them, which were left out: {figures.without_concept:,}."
+        f"Concepts with at least {settings.min_count:,} captions, all of which are kept: {figures.concepts_counted:,}. "
+        f"Captions without any of these concepts, which were left out: {figures.without_concept:,}."
     ]
     if not figures.captions_after:
         remarks.append("Nothing was kept; a lower --min-count keeps rarer concepts.")
@@ -195,7 +203,7 @@ def _remarks(figures: Balance) -> list[str]:
 
 
 def html(figures: Balance, source: str) -> str:
-    """The figures as a page; source: the name of the input."""
+    """Return the figures as a page; `source` is the name of the input."""
     settings = figures.settings
     tiles = [
         ("Captions before", f"{figures.captions_before:,}"),
@@ -218,10 +226,10 @@ def html(figures: Balance, source: str) -> str:
     cuts = [(c.concept, f"{c.before:,}", f"{c.after:,}", _share(c.after, c.before)) for c in figures.most_cut]
     curves = [Series("before", figures.ranks_before), Series("after", figures.ranks_after)]
     how = (
-        f"A concept is a noun phrase ({settings.about}), counted once per caption. Concepts of fewer than "
-        f"{settings.min_count:,} captions are passed over; of those of up to {settings.max_per_concept:,} all captions "
-        f"are kept, of all others {settings.max_per_concept:,} drawn at random (seed {settings.seed}), beside those "
-        "that other concepts keep."
+        f"A concept is a noun phrase ({settings.about}), counted once per caption. Concepts with fewer than "
+        f"{settings.min_count:,} captions are ignored. Of concepts with up to {settings.max_per_concept:,} captions, "
+        f"all captions are kept. Of all others, {settings.max_per_concept:,} captions are drawn at random "
+        f"(seed {settings.seed}), in addition to those that other concepts keep."
     )
     head = ("Captions of a concept", "Concepts", "Mentions before", "Share", "Mentions after", "Share")
     sections = [
@@ -236,5 +244,5 @@ def html(figures: Balance, source: str) -> str:
         page.section("By frequency", page.table(head, bands)),
         page.section("Most cut", page.table(("Concept", "Captions before", "After", "Left"), cuts)),
     ]
-    lead = f"How the concept-balanced filter changed {source}: what is rare is kept, what is everywhere is thinned out."
+    lead = f"Effect of the concept-balanced filter on {source}: rare concepts are kept, frequent ones are reduced."
     return page.page("Captions, balanced by concept", lead, sections, footer="Written by qllava filter.")

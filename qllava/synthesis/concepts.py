@@ -1,20 +1,21 @@
-"""The concept-balanced choice of captions: fewer of what is everywhere, all of what is rare.
+"""Concept-balanced choice of captions: fewer captions of frequent concepts, all captions of rare ones.
 
-As the LLaVA paper made 595K captions out of CC3M (Liu et al. 2023, "Visual Instruction Tuning", appendix). A concept is
-a noun phrase. Its count is the number of captions that contain it, however often each of them does.
+This is how the LLaVA paper reduced CC3M to 595K captions (Liu et al. 2023, "Visual Instruction Tuning", appendix). A
+concept is a noun phrase. Its count is the number of captions that contain it; repetitions in a caption do not count.
 
-    count < min_count                        it is passed over
+    count < min_count                        the concept is ignored
     min_count <= count <= max_per_concept    all of its captions are kept
-    count > max_per_concept                  max_per_concept of its captions, drawn from all of them at random, are kept
+    count > max_per_concept                  max_per_concept of its captions, drawn at random from all, are kept
 
-A caption is kept when at least one concept keeps it. The paper goes from the rarest concept up to the most frequent.
-Here the order has no influence, and concepts of the same count need no rule: a draw is made from all captions of its
-concept, whether rarer concepts have kept some of them already or not (the paper: "a subset of size 100 out of all its
-captions"), and depends on nothing but these captions, the seed and the concept. So of a frequent concept more than
-`max_per_concept` captions are kept: those that it drew, and those that other concepts in them brought along.
+A caption is kept if at least one concept keeps it. The paper goes from the rarest concept to the most frequent one.
+Here the order has no influence, and concepts with the same count need no rule: a draw is made from all captions of a
+concept, even if rarer concepts have kept some of them already (the paper: "a subset of size 100 out of all its
+captions"), and depends only on these captions, the seed and the concept. So more than `max_per_concept` captions of a
+frequent concept may be kept: those drawn for it, and those kept by other concepts.
 
-The draw: `random.Random("SEED CONCEPT")` gives a number to each caption of the concept, in the order of the file, and
-the smallest numbers win. `random()` is the one method of that class whose numbers Python promises not to change.
+For a draw, `random.Random("SEED CONCEPT")` assigns a number to each caption of the concept, in the order of the file;
+the captions with the smallest numbers are chosen. `random()` is the only method of that class whose numbers Python
+promises not to change.
 """
 
 from __future__ import annotations
@@ -31,28 +32,27 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Index:
-    """Which captions contain which concept.
+    """Index of the captions that contain each concept.
 
-        C captions, P distinct concepts, N pairs of a concept and a caption that contains it
-
-    captions: C.
-    concepts: P names, in the order in which they first occurred.
-    starts: (P + 1) where in `holders` the captions of each concept begin.
-    holders: (N) captions from 0 to C - 1; those of concept p are holders[starts[p]:starts[p + 1]], ascending.
+    Shapes: C captions, P distinct concepts, N pairs of a concept and a caption that contains it.
     """
 
     captions: int
+    """Number of captions, C."""
     concepts: tuple[str, ...]
+    """Names of the P concepts, in the order of their first occurrence."""
     starts: NDArray[np.int64]
+    """(P + 1) positions in `holders` at which the captions of each concept begin."""
     holders: NDArray[np.int32]
+    """(N) captions from 0 to C - 1; those of concept p are holders[starts[p]:starts[p + 1]], ascending."""
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """(P) the number of captions that contain each concept."""
+        """Number of captions that contain each concept, shape (P)."""
         return np.diff(self.starts)
 
     def counts_among(self, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(P) the same among the captions that `kept` (C) marks."""
+        """Return the number of captions marked by `kept` (C) that contain each concept, shape (P)."""
         passed = np.concatenate(([0], np.cumsum(kept[self.holders], dtype=np.int64)))
         return np.diff(passed[self.starts])
 
@@ -74,7 +74,7 @@ def index_phrases(phrases_of_captions: Iterable[Iterable[str]]) -> Index:
 
 
 def select(index: Index, *, min_count: int, max_per_concept: int, seed: int) -> NDArray[np.bool_]:
-    """(C) which captions are kept; what that means is said above."""
+    """Return a mask (C) of the captions to keep, by the rules in the docstring of this module."""
     counts = index.counts
     kept = np.zeros(index.captions, dtype=np.bool_)
     whole = (min_count <= counts) & (counts <= max_per_concept)
@@ -86,6 +86,6 @@ def select(index: Index, *, min_count: int, max_per_concept: int, seed: int) -> 
 
 
 def draw(captions: list[int], count: int, key: str) -> list[int]:
-    """`count` of the captions at random, by nothing but the key and their order."""
+    """Return `count` of the captions, drawn at random; the result depends only on the key and on their order."""
     number = random.Random(key).random
     return heapq.nsmallest(count, captions, key=lambda _: number())

@@ -1,12 +1,12 @@
-"""`qllava filter`: a file of captions -> the balanced part of it, with figures of what that did.
+"""`qllava filter`: select a balanced part of a file of captions, and report the effect.
 
-An example is LLaVA's, whose caption is the last answer, or has its caption under `caption`:
+An example has LLaVA's format, with its caption as the last answer, or has its caption under `caption`:
 
     {"id": "1", "image": "1.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": "A red bus."}]}
     {"id": "1", "image": "1.jpg", "caption": "A red bus."}
 
-in a JSON list, or one per line. The file is read twice, once for its phrases and once for its examples, so that memory
-holds no example, only numbers and each distinct phrase. Neither images nor torch are touched.
+in a JSON list, or one per line. The file is read twice, once for its phrases and once for its examples, so that only
+numbers and each distinct phrase are kept in memory, and no example. Neither images nor torch are needed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,20 @@ def filter_captions(
     concepts: Literal["spacy", "simple"] | None = None,
     page: Path | None = None,
 ) -> Balance:
-    """Write the examples that `concepts.select` keeps to `out`, a JSON list, as they stood and in their order.
+    """Write the examples that `concepts.select` keeps, unchanged and in their order, and return the figures.
 
-    concepts: how phrases are found; None takes spaCy where it and its model are installed.
-    page: where to write the figures as HTML.
-    Raises InputError for a file or example that cannot be read, a file that changes meanwhile, and a place that
-    cannot be written; `out` is then unchanged, or complete.
+    Args:
+        captions: File of the examples.
+        out: File for the examples that are kept, a JSON list.
+        min_count: Smallest number of captions of a concept that is not ignored.
+        max_per_concept: Number of captions drawn for a frequent concept.
+        seed: Seed of the draws.
+        concepts: Method of finding phrases; None for spaCy if it and its model are installed.
+        page: File for the figures as HTML.
+
+    Raises:
+        InputError: A file or example cannot be read, the file changes meanwhile, or a file cannot be written; `out` is
+            then unchanged, or complete.
     """
     _check_places(captions, out, page)
     found = chunker(concepts)
@@ -68,7 +76,11 @@ def filter_captions(
 
 
 def caption_of(record: Any, place: Place) -> str:
-    """The caption of an example. Raises RecordError where there is none, or more than one place for it."""
+    """Return the caption of an example.
+
+    Raises:
+        RecordError: The record has no caption, or more than one key for it.
+    """
     id = record.get("id") if isinstance(record, dict) else None
     said = str(id) if isinstance(id, str | int) else None
 
@@ -76,9 +88,9 @@ def caption_of(record: Any, place: Place) -> str:
         return RecordError(Problem(kind, problem, hint, place, said))
 
     if not isinstance(record, dict):
-        raise wrong("not an example", "an example is a JSON object, this is none", _FORM)
+        raise wrong("not an example", "an example must be a JSON object", _FORM)
     if any(isinstance(name, Path) for key in ("image", "images") for name in _listed(record.get(key))):
-        raise wrong("images inside", "the images lie inside the data file", "write them as files, and name these")
+        raise wrong("images inside", "the images are inside the data file", "write them as files, and name these")
     keys = [key for key in ("caption", "conversations") if record.get(key) is not None]
     if len(keys) != 1:
         had = "both" if keys else "neither"
@@ -110,7 +122,7 @@ def _read_captions(path: Path) -> Iterator[str]:
 
 
 def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: list[tuple[int, int]]) -> None:
-    """Write the examples that are kept, all or none."""
+    """Write the examples that are kept, all of them or none."""
     records = tqdm(
         read_records(captions), desc="examples", total=len(kept), unit=" examples", unit_scale=True, disable=None
     )
@@ -119,10 +131,10 @@ def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: l
         with whole_file(out) as aside:
             with aside.open("w", encoding="utf-8") as file:
                 file.write("[")
-                # Not strict: where the file changed meanwhile, the stamps tell so in words.
+                # Not strict: if the file changed meanwhile, the comparison of the stamps below reports it clearly.
                 for (_, record), keep in zip(records, kept.tolist(), strict=False):
                     if keep:
-                        # As ASCII: other fields of an example may hold halves of characters, which UTF-8 cannot.
+                        # ASCII, because other fields may contain lone surrogates, which UTF-8 cannot encode.
                         file.write(separator + json.dumps(record))
                         separator = ",\n"
                 file.write("\n]\n")
@@ -133,7 +145,7 @@ def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: l
 
 
 def _stamps(path: Path) -> list[tuple[int, int]]:
-    """Size and time of change of each file of the data; nothing for what cannot be seen, which `read_records` tells."""
+    """Return size and time of change of each data file; empty if a file is missing, which `read_records` reports."""
     try:
         return [(file.stat().st_size, file.stat().st_mtime_ns) for file in record_files(path)]
     except OSError:
@@ -141,7 +153,7 @@ def _stamps(path: Path) -> list[tuple[int, int]]:
 
 
 def _check_places(captions: Path, out: Path, page: Path | None) -> None:
-    """Refuse what cannot be written, before the long work."""
+    """Raise an error before the long work if an output file cannot be written."""
     for path in (out, page):
         if path is None:
             continue

@@ -1,4 +1,4 @@
-"""Tasks are asked of a server, many at a time, until each is settled, has failed, or the budget is spent."""
+"""Requests to a server for many tasks at a time, until each is settled, has failed, or the budget is spent."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from qllava.llm.refusals import Unanswered
 from qllava.llm.store import Call
 from qllava.synthesis.tasks import Asking, Form, Needed, Task, settle
 
-_FORM_REFUSED = (400, 422)  # what servers answer to a field that they do not know
+_FORM_REFUSED = (400, 422)  # status with which servers reject an unknown field
 
 
 async def ask_all(
     tasks: Sequence[Task], asking: Asking, teacher: Client, on_end: Callable[[Task], object]
 ) -> dict[str, str]:
-    """Ask; returns why tasks failed, by their ids. `on_end` gets each task that is done with, however it ended.
+    """Request every reply that the tasks need.
 
-    Raises InputError where no call can succeed, and KeyboardInterrupt; what was answered until then is kept.
+    Args:
+        tasks: Tasks that are not settled.
+        asking: How the teacher is asked.
+        teacher: Client of the server.
+        on_end: Called with each task that has ended, whatever the outcome.
+
+    Returns:
+        Reasons of the tasks that failed, by task id.
+
+    Raises:
+        InputError: No call can succeed; replies received so far are kept.
+        KeyboardInterrupt: The user stopped the run; replies received so far are kept.
     """
     failures: dict[str, str] = {}
     server = _Server(asking, teacher)
@@ -37,7 +48,7 @@ async def ask_all(
 
 
 class _Server:
-    """Finds out with its first call whether the server can be held to a JSON schema; the other calls wait for that."""
+    """Server whose first call finds out whether it supports a JSON schema; the other calls wait for the result."""
 
     def __init__(self, asking: Asking, teacher: Client) -> None:
         self.form: Form = asking.form or "schema"
@@ -46,8 +57,8 @@ class _Server:
         self._finding_out = asyncio.Lock()
 
     async def ask(self, task: Task, step: Needed) -> None:
-        """Have a call answered and kept; or find out that it must be in another form, which `settle` then gives it."""
-        # A call that repairs a reply has the form in which that was given.
+        """Get a reply and keep it, or find out that another form is needed, which `settle` then uses."""
+        # A call that repairs a reply uses the form of that reply.
         if not self._known and not step.repair and "response_format" in step.call.parameters:
             async with self._finding_out:
                 if not self._known:
@@ -63,7 +74,7 @@ class _Server:
         except Unanswered as error:
             if error.status not in _FORM_REFUSED:
                 raise
-            # It may have been something else that the server did not like. If so, this fails as well.
+            # The server may have rejected something else. If so, this call fails as well.
             await self._teacher.ask(self._asking.call(task, "blocks"))
             self.form = "blocks"
         self._known = True

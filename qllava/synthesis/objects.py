@@ -1,9 +1,9 @@
-"""Which objects a text names, of the eighty that COCO's annotators knew.
+"""Objects that a text names, among the eighty categories of COCO.
 
-It finds lies about an image: an object that the teacher's answer names, and no caption and no box. The idea and its
-limits are those of CHAIR (Rohrbach et al. 2018): only these eighty are looked for, a word is taken by its letters (no
-grammar), and what a caption says in other words counts as named. Where a word means too many other things (an orange
-cat, a remote island), only some of its forms are looked for, so that an honest answer is not refused.
+This finds hallucinated objects: those that the teacher's answer names, but no caption and no box. The method and its
+limits are those of CHAIR (Rohrbach et al. 2018): only the eighty categories are searched for, words are compared by
+their letters (no grammar), and synonyms in a caption count as evidence. If a word has too many other meanings (an
+orange cat, a remote island), only some of its forms are searched for, so that a correct answer is not rejected.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-# Category | what a text must say to name it | what in a caption is evidence for it besides.
-# Plurals are added; a word with ! means itself alone. An empty middle means the category's own name.
+# Category | words by which a text names it | further words that count as evidence in a caption.
+# Plurals are added, except for words with "!". If the middle is empty, the category's own name is used.
 _OBJECTS = """
 person | man, men!, woman, women!, boy, girl | person, people!, child, children!, kid, baby, toddler, adult, \
 someone!, anyone!, guy, lady, ladies!, gentleman, couple, family, crowd, player, batter, pitcher, catcher, umpire, \
@@ -108,12 +108,12 @@ CATEGORIES = tuple(line.partition(" | ")[0] for line in _OBJECTS.strip().splitli
 
 
 def named(text: str) -> set[str]:
-    """The categories that a text names: "two hot dogs" is a hot dog and no dog."""
+    """Return the categories that a text names: "two hot dogs" names a hot dog and not a dog."""
     return _found(text, _forms(strict=True))
 
 
 def unsupported(text: str, captions: Iterable[str], categories: Iterable[str]) -> set[str]:
-    """The categories that a text names, and neither a caption nor a box does."""
+    """Return the categories that a text names but neither a caption nor a box does."""
     return named(text) - _found("\n".join((*captions, *categories)), _forms(strict=False))
 
 
@@ -125,14 +125,14 @@ def _found(text: str, forms: dict[str, set[str]]) -> set[str]:
 
 @cache
 def _pattern(forms: tuple[str, ...]) -> re.Pattern[str]:
-    """Any of the forms as whole words, the longest first: what lies inside it is then not found."""
+    """Return a pattern of all forms as whole words, the longest first, so that no form inside another is found."""
     longest = sorted(forms, key=len, reverse=True)
     return re.compile(rf"(?<![a-z'])(?:{'|'.join(map(re.escape, longest))})(?![a-z])")
 
 
 @cache
 def _forms(strict: bool) -> dict[str, set[str]]:
-    """Every form, and the categories that it means; `strict`: that name it, else whatever is evidence for it."""
+    """Return every form with the categories that it means: forms that name one, or all evidence if not `strict`."""
     forms: dict[str, set[str]] = {}
     for line in _OBJECTS.strip().splitlines():
         category, names, evidence = (part.strip() for part in line.split("|"))

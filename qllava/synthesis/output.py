@@ -1,10 +1,10 @@
-"""What a run leaves: the examples, what was left out and why, and the count of every outcome.
+"""Output of a run: the examples, the tasks left out with their reasons, and the count of every outcome.
 
-    OUT.json             LLaVA's examples, in the order of the images, then of the types; OUT.jsonl: an example a line
-    OUT.left_out.jsonl   {"id", "type", "outcome", "reason", "reply"} of every other task; no file where there is none
+    OUT.json             examples in LLaVA's format, by image and then by type; OUT.jsonl: one example per line
+    OUT.left_out.jsonl   {"id", "type", "outcome", "reason", "reply"} of every other task; no file if there is none
     OUT.calls.jsonl      the replies (see `llm.store`)
 
-Each is written aside and renamed, so that a reader sees the old or the new one, whole.
+The first two are written to a temporary file and renamed, so that a reader sees the complete old or new file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ from qllava.synthesis.replies import Turns
 from qllava.synthesis.tasks import Needed, Settled, Task
 
 Outcome: TypeAlias = Literal["accepted", "repaired", "dropped", "failed", "left"]
-"""A first reply that keeps the rules; a second one; neither; no reply after every attempt; not asked yet."""
+"""Outcome of a task.
+
+accepted: the first reply keeps the rules; repaired: the second one does; dropped: neither does; failed: no reply after
+every attempt; left: not requested yet.
+"""
 OUTCOMES: tuple[Outcome, ...] = ("accepted", "repaired", "dropped", "failed", "left")
 
 
 @dataclass
 class Counts:
-    """How the tasks of a run ended."""
+    """Counts of the outcomes of a run's tasks."""
 
     by_type: dict[str, Counter[Outcome]] = field(default_factory=dict)
-    broken: Counter[str] = field(default_factory=Counter)  # first replies, by the rule that they break
-    dropped: Counter[str] = field(default_factory=Counter)  # tasks, by the rule that their last reply breaks
+    """Tasks of each response type, by outcome."""
+    broken: Counter[str] = field(default_factory=Counter)
+    """First replies, by the rule that they break."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Dropped tasks, by the rule that their last reply breaks."""
 
     def add(self, task: Task, outcome: Outcome, end: Needed | Settled | None) -> None:
         """Count one task."""
@@ -42,11 +49,11 @@ class Counts:
             self.dropped[end.reason or ""] += end.reason is not None
 
     def total(self, outcome: Outcome) -> int:
-        """Of all types."""
+        """Return the number of tasks with an outcome, over all types."""
         return sum(counts[outcome] for counts in self.by_type.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Every count by name; each task has exactly one outcome."""
+        """Return every count by name; each task has exactly one outcome."""
         return {
             "tasks": sum(counts.total() for counts in self.by_type.values()),
             "rows": self.total("accepted") + self.total("repaired"),
@@ -57,7 +64,7 @@ class Counts:
         }
 
     def text(self) -> str:
-        """The same for the terminal."""
+        """Return the counts as a table for the terminal."""
         head = f"{'':<14}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES)
         lines = [f"{type_:<14}" + "".join(f"{n[o]:>10,}" for o in OUTCOMES) for type_, n in self.by_type.items()]
         for title, rules in (("First replies that broke a rule", self.broken), ("Dropped", self.dropped)):
@@ -67,7 +74,7 @@ class Counts:
 
 
 def outcome_of(end: Needed | Settled | None, failed: bool) -> Outcome:
-    """The one outcome of a task; None for an end is a fault of it."""
+    """Return the outcome of a task; an end of None means that an error kept the task from having one."""
     if end is None:
         return "failed"
     if isinstance(end, Needed):
@@ -78,12 +85,12 @@ def outcome_of(end: Needed | Settled | None, failed: bool) -> Outcome:
 
 
 def beside(out: Path, name: str) -> Path:
-    """A file that belongs to an output: OUT.calls.jsonl to OUT.json."""
+    """Return the path of a file that belongs to an output, such as OUT.calls.jsonl for OUT.json."""
     return out.with_name(f"{out.stem}.{name}.jsonl")
 
 
 def llava_record(task: Task, turns: Turns) -> dict[str, Any]:
-    """An example in LLaVA's form, the image first."""
+    """Return an example in LLaVA's format, with the image token before the first question."""
     said = [
         {"from": side, "value": value}
         for number, (question, answer) in enumerate(turns)
@@ -98,22 +105,22 @@ def write_output(
     """Write the examples and what was left out.
 
     Args:
-        out: Where the examples go.
-        tasks: What the examples are of, in order.
-        end_of: The end of a task; None where a fault keeps it from having one, whose reason is then in `failed`.
-        failed: The reasons of tasks that failed, by their ids.
+        out: File of the examples.
+        tasks: Tasks of the run, in the order of the output.
+        end_of: Returns the end of a task; None if an error kept it from having one, whose reason is in `failed`.
+        failed: Reasons of the tasks that failed, by task id.
 
     Returns:
-        How the tasks ended.
+        Counts of the outcomes.
 
     Raises:
-        InputError: A file cannot be written; what stood there before is then still there.
+        InputError: A file cannot be written; its previous content is then unchanged.
     """
     counts = Counts()
     left_out = beside(out, "left_out")
     start, between, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[", ",\n", "]\n")
     try:
-        # The examples get their name first: the contexts end in the reverse order.
+        # Context managers exit in reverse order, so the file of the examples is renamed first.
         with (
             whole_file(left_out) as others,
             whole_file(out) as kept,

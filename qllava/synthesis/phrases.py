@@ -1,22 +1,22 @@
-"""Captions -> the noun phrases in them, by spaCy or by a simple rule of our own.
+"""Noun phrases of captions, found by spaCy or by a simple rule.
 
     A man in a red jacket is riding his horse along the beach.
-      man      red jacket               horse           beach      simple: what stands between boundaries
-    a man   a red jacket             his horse        the beach    spaCy's noun chunks; the words in front come off
+      man      red jacket               horse           beach      simple: words between boundaries
+    a man   a red jacket             his horse        the beach    spaCy's noun chunks; the first word is removed
 
-**simple** knows no grammar. A text in lower case is cut into words and signs; a phrase is a run of words in which none
-is a boundary. Boundaries are
+**simple** uses no grammar. A text in lower case is split into words and signs; a phrase is a run of words without a
+boundary. Boundaries are
 
-    signs           everything that is neither letter nor digit (apostrophe and hyphen inside a word belong to it)
-    numbers         words of digits, and those for small numbers
+    signs           all characters except letters and digits (apostrophes and hyphens inside a word belong to it)
+    numbers         words of digits, and words for small numbers
     function words  articles, pronouns, prepositions, conjunctions, auxiliaries, negations, and some adverbs: `FUNCTION`
-    verbs           those that captions often use: `VERBS`; and words in -ing and -ed
-    adverbs         words in -ly
+    verbs           common verbs of captions: `VERBS`; and words that end in -ing or -ed
+    adverbs         words that end in -ly
 
-Of the words in -ing, -ed and -ly, those of less than five letters and those in `NOUNS` ("ceiling", "family") are none;
-of a word with a hyphen the last part decides ("bunk-bed"). The rule is made for English. What it gets wrong it gets
-wrong in all captions alike: a verb that it does not know stays in a phrase, and a participle before a noun ("a crowded
-street") is lost.
+Words in -ing, -ed and -ly are no boundaries if they have fewer than five letters or are in `NOUNS` ("ceiling",
+"family"); the last part of a word with a hyphen decides ("bunk-bed"). The rule is made for English. It makes the same
+mistakes in all captions: an unknown verb remains in a phrase, and a participle before a noun ("a crowded street") is
+lost.
 
 **spacy** takes the noun chunks of en_core_web_sm, in lower case, without determiners and pronouns at their start.
 """
@@ -61,7 +61,7 @@ FUNCTION = word_set(
     zero one two three four five six seven eight nine ten eleven twelve dozen hundreds thousands
     """
 )
-"""Words between phrases, whatever stands around them; `s` and `t` are what is left of a clitic that stands apart."""
+"""Function words, which always separate phrases; `s` and `t` are the rest of a clitic written as its own word."""
 
 VERBS = word_set(
     """
@@ -75,7 +75,7 @@ VERBS = word_set(
     stares faces reaches leads became become becomes
     """
 )
-"""Common verbs of captions that end in neither -ing nor -ed; no forms that are nouns as often (watch, drinks)."""
+"""Common verbs of captions that end in neither -ing nor -ed, without forms that are often nouns (watch, drinks)."""
 
 NOUNS = word_set(
     """
@@ -86,36 +86,35 @@ NOUNS = word_set(
     family butterfly dragonfly jelly belly holly italy curly friendly lovely early elderly lonely woolly silly
     """
 )
-"""Nouns, and words that stand before nouns, which end as verbs and adverbs do."""
+"""Nouns, and words used before nouns, with the endings of verbs and adverbs."""
 
 _TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]|_")
 
 
 @dataclass(frozen=True)
 class Chunker:
-    """A way to find noun phrases.
-
-    name: as in `--concepts`.
-    about: what it does, in a few words.
-    phrases: from captions to the phrases of each, in order, which may repeat; it reads no further ahead than it must.
-    """
+    """Method of finding noun phrases."""
 
     name: str
+    """Name of the method, as in `--concepts`."""
     about: str
+    """Short description, with versions."""
     phrases: Callable[[Iterable[str]], Iterator[Sequence[str]]]
+    """Function from captions to the phrases of each, in order, with repetitions; it reads ahead as little as it can."""
 
 
 def chunker(wanted: Literal["spacy", "simple"] | None = None) -> Chunker:
-    """The one that is wanted; without a wish spaCy where it and its model are installed, else the simple one.
+    """Return a chunker: the one asked for, or else spaCy if it and its model are installed, or else the simple one.
 
-    Raises InputError where spaCy is wanted and it, or its model, is not there.
+    Raises:
+        InputError: spaCy is asked for, and it or its model is not installed.
     """
     versions = [_version(name) for name in ("spacy", SPACY_MODEL)]
     installed = None not in versions
     if wanted == "spacy" and not installed:
         raise InputError(
             f"spaCy or its model {SPACY_MODEL} is not installed; `pip install 'qllava[concepts]'` and "
-            f"`python -m spacy download {SPACY_MODEL}`, or take --concepts simple."
+            f"`python -m spacy download {SPACY_MODEL}`, or use --concepts simple."
         )
     if installed and wanted != "simple":
         about = f"noun chunks by spaCy {versions[0]} and {SPACY_MODEL} {versions[1]}"
@@ -124,7 +123,7 @@ def chunker(wanted: Literal["spacy", "simple"] | None = None) -> Chunker:
 
 
 def simple_phrases(text: str) -> list[str]:
-    """The phrases of a text by the simple rule.
+    """Return the phrases of a text by the simple rule.
 
     >>> simple_phrases("A man in a red jacket is riding his horse along the beach.")
     ['man', 'red jacket', 'horse', 'beach']
@@ -144,10 +143,10 @@ def simple_phrases(text: str) -> list[str]:
     return found
 
 
-# The words of a million captions repeat; the bound is for those that do not.
+# Most words of a million captions repeat; the bound limits the memory for those that do not.
 @lru_cache(maxsize=1 << 17)
 def is_boundary(token: str) -> bool:
-    """Return whether a phrase cannot hold this word or sign: it ends what comes before it."""
+    """Return whether this word or sign ends a phrase and cannot be part of one."""
     if not token[0].isalnum() or token.isnumeric() or token in FUNCTION or token in VERBS:
         return True
     last = token.rpartition("-")[2]
@@ -162,9 +161,9 @@ def _by_spacy(texts: Iterable[str]) -> Iterator[list[str]]:
     import spacy
 
     try:
-        # Noun chunks need the parser and the tagger; what else the model can do takes half of the time.
+        # Noun chunks need only the parser and the tagger; the excluded components take half of the time.
         pipeline = spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer"])
-    except (OSError, ValueError) as error:  # a model of another version, for one
+    except (OSError, ValueError) as error:  # for example a model of another version
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(
             f"spaCy cannot load {SPACY_MODEL} ({reason}); install both again, or use --concepts simple."
@@ -174,13 +173,13 @@ def _by_spacy(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def spacy_phrase(chunk: Iterable[Token]) -> str:
-    """A noun chunk in lower case, without determiners and pronouns at its start; empty where nothing else is in it."""
+    """Return a noun chunk in lower case without leading determiners and pronouns; empty if nothing else is left."""
     words = (token for token in chunk if not token.is_space)
     return " ".join(token.lower_ for token in dropwhile(lambda token: token.pos_ in ("DET", "PRON"), words))
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package; spaCy too finds its models by this."""
+    """Return the version of an installed package; spaCy finds its models in the same way."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,10 +1,10 @@
-"""What `qllava synthesize` does with a language model as the teacher: estimate, ask, write; or through a batch file.
+"""Pipeline of `qllava synthesize`: estimate the costs, ask the teacher (or exchange batch files), write the output.
 
     tasks = make_tasks(read_contexts(path), DEFAULT_TYPES)
     job = Job(tasks, Asking("a-model", Prompts()), Path("out.json"), Path("out.calls.jsonl"))
     result = run(job, "http://127.0.0.1:8000/v1", concurrency=64)
 
-Asking fills the store; the output is then written from the store alone (see `tasks`).
+Replies go into the store; the output is then written from the store alone (see `tasks`).
 """
 
 from __future__ import annotations
@@ -33,38 +33,50 @@ from qllava.synthesis.rules import examples as rules
 from qllava.synthesis.tasks import Asking, Form, Known, Needed, Settled, Task, settle
 
 TOO_LITTLE = "too little known"
-"""Why rules leave a task out: the annotation has nothing that they may ask."""
+"""Reason for tasks that the rules leave out: the annotation allows no question."""
 
 _FORMS: tuple[Form, ...] = ("schema", "blocks")
-_REPAIR_TOKENS = 1000  # of the request to write a reply again, at most: the sentences of all rules
-_PLAIN_REPLY = 300  # tokens, where a user's prompt has no worked example to measure
+_REPAIR_TOKENS = 1000  # upper bound of the tokens of a repair request: the sentences of all rules
+_PLAIN_REPLY = 300  # estimated tokens of a reply if a user's prompt has no worked example
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made, how, and where it is written and kept."""
+    """Tasks of a run, with the settings of the requests and the files of the run."""
 
     tasks: Sequence[Task]
+    """Examples to be made."""
     asking: Asking
+    """Settings of the requests."""
     out: Path
+    """File of the examples."""
     store: Path
+    """File of the replies."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended."""
+    """Result of a job."""
 
     counts: Counts
-    calls: int  # replies that are new in the store
-    tokens: int  # what they cost
-    calls_kept: int  # replies in the store now
+    """Counts of the outcomes."""
+    calls: int
+    """Number of new replies in the store."""
+    tokens: int
+    """Tokens of the new replies, prompts included."""
+    calls_kept: int
+    """Number of all replies in the store."""
     tokens_kept: int
+    """Tokens of all replies in the store, prompts included."""
     seconds: float
-    failures: Mapping[str, str]  # why tasks failed, by their ids
+    """Duration of the job in seconds."""
+    failures: Mapping[str, str]
+    """Reasons of the tasks that failed, by task id."""
     imported: Imported | None = None
+    """Counts of an imported batch; None without one."""
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             **self.counts.to_json(),
             "calls": self.calls,
@@ -77,10 +89,16 @@ class Result:
 
 
 def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
-    """Ask what is not kept yet, and write the output; `limits` are Client's.
+    """Request the replies that are missing in the store, and write the output.
 
-    Raises InputError where no call can succeed, and KeyboardInterrupt; what was answered until then is kept, and the
-    output is as it was.
+    Args:
+        job: Tasks, settings and files.
+        base_url: Address of the server.
+        **limits: Limits of `Client`, such as the concurrency and the budget.
+
+    Raises:
+        InputError: No call can succeed; replies received so far are kept, and the output is unchanged.
+        KeyboardInterrupt: The user stopped the run; replies received so far are kept, and the output is unchanged.
     """
     started = time.monotonic()
     with Store(job.store) as store:
@@ -94,12 +112,12 @@ def run(job: Job, base_url: str | None = None, **limits: Any) -> Result:
                 async with Client(store, base_url, **limits) as teacher:
                     return await ask_all(open_tasks, job.asking, teacher, lambda _: bar.update())
 
-        failures = asyncio.run(ask()) if open_tasks else {}  # where nothing is to be asked no server is needed
+        failures = asyncio.run(ask()) if open_tasks else {}  # without open tasks no server is needed
         return _written(job, store, before, started, failures)
 
 
 def run_rules(tasks: Sequence[Task], out: Path, *, seed: int = 0, brief: bool = False) -> Counts:
-    """Write what rules make of the images; a task that too little is known for is dropped."""
+    """Write the examples that the rules derive; a task for which too little is known is dropped."""
 
     def end_of(task: Task) -> Settled:
         records = rules.write(task.context, (task.type,), seed=seed, brief=brief)
@@ -113,7 +131,7 @@ def run_rules(tasks: Sequence[Task], out: Path, *, seed: int = 0, brief: bool = 
 
 
 def import_batch(job: Job, results: Sequence[Path]) -> Result:
-    """Keep the replies of a batch, in one or several files, and write the output of what is settled."""
+    """Store the replies of a batch, from one or several files, and write the output of the settled tasks."""
     started = time.monotonic()
     with Store(job.store) as store:
         before = store.calls, store.tokens
@@ -122,10 +140,10 @@ def import_batch(job: Job, results: Sequence[Path]) -> Result:
 
 
 def _wanted(job: Job, store: Store) -> Callable[[str], Call | None]:
-    """Return what finds a call that the job needs next by its key: a million keys are held, and no call."""
+    """Return a function that finds a call that the job needs next by its key; only keys are held in memory."""
     found: set[str] = set()
 
-    def known(key: str) -> Reply | None:  # as it was before the import, whatever that has kept by now
+    def known(key: str) -> Reply | None:  # the store as it was before the import, without the replies added since
         return None if key in found else store.get(key)
 
     numbers: dict[bytes, int] = {}
@@ -137,27 +155,28 @@ def _wanted(job: Job, store: Store) -> Callable[[str], Call | None]:
     def call_of(key: str) -> Call | None:
         try:
             number, at = divmod(numbers[bytes.fromhex(key)], len(_FORMS))
-        except (KeyError, ValueError):  # of another command, or no key at all
+        except (KeyError, ValueError):  # a key of another command, or not a key
             return None
         step = _next(job.tasks[number], job.asking, known, _FORMS[at])
         if step is None:
             return None
-        found.add(step.call.key)  # the one text that the store keeps, too
+        found.add(step.call.key)  # the same string object that the store keeps
         return step.call
 
     return call_of
 
 
 def export_batch(job: Job, requests: Path, max_calls: int | None = None, max_tokens: int | None = None) -> Exported:
-    """Write the calls that are needed next, those that failed before last, as many as the budget allows.
+    """Write the calls that are needed next, as many as the budget allows; calls that failed before come last.
 
-    Raises InputError when a file cannot be written, and for a limit of tokens where a reply may have any length.
+    Raises:
+        InputError: A file cannot be written, or there is a limit of tokens but no limit of a reply's length.
     """
     with _kept(job.store) as kept:
 
         def affordable() -> Iterator[Call]:
             calls, tokens = kept.requests, kept.tokens
-            # Where nothing has failed the order stays, and `_next` below passes over what is settled.
+            # If nothing has failed, the order does not change, and `_next` below skips settled tasks.
             for task in _in_turn(job, kept) if kept.failed else job.tasks:
                 step = _next(task, job.asking, kept.known)
                 if step is None:
@@ -173,12 +192,12 @@ def export_batch(job: Job, requests: Path, max_calls: int | None = None, max_tok
 
 
 def estimate(job: Job, retries: int = RETRIES) -> dict[str, int]:
-    """What is still to be asked, in calls and tokens: probably, and at most.
+    """Return the remaining calls and tokens: an estimate, and an upper bound.
 
-    Probably: a token is taken for four characters, or one of another script than Latin; a reply for as long as the
-    worked examples of its type; nothing is written again. At most: a prompt has a token for each byte, every reply is
-    as long as allowed and is written again once, which costs the prompt, the reply, and another one; and each request
-    is tried again as often as it may be.
+    The estimate counts a token for four Latin characters or one character of another script, takes a reply to be as
+    long as the worked examples of its type, and assumes no repairs. The upper bound counts a token for each byte of a
+    prompt, and assumes that every reply has the maximum length and is repaired once, which costs the prompt, the reply
+    and another reply, and that each request is retried as often as allowed.
     """
     calls = prompt = completion = most_calls = most = 0
     with _kept(job.store) as kept:
@@ -204,14 +223,14 @@ def estimate(job: Job, retries: int = RETRIES) -> dict[str, int]:
 
 
 def needed(job: Job, known: Known, form: Form = "schema") -> Iterator[tuple[Task, Needed]]:
-    """The tasks that are not settled, each with the call that it needs next."""
+    """Yield the tasks that are not settled, each with the call that it needs next."""
     for task in job.tasks:
         if (step := _next(task, job.asking, known, form)) is not None:
             yield task, step
 
 
 def _next(task: Task, asking: Asking, known: Known, form: Form = "schema") -> Needed | None:
-    """The call that a task needs next; None where it is settled, or has a fault, which `_written` reports."""
+    """Return the call that a task needs next; None if it is settled, or raises an error, which `_written` reports."""
     try:
         step = settle(task, asking, known, form)
     except InputError:
@@ -223,18 +242,23 @@ def _next(task: Task, asking: Asking, known: Known, form: Form = "schema") -> Ne
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a store holds, which may not exist yet."""
+    """Content of a store; the defaults are those of a store that does not exist yet."""
 
     known: Known = lambda _: None
+    """Finds the reply of a call by its key."""
     failures: Callable[[str], int] = lambda _: 0
+    """Returns how often a call has failed, by its key."""
     failed: int = 0
+    """How often any call has failed."""
     requests: int = 0
+    """Number of requests so far."""
     tokens: int = 0
+    """Number of tokens spent so far."""
 
 
 @contextmanager
 def _kept(path: Path) -> Iterator[_Kept]:
-    """What earlier runs have kept; a store that does not exist is not begun."""
+    """Open the store of earlier runs for reading; a store that does not exist is not created."""
     if not path.exists():
         yield _Kept()
         return
@@ -247,9 +271,9 @@ def _kept_in(store: Store) -> _Kept:
 
 
 def _in_turn(job: Job, kept: _Kept) -> list[Task]:
-    """The tasks that are not settled, in their order; those that failed before come after all others."""
+    """Return the tasks that are not settled, in their order; those that failed before come last."""
     failures: Counter[int] = Counter()
-    for form in _FORMS if kept.failed else _FORMS[:1]:  # a call may have failed in either
+    for form in _FORMS if kept.failed else _FORMS[:1]:  # a call may have failed in either form
         for number, task in enumerate(job.tasks):
             if (step := _next(task, job.asking, kept.known, form)) is not None:
                 failures[number] += kept.failures(step.call.key)
@@ -275,7 +299,7 @@ def _written(
             return settle(task, job.asking, store.get)
         except InputError:
             raise
-        except Exception as error:  # of one task; what the others have cost is not lost by it
+        except Exception as error:  # an error in one task must not lose the replies of the others
             failures.setdefault(task.id, fault(error))
             return None
 

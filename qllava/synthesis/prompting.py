@@ -1,15 +1,15 @@
-"""Prompts: text files become the messages of a call.
+"""Prompts: text files that become the messages of a call.
 
-    prompts/conversation.txt    the three response types: what the teacher is told to do, and worked examples
+    prompts/conversation.txt    the three response types: the teacher's instructions, and worked examples
     prompts/detail.txt
     prompts/reasoning.txt
-    prompts/styles/NAME.txt     one of seven styles of instruction, added to what the teacher is told
-    prompts/*_questions.txt     a question a line: detail's and naive's are drawn, not written by the teacher
+    prompts/styles/NAME.txt     one of seven styles of instruction, added to the teacher's instructions
+    prompts/*_questions.txt     one question per line, for detail and naive: drawn, not written by the teacher
 
-A user copies the folder, changes it, and names it (`--prompts`); a file that is missing there is taken from here. The
-version of a prompt is a hash of what is sent of it, so a changed file asks again, for its own type only.
+Users can copy the folder, change the copy, and pass it with `--prompts`; files that are missing there are taken from
+here. The version of a prompt is a hash of what is sent of it, so after a change only its own type is requested again.
 
-What each type gets to see, in these very forms (LLaVA, arXiv 2304.08485):
+Input of the teacher for each type, in exactly this format (LLaVA, arXiv 2304.08485):
 
     conversation             A man rides a horse.          the captions, one a line
                              A rider on a brown horse.
@@ -42,22 +42,27 @@ _FILES = {f"{kind}.txt" for kind in DEFAULT_TYPES} | set(_QUESTIONS.values()) | 
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a teacher is asked for one response type."""
+    """Prompt of one response type."""
 
     type: str
-    version: str  # "reasoning-6f1c02a94b3d", or "reasoning+steps-..."
+    """Response type."""
+    version: str
+    """Version, such as "reasoning-6f1c02a94b3d" or "reasoning+steps-..."."""
     system: str
-    examples: tuple[tuple[str, str], ...]  # context and reply; the reply as blocks, or the whole text of a description
-    turns: tuple[int, int] | None  # fewest and most questions of a reply; None: the reply is a text
+    """Instructions to the teacher, the system message."""
+    examples: tuple[tuple[str, str], ...]
+    """Worked examples as context and reply; a reply is written as blocks, or as the text of a description."""
+    turns: tuple[int, int] | None
+    """Smallest and largest number of questions in a reply; None if the reply is plain text."""
 
     def messages(self, context: Context, *, schema: bool) -> tuple[Message, ...]:
-        """The messages that ask about an image; `schema`: for a reply in JSON, otherwise as blocks."""
+        """Return the messages that ask about an image, for a reply in JSON if `schema`, otherwise as blocks."""
         return (*_opening(self, schema), {"role": "user", "content": shown(context, self.type)})
 
 
 @cache
 def _opening(prompt: Prompt, schema: bool) -> tuple[Message, ...]:
-    """What all calls of a prompt begin with: what is to be done, and the worked examples."""
+    """Return the first messages of all calls of a prompt: the instructions and the worked examples."""
     form = "" if prompt.turns is None else f"\n\n{JSON_FORM if schema else BLOCKS}"
     messages = [{"role": "system", "content": prompt.system + form}]
     for seen, reply in prompt.examples:
@@ -67,16 +72,24 @@ def _opening(prompt: Prompt, schema: bool) -> tuple[Message, ...]:
 
 
 class Prompts:
-    """The prompts of a run: built-in, or changed by the user."""
+    """Prompts of a run, built in or changed by the user."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Raises InputError where there is none of the expected files, or one is not a prompt."""
+        """Check the user's folder of prompts, if there is one.
+
+        Raises:
+            InputError: The folder has none of the expected files, or a file with another name.
+        """
         self._folder = folder
         if folder is not None:
             _check_names(folder)
 
     def prompt(self, type_: str, style: str | None = None) -> Prompt:
-        """The prompt of a response type, in a style. Raises InputError for a file that cannot be used."""
+        """Return the prompt of a response type, in a style.
+
+        Raises:
+            InputError: A file of the prompt cannot be used.
+        """
         path = self._path(f"{type_}.txt")
         parts = _sections(_read(path))
         names = [name for name, _ in parts]
@@ -86,14 +99,14 @@ class Prompts:
         pairs = [name for name in names if name in ("context", "reply")]
         if names.count("system") != 1 or pairs != ["context", "reply"] * len(seen) or names.count("turns") > 1:
             raise InputError(
-                f"{path}: a prompt has one part `## system`, and each `## context` is followed by its `## reply`; "
-                "see the file of this name in qllava's own prompts."
+                f"{path}: a prompt must have one section `## system`, at most one `## turns`, and a `## reply` after "
+                "each `## context`. Compare the file with the one of the same name in qllava's own prompts."
             )
         turns = None if type_ == "detail" else _range(bodies.get("turns", ""), path)
         for number, reply in enumerate(replies, start=1):
             if turns is not None and not from_blocks(reply):
                 raise InputError(
-                    f"{path}: reply {number} is not written as Question: / === / Answer: blocks; write it so."
+                    f"{path}: reply {number} is not written as blocks. Write it as Question: / === / Answer: blocks."
                 )
         system, name = bodies["system"], type_
         if style is not None and type_ in ("conversation", "reasoning"):
@@ -103,11 +116,11 @@ class Prompts:
         return Prompt(type_, version, system, tuple(zip(seen, replies, strict=True)), turns)
 
     def question(self, type_: str, context: Context) -> str:
-        """The question of a detailed description or a naive example, drawn by the image's id."""
+        """Return the question of a detailed description or a naive example, drawn by the image's id."""
         path = self._path(_QUESTIONS[type_])
         questions = [line.strip() for line in _read(path).splitlines() if line.strip()]
         if not questions:
-            raise InputError(f"{path}: it has no question; write one per line.")
+            raise InputError(f"{path}: the file has no question. Write one question per line.")
         return questions[draw(f"{type_} {context.id}", len(questions))]
 
     def _path(self, name: str) -> Path:
@@ -116,29 +129,31 @@ class Prompts:
 
 
 def shown(context: Context, type_: str) -> str:
-    """What the teacher sees of an image: captions, and boxes except for a conversation."""
+    """Return the text that the teacher sees of an image: captions, and boxes except for a conversation."""
     return "\n".join(context.captions) if type_ == "conversation" else context.text
 
 
 def draw(name: str, count: int) -> int:
-    """A number below `count` that belongs to a name, the same on every machine."""
+    """Return a number below `count` that depends only on the name, the same on every machine."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) % count
 
 
 def example_turns(prompt: Prompt) -> Iterable[Turns]:
-    """The worked replies as questions and answers; a description has no question."""
+    """Yield the worked replies as questions and answers; a description has an empty question."""
     for _, reply in prompt.examples:
         yield (("", reply),) if prompt.turns is None else from_blocks(reply)
 
 
 def _check_names(folder: Path) -> None:
-    """A file whose name is mistyped would be passed over in silence."""
+    """Raise an error if the folder has an unknown file, because a mistyped name would be ignored silently."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; copy {_OWN}, change the copy, and give its path to --prompts.")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")}
     if there - _FILES or not there:
         wrong = ", ".join(sorted(there - _FILES)) or "no text file at all"
-        raise InputError(f"{folder} holds {wrong}; the files of prompts are {', '.join(sorted(_FILES))}.")
+        raise InputError(
+            f"{folder} contains {wrong}. Name the files of prompts as these are named: {', '.join(sorted(_FILES))}."
+        )
 
 
 def _read(path: Path) -> str:
@@ -149,7 +164,7 @@ def _read(path: Path) -> str:
 
 
 def _sections(text: str) -> list[tuple[str, str]]:
-    """The parts of a prompt file: the name after ##, and the text below it."""
+    """Return the sections of a prompt file: the name after ##, and the text below it."""
     pieces = re.split(r"^## *([a-z]+) *$", text, flags=re.MULTILINE)
     return [(name, body.strip()) for name, body in zip(pieces[1::2], pieces[2::2], strict=True)]
 
@@ -158,6 +173,6 @@ def _range(text: str, path: Path) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)-(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(
-            f"{path}: `## turns` must be the fewest and most questions of a reply, as 2-8; it is {text!r}."
+            f"{path}: `## turns` is {text!r}. It must give the smallest and largest number of questions, such as 2-8."
         )
     return int(match[1]), int(match[2])

@@ -1,29 +1,29 @@
-"""From what a teacher wrote to questions and answers, and the rules that these must keep.
+"""Questions and answers from the replies of a teacher, and the rules that they must keep.
 
-A reply is JSON where the server can be held to a schema, else blocks; a description is the whole text:
+A reply is JSON if the server supports a schema, otherwise blocks; a description is the whole text:
 
     {"turns": [{"question": "What is it?", "answer": "A cat."}]}          Question: What is it?
                                                                           ===
                                                                           Answer: A cat.
 
-Either is read wherever it is found, for a server may accept a schema and ignore it. A rule that is broken has a name,
-which the counts of a run and the file of what was left out use, and a sentence, which the teacher is told with the
-request to write it again.
+Both forms are accepted in every reply, because a server may accept a schema and ignore it. Each rule has a name, which
+is used in the counts of a run and in the file of left-out tasks. For a broken rule, a sentence is sent to the teacher
+with the request to write the reply again.
 
-    refused        it declines; this alone is not asked again
-    truncated      the longest reply that was allowed was not long enough
-    unreadable     the server's answer was not what the API promises
-    empty          nothing was said
-    unparsed       neither JSON nor blocks, or half of them, or a question without an answer
+    refused        the teacher declined; only this is not requested again
+    truncated      the reply reached the maximum length
+    unreadable     the server's response did not follow the API
+    empty          the reply has no text
+    unparsed       neither JSON nor blocks, incomplete ones, or a question without an answer
     turns          too few or too many questions
-    captions       it speaks of captions, annotations or given descriptions: the teacher is to write as if it saw
-    boxes          it speaks of bounding boxes; a box that a caption names is one to carry things in
-    coordinates    it speaks of coordinates, or writes them
-    object         it names an object that neither a caption nor a box names (see `objects`)
-    self-answered  a question that holds its answer: every word of weight in the answer is in the question
-    repeated       one question twice
-    markup         it spells a control token, as <image>, or a mark of thoughts
-    characters     it holds an invalid character: half of one, or U+FFFD, which replaces such
+    captions       mentions captions, annotations or given descriptions: the teacher must write as if it saw the image
+    boxes          mentions bounding boxes; if a caption names a box, the word "box" is allowed
+    coordinates    mentions or writes coordinates
+    object         names an object that neither a caption nor a box names (see `objects`)
+    self-answered  a question contains its answer: all content words of the answer are in the question
+    repeated       a question occurs twice
+    markup         contains a control token such as <image>, or the markers of a thinking block
+    characters     contains an invalid character: a lone surrogate, or the replacement character U+FFFD
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qllava.synthesis.objects import unsupported
 from qllava.synthesis.words import word_set
 
 Turns: TypeAlias = tuple[tuple[str, str], ...]
-"""Question and answer of every turn; a description's question is empty."""
+"""Question and answer of every turn; the question of a description is empty."""
 
 RULES = (
     "refused",
@@ -128,25 +128,35 @@ _LIGHT = word_set(
 class Broken:
     """A rule that a reply breaks."""
 
-    rule: str  # one of RULES
-    sentence: str  # what is wrong, as the teacher is told
+    rule: str
+    """Name of the rule, one of RULES."""
+    sentence: str
+    """What is wrong, in the words sent to the teacher."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply says, and what is wrong with it; without anything wrong it can be used."""
+    """Content of a reply, and the rules that it breaks; it can be used if it breaks none."""
 
     turns: Turns
+    """Questions and answers of the reply."""
     broken: tuple[Broken, ...]
+    """Rules that the reply breaks."""
 
     @property
     def reason(self) -> str | None:
-        """The name under which the reply is counted: the first of the rules that it breaks."""
+        """Name under which the reply is counted: the first broken rule in the order of RULES; None if it is usable."""
         return min((broken.rule for broken in self.broken), key=RULES.index, default=None)
 
 
 def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verdict:
-    """Read a reply and hold it to every rule; `turns` is how many questions it may hold, None for a description."""
+    """Read a reply and check every rule.
+
+    Args:
+        reply: Reply of the teacher.
+        turns: Smallest and largest number of questions; None for a description.
+        context: Captions and boxes of the image.
+    """
     text = answer_of(reply.text)
     if reply.finish_reason == "unreadable":
         return _refused("unreadable", "it did not arrive in a readable form")
@@ -170,15 +180,15 @@ def judge(reply: Reply, turns: tuple[int, int] | None, context: Context) -> Verd
 
 
 def repair_request(broken: tuple[Broken, ...]) -> str:
-    """What the teacher is told about a reply that cannot be used."""
+    """Return the message that asks the teacher to write an unusable reply again."""
     reasons = "; ".join(one.sentence for one in broken)
     return f"This cannot be used: {reasons}. Write it again as a whole, in the form that was asked for, without that."
 
 
 def parse(text: str) -> Turns:
-    """Questions and answers from JSON or blocks, with words or a fence around them; nothing where neither is whole."""
+    """Return questions and answers from JSON or blocks, which may be in a fence or other text; empty if incomplete."""
     fenced = _FENCE.findall(text)
-    # Of two fences nobody knows which one is meant.
+    # With two fences it is unknown which one is meant.
     plain = (fenced[0] if len(fenced) == 1 else text).strip().strip("\ufeff").strip()
     start = min((at for at in map(plain.find, "{[") if at >= 0), default=0)
     try:
@@ -202,7 +212,7 @@ def _from_json(read: Any) -> Turns:
 
 
 def from_blocks(text: str) -> Turns:
-    """Questions and answers from blocks; nothing where they do not alternate, or one of them is empty."""
+    """Return questions and answers from blocks; empty if they do not alternate or one of them is empty."""
     marks = list(_MARK.finditer(text))
     ends = [*(mark.start() for mark in marks), len(text)][1:]
     said = [_RULER.sub("", text[m.end() : end]).strip() for m, end in zip(marks, ends, strict=True)]
@@ -213,12 +223,12 @@ def from_blocks(text: str) -> Turns:
 
 
 def as_blocks(turns: Turns) -> str:
-    """Questions and answers in the form of blocks."""
+    """Return questions and answers written as blocks."""
     return "\n===\n".join(f"Question: {question}\n===\nAnswer: {answer}" for question, answer in turns)
 
 
 def as_json(turns: Turns) -> str:
-    """Questions and answers in the form of the schema."""
+    """Return questions and answers as JSON that follows the schema."""
     return json.dumps({"turns": [{"question": q, "answer": a} for q, a in turns]}, ensure_ascii=False)
 
 
@@ -234,7 +244,7 @@ def _count(said: Turns, turns: tuple[int, int] | None) -> list[Broken]:
 
 
 def _source(said: Turns, context: Context) -> list[Broken]:
-    """What it says of where it knows from, and what it cannot know."""
+    """Return the broken rules about the source of the text: captions, boxes, coordinates, unsupported objects."""
     text = "\n".join(f"{question}\n{answer}" for question, answer in said)
     known = "\n".join((*context.captions, *(box.category for box in context.boxes)))
     broken = []
@@ -264,6 +274,6 @@ def _questions(said: Turns) -> list[Broken]:
 
 
 def _weight(text: str) -> set[str]:
-    """The words that carry what is said, without endings of the plural."""
+    """Return the content words of a text, without plural endings."""
     words = re.findall(r"[a-z0-9]+", text.lower().replace("\u2019", "'").replace("'s", ""))
     return {word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words if word not in _LIGHT}

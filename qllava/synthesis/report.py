@@ -1,11 +1,11 @@
-"""The quality of instruction data as one page: types, lengths, openings, objects, duplicates and samples.
+"""Quality of instruction data as one page: types, lengths, openings, objects, duplicates and samples.
 
     write_report(examples, contexts, Path("report.html"), image_folder)
 
-The hallucination rate is CHAIR's (Rohrbach et al. 2018) over answers: of the objects that the answers of an example
-name, each counted once per example, the share that neither a caption nor a box of its image names. What counts as an
-object and as its name is `objects`: COCO's eighty, by their words. A sentence that denies something ("No dog is
-there.") names nothing. Examples of an image without a context are left out of it, and counted.
+The hallucination rate is that of CHAIR (Rohrbach et al. 2018) over answers: the share of named objects that neither a
+caption nor a box of the image names, with each object counted once per example. `objects` defines the objects and their
+names: COCO's eighty categories, found by their words. A sentence that denies something ("No dog is there.") names no
+object. Examples of an image without a context are excluded from the rate, and counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qllava.page import Bar, Html
 from qllava.synthesis.objects import CATEGORIES, named, unsupported
 
 SAMPLES = 20
-_OPENING = 3  # words of a question
+_OPENING = 3  # first words of a question
 _SHOWN = 15
 _IMAGE = 320  # pixels of the longer side of a sample
 _LENGTHS = (1, 3, 7, 15, 31, 63, 127)
@@ -38,34 +38,46 @@ _DENIAL = re.compile(r"\b(no|not|none|neither|nor|without|never|nothing|nobody|c
 
 @dataclass
 class Quality:
-    """What was counted over examples."""
+    """Counts over examples."""
 
     rows: int = 0
+    """Number of examples."""
     images: int = 0
-    answers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # words of each answer, by type
-    examples_of: Counter[str] = field(default_factory=Counter)  # by type
-    openings: Counter[str] = field(default_factory=Counter)  # the first words of questions
-    named: Counter[str] = field(default_factory=Counter)  # examples that name an object, by object
-    unsupported: Counter[str] = field(default_factory=Counter)  # of these, where nothing says that it is there
-    present: Counter[str] = field(default_factory=Counter)  # images in which captions or boxes name it
-    lying: int = 0  # examples that name at least one unsupported object
+    """Number of distinct images."""
+    answers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Number of words of each answer, by type."""
+    examples_of: Counter[str] = field(default_factory=Counter)
+    """Number of examples, by type."""
+    openings: Counter[str] = field(default_factory=Counter)
+    """Number of questions, by their first words."""
+    named: Counter[str] = field(default_factory=Counter)
+    """Number of examples that name an object, by object."""
+    unsupported: Counter[str] = field(default_factory=Counter)
+    """Number of examples that name an object without a caption or box that supports it, by object."""
+    present: Counter[str] = field(default_factory=Counter)
+    """Number of images whose captions or boxes name an object, by object."""
+    lying: int = 0
+    """Number of examples that name at least one unsupported object."""
     without_context: int = 0
-    repeated_rows: int = 0  # the same words about the same image as an earlier example
-    repeated_questions: int = 0  # asked about an image before, in the same words
+    """Number of examples of an image without a context."""
+    repeated_rows: int = 0
+    """Number of examples with the same text about the same image as an earlier example."""
+    repeated_questions: int = 0
+    """Number of questions that were asked about the same image before, in the same words."""
 
     @property
     def questions(self) -> int:
-        """Questions of all examples."""
+        """Number of questions in all examples."""
         return sum(self.openings.values())
 
     @property
     def hallucination_rate(self) -> float | None:
-        """Unsupported among named objects, each once an example; None where no object is named."""
+        """Share of unsupported among named objects, each counted once per example; None if no object is named."""
         total = sum(self.named.values())
         return sum(self.unsupported.values()) / total if total else None
 
     def as_json(self) -> dict[str, Any]:
-        """The headline figures."""
+        """Return the main figures."""
         return {
             "rows": self.rows,
             "pictures": self.images,
@@ -80,7 +92,7 @@ class Quality:
 
 
 def measure(rows: Sequence[Mapping[str, Any]], contexts: Sequence[Context]) -> Quality:
-    """Count over LLaVA examples, with the contexts that they were made from (found by the name of the image)."""
+    """Count over examples in LLaVA's format; the context of an example is found by the name of its image."""
     quality = Quality()
     by_image = {context.image: context for context in contexts}
     seen_rows: set[tuple[object, ...]] = set()
@@ -122,7 +134,7 @@ def _type(row: Mapping[str, Any]) -> str:
 
 
 def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions without their image, and answers."""
+    """Return the questions, without the image token, and their answers."""
     said = [str(turn["value"]).replace(IMAGE_TOKEN, "").strip() for turn in row["conversations"]]
     return list(zip(said[::2], said[1::2], strict=False))
 
@@ -132,8 +144,14 @@ def write_report(
 ) -> Quality:
     """Write the page and return its figures.
 
-    rows: examples in LLaVA's form. image_folder: where images of the samples are looked for; missing ones are left out.
-    Raises OSError when the page cannot be written; what was there before is then still there.
+    Args:
+        rows: Examples in LLaVA's format.
+        contexts: Contexts that the examples were made from.
+        path: File of the page.
+        image_folder: Folder of the images of the samples shown; missing images are left out.
+
+    Raises:
+        OSError: The page cannot be written; its previous content is then unchanged.
     """
     quality = measure(rows, contexts)
     sections = [
@@ -143,7 +161,7 @@ def write_report(
         _objects_section(quality),
         page.section("Samples", *_samples(rows, {one.image: one for one in contexts}, image_folder)),
     ]
-    lead = "What the examples hold, how they are worded, and whether they name what is not in the image."
+    lead = "Contents and wording of the examples, and objects that they name although the image does not show them."
     page.write_page(path, page.page("Instruction data", lead, sections, footer="Written by qllava synthesize."))
     return quality
 
@@ -163,13 +181,11 @@ def _figures(quality: Quality) -> list[tuple[str, str]]:
 def _warnings(quality: Quality) -> list[Html]:
     out = []
     if quality.without_context:
-        text = (
-            f"{quality.without_context:,} examples are of images without a context: their objects were not looked at."
-        )
+        text = f"{quality.without_context:,} examples have an image without a context; their objects were not checked."
         out.append(page.callout(text, "warning"))
     out.append(
         page.paragraph(
-            "A repeated example has the same words about the same image as an earlier one; a repeated question was "
+            "A repeated example has the same text about the same image as an earlier one. A repeated question was "
             "asked about its image before, in the same words.",
             muted=True,
         )
@@ -188,7 +204,7 @@ def _types(quality: Quality) -> Html:
 
 
 def _lengths(quality: Quality) -> list[Bar]:
-    """The share of answers by the number of their words."""
+    """Return the share of answers by their number of words."""
     words = [length for lengths in quality.answers.values() for length in lengths]
     bars, low = [], 0
     for high in (*_LENGTHS, None):
@@ -202,7 +218,7 @@ def _lengths(quality: Quality) -> list[Bar]:
 def _openings(quality: Quality) -> Html:
     shown = quality.openings.most_common(_SHOWN)
     bars = [Bar(f"{words} \u2026", count / quality.questions, f"{count:,} questions") for words, count in shown]
-    note = f"{len(quality.openings):,} different openings of {_OPENING} words; these are the most frequent ones."
+    note = f"There are {len(quality.openings):,} different openings of {_OPENING} words; the most frequent are shown."
     most = shown[0][1] / quality.questions if shown else 1.0
     return page.section("First words of questions", page.paragraph(note), page.bar_chart(bars, maximum=most))
 
@@ -210,26 +226,26 @@ def _openings(quality: Quality) -> Html:
 def _objects_section(quality: Quality) -> Html:
     total, wrong = sum(quality.named.values()), sum(quality.unsupported.values())
     text = (
-        "Objects are COCO's eighty, found by their words. One counts as named where an answer of an example says it, "
-        "once per example, sentences that deny something left out; and as unsupported where no caption and no box of "
-        "the image says it. The hallucination rate is the share of unsupported among named: "
-        f"{wrong:,} of {total:,}, in {quality.lying:,} examples."
+        "The objects are COCO's eighty categories, found by their words. An object counts as named if an answer of an "
+        "example names it, once per example; sentences that deny something are ignored. It counts as unsupported if no "
+        "caption and no box of the image names it. The hallucination rate is the share of unsupported among named "
+        f"objects: {wrong:,} of {total:,}, in {quality.lying:,} examples."
     )
     order = sorted(quality.named, key=lambda one: (-quality.unsupported[one], -quality.named[one], one))
     lines = [(one, quality.present[one], quality.named[one], quality.unsupported[one]) for one in order[: 2 * _SHOWN]]
-    head = ("Object", "Images that hold it", "Examples that name it", "Unsupported")
+    head = ("Object", "Images that show it", "Examples that name it", "Unsupported")
     never = sorted(set(quality.present) - set(quality.named))
     parts = [page.paragraph(text)]
     parts += [page.table(head, lines)] if lines else [page.callout("No answer names one of these objects.")]
     if never:
-        parts.append(page.details(f"{len(never)} that are present and never named", page.paragraph(", ".join(never))))
+        parts.append(page.details(f"Present but never named: {len(never)}", page.paragraph(", ".join(never))))
     return page.section("Objects named and objects present", *parts)
 
 
 def _samples(
     rows: Sequence[Mapping[str, Any]], contexts: Mapping[str, Context], image_folder: Path | None
 ) -> list[Html]:
-    """Examples drawn at random, the same ones each time: even distances would meet one type again and again."""
+    """Return examples drawn at random with a fixed seed; equal steps could hit the same type every time."""
     chosen = [rows[at] for at in sorted(random.Random(0).sample(range(len(rows)), min(SAMPLES, len(rows))))]
     return [_exhibit(row, contexts.get(str(row.get("image", ""))), image_folder) for row in chosen] or [
         page.paragraph("There are no examples.", muted=True)
@@ -241,12 +257,12 @@ def _exhibit(row: Mapping[str, Any], context: Context | None, image_folder: Path
     if image_folder is not None and name and (image_folder / name).is_file():
         try:
             images.append((page.image(open_image(image_folder / name), name, longest=_IMAGE), name))
-        except InputError:  # the check of the data names it; here it is one sample less
+        except InputError:  # the check of the data reports it; here the sample is shown without its image
             images = []
     said = [page.verdicts([("Question", question, None), ("Answer", answer, None)]) for question, answer in _pairs(row)]
     if context is not None:
         known = [page.paragraph(caption) for caption in context.captions]
         boxes = [(box.category, *(f"{value:.3f}" for value in box.bbox)) for box in context.boxes]
         known += [page.table(("Category", "x1", "y1", "x2", "y2"), boxes)] if boxes else []
-        said.append(page.details("What was known of the image", *known))
+        said.append(page.details("Captions and boxes of the image", *known))
     return page.exhibit(f"{row.get('id', name)}: {_type(row)}", images, *said)

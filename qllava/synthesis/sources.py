@@ -1,4 +1,4 @@
-"""Sources of contexts: files of the user, and the training scenes of nano.
+"""Sources of contexts: the user's files, and the training scenes of nano.
 
 contexts_of("contexts.jsonl")    a file or a folder of COCO's annotations (see `qllava.data.contexts`)
 contexts_of("nano")              nano's training scenes

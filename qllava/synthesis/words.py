@@ -1,4 +1,4 @@
-"""The little English that rules need: plurals, articles, verbs, numbers, kinds, and what a category says.
+"""English for the rules: plurals, articles, verbs, numbers, kinds, and the attributes in a category's name.
 
 attributes("large red circle")    ("large", "red", "circle")
 plural("potted plant")            "potted plants"
@@ -32,7 +32,7 @@ KINDS = {
     "vehicle": ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
     "shape": ("circle", "square", "triangle", "cross", "star", "ring"),
 }
-"""Words that stand above several categories; the first two are COCO's."""
+"""Broader terms, each with its categories; the first two are COCO's supercategories."""
 KIND_OF = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
 
 _MASS = word_set(
@@ -45,11 +45,11 @@ _MASS = word_set(
     seafood
     """
 )
-"""Words without a plural: there is some of it or none, and it is never counted."""
+"""Mass nouns: they have no plural and are never counted."""
 _PLURAL_ONLY = word_set("people men women children cattle police mice geese teeth feet oxen livestock")
 _SINGULAR_IN_S = word_set("gas lens canvas atlas iris tennis bus christmas pancreas")
 _SAME = word_set("sheep fish deer bison moose shrimp aircraft series species")
-"""Words whose plural looks like their singular: they can be counted."""
+"""Nouns whose plural equals their singular; they can be counted."""
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _IRREGULAR = {
@@ -63,11 +63,11 @@ _NOT_AN = re.compile(r"(?:uni(?![nmd])|us[eu]|ut[ei]|urin|uk|eu|ewe|one\b|once\b
 
 
 _CALLED = {"dining table": "table", "tv": "TV"}
-"""How a sentence says a category: COCO calls every table a dining table, those before a couch too."""
+"""Names of categories in sentences: COCO calls every table a dining table, even one next to a couch."""
 
 
 def attributes(category: str) -> tuple[str | None, str | None, str]:
-    """Size, colour and noun of a category: what it is always ends it ("orange" is a fruit, "orange ring" is not)."""
+    """Return size, colour and noun of a category; its last word is the noun ("orange" is a fruit)."""
     words = category.lower().split()
     size = words.pop(0) if len(words) > 1 and words[0] in SIZES else None
     colour = words.pop(0) if len(words) > 1 and words[0] in COLOURS else None
@@ -76,7 +76,7 @@ def attributes(category: str) -> tuple[str | None, str | None, str]:
 
 
 def is_plural(noun: str) -> bool:
-    """Whether a noun is a plural already, or has no singular: "skis", "scissors", "people", "trees"."""
+    """Return whether a noun is a plural or has no singular: "skis", "scissors", "people", "trees"."""
     last = noun.split()[-1]
     if last in _PLURAL_ONLY:
         return True
@@ -86,12 +86,12 @@ def is_plural(noun: str) -> bool:
 
 
 def is_counted(noun: str) -> bool:
-    """Whether one of it can be told from two: not of "skis" (a box is a pair, or half of one), nor of "broccoli"."""
+    """Return whether boxes of a noun can be counted: not "skis" (a box is a pair or half of one), not "broccoli"."""
     return noun.split()[-1] not in _MASS and not is_plural(noun)
 
 
 def plural(noun: str) -> str:
-    """Return the plural of a noun; of several words the last one changes."""
+    """Return the plural of a noun; if it has several words, the last one changes."""
     before, _, last = noun.rpartition(" ")
     if last in _SAME or last.endswith("fish") or not is_counted(noun):
         many = last
@@ -111,34 +111,34 @@ def plural(noun: str) -> str:
 
 
 def article(words: str) -> str:
-    """Return `words` with "a" or "an" before them; what has no singular or no plural goes without."""
+    """Return `words` with "a" or "an" before them, or without if the noun has no singular or no plural."""
     if not is_counted(words):
         return words
     return f"an {words}" if _AN.match(words) and not _NOT_AN.match(words) else f"a {words}"
 
 
 def verb(noun: str) -> str:
-    """Return "are" for what has no singular, else "is"."""
+    """Return "are" for a plural or a noun without a singular, otherwise "is"."""
     return "are" if is_plural(noun) else "is"
 
 
 def capital(text: str) -> str:
-    """Return a text with a capital letter at its start; the others stay as they are ("The TV")."""
+    """Return a text with a capital first letter; the other letters do not change ("The TV")."""
     return text[:1].upper() + text[1:]
 
 
 def number(value: int) -> str:
-    """A number as a word, from zero ("no") to twelve, and as digits above."""
+    """Return a number as a word from zero ("no") to twelve, and as digits above."""
     return _NUMBERS[value] if value < len(_NUMBERS) else str(value)
 
 
 def counted(value: int, noun: str) -> str:
-    """A number of things: "one dog", "three dogs", "no dogs"."""
+    """Return a number with its noun: "one dog", "three dogs", "no dogs"."""
     return f"{number(value)} {noun if value == 1 else plural(noun)}"
 
 
 def read_number(word: str) -> int | None:
-    """Return the number that a word of a caption means: "three", "3", "a couple", "a pair"; None for others."""
+    """Return the number that a word of a caption means, such as "three", "3" or "couple"; None for other words."""
     if word.isascii() and word.isdigit():
         return int(word)
     if word in _NUMBERS[1:]:
@@ -147,12 +147,12 @@ def read_number(word: str) -> int | None:
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "a cat", "a cat and a dog", "a cat, a dog and a bird"."""
+    """Return words as a list in a sentence: "a cat", "a cat and a dog", "a cat, a dog and a bird"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def well_formed(text: str) -> bool:
-    """Return whether a caption has none of the mistakes that can be seen without grammar: "a a", "a apple"."""
+    """Return whether a caption has no mistake that can be recognized without grammar: "a a", "a apple"."""
     words = re.findall(r"[a-z']+|\d+", text.lower().replace("\u2019", "'"))
     if {"laying", "lays", "layed"} & {*words}:  # for "lying" and "lies"
         return False
@@ -169,7 +169,7 @@ def well_formed(text: str) -> bool:
 
 
 def sentence(text: str) -> str:
-    """A caption as a sentence: one blank between words, a capital letter at its start and a full stop at its end."""
+    """Return a caption as a sentence: single spaces, a capital letter at its start and a full stop at its end."""
     text = " ".join(text.split())
     text = capital(text.lower() if text.isupper() else text)
     return text if text.endswith((".", "!", "?")) else f"{text}."

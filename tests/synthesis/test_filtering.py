@@ -85,7 +85,7 @@ def test_nothing_kept_is_an_empty_list_and_is_said(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("a dog", "an example is a JSON object"),
+        ("a dog", "an example must be a JSON object"),
         ({"id": "r3"}, "neither"),
         (llava("a dog", id="r3") | {"caption": "a dog"}, "both"),
         ({"id": "r3", "caption": 5}, "the caption is not text"),

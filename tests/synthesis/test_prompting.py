@@ -92,10 +92,10 @@ def test_questions_are_drawn_by_the_image_and_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.replace("## system", "system"), "one part `## system`"),
-        (lambda text: text.replace("\n## reply", "\n## context", 1), "followed by its `## reply`"),
-        (lambda text: text.replace("2-8", "some"), "fewest and most questions"),
-        (lambda text: text.replace("2-8", "8-2"), "fewest and most questions"),
+        (lambda text: text.replace("## system", "system"), "one section `## system`"),
+        (lambda text: text.replace("\n## reply", "\n## context", 1), "`## reply` after each `## context`"),
+        (lambda text: text.replace("2-8", "some"), "smallest and largest number of questions"),
+        (lambda text: text.replace("2-8", "8-2"), "smallest and largest number of questions"),
         (lambda text: text.replace("Answer: He is", "He is"), "reply 1 is not written"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_mistyped_name_and_an_empty_list_are_refused(copy: Path, tmp_path: Pat
     with pytest.raises(InputError, match="has no question"):
         Prompts(copy).question("detail", CONTEXT)
     (copy / "reasonning.txt").write_text("x")
-    with pytest.raises(InputError, match=r"holds reasonning\.txt; the files of prompts are "):
+    with pytest.raises(InputError, match=r"contains reasonning\.txt\. Name the files of prompts as "):
         Prompts(copy)
     with pytest.raises(InputError, match="is not a folder"):
         Prompts(tmp_path / "nowhere")

@@ -1,1 +1,1 @@
-"""The teacher without a model: instruction data that follows from captions and boxes by rules."""
+"""Rule-based teacher: instruction data derived from captions and boxes without a model."""

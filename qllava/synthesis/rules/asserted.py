@@ -1,18 +1,19 @@
-"""Which things a caption says are there.
+"""Things that a caption asserts to be in the image.
 
     asserted("A man in a hat is waiting for a train without a bag.")    {"man": False, "hat": False}
     asserted("Two dogs and a hot dog on plates.")                       {"dog": True, "hot dog": False, "plate": True}
     asserted("A picture of a horse on a wall.")                         {}
 
-A name maps to whether the caption has it in the plural. Only nouns of a table (`nouns`) are looked for. One counts if
+A name maps to whether the caption uses only its plural. Only nouns of a table (`nouns`) are searched for. A noun counts
+if all three conditions hold:
 
-    its phrase      is article or number, adjectives of a list, and the noun, and nothing makes another thing of it:
-                    "dog bed", "hot dog" and "toy train" mean neither a dog nor a train
-    before it       is the start of the sentence, "and", or a preposition or verb of a list ("on", "holding")
-    its sentence    has nothing before it that takes it back (no, without, for, like, as, waiting, "to catch"), and
-                    nowhere a "not", an "or" or a word for things that show other things (picture, statue, toy)
+    its phrase      consists of an article or number, adjectives of a list, and the noun, and no other word changes its
+                    meaning: "dog bed", "hot dog" and "toy train" mean neither a dog nor a train
+    before it       comes the start of the sentence, "and", or a preposition or verb of a list ("on", "holding")
+    its sentence    has no word before it that negates it (no, without, for, like, as, waiting, "to catch"), and
+                    nowhere a "not", an "or" or a word for a depiction (picture, statue, toy)
 
-No other grammar is known; what is not recognized is not asserted.
+No other grammar is used; what is not recognized is not asserted.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from qllava.synthesis.words import COLOURS, is_counted, read_number, word_set
 
 _TOKEN = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*|[^\w\s]")
 _LONGEST = 3
-"""Words of the longest noun of the table."""
+"""Number of words of the longest noun in the table."""
 _VETO = word_set(
     "not cannot never or nor neither either if whether would could should might may must will perhaps maybe "
     "probably possibly seems seem seemingly appears appear imagine imaginary fake pretend pretending supposed "
     "missing nowhere gone absent nothing nobody none hardly barely almost"
 )
-"""Words that make everything in their sentence unsure."""
+"""Words that make every statement of their sentence uncertain."""
 _SHOWS = word_set(
     "picture pictures photo photos photograph photographs image images drawing drawings painting paintings "
     "poster posters portrait portraits statue statues sculpture sculptures figurine figurines cartoon cartoons "
@@ -45,9 +46,9 @@ _SHOWS = word_set(
     "dolls dollhouse inflatable shaped themed pattern design word words wording letters text says reads "
     "reading saying named called selfie dream art"
 )
-"""Words for what shows a thing that need not be there, and for names."""
+"""Words for depictions, which show things that need not be there, and for names."""
 _OF_THE_PHOTO = word_set("taking takes take taken posing pose poses")
-"""What is done before a "picture" and is not seen in the image."""
+"""Verbs before "picture" when a photo is being taken; the picture itself is then not visible."""
 _SCREENS = word_set("mirror mirrors screen screens tv television televisions monitor monitors")
 _CUTS = word_set(
     "without no for like as than from toward towards about before after instead rather minus except but "
@@ -55,12 +56,12 @@ _CUTS = word_set(
     "awaiting seeking hoping dreaming expecting advertising making makes made builds preparing "
     "prepares ordering cooking baking showing shows indicating until where when so off out past half"
 )
-"""Words that take back what follows them in the sentence."""
+"""Words that negate what follows them in the sentence."""
 _BECOMES = word_set(
     "turn turns turned turning make makes made convert converts converted transform transforms transformed cut cuts "
     "carve carves carved fold folds folded shape arranged trim trimmed built crafted sculpted molded remodeled"
 )
-"""What is done to a thing that looks like another afterwards: "a bus converted into a house"."""
+"""Words for turning one thing into another: "a bus converted into a house"."""
 _NEAR_TO = word_set("next close attached tied adjacent chained connected strapped")
 _ADJECTIVES = {*COLOURS} | word_set(
     "gray tan beige gold golden silver dark light bright colorful colourful small large big little tiny "
@@ -71,9 +72,9 @@ _ADJECTIVES = {*COLOURS} | word_set(
     "rusty shiny flat steep fluffy furry hairy spotted striped plain simple different other same lit "
     "overturned folded wheeled commercial residential public main"
 )
-"""Words before a noun that leave the thing what it is."""
+"""Words before a noun that do not change which thing it means."""
 _MATERIALS = word_set("wooden metal steel brick stone concrete glass plastic leather iron marble velvet paper")
-"""They do so only for what is made of something: "a wooden horse" is not a horse."""
+"""Materials. They do not change the thing either, except for living things: "a wooden horse" is not a horse."""
 _ARTICLES = word_set("a an the one his her its their this these those some several many few both all")
 _PLACES = word_set(
     "in on at by near with under beneath below over above behind beside besides between across along around "
@@ -83,7 +84,7 @@ _PLACES = word_set(
 _BEFORE_ARTICLES = word_set(
     "in on at by near with under below over above behind beside between across along around through inside of to"
 )
-"""Prepositions; after "and" and in a list a noun may share the article of another."""
+"""Prepositions before an article. "and" and the comma are not here: a noun may share the article before them."""
 _DOES = word_set(
     "holding holds hold wearing wears wear riding rides ride carrying carries using uses driving drives eating "
     "eats containing contains facing faces featuring features sits stands lies walking flying pulling pushing "
@@ -94,12 +95,12 @@ _PART_OF = word_set(
     "front top side middle center centre background foreground bottom edge corner back end inside outside left "
     "right full box boxes bowl cup plate basket tray cart bag bottle view one"
 )
-"""What may stand before "of" so that the thing behind it is there; of "a piece of" or "the head of" it is not known."""
+"""Words before "of" after which the whole thing is visible; after "a piece of" or "the head of" it may not be."""
 _SEVERAL_OF = word_set(
     "couple pair group groups bunch row rows lot lots number herd flock crowd stack pile line variety assortment "
     "collection set all many both some several"
 )
-"""The same before a plural: "the number of a bus" is not a bus."""
+"""Words before "of" that count only if a plural follows: "the number of a bus" is not a bus."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,17 @@ class _Found:
     """A noun of the table in a sentence."""
 
     start: int
+    """Index of its first word."""
     end: int
+    """Index after its last word."""
     name: str
+    """Name of the thing in the table."""
     plural: bool
+    """Whether the words are a plural."""
 
 
 def asserted(caption: str) -> dict[str, bool]:
-    """Return the things that a caption says are there: name, and whether it has them in the plural only."""
+    """Return the names of the things that a caption asserts, each with whether it occurs in the plural only."""
     out: dict[str, bool] = {}
     for words in _sentences(caption):
         if _unsure(words):
@@ -127,7 +132,7 @@ def asserted(caption: str) -> dict[str, bool]:
 
 
 def denied(caption: str) -> set[str]:
-    """Return the things that a caption says are not there, or are missing."""
+    """Return the names of the things that a caption says are absent or missing."""
     out: set[str] = set()
     for words in _sentences(caption):
         no = min((words.index(word) for word in ("no", "without", "not") if word in words), default=len(words))
@@ -137,7 +142,7 @@ def denied(caption: str) -> set[str]:
 
 
 def lacks_article(caption: str) -> bool:
-    """Return whether a noun of the table lacks its article, or three of them their commas: "clock on quiet street"."""
+    """Return whether a noun lacks its article, or three nouns lack their commas: "clock on quiet street"."""
     for words in _sentences(caption):
         found = list(_nouns(words))
         if any(a.end == b.start and b.end == c.start for a, b, c in zip(found, found[1:], found[2:], strict=False)):
@@ -161,7 +166,7 @@ def _sentences(caption: str) -> Iterator[list[str]]:
 
 
 def _unsure(words: list[str]) -> bool:
-    """Whether a sentence has a word that makes all of it unsure."""
+    """Return whether a sentence has a word that makes all of it uncertain."""
     for at, word in enumerate(words):
         if word in _VETO or word.endswith("n't"):
             return True
@@ -171,7 +176,7 @@ def _unsure(words: list[str]) -> bool:
 
 
 def _cuts(words: list[str], at: int) -> bool:
-    """Whether what follows this word is not known to be there: "for", "like", "to catch"."""
+    """Return whether the things after this word need not be in the image: "for", "like", "to catch"."""
     if words[at] == "as" and (
         words[at : at + 3] == ["as", "well", "as"] or words[at - 2 : at + 1] == ["as", "well", "as"]
     ):
@@ -186,12 +191,12 @@ def _cuts(words: list[str], at: int) -> bool:
 
 
 def _on_screen(words: list[str], at: int) -> bool:
-    """Whether what comes before may be seen in a mirror or on a screen only."""
+    """Return whether the things before this word may be visible only in a mirror or on a screen."""
     return words[at] in _SCREENS and bool({"in", "on", "through", "off"} & {*words[max(0, at - 4) : at]})
 
 
 def _nouns(words: list[str]) -> Iterator[_Found]:
-    """Nouns of the table, the longest first, from left to right."""
+    """Yield the nouns of the table from left to right; at each position the longest one."""
     at = 0
     while at < len(words):
         for length in range(min(_LONGEST, len(words) - at), 0, -1):
@@ -203,7 +208,7 @@ def _nouns(words: list[str]) -> Iterator[_Found]:
 
 
 def _ends(words: list[str], end: int) -> bool:
-    """Whether a noun phrase ends here: no noun follows, and no participle with one ("a tree lined street")."""
+    """Return whether a noun phrase ends here: no noun or participle with a noun follows ("tree lined street")."""
     after, then = ([*words[end : end + 2], "", ""])[:2]
     if not after or after == "full":
         return True
@@ -215,7 +220,7 @@ def _ends(words: list[str], end: int) -> bool:
 
 
 def _begins(words: list[str], one: _Found) -> bool:
-    """Whether a noun has article and adjectives, and before those something that says that it is there."""
+    """Return whether the words before a noun, its article and its adjectives say that the thing is there."""
     at = one.start - 1
     while at >= 0 and (words[at] in _ADJECTIVES or (words[at] in _MATERIALS and not may_be_a_model(one.name))):
         at -= 1

@@ -1,15 +1,15 @@
-"""The teacher without a model: examples of instruction data that follow from captions and boxes by rules.
+"""Examples of instruction data derived from captions and boxes by rules.
 
     write(context)   [{"id": "000000296284-conversation", "image", "type", "conversations": [...]}, ...]
 
-    conversation   several questions, each about a fact of its own
+    conversation   several questions, each about a different fact
     detail         a description: a caption, then what the boxes add to it
     reasoning      a question that takes several steps (count and compare, add, order); the steps come first
     naive          a question from a list and a caption, for comparison
 
-An image of which too little is known for a type has no example of it. Every answer is true to the annotation; `view`
-says where it is too unsure to be asked. The same context, seed and style give the same examples, in any order and on
-any machine. `brief` asks for answers of a word or two in the conversations, as questions of evaluations expect them.
+If too little is known of an image for a type, the image has no example of that type. Every answer agrees with the
+annotation; `view` decides what is too uncertain to be asked. The same context, seed and types give the same examples,
+in any order and on any machine. With `brief`, answers in conversations have a word or two, as evaluations expect.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ from qllava.synthesis.rules.view import AT, LARGER, Thing, View
 from qllava.synthesis.words import article, capital, counted, listed, number, plural, sentence, verb
 
 TURNS = 10
+"""Default for the largest number of questions in a conversation."""
 
 
 def write(
     context: Context, types: Sequence[str] = DEFAULT_TYPES, *, seed: int = 0, brief: bool = False, turns: int = TURNS
 ) -> list[dict[str, Any]]:
-    """The examples of an image, one of each type that its annotation allows, in LLaVA's form.
+    """Return the examples of an image in LLaVA's format, one of each type that its annotation allows.
 
-    turns: the most questions of a conversation.
+    Args:
+        context: Captions and boxes of the image.
+        types: Response types to write.
+        seed: Seed of the random choices.
+        brief: Whether the answers of a conversation have only a word or two.
+        turns: Largest number of questions in a conversation.
     """
     view, rows = View(context), []
     for type_ in types:
@@ -66,7 +72,7 @@ def _row(context: Context, type_: str, pairs: Sequence[tuple[str, str]]) -> dict
 
 
 def conversation(view: View, rng: random.Random, *, brief: bool = False, turns: int = TURNS) -> list[tuple[str, str]]:
-    """Questions and answers about distinct facts; what can be asked takes turns, so that no sort crowds out another."""
+    """Return questions and answers about distinct facts; the kinds of questions alternate, so that none dominates."""
     asked = questions(view, rng)
     if brief:
         asked.pop("summary", None)
@@ -80,7 +86,7 @@ def conversation(view: View, rng: random.Random, *, brief: bool = False, turns: 
 
 
 def detail(view: View, rng: random.Random) -> str:
-    """A description: the sound caption that says most, how many of what, where it is, and what is next to it."""
+    """Return a description: the longest sound caption, then numbers, places and relations of things; may be empty."""
     if view.complete:
         said = [f"{article(f'{t.size} {t.phrase}' if t.size else t.phrase)}{_at(view, t)}" for t in view.things]
         return f"There {verb(view.things[0].noun)} {listed(said)}." if said else "There is nothing."
@@ -108,7 +114,7 @@ def _at(view: View, thing: Thing) -> str:
 
 
 def reasons(view: View) -> Iterator[tuple[str, str]]:
-    """Questions that take several steps, and answers that take them."""
+    """Yield questions that need several steps, with answers that show the steps."""
     counts = {noun: count for noun in view.by_noun if (count := view.count(noun)) is not None}
     for a, b in permutations(counts.items(), 2):
         yield _more(*a, *b)

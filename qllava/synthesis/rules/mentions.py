@@ -1,14 +1,14 @@
-"""How many of a thing captions speak of: what they say against a number of boxes.
+"""Numbers of things that captions mention, to be compared with the number of boxes.
 
     speaks_against(["Two snowboarders ride."], "person", found=1)    True: two are more than one
-    speaks_against(["A crowd watches."], "person", found=1)          True: a word for several
+    speaks_against(["A crowd watches."], "person", found=1)          True: a collective noun
     speaks_against(["A man and a woman."], "person", found=1)        True: together they are two
-    in_pieces(["Two slices of pizza."], "pizza")                     True: what is marked may be a slice
+    in_pieces(["Two slices of pizza."], "pizza")                     True: a box may be a slice
 
-Each caption gives the least number that it speaks of: its mentions added up, where a number, a plural, a word for
-several ("a herd of") or "other" says how many one mention is. A number that is the only mention in its caption, in
-the thing's own name, is exact. The reading has no grammar, and where it is unsure it reads more: then a number is not
-known.
+Each caption gives a lower bound: the sum of its mentions, where a number, a plural, a collective noun ("a herd of") or
+"other" gives the number of one mention. A number is exact if it is the only mention in its caption and uses the thing's
+own name. The reading uses no grammar. Where it is uncertain it takes the larger number, so that the number of things
+counts as unknown.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _VAGUE = {
     )
     for word in several(words)
 }
-"""Words before a noun, and how many of it they mean at least; many of it cannot be counted."""
+"""Words before a noun, with the smallest number that each means; `_HUGE` means too many to count."""
 _FILLED = word_set("full filled loaded packed covered lined crowded stacked piled topped")
-"""Words before "of", "with", "in" or "by": what something is full of has no number."""
+"""Words before "of", "with", "in" or "by"; the number of what something is full of is unknown."""
 _BREAKS = word_set(
     "and or on at near next to from behind under over while who that is are was were has have holding riding "
     "wearing looking sitting standing as for into through around above below inside outside"
@@ -49,7 +49,7 @@ _HEADS = word_set(
     "bus car van room shirt uniform jersey hat cap photo portrait picture stand house light sign signal cone jam "
     "lane station officer member dinner table boat flag logo size bed ride guide book dog"
 )
-"""Nouns before which another noun, or a word for several, says of what sort they are: "a team bus"."""
+"""Nouns that another noun or a collective noun before them only describes: "a team bus"."""
 _KIN = word_set("baby babies young mother mom mama parent parents offspring mate twin sibling siblings")
 _NO_AGENTS = word_set(
     "papers newspapers flowers sunflowers computers containers controllers covers towers corners trailers burgers "
@@ -60,7 +60,7 @@ _NO_AGENTS = word_set(
     "theaters coasters burners toasters blenders rulers markers binders hangers hammers trackers cruisers "
     "choppers freezers appetizers twists wrists waists"
 )
-"""Words in -ers and -ists that do not mean people."""
+"""Words that end in -ers or -ists and do not mean people."""
 
 
 @dataclass(frozen=True)
@@ -71,49 +71,49 @@ class _Mention:
     """Index of its first word."""
 
     name: str
-    """How the caption calls it, in the singular."""
+    """Name that the caption uses, in the singular."""
     least: int
-    """How many it means at least; 0 for one that was mentioned before."""
+    """Smallest number that it means; 0 if the thing was mentioned before."""
     said: int | None
-    """The number that the caption says, if any."""
+    """Number that the caption states, if any."""
     own: bool
-    """Whether it is the thing's own name, or another of the same meaning."""
+    """Whether the name is the thing's own name or a synonym, not a narrower term."""
 
     further: bool
-    """Whether it says that there is one besides: "another", "other"."""
+    """Whether it implies one more thing: "another", "other"."""
 
 
 @dataclass(frozen=True)
 class _Forms:
-    """The names of a thing, ready to be looked for."""
+    """Names of a thing, prepared for searching."""
 
     forms: dict[tuple[str, ...], tuple[str, bool, bool]]
-    """Words of a name -> the name in the singular, whether it means the thing itself, and whether it is a plural."""
+    """Words of each name -> its singular, whether it means the thing itself, and whether the words are a plural."""
 
     lengths: tuple[int, ...]
-    """How many words the names have, the longest first."""
+    """Numbers of words that the names have, the largest first."""
 
     first: frozenset[str]
-    """Words that names begin with."""
+    """First words of the names."""
 
 
 def speaks_against(captions: Sequence[str], noun: str, found: int) -> bool:
-    """Return whether a caption speaks of more of a thing than were found, or of another number of it."""
+    """Return whether a caption mentions more of a thing than `found`, or states a different number of it."""
     return any(
         _number_said(caption, noun) not in (None, found) or _least(caption, noun) > found for caption in captions
     )
 
 
 def _number_said(caption: str, noun: str) -> int | None:
-    """Return the number of a thing that a caption says in the thing's own name, if it is its only mention there."""
+    """Return the number that a caption states with the thing's own name, if that is the only mention of it."""
     mentions = _mentioned(caption, noun)
     said = mentions[0].said if len(mentions) == 1 and mentions[0].own else None
     return said if said is not None and said > 1 else None
 
 
 def disputed(caption: str, others: Sequence[str], noun: str) -> bool:
-    """Return whether a caption says a number of a thing, or of a sort of it, and another says a different one."""
-    # Several numbers in one caption are of parts: "one pizza is larger than two others" does not say two.
+    """Return whether a caption states a number of a thing, or of a narrower term, that another contradicts."""
+    # Several numbers in one caption count parts: "one pizza is larger than two others" does not mean two.
     mine, *theirs = (_mentioned(one, noun) for one in (caption, *others))
     if len(mine) != 1 or (mine[0].said or 0) < 2:
         return False
@@ -122,7 +122,7 @@ def disputed(caption: str, others: Sequence[str], noun: str) -> bool:
 
 
 def wider_speaks_against(captions: Sequence[str], counts: dict[str, int]) -> set[str]:
-    """Return the categories whose wider word ("animals") is said of more than all of them together."""
+    """Return the categories whose broader term ("animals") a caption uses for more things than they have together."""
     out: set[str] = set()
     for word, categories in WIDER.items():
         if not (here := {one for one in categories if one in counts}):
@@ -136,7 +136,7 @@ def wider_speaks_against(captions: Sequence[str], counts: dict[str, int]) -> set
 
 
 def in_pieces(captions: Sequence[str], noun: str) -> bool:
-    """Return whether a caption speaks of pieces of a thing: then a box may be a piece, and not one of it."""
+    """Return whether a caption mentions pieces of a thing: a box may then show a piece, not a whole thing."""
     if noun in LIVING:  # "a man cuts a cake into pieces"
         return False
     return any(_pieces_of(noun).search(caption.lower()) for caption in captions)
@@ -156,13 +156,13 @@ def _words(caption: str) -> tuple[str, ...]:
 
 
 def _names(noun: str) -> dict[str, bool]:
-    """Every name of a thing, and whether it means the thing itself (not a sort of it)."""
+    """Return every name of a thing, and whether it means the thing itself (not a narrower term)."""
     sorts = SORTS.get(noun, ())
     return {**dict.fromkeys(sorts, False), **dict.fromkeys((noun.lower(), *OTHER_NAMES.get(noun, ())), True)}
 
 
 def _least(caption: str, noun: str) -> int:
-    """How many of a thing a caption speaks of at least."""
+    """Return the smallest number of a thing that a caption implies."""
     mentions, words = _mentioned(caption, noun), _words(caption)
     least = _together(mentions)
     if mentions:
@@ -171,41 +171,41 @@ def _least(caption: str, noun: str) -> int:
 
 
 def _besides(words: tuple[str, ...], noun: str) -> int:
-    """How many more there are by words that name no thing: "others", "another", "the other", and "its baby"."""
+    """Return how many more things are implied by "others", "another", "the other" or "its baby"."""
     if "others" in words:
         return 2
     for before, word, after in zip(("", *words), words, (*words[1:], "."), strict=False):
         if word in ("its", "their") and after in _KIN and noun in LIVING - {"person"}:
             return 1
-        # "each other" and "one another" are said of those that are named.
+        # "each other" and "one another" refer to the things already named.
         if word in ("another", "other") and before not in ("each", "one") and is_boundary(after):
             return 1
     return 0
 
 
 def _together(mentions: Sequence[_Mention]) -> int:
-    """How many the mentions of one caption mean at least; "another" says that there is one besides."""
+    """Return the smallest number that the mentions of one caption imply; "another" implies one more."""
     first = any(not one.further for one in mentions)
     return sum(one.least for one in mentions) + (1 if mentions and not first else 0)
 
 
-# The rules ask for the same caption and thing again: for a number, for the sound captions, for the others beside it.
+# The rules read the same caption and thing several times: for the number, for the sound captions and for the others.
 @lru_cache(maxsize=1 << 10)
 def _mentioned(caption: str, noun: str) -> tuple[_Mention, ...]:
-    """Every mention of a category in a caption."""
+    """Return every mention of a category in a caption."""
     return tuple(_mentions(_words(caption), _forms(noun)))
 
 
-# A category comes with every image of a data set; the bound is for what users call theirs.
+# Every image of a data set has the same few categories; the bound is for data with many categories of its own.
 @lru_cache(maxsize=1 << 10)
 def _forms(noun: str) -> _Forms:
-    """Every name of a category as words, in the singular and the plural."""
+    """Return every name of a category as words, in the singular and the plural."""
     return _forms_of(_names(noun))
 
 
 @lru_cache(maxsize=1 << 6)
 def _forms_of_word(word: str) -> _Forms:
-    """A word as it is, in the singular and the plural."""
+    """Return the forms of a single word: its singular and its plural."""
     return _forms_of({word: True})
 
 
@@ -218,7 +218,7 @@ def _forms_of(names: dict[str, bool]) -> _Forms:
 
 
 def _mentions(words: tuple[str, ...], forms: _Forms) -> Iterator[_Mention]:
-    """Every mention of a thing, the longest name first, from left to right."""
+    """Yield every mention of a thing from left to right; at each position the longest name."""
     named: set[str] = set()
     at = 0
     while at < len(words):
@@ -235,7 +235,7 @@ def _mentions(words: tuple[str, ...], forms: _Forms) -> Iterator[_Mention]:
 def _mention(
     words: tuple[str, ...], at: int, length: int, name: str, *, own: bool, many: bool, again: bool
 ) -> _Mention:
-    """One mention; `again`: the caption has called something so before."""
+    """Return one mention; `again` means that the caption has used the same name before."""
     before = _before(words, at)
     after = words[at + length] if at + length < len(words) else ""
     if plural(name) == name and is_counted(name) and not _ONE & {*before}:  # "sheep in a field"
@@ -251,9 +251,9 @@ def _mention(
 
 
 def _is_compound(words: tuple[str, ...], at: int, length: int) -> bool:
-    """Whether the next word makes another thing of a noun: "dog bed", and not "a boy and girl walk".
+    """Return whether the next word forms a compound with a noun: "dog bed", but not "a boy and girl walk".
 
-    It has to be known as a noun, and no object may follow, which a verb has ("a boy ride a bike").
+    The next word must be a known noun, and no object may follow, because then it is a verb ("a boy ride a bike").
     """
     end = at + length
     after, then = (*words[end : end + 2], "", "")[:2]
@@ -263,7 +263,7 @@ def _is_compound(words: tuple[str, ...], at: int, length: int) -> bool:
 
 
 def _before(words: tuple[str, ...], at: int) -> list[str]:
-    """The words before a noun that may say how many it is, the nearest first: up to its article, and over "of"."""
+    """Return the words before a noun that may state its number, nearest first, up to its article and across "of"."""
     out: list[str] = []
     for index in range(at - 1, max(-1, at - 7), -1):
         word, further = words[index], words[index - 1] if index else ""
@@ -278,12 +278,12 @@ def _before(words: tuple[str, ...], at: int) -> list[str]:
 
 
 def _collective(words: tuple[str, ...], noun: str) -> int:
-    """How many of a thing the words for several mean that name no thing: "a crowd watches", "the team"."""
+    """Return the smallest number of a thing that collective nouns alone imply: "a crowd watches", "the team"."""
     most = 0
     known = COLLECTIVES.get(noun, {})
     for at, word in enumerate(words):
         after = words[at + 1] if at + 1 < len(words) else ""
-        # "a team bus", "a traffic light" and "a pair of skis" say something of other things.
+        # "a team bus", "a traffic light" and "a pair of skis" are about other things.
         if word in known and after != "of" and after.removesuffix("s") not in _HEADS:
             most = max(most, known[word])
         if noun == "person" and len(word) > 5 and word.endswith(("ers", "ists", "men")) and word not in _NO_AGENTS:
@@ -293,7 +293,7 @@ def _collective(words: tuple[str, ...], noun: str) -> int:
 
 
 def _they(words: tuple[str, ...], noun: str, mentioned: bool) -> int:
-    """2 where a caption says "they" or "each other" and may mean this."""
+    """Return 2 if a caption says "they" or "each other" and may refer to this thing; otherwise 0."""
     if noun not in LIVING or not ("they" in words or {"each", "other"} <= {*words} or {"one", "another"} <= {*words}):
         return 0
     named = {one for one in LIVING if next(_mentions(words, _forms(one)), None)}

@@ -1,10 +1,10 @@
-"""What captions call things: other names, sorts, wider words, words for several, and what can be seen at all.
+"""Names of things in captions: synonyms, narrower terms, broader terms, collective nouns, and visible things.
 
-OTHER_NAMES["couch"]    ("sofa", ...): a number with it is a number of couches
-SORTS["person"]         ("man", "surfer", ...): a number with it is a number of at least so many people
-WIDER["animal"]         categories that it includes: "two animals" are two of these together
-COLLECTIVES["person"]   {"crowd": 10, ...}: at least so many, in one word
-spelling("mustache")    "moustache": one name for all spellings and synonyms of a thing that can be seen
+OTHER_NAMES["couch"]    ("sofa", ...): synonyms; "two sofas" means two couches
+SORTS["person"]         ("man", "surfer", ...): narrower terms; "two men" means at least two people
+WIDER["animal"]         categories of a broader term; "two animals" means two of these categories together
+COLLECTIVES["person"]   {"crowd": 10, ...}: collective nouns, with the smallest number that each means
+spelling("mustache")    "moustache": one name for all spellings and synonyms of a visible thing
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OTHER_NAMES = {
     "backpack": ("back pack", "rucksack"),
     "mouse": ("computer mouse",),
 }
-"""What a caption may call the same thing."""
+"""Synonyms of each category in captions."""
 SORTS = {
     "person": several(
         """
@@ -101,7 +101,7 @@ SORTS = {
     "umbrella": ("parasol",),
     "bed": ("bunk",),
 }
-"""What some of a thing may be called."""
+"""Narrower terms of each category: names of some of its things."""
 WIDER = {
     "animal": KINDS["animal"],
     "creature": KINDS["animal"],
@@ -119,7 +119,7 @@ WIDER = {
     "computer": ("laptop",),
     "dish": ("bowl", "cup"),
 }
-"""A word and the categories that it includes."""
+"""Broader terms, each with the categories that it includes."""
 _LIVING = {"herd": 3, "flock": 3, "pack": 3, "pride": 3, "swarm": 10, "group": 3, "pair": 2, "trio": 3, "twins": 2}
 COLLECTIVES: dict[str, dict[str, int]] = {
     "person": {
@@ -141,11 +141,11 @@ COLLECTIVES: dict[str, dict[str, int]] = {
     "knife": {"silverware": 2, "cutlery": 2},
     "spoon": {"silverware": 2, "cutlery": 2},
 }  # fmt: skip
-"""Words for several at once, and how many they are at least."""
+"""Collective nouns of each category, with the smallest number that each means."""
 for _animal in KINDS["animal"]:
     COLLECTIVES[_animal] = {**_LIVING, **COLLECTIVES.get(_animal, {})}
 LIVING = frozenset({"person", *KINDS["animal"]})
-"""Categories that "they" and "each other" may mean."""
+"""Categories that "they" and "each other" may refer to."""
 
 _MOVING = """
 person, man, woman, boy, girl, child/kid, baby, lady, skier, skateboarder, surfer, snowboarder, bride, groom
@@ -155,7 +155,7 @@ bicycle/bike/bycicle, car, motorcycle/motorbike/motor bike, scooter/moped, airpl
 bus, train, truck, boat, van, taxi, trailer, tractor, wagon, cart, stroller, wheelchair, canoe, kayak, ship,
 helicopter, fire truck/firetruck, luggage cart, shopping cart, carriage, sailboat
 """
-"""People, animals and vehicles."""
+"""Names of people, animals and vehicles, one thing per entry; spellings and synonyms follow a slash."""
 _SEEN = """
 traffic light/stoplight, street light/streetlight, street sign, stop sign, sign, fire hydrant, parking meter, bench,
 pole, post, lamp post/lamppost, flag, fountain/water fountain, bridge, tower, clock tower, fence,
@@ -185,11 +185,11 @@ tennis racket/tennis racquet, kite, parachute, soccer ball, tennis ball, ball, t
 banana, apple, sandwich, hot dog/hotdog, pizza, donut/doughnut, cake, hamburger, burger, carrot, cupcake, cookie,
 scissors, skis, sunglasses, headphones, snow, grass, sand, luggage, furniture, broccoli, rice, bread, lettuce
 """
-"""Nouns of things that can be seen, which captions use in one sense; spellings and synonyms behind a slash."""
+"""Nouns of visible things that captions use in one sense; spellings and synonyms follow a slash."""
 
 
 def _entries(table: str) -> list[list[str]]:
-    """The spellings of each thing of a table, the name first."""
+    """Return the spellings of each thing of a table, the name first."""
     return [one.strip().split("/") for one in re.split(r"[,\n]", table) if one.strip()]
 
 
@@ -207,10 +207,10 @@ def _forms() -> dict[str, tuple[str, bool]]:
 
 
 def spelling(words: str) -> tuple[str, bool] | None:
-    """Return the one name of a thing that can be seen, and whether the words are a plural; None for other words."""
+    """Return the name of a visible thing, and whether the words are a plural; None for other words."""
     return _forms().get(words)
 
 
 def may_be_a_model(name: str) -> bool:
-    """Return whether one of wood or plastic would be another thing: "a wooden horse"."""
+    """Return whether a material before the noun turns the thing into a model of it: "a wooden horse"."""
     return name in _MODELS

@@ -1,22 +1,22 @@
-"""Questions whose answers follow from an image's annotation, each about a fact of its own.
+"""Questions whose answers follow from an image's annotation; each is about a different fact.
 
     questions(view, rng)   {"presence": [Question("Is there a dog?", "yes", "Yes, ...")],
                             "count": [...], "place": [...], ...}
 
-What is asked of which image:
+Conditions of each kind of question:
 
-    presence      of every category; of what is not there only where the boxes are complete
-    said          of what two captions say is there and no box shows
-    count         without a crowd, where the boxes and every caption agree, or the boxes are complete
-    several       of what has two boxes or more or a crowd, where the number is not settled
-    outermost     of a settled number of things: on which side of all others one of them clearly lies
-    place         of a thing that is known to be the only one of its name and lies clearly in a ninth of the image
-    half          of a thing that lies whole in one half of the image; the answer is always yes
-    colour, form, size   where the category says it ("large red circle")
-    relation      of two such things that lie clearly apart
-    comparison    of two such things, one of which has a box of at least twice the area
-    share         of one such thing whose box is clearly less than half of the image
-    summary       one of the captions
+    presence      every category that is there; categories that are absent only if the boxes are complete
+    said          things that two captions assert and no box shows
+    count         no crowd, and the boxes agree with every caption or are complete
+    several       categories with two or more boxes or a crowd whose number is not settled
+    outermost     a settled number of things, one of which is clearly on one side of all others
+    place         a thing that is known to be the only one of its name and is clearly in one ninth of the image
+    half          a thing that is entirely in one half of the image; the answer is always yes
+    colour, form, size   categories that name it ("large red circle")
+    relation      two things with names of their own that are clearly apart
+    comparison    two such things, one of which has a box of at least twice the area
+    share         one such thing whose box is clearly less than half of the image
+    summary       no condition but a sound caption; the answer is one of them
 """
 
 from __future__ import annotations
@@ -42,20 +42,23 @@ from qllava.synthesis.words import (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with one right answer."""
+    """A question with one correct answer."""
 
     text: str
-    brief: str  # the answer in a word or two
-    answer: str  # the answer as a sentence
+    """The question."""
+    brief: str
+    """The answer in a word or two."""
+    answer: str
+    """The answer as a sentence."""
 
 
 def questions(view: View, rng: random.Random) -> dict[str, list[Question]]:
-    """Every question that an image allows, by what is asked, in a random order; no fact comes twice."""
+    """Return every question that an image allows, by kind, in a random order; no fact is asked twice."""
     return {name: rng.sample(found, len(found)) for name, ask in _ASK.items() if (found := list(ask(view, rng)))}
 
 
 def _presence(view: View, rng: random.Random) -> Iterator[Question]:
-    """Yes for what has a box; where boxes are complete, as many noes: hard ones, of a colour or kind that is there."""
+    """Yield a question with "yes" for each thing; if the boxes are complete, up to as many hard ones with "no"."""
     present = sorted({thing.phrase for thing in view.things} | view.crowds)
     for phrase in present:
         yield _is_there(rng, phrase, True)
@@ -74,19 +77,19 @@ def _presence(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _colours(things: list[Thing]) -> set[str]:
-    """The colours of things; none where one has a colour that is not known, for it might be any."""
+    """Return the colours of things; none if the colour of one is unknown, because it might be any."""
     colours = {thing.colour for thing in things}
     return {colour for colour in colours if colour and None not in colours}
 
 
 def _kinds(view: View) -> list[str]:
-    """The kinds of things; none where a category is of no kind that is known, for a puppy might be a dog."""
+    """Return the kinds of things; none if the kind of one is unknown, because a puppy might be a dog."""
     kinds = {thing.kind for thing in view.things}
     return sorted(kind for kind in kinds if kind and None not in kinds)
 
 
 def _palette(view: View) -> tuple[str, ...]:
-    """Colours that may be asked for in vain: a drawing of shapes is in those of the rainbow, a photograph in all."""
+    """Return the colours for questions about absent things: six for a drawing of shapes, all for a photograph."""
     return COLOURS[:6] if all(thing.kind == "shape" for thing in view.things) else COLOURS
 
 
@@ -138,7 +141,7 @@ def _several(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
-    """Where one lies apart on the left and another on the right, neither is the one that is meant."""
+    """Ask on which side the outermost thing is; not if there is one on the left and one on the right."""
     for noun, things in view.by_noun.items():
         if view.complete or view.count(noun) is None or len(things) < 3:
             continue
@@ -151,7 +154,7 @@ def _outermost(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
-    """On which sides a thing lies that is `gap` or more away from all others."""
+    """Return the sides on which one thing is at least `gap` away from all others."""
     return {
         side
         for thing in things
@@ -161,7 +164,7 @@ def _ends(view: View, things: list[Thing], gap: float) -> set[str]:
 
 
 def _named(view: View, rng: random.Random, *without: str) -> Iterator[tuple[Thing, str]]:
-    """Yield every thing that has a name of its own, with one of its names."""
+    """Yield every thing that has an unambiguous name, with one of its names."""
     for thing in view.things:
         if names := view.names(thing, frozenset(without)):
             yield thing, rng.choice(names)
@@ -177,7 +180,7 @@ def _place(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _half(view: View, rng: random.Random) -> Iterator[Question]:
-    """For many things of a category too: that one of them is there is certain."""
+    """Ask also about categories with several things: that one of them is in the half is certain."""
     if view.complete:
         return
     for noun, things in view.by_noun.items():
@@ -221,7 +224,7 @@ _OTHER_WAY = {"left of": "right of", "right of": "left of", "above": "below", "b
 
 
 def _relation(view: View, rng: random.Random) -> Iterator[Question]:
-    # A context that is not known to be complete is of a photograph, where "above" alone could mean "on top of".
+    # A context that is not known to be complete belongs to a photograph, where "above" could mean "on top of".
     where = "" if view.complete else " in the picture"
     for (a, first), (b, second) in combinations(_named(view, rng, "place"), 2):
         for is_ in view.apart(a, b).values():
@@ -239,7 +242,7 @@ def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
         one, other = (first, second) if rng.random() < 0.5 else (second, first)
         larger = (a.area > b.area) == (one == first)
         says = rng.random() < 0.5
-        # Of things that lie at different distances only what they take of the image can be compared.
+        # Without sizes in the annotation only the areas in the image can be compared: distances are unknown.
         if a.size and b.size:
             word, really = ("larger" if larger == says else "smaller"), ("larger" if larger else "smaller")
             text, said = f"Is {one} {word} than {other}?", f"{one} is {really} than {other}"
@@ -252,7 +255,7 @@ def _comparison(view: View, rng: random.Random) -> Iterator[Question]:
 
 
 def _share(view: View, rng: random.Random) -> Iterator[Question]:
-    """A box holds its thing, so what is less than half for the box is so for the thing; more than half is not known."""
+    """Ask only about small boxes: a thing is at most as large as its box, and may be smaller."""
     if view.complete:
         return
     for thing, name in _named(view, rng):

@@ -1,15 +1,15 @@
-"""What may be said of an image by its captions and boxes, and what may not.
+"""Facts about an image that follow from its captions and boxes.
 
     view = View(context)
     view.count("dog")       2, or None where the annotation does not settle it
-    view.place(thing)       "top left", or None where it is a matter of taste
-    view.names(thing)       ["the dog"]: names that mean this one thing; none where another might be meant
-    view.apart(a, b)        where a clearly lies, seen from b: {"left of", "above"}
+    view.place(thing)       "top left", or None where it is ambiguous
+    view.names(thing)       ["the dog"]: names that refer to this thing only; empty where another might be meant
+    view.apart(a, b)        where a clearly is, relative to b, by axis: {"x": "left of", "y": "above"}
 
-COCO's boxes are not all that there is to see: a crowd is one box, small things are missed, and lists may be cut. So
-nothing is ever absent there, and a number is only known without a crowd and where the captions do not speak against
-it (`mentions`). What has no box is there only if two captions assert it (`asserted`). Where a context is `complete`
-(nano's scenes) both are known.
+COCO's boxes do not show everything in an image: a crowd is one box, small things are missed, and lists may be
+truncated. So nothing is treated as absent, and a number is known only without a crowd and if the captions do not
+contradict it (`mentions`). A thing without a box counts as present only if two captions assert it (`asserted`). If a
+context is `complete` (nano's scenes), both absence and number are known.
 """
 
 from __future__ import annotations
@@ -34,50 +34,54 @@ AT = {
     "left": "on the left", "centre": "in the centre", "right": "on the right",
     "bottom left": "at the bottom left", "bottom": "at the bottom", "bottom right": "at the bottom right",
 }  # fmt: skip
-"""The nine places, as thirds of width and height, and how a sentence says them."""
+"""The nine places (thirds of width and height), each with its phrase in a sentence."""
 MOST = 9
-"""COCO's annotators marked about ten of a category and drew a crowd around the rest: ten may be more."""
+"""Largest settled number of one category. COCO's annotators marked about ten and drew a crowd around the rest."""
 LARGER = 2.0
-"""How many times the area of another a box must have to be called larger."""
+"""Smallest ratio of two boxes' areas at which one is called larger."""
 _SHY = 0.04
-"""How far from a line between thirds the middle of a thing must lie to be on one side of it."""
+"""Smallest distance between a thing's centre and a line between thirds, as a share of the width or height."""
 _WIDE = 0.6
-"""What reaches over more of the width or height is in no third of it."""
+"""Largest extent, as a share of the width or height, of a thing that is in one third of it."""
 GAP = 0.02
-"""How far apart two things must end and begin to lie clearly beside each other."""
+"""Smallest gap between two things that are clearly apart, as a share of the width or height."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One box, and what its category says."""
+    """One box, with the attributes that its category names."""
 
     noun: str
+    """Noun of the category."""
     bbox: tuple[float, float, float, float]
+    """Left, top, right and bottom edge, as shares of the image's width and height."""
     size: str | None = None
+    """Size that the category names, if any."""
     colour: str | None = None
+    """Colour that the category names, if any."""
 
     @property
     def area(self) -> float:
-        """Share of the image that its box takes."""
+        """Share of the image's area that the box covers."""
         return (self.bbox[2] - self.bbox[0]) * (self.bbox[3] - self.bbox[1])
 
     @property
     def kind(self) -> str | None:
-        """The word above its category, where there is one."""
+        """Broader term of the category, such as "animal"; None if there is none."""
         return KIND_OF.get(self.noun)
 
     @property
     def phrase(self) -> str:
-        """Colour, if any, and noun."""
+        """Noun, preceded by the colour if there is one."""
         return f"{self.colour} {self.noun}" if self.colour else self.noun
 
 
 class View:
-    """A context, asked for what follows from it."""
+    """Facts that follow from a context."""
 
     def __init__(self, context: Context) -> None:
         self.crowds = frozenset(attributes(category)[2] for category in context.crowds)
-        # Where one box holds many, the boxes do not tell what else is there.
+        # If one box holds many things, the boxes do not show what else is in the image.
         self.complete = context.complete and not self.crowds
         self.captions = context.captions
         self.things = [
@@ -94,7 +98,7 @@ class View:
         self._categories = context.categories
 
     def count(self, noun: str) -> int | None:
-        """How many of a category there are; None where the annotation does not settle it."""
+        """Return how many things of a category there are; None if the annotation does not settle it."""
         return self._counts.get(noun, 0 if self.complete else None)
 
     def _settled(self, noun: str, found: int) -> int | None:
@@ -107,7 +111,7 @@ class View:
         return found
 
     def more_than_one(self) -> list[str]:
-        """Return the categories of which there are several, while their number is not settled."""
+        """Return the categories that have several things but no settled number."""
         several = {
             noun
             for noun, things in self.by_noun.items()
@@ -117,7 +121,7 @@ class View:
 
     @cached_property
     def sound_captions(self) -> list[str]:
-        """Captions in good English that nothing speaks against: the half that the others confirm most."""
+        """Well-formed captions that nothing contradicts: the half that the other captions confirm most."""
         if self.complete:
             return list(self.captions)
         sound: list[tuple[float, str]] = []
@@ -133,12 +137,12 @@ class View:
             wrong = wrong or bool(digits[1] and digits[0] - digits[1])
             if well_formed(caption) and not lacks_article(caption) and not alone and not wrong:
                 sound.append((_shared(caption, others), caption))
-        # What the others do not say is more often wrong, or misspelled.
+        # What no other caption says is more often wrong or misspelled.
         sound.sort(key=lambda one: -one[0])
         return [caption for _, caption in sound[: max(1, len(sound) // 2)]]
 
     def place(self, thing: Thing) -> str | None:
-        """Which of the nine places a thing is in; None where it lies near a line or reaches over most of it."""
+        """Return which of the nine places a thing is in; None if it is near a line or covers most of an axis."""
         x1, y1, x2, y2 = thing.bbox
         across, down = _third(x1, x2), _third(y1, y2)
         if across is None or down is None:
@@ -146,9 +150,13 @@ class View:
         return list(AT)[3 * down + across]
 
     def names(self, thing: Thing, without: frozenset[str] = frozenset()) -> list[str]:
-        """Names that mean exactly this thing and mention none of `without` (colour, noun, place).
+        """Return names that refer to exactly this thing.
 
-        One that is not known to be the only one of its category has none, unless the boxes are complete.
+        A thing that is not known to be the only one of its category has no name, unless the boxes are complete.
+
+        Args:
+            thing: A thing of this view.
+            without: What the names must not mention: "colour", "noun", "place".
         """
         out: list[str] = []
         if not is_counted(thing.noun):
@@ -158,7 +166,7 @@ class View:
         if not self.complete:
             return out
         has_colour, others = "colour" not in without and thing.colour, [t for t in self.things if t is not thing]
-        # What has no colour in the annotation, or no kind in our table, might have this one.
+        # A thing without a colour in the annotation, or without a kind in our table, might have this one.
         tinted = [t for t in others if t.colour in (thing.colour, None)]
         if has_colour and "noun" not in without and all(t.noun != thing.noun for t in tinted):
             out.append(f"the {thing.phrase}")
@@ -171,7 +179,7 @@ class View:
         return out
 
     def apart(self, a: Thing, b: Thing, gap: float = GAP) -> dict[str, str]:
-        """The axes on which two things are clearly apart, and where `a` is on each: {"x": "left of"}."""
+        """Return the axes on which two things are clearly apart, and the side of `a` on each: {"x": "left of"}."""
         out = {}
         for axis, low, before, after in (("x", 0, "left of", "right of"), ("y", 1, "above", "below")):
             if a.bbox[low + 2] + gap <= b.bbox[low]:
@@ -181,14 +189,14 @@ class View:
         return out
 
     def agreed_things(self) -> list[str]:
-        """Return the things that two captions say are there, none denies and no box shows: "street sign", "trees"."""
+        """Return the things that two captions assert, none denies and no box shows: "street sign", "trees"."""
         said = [asserted(caption) for caption in self.captions]
         refused = set().union(*map(denied, self.captions))
         agreed = [name for name, captions in Counter(chain(*said)).items() if captions >= 2 and name not in refused]
         boxed = {*self.by_noun, *self.crowds}
         known = {word for noun in boxed for word in (noun, *OTHER_NAMES.get(noun, ()), *SORTS.get(noun, ()))}
         last = {name.split()[-1] for name in known}
-        # A bathroom is a room: the longer name says it.
+        # A bathroom is a room: the longer name implies the shorter one.
         longest = [name for name in agreed if not any(other != name and other.endswith(name) for other in agreed)]
         return sorted(
             plural(name) if all(one.get(name, True) for one in said) else name
@@ -198,7 +206,7 @@ class View:
 
 
 def _shared(caption: str, others: Sequence[str]) -> float:
-    """The share of a caption's words that another caption has too; words between phrases do not count."""
+    """Return the share of a caption's words that other captions also have; only words in phrases count."""
     said = {word for phrase in simple_phrases(" ".join(others)) for word in phrase.split()}
     said |= {plural(word) for word in said}
     words = [word for phrase in simple_phrases(caption) for word in phrase.split()]
@@ -206,7 +214,7 @@ def _shared(caption: str, others: Sequence[str]) -> float:
 
 
 def _third(low: float, high: float) -> int | None:
-    """0, 1 or 2 for the third that clearly holds the middle of low..high."""
+    """Return the third (0, 1 or 2) that clearly contains the middle of low..high; None if none does."""
     middle = (low + high) / 2
     if high - low > _WIDE or min(abs(middle - 1 / 3), abs(middle - 2 / 3)) < _SHY:
         return None

@@ -118,7 +118,7 @@ _LIGHT = word_set(
     """
     a an the this that these those it its he she they his her their them there here is are was were be been
     being am do does did has have had and or but of in on at to from with by for as into over under one some any
-    what which who whom whose where when why how can could would will may might i you we image image photo
+    what which who whom whose where when why how can could would will may might i you we picture image photo
     photograph scene
     """
 )

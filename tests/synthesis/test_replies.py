@@ -162,6 +162,7 @@ def test_what_a_caption_names_may_be_named() -> None:
     [
         ("What colour is the red car?", "The car is red.", "self-answered"),
         ("Is the man walking his dog on the street?", "The man is walking his dog.", "self-answered"),
+        ("Is the car red?", "The car in the picture is red.", "self-answered"),
         ("What colour is the car?", "The car is red.", None),
         ("Is the car red?", "Yes, the car is red.", None),
         ("Is the car red or blue?", "Red.", None),

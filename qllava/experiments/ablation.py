@@ -1,8 +1,9 @@
 """Ablations: the same run with one thing changed, repeated for each seed, all measured in the same way.
 
-A grid is a YAML. `pretrain` and `finetune` hold keys of the two recipes, `variants` what is changed, by name; `grid`
-adds a variant for each combination of values. A variant is compared with the first, or with the one that it names under
-`against`; it may have a `measure` of its own, with which only variants of the same should be compared.
+A grid is a YAML file. `pretrain` and `finetune` hold settings of the two recipes; `variants` holds the changes of each
+variant, by name; `grid` adds a variant for each combination of values. A variant is compared with the first one, or
+with the one that it names under `against`. It may set `measure`; only variants with the same `measure` should be
+compared.
 
     seeds: [1, 2, 3]
     measure: vqa {model} test.json --image-folder images
@@ -14,13 +15,14 @@ adds a variant for each combination of values. A variant is compared with the fi
       without stage 1: {pretrain: {max_steps: 1, learning_rate: 0}}
     grid: {lora_r: [8, 32], projector_type: [mlp2x_gelu, linear]}
 
-A key that says what the base is goes into both stages. Variants whose stage 1 is the same share it, seed by seed;
-without `pretrain` the projector is the one that `finetune` names or has. Nothing is trained or asked here: a cell is
-the commands that a user would type, each a process of its own, and what they have finished is not done again.
+A setting that defines the base model applies to both stages. Variants with the same stage 1 share it, seed by seed.
+Without `pretrain`, the projector is the one that `finetune` names, or that of its model. This module trains and
+evaluates nothing itself: a cell (one variant with one seed) is a series of the commands that a user would type, each in
+its own process. Commands that have finished are not run again.
 
-    OUT/aligned/HASH/            stage 1
-    OUT/NAME/seed-1/             a run of finetune_lora; seed-1.yaml is its configuration, seed-1.log what it said
-    OUT/NAME/seed-1.measured/    what `qllava eval` said of the run, or of each of its checkpoints, as JSON
+    OUT/aligned/HASH/            a stage 1 run
+    OUT/NAME/seed-1/             a run of finetune_lora; seed-1.yaml is its configuration, seed-1.log its log
+    OUT/NAME/seed-1.measured/    results of `qllava eval` for the run, or for each of its checkpoints, as JSON
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ KEYS = {"seeds", "measure", "pretrain", "finetune", "variants", "grid"}
 Command = Callable[[Sequence[str], Path], str]
 """Run a command (`pretrain_projector`, `finetune_lora` or `eval`) and return what it printed.
 
-Takes the command with its arguments, and the path of the log of its messages. Raises InputError if it fails."""
+It takes the command with its arguments, and the path of a log for its messages, and raises InputError if it fails."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Grid:
     """Variants, each of which is run with every seed."""
 
     variants: tuple[Variant, ...]
+    """Variants in the order of the report."""
     seeds: tuple[int, ...]
+    """Seeds, each of which is used for both stages."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Measured:
     """Results of one variant with one seed."""
 
     variant: str
+    """Name of the variant."""
     seed: int
+    """Seed of both stages."""
     points: tuple[tuple[int, float], ...]
     """(optimizer step, accuracy) of each checkpoint that was measured; the last is the result."""
     ci95: tuple[float, float]
@@ -125,9 +131,9 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
     except OSError as error:
         raise InputError(f"The grid {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The grid {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"The grid {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict) or not given.keys() <= KEYS:
-        raise InputError(f"The grid {path} must be a mapping with keys of {', '.join(sorted(KEYS))} and no others.")
+        raise InputError(f"The grid {path} must be a mapping. Its keys can only be {', '.join(sorted(KEYS))}.")
     for key in KEYS - {"seeds", "measure"}:
         if not isinstance(given.setdefault(key, {}), dict):
             raise InputError(f"The grid {path}: the value of {key} must be a mapping (name: value).")
@@ -136,19 +142,19 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
         raise InputError(f"The grid {path}: seeds must be a list of whole numbers.")
     if not isinstance(given.get("measure"), str):
         raise InputError(
-            f"The grid {path} has no evaluation; give one under the key measure, such as `vqa {{model}} test.json`."
+            f"The grid {path} has no evaluation. Add one under the key measure, such as `vqa {{model}} test.json`."
         )
     changes = list(_changes(given, path))
     variants = tuple(_variant(name, changed, given, path, changes[0][0]) for name, changed in changes)
     for variant in variants:
         if variant.against not in dict(changes):
             raise InputError(
-                f"The grid {path}: {variant.name} has `against: {variant.against}`, which is not the name of a variant."
+                f"The grid {path}: {variant.name} has `against: {variant.against}`, but no variant has this name."
             )
     folders = [variant.folder for variant in variants]
     if not variants or len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
         raise InputError(
-            f"The grid {path}: the names of variants must be different, usable as folder names, and not `aligned`."
+            f"The grid {path}: the names of variants must differ, also as folder names, and must not be `aligned`."
         )
     return Grid(variants, tuple(dict.fromkeys(seeds)))
 
@@ -157,7 +163,7 @@ def _changes(given: dict[str, Any], path: Path) -> Iterator[tuple[str, dict[str,
     """Return the names of all variants, and what each changes."""
     for name, changed in given["variants"].items():
         if not isinstance(changed, dict) or not isinstance(changed.get("pretrain", {}), dict):
-            raise InputError(f"The grid {path}: the variant {name} must be a mapping of what it changes.")
+            raise InputError(f"The grid {path}: the variant {name} must be a mapping (setting: value).")
         yield str(name), changed
     for key, values in given["grid"].items():
         if not isinstance(values, list) or not values:
@@ -189,7 +195,7 @@ def run_grid(grid: Grid, out: Path, run: Command) -> list[Measured]:
     """
     cells = [(variant, seed) for seed in grid.seeds for variant in grid.variants]
     for variant, seed in cells:
-        _configure(out, variant, seed)  # all of them first: a grid that was changed is refused before hours of work
+        _configure(out, variant, seed)  # all of them first, so that a changed grid is refused before hours of work
     finished = [_is_measured(out, variant, seed) for variant, seed in cells]
     with tqdm(total=len(cells), initial=sum(finished), unit=" cells", disable=None) as bar:
         for (variant, seed), done in zip(cells, finished, strict=True):
@@ -242,7 +248,7 @@ def _aligned(out: Path, variant: Variant, seed: int) -> Path:
 
 
 def _configure(out: Path, variant: Variant, seed: int) -> None:
-    """Write a cell's configurations. Raises InputError if the cell was started with other ones."""
+    """Write a cell's configurations; it is an error if the cell was started with other ones."""
     folder, aligned = _folder(out, variant, seed), _aligned(out, variant, seed)
     stage2 = {**variant.finetune, "seed": seed, "output_dir": str(folder)}
     if variant.pretrain is not None:
@@ -256,12 +262,12 @@ def _write(settings: dict[str, Any], folder: Path) -> None:
     try:
         if folder.is_dir() and path.read_text(encoding="utf-8") != text:
             raise InputError(
-                f"The runs in {folder} were started with settings that differ from the grid's; give another --out."
+                f"The runs in {folder} were started with other settings than those of the grid. Choose another --out."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}). Choose another --out.") from error
 
 
 def _train(out: Path, variant: Variant, seed: int, run: Command) -> None:
@@ -276,7 +282,7 @@ def _train(out: Path, variant: Variant, seed: int, run: Command) -> None:
 
 
 def _measure(out: Path, variant: Variant, seed: int, run: Command) -> None:
-    """Measure the run, or each of its checkpoints, where that was not done yet."""
+    """Measure the run, or each of its checkpoints, unless that is done already."""
     told = _told(out, variant, seed)
     told.mkdir(exist_ok=True)
     for model in _models(_folder(out, variant, seed)):
@@ -291,7 +297,7 @@ def _measure(out: Path, variant: Variant, seed: int, run: Command) -> None:
             float(figures["accuracy"]), *figures["ci95"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"`qllava eval {shlex.join(words)}` returns no accuracy; change `measure` in the grid."
+                f"`qllava eval {shlex.join(words)}` returns no accuracy. Change `measure` in the grid."
             ) from error
         write_whole(path, json.dumps(figures, indent=1) + "\n")
 

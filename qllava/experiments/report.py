@@ -1,9 +1,9 @@
 """Results of a grid, as a table in Markdown and as a page with charts.
 
-A figure is the mean over seeds. Its interval, where there are two seeds or more, is Student's over the seeds: what
-another seed would give on the same questions. With one seed it is Wilson's over the questions, and says nothing about
-other seeds. The difference to the variant that it is compared with is taken seed by seed, so that the effect of a seed
-on both cancels out; with one seed it has no interval.
+A figure is the mean over seeds. With two seeds or more, its interval is Student's over the seeds: what another seed
+would give on the same questions. With one seed it is Wilson's over the questions, and says nothing about other seeds.
+The difference from the variant that it is compared with is computed seed by seed, so that the effect of a seed on both
+cancels out; with one seed it has no interval.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ from qllava.files import write_whole
 from qllava.page import Series
 from qllava.runs import REPORT_FILE
 
-HEAD = ("variant", "seeds", "right", "95 % interval", "compared with", "difference", "95 % interval of that")
+HEAD = (
+    "variant",
+    "seeds",
+    "accuracy",
+    "95 % interval",
+    "compared with",
+    "difference in points",
+    "95 % interval of the difference",
+)
 NOTE = (
-    "Means over seeds. The interval is Student's over the seeds, or Wilson's over the questions where there is one "
-    "seed. Differences are taken seed by seed."
+    "Figures are means over seeds. The 95 % interval is Student's over the seeds or, with only one seed, Wilson's over "
+    "the questions. Differences are computed seed by seed."
 )
 
 
@@ -34,13 +42,17 @@ class Row:
     """Figures of one variant, accuracies between 0 and 1."""
 
     variant: str
+    """Name of the variant."""
     seeds: int
+    """Number of seeds that were measured."""
     right: float
+    """Mean accuracy over the seeds."""
     ci95: tuple[float, float]
+    """95 % interval of the mean accuracy."""
     against: str
     """Name of the variant that it is compared with."""
     gain: float | None
-    """Mean difference to `against` on the seeds that both have; None if there are none, or for itself."""
+    """Mean difference from `against` on the seeds that both have; None if there are none, or for itself."""
     gain_ci95: tuple[float, float] | None
     """95 % interval of `gain`; None with fewer than two seeds in common."""
 
@@ -103,17 +115,17 @@ def write(out: Path, grid: Grid, measured: Sequence[Measured]) -> Path:
     write_whole(out / "cells.json", json.dumps(cells, indent=1) + "\n")
     write_whole(out / "table.md", markdown(found))
     missing = len(grid.variants) * len(grid.seeds) - len(measured)
-    parts = [page.callout(f"{missing} cells are not finished.", "warning")] if missing else []
+    parts = [page.callout(f"Unfinished cells (a variant with a seed): {missing}.", "warning")] if missing else []
     shares = [(row.variant, row.right, *row.ci95) for row in found]
     gains = [(row.variant, row.gain, *row.gain_ci95) for row in found if row.gain is not None and row.gain_ci95]
     lowest = math.floor(10 * min((row.ci95[0] for row in found), default=0.0)) / 10
     charts = [page.interval_chart("Accuracy", shares, lowest, 1.0)]
     if gains:
         reach = max(0.01, *(abs(bound) for _, _, *interval in gains for bound in interval))
-        charts.append(page.interval_chart("Difference to the one it is compared with", gains, -reach, reach))
+        charts.append(page.interval_chart("Difference from the variant compared with", gains, -reach, reach))
     curves = _curves(measured)
     if curves:
-        charts.append(page.line_chart("Accuracy over steps, mean of the seeds", curves, share=True))
+        charts.append(page.line_chart("Accuracy over optimizer steps (mean over seeds)", curves, share=True))
     parts += [page.section("Figures", page.table(HEAD, [_cells(row) for row in found])), page.grid(*charts)]
     path = out / REPORT_FILE
     page.write_page(path, page.page("Ablations", NOTE, parts, footer="Written by qllava from this folder's files."))

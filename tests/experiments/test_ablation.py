@@ -107,13 +107,13 @@ def test_places_are_made_only_where_they_are_spoken_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"variant": {}}, "keys of"),
+        ({"variant": {}}, "keys can only be"),
         ({"seeds": []}, "whole numbers"),
         ({"seeds": [1.5]}, "whole numbers"),
         ({"measure": None}, "measure"),
         ({"variants": {}}, "the names of variants"),
-        ({"variants": {"A b": {}, "a-b": {}}}, "must be different"),
-        ({"variants": {"aligned": {}}}, "not `aligned`"),
+        ({"variants": {"A b": {}, "a-b": {}}}, "must differ"),
+        ({"variants": {"aligned": {}}}, "must not be `aligned`"),
         ({"variants": {"a": {"seed": 1}}}, "a sets seed"),
         ({"variants": {"a": {"projector": "x"}}}, "a sets projector"),
         ({"variants": {"a": {"against": "b"}}}, "`against: b`"),
@@ -156,7 +156,7 @@ def test_a_cell_with_other_settings_is_not_taken_for_the_same(tmp_path: Path) ->
     out = tmp_path / "out"
     run_grid(read_grid(grid_file(tmp_path, seeds=[1])), out, Pretend())
     changed, pretend = read_grid(grid_file(tmp_path, seeds=[1], variants={"as it is": {"lora_r": 2}})), Pretend()
-    with pytest.raises(InputError, match="settings that differ"):
+    with pytest.raises(InputError, match="other settings"):
         run_grid(changed, out, pretend)
     assert pretend.done == []
 
@@ -166,7 +166,7 @@ def test_each_checkpoint_is_measured_and_the_last_is_the_result(tmp_path: Path) 
     (measured,) = run_grid(grid, tmp_path / "out", Pretend(checkpoints=(4, 12, 8)))
     assert [step for step, _ in measured.points] == [4, 8, 12]
     page = ablation_report.write(tmp_path / "out", grid, [measured]).read_text()
-    assert "over steps" in page
+    assert "over optimizer steps" in page
 
 
 def test_a_measure_without_an_accuracy_is_said(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_the_figures() -> None:
 def test_a_page_of_an_unfinished_grid_says_so(tmp_path: Path) -> None:
     grid = Grid((Variant("a", None, {}, "", "a"),), (1, 2))
     page = ablation_report.write(tmp_path, grid, [Measured("a", 1, ((0, 0.5),), (0.4, 0.6))]).read_text()
-    assert "1 cells are not finished" in page and "<svg" in page
+    assert "Unfinished cells (a variant with a seed): 1." in page and "<svg" in page
     (cell,) = json.loads((tmp_path / "cells.json").read_text())
     assert cell == {"variant": "a", "seed": 1, "points": [[0, 0.5]], "ci95": [0.4, 0.6]}
-    assert "2 cells are not finished" in ablation_report.write(tmp_path, grid, []).read_text()
+    assert "Unfinished cells (a variant with a seed): 2." in ablation_report.write(tmp_path, grid, []).read_text()
 
 
 def in_process(words: Sequence[str], log: Path) -> str:
@@ -265,4 +265,4 @@ def test_scienceqa_in_both_orders_from_end_to_end(tiny: Tiny, tmp_path: Path, mo
     measured = run_grid(grid, tmp_path / "out", in_process)
     assert [[step for step, _ in one.points] for one in measured] == [[1, 2], [1, 2]]
     page = ablation_report.write(tmp_path / "out", grid, measured).read_text()
-    assert "over steps" in page and "reason first" in page and "answer first" in page
+    assert "over optimizer steps" in page and "reason first" in page and "answer first" in page

@@ -1,1 +1,1 @@
-"""Ask a language model behind any OpenAI-compatible address: used by the data engine and by evaluation."""
+"""Client of language models behind OpenAI-compatible addresses, for the data engine and for evaluation."""

@@ -1,13 +1,13 @@
-"""The same calls through batch files: vLLM's `run-batch`, or a hosted batch, does the work.
+"""Calls through batch files, which vLLM's `run-batch` or a hosted batch API answers.
 
     requests   {"custom_id": KEY, "method": "POST", "url": "/v1/chat/completions", "body": {"model", "messages", ...}}
     results    {"custom_id": KEY, "response": {"status_code": 200, "body": {...}}, "error": null}
 
 `custom_id` is the key of the store, so results may come in any order, in several files, and twice. A reply that breaks
-a rule is written again by one more call: that of a second file.
+a rule needs one more call, which is in a second export.
 
-A hosted batch takes 50,000 requests and 200 MB a file (OpenAI's Batch API; others take as much or more). What is more
-than one file holds becomes several: requests-00001.jsonl, requests-00002.jsonl, ... in the place of requests.jsonl.
+A hosted batch takes 50,000 requests and 200 MB per file (OpenAI's Batch API; others take as much or more). Larger
+exports become several files: requests-00001.jsonl, requests-00002.jsonl, ... instead of requests.jsonl.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from qllava.llm.completions import error_of, read_json, read_reply
 from qllava.llm.store import Call, Reply, Store
 
 MOST_REQUESTS = 50_000
-"""Requests of one file."""
+"""Maximum number of requests in one file."""
 MOST_BYTES = 200_000_000
-"""Size of one file."""
+"""Maximum size of one file in bytes."""
 
-_AT_ONCE = 1000  # replies that are flushed to the disk together
+_AT_ONCE = 1000  # number of replies that are flushed to the disk together
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written for a batch."""
+    """Requests that were written for a batch."""
 
     calls: int
-    """Requests, each once."""
+    """Number of distinct requests."""
     files: tuple[Path, ...]
-    """The files that hold them; one, and empty, where there is none."""
+    """Files of the requests; one empty file if there are none."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What files of results held."""
+    """Numbers of results in imported files."""
 
     replies: int
-    """New ones, now kept."""
+    """Number of new replies, which are now stored."""
     known: int
-    """Kept before, or in an earlier line."""
+    """Number of replies that were stored before or repeat an earlier line."""
     failed: int
-    """Requests that the server could not answer; the next export asks for them again."""
+    """Number of requests that the server could not answer; the next export contains them again."""
     foreign: int
-    """Of other images, prompts or settings than those of this command."""
+    """Number of results for other images, prompts or settings than those of this command."""
 
 
 def write_requests(path: Path, calls: Iterable[Call]) -> Exported:
-    """Write requests, each once, to one file or several; every file appears complete or not at all.
+    """Write requests, each once, to one file or several; every file is written completely or not at all.
 
     Numbered files of an earlier export to the same path are removed, so that they are not sent again.
 
     Args:
-        path: The file; where one is not enough, numbers are put behind its name.
-        calls: What is asked.
+        path: The file; if one is not enough, numbers are appended to its name.
+        calls: Calls to write.
 
     Raises:
         InputError: A file cannot be written.
@@ -87,7 +87,7 @@ def write_requests(path: Path, calls: Iterable[Call]) -> Exported:
 
 
 class _Files:
-    """Files that are written one after the other, aside, and renamed together."""
+    """Writer of several files, one after the other, under temporary names, which are renamed together."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class _Files:
         self._begin()
 
     def write(self, line: bytes) -> None:
-        """Write a line, in a new file where this one is full."""
+        """Write a line, into a new file if the current one is full."""
         if self._lines and (self._lines == MOST_REQUESTS or self._size + len(line) > MOST_BYTES):
             self._begin()
         assert self._open is not None
@@ -106,7 +106,7 @@ class _Files:
         self._lines, self._size = self._lines + 1, self._size + len(line)
 
     def finish(self) -> tuple[Path, ...]:
-        """Give the files their names, and remove those of an earlier export."""
+        """Rename the files to their final names, and remove those of an earlier export."""
         self._close()
         several = len(self._parts) > 1
         files = [self._numbered(number) if several else self.path for number in range(1, len(self._parts) + 1)]
@@ -119,7 +119,7 @@ class _Files:
         return tuple(files)
 
     def discard(self) -> None:
-        """Remove what has no name yet."""
+        """Remove files that are not renamed yet."""
         self._close()
         self._aside.close()
 
@@ -140,12 +140,12 @@ class _Files:
 
 
 def read_results(paths: Sequence[Path], call_of: Callable[[str], Call | None], store: Store) -> Imported:
-    """Keep the replies to the calls that are wanted; of a file one line is held, and a few replies.
+    """Store the replies to the wanted calls, with one line and a few replies in memory at a time.
 
     Args:
         paths: Files of results.
-        call_of: Finds a call that is wanted by its key; None for any other.
-        store: Where the replies are kept.
+        call_of: Function from a key to the wanted call; None for any other key.
+        store: Store of the replies.
 
     Raises:
         InputError: A line is not a result, or nothing in a file belongs to this command.
@@ -174,7 +174,7 @@ def _read_file(path: Path, call_of: Callable[[str], Call | None], store: Store) 
                 if len(new) == _AT_ONCE:
                     store.add(*new.values())
                     new.clear()
-    finally:  # those before a line that is not a result are kept
+    finally:  # replies before a line that is not a result are stored too
         store.add(*new.values())
     if foreign and not (replies or known or failed):
         raise InputError(
@@ -194,7 +194,7 @@ def _request(call: Call) -> dict[str, Any]:
 
 
 def _results(path: Path) -> Iterator[tuple[str, Any]]:
-    """Key and body of every result; None for a body where the request failed."""
+    """Yield key and body of every result; the body is None if the request failed."""
     for place, row in read_records(path):
         yield _result(row, place)
 
@@ -207,7 +207,7 @@ def _result(row: Any, place: Place) -> tuple[str, Any]:
     response = row["response"]
     answered = isinstance(response, dict) and response.get("status_code", 200) == 200 and not row.get("error")
     body = response.get("body") if answered else None
-    # An error may come with status 200; the body may be text that holds it.
+    # An error may come with status 200, and in a body that is text.
     if error_of(read_json(body) if isinstance(body, str) else body) is not None:
         body = None
     return row["custom_id"], body

@@ -1,12 +1,13 @@
-"""Ask a language model behind any OpenAI-compatible address, many calls at a time, and pay for none twice.
+"""Client of a language model behind an OpenAI-compatible address: many calls at a time, none paid twice.
 
     with Store(path) as store:
         async with Client(store, "http://127.0.0.1:8000/v1", concurrency=64) as client:
             reply = await client.ask(Call("a-model", messages, {"temperature": 0.7}, version="1"))
 
-`ask` looks into the store first, sends what is not there, and keeps the reply before it returns it. What passes (a
-broken connection, 429, 5xx) is tried again, after twice the time each time, or when the server says (`Retry-After`).
-`refusals` says what a missing reply means for the call and for the run, `budget` what may be spent.
+`ask` looks into the store first, sends the call if it is not there, and stores the reply before it returns it.
+Temporary failures (a broken connection, 429, 5xx) are tried again, after twice the pause each time, or when the server
+says (`Retry-After`). `refusals` decides what a missing reply means for the call and for the run, `budget` what may be
+spent.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from qllava.llm.store import Call, Reply, Spent, Store
 T = TypeVar("T")
 
 RETRIES = 6
-"""Attempts after the first. With the pauses between them a call outlives an outage of a minute."""
+"""Number of attempts after the first. With the pauses between them a call survives an outage of a minute."""
 
-_FIRST_REST = 1.0  # seconds before the second attempt, at the least
+_FIRST_REST = 1.0  # minimum seconds before the second attempt
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
 class Client:
-    """A server, the store of its replies, and a budget. Used by one event loop, inside `async with`."""
+    """Client of a server, with the store of its replies and a budget; used by one event loop, in `async with`."""
 
     def __init__(
         self,
@@ -55,20 +56,20 @@ class Client:
         max_tokens: int | None = None,
         first_rest: float = _FIRST_REST,
     ) -> None:
-        """Check address, key and proxy; nothing is sent yet.
+        """Check address, key and proxy, without sending anything.
 
         Args:
-            store: Where replies are looked up and kept.
-            base_url: The server; None for OPENAI_BASE_URL, else OpenAI's own.
-            concurrency: Requests at a time.
+            store: Store of the replies.
+            base_url: Address of the server; None for OPENAI_BASE_URL, else OpenAI's own.
+            concurrency: Number of requests at a time.
             timeout: Seconds without a byte from the server.
-            retries: Attempts after the first.
-            max_calls: Most requests that may be sent, those of earlier runs counted.
-            max_tokens: Most tokens that may be spent, those of earlier runs counted.
-            first_rest: Seconds before the second attempt, at the least.
+            retries: Number of attempts after the first.
+            max_calls: Maximum number of requests, including those of earlier runs.
+            max_tokens: Maximum number of tokens, including those of earlier runs.
+            first_rest: Minimum seconds before the second attempt.
 
         Raises:
-            InputError: One of them cannot be used.
+            InputError: The address, the key or the proxy cannot be used.
         """
         self.store = store
         self.concurrency = concurrency
@@ -79,10 +80,10 @@ class Client:
         self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
         for client in connections_of(self._clients, concurrency):
             self._free.put_nowait(client)
-        self._running: dict[str, asyncio.Task[Reply]] = {}  # by key: one call is on its way once
+        self._running: dict[str, asyncio.Task[Reply]] = {}  # by key, so that one call is in flight only once
         self._stopping = asyncio.Event()
         self._standing = Standing(self._address)
-        self._resume = 0.0  # the moment (of the loop's clock) before which the server wants no request
+        self._resume = 0.0  # time, by the loop's clock, before which the server accepts no request
         self._error: BaseException | None = None
 
     async def __aenter__(self) -> Client:
@@ -97,12 +98,16 @@ class Client:
     async def each(
         self, items: Iterable[T], work: Callable[[T], Awaitable[None]], failed: Callable[[T, str], None]
     ) -> None:
-        """Do `work`, which asks, on every item, `concurrency` at a time.
+        """Run `work`, which calls `ask`, on every item, `concurrency` at a time.
 
-        Whatever goes wrong with one item is its failure, which `failed` gets in words; the others go on. At the end of
-        the budget, an InputError of any `work`, or the first Ctrl-C, nothing new is begun; requests that are on their
-        way are awaited and kept, for they are paid. Then the error is raised; the end of the budget is none. A second
-        Ctrl-C ends at once.
+        An error of one item is passed to `failed`, and the others continue. At the end of the budget, an InputError of
+        any `work`, or the first Ctrl-C, no new item is started; requests in flight are awaited and stored, because they
+        are paid for. Then the error is raised; the end of the budget is not an error. A second Ctrl-C ends at once.
+
+        Args:
+            items: Items to work on.
+            work: Function that asks about one item.
+            failed: Called with an item that failed and the reason.
         """
         waiting = iter(items)
 
@@ -129,7 +134,13 @@ class Client:
             self._standing.at_the_end()
 
     async def ask(self, call: Call) -> Reply:
-        """The reply to a call, kept. Raises Unanswered, Stopped, or InputError where no call can succeed."""
+        """Return the reply to a call, from the store or from the server, whose reply is stored first.
+
+        Raises:
+            Unanswered: The call has no reply.
+            Stopped: The budget is used up, or the run is being ended.
+            InputError: No call can succeed.
+        """
         kept = self.store.get(call.key)
         if kept is not None:
             return kept
@@ -164,11 +175,11 @@ class Client:
         self._budget.end()
 
     async def _attempts(self, call: Call, spent: Spent) -> Reply:
-        """A reply, after as many attempts as are allowed. Raises as `ask`."""
+        """Return a reply, after as many attempts as are allowed; raises the errors of `ask`."""
         content, tokens, loop = _content(call), most_tokens(call), asyncio.get_running_loop()
 
         async def attempt() -> Reply | Trouble:
-            # Not all at the same moment, or the server would have to turn most of them away again.
+            # Not all at the same moment, or the server would have to reject most of them again.
             await self._rest((self._resume - loop.time()) * random.uniform(1.0, 1.2))
             outcome = await self._once(call, content, tokens, spent)
             if isinstance(outcome, Trouble):
@@ -182,9 +193,9 @@ class Client:
         return await patience.wait_for(attempt, self._rest)
 
     async def _once(self, call: Call, content: bytes, tokens: int, spent: Spent) -> Reply | Trouble:
-        """One attempt, within the budget, and what it cost. Raises as `ask`."""
+        """Make one attempt within the budget, and count its cost; raises the errors of `ask`."""
         await self._budget.reserve(tokens)
-        cost, sent, reply = tokens, True, None  # until it is known
+        cost, sent, reply = tokens, True, None  # maximum values until the real ones are known
         try:
             response = await self._post(content)
             self._standing.heard = True
@@ -198,7 +209,7 @@ class Client:
             if isinstance(error, _NOT_SENT):
                 cost, sent = 0, False
             reason = self._address.hidden(f"{type(error).__name__} ({error})" if str(error) else type(error).__name__)
-            # Of many connections at once one may be refused; where the last of them is, nobody is there.
+            # Among many connections one may be refused; if the last one is refused too, nothing listens there.
             if isinstance(error, httpx.ConnectError) and not self._standing.heard and self._budget.open == 1:
                 raise no_server(self._address, reason) from error
             return Trouble(reason)
@@ -208,7 +219,7 @@ class Client:
             spent.lost_tokens += cost if reply is None else 0
 
     async def _post(self, content: bytes) -> httpx.Response:
-        """Send a call over a free connection."""
+        """Send a request over a free connection."""
         client = await self._free.get()
         try:
             return await client.post(self._address.url, content=content)
@@ -216,7 +227,7 @@ class Client:
             self._free.put_nowait(client)
 
     async def _rest(self, seconds: float) -> None:
-        """Wait; raises Stopped when the run is being ended, for then nothing is to be sent any more."""
+        """Wait, and raise Stopped if the run is being ended, when nothing more may be sent."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), seconds)
@@ -225,7 +236,7 @@ class Client:
 
     @contextmanager
     def _catching_interrupts(self) -> Iterator[None]:
-        """Let the first Ctrl-C stop the run in order, and the second one do what it always does."""
+        """Make the first Ctrl-C stop the run in an orderly way; the second one interrupts as usual."""
         loop = asyncio.get_running_loop()
 
         def interrupt() -> None:
@@ -236,7 +247,7 @@ class Client:
         try:
             loop.add_signal_handler(signal.SIGINT, interrupt)
             caught = True
-        except (RuntimeError, ValueError):  # not in the main thread, which alone gets signals
+        except (RuntimeError, ValueError):  # only the main thread gets signals
             pass
         try:
             yield
@@ -246,16 +257,16 @@ class Client:
 
 
 def fault(error: Exception) -> str:
-    """What to say of one item's failure: the server's words, or what went wrong in here."""
+    """Return the reason for one item's failure: the server's message, or an error of this program."""
     return str(error) if isinstance(error, Unanswered) else f"fault: {type(error).__name__} ({error})"[:300]
 
 
 def _content(call: Call) -> bytes:
-    """The request. Raises Unanswered for a text that no request can hold, which is a fault of this call alone."""
+    """Return the body of the request, or raise Unanswered for a text that no request can contain."""
     try:
         return json.dumps(call.body(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.start + 1]
         raise Unanswered(f"the text holds half a character ({half!a}), which cannot be sent") from error
     except (ValueError, RecursionError) as error:
-        raise Unanswered(f"this cannot be sent as JSON ({error})") from error
+        raise Unanswered(f"the request cannot be written as JSON ({error})") from error

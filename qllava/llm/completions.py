@@ -1,8 +1,8 @@
-"""A body of /chat/completions, as a server sends it or a batch file holds it, becomes a reply.
+"""Conversion of a body of /chat/completions, from a server or a batch file, into a reply.
 
-A body may be anything: half of JSON, brackets that nest thousands deep, numbers that no count can be, halves of
-characters. Whatever arrived was paid, so it is a reply all the same: the whole text, with "unreadable" for a reason.
-Only an error that came with status 200, as some routers send it, is not a reply (`error_of`).
+A body may be anything: truncated JSON, brackets nested thousands deep, impossible numbers, halves of characters.
+Whatever arrived was paid for, so it becomes a reply with the whole text and the reason "unreadable". Only an error that
+came with status 200, as some routers send it, is not a reply (`error_of`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from qllava.llm.budget import most_prompt_tokens, reply_limit
 from qllava.llm.store import Call, Reply
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What reading JSON of unknown shape may raise."""
+"""Errors that reading JSON of unknown form may raise."""
 
 _HALF = re.compile("[\ud800-\udfff]")
-_MOST = 10**9  # tokens of one reply; a larger number is none
-_THOUGHTS = ("reasoning_content", "reasoning")  # fields that hold thoughts, and are paid
+_MOST = 10**9  # maximum number of tokens of one reply; a larger number is not a count
+_THOUGHTS = ("reasoning_content", "reasoning")  # fields of reasoning, which is paid for
 
 
 def read_json(body: bytes | str) -> Any:
-    """Parse JSON; None where it cannot be read. Bytes may begin with a byte order mark."""
+    """Parse JSON, which may begin with a byte order mark; return None if it is invalid."""
     try:
         return json.loads(_text(body))
     except (ValueError, RecursionError):
@@ -31,13 +31,13 @@ def read_json(body: bytes | str) -> Any:
 
 
 def error_of(read: Any) -> dict[str, Any] | None:
-    """Return the error that a body reports in place of a reply.
+    """Return the error that a body reports instead of a reply.
 
     Args:
         read: The body, parsed.
 
     Returns:
-        {"message", "status"}, the status None where the body names none; None for a body that reports no error.
+        {"message", "status"}, with status None if the body names none; None for a body without an error.
     """
     if not isinstance(read, dict):
         return None
@@ -57,11 +57,11 @@ def error_of(read: Any) -> dict[str, Any] | None:
 
 
 def read_reply(body: bytes | Any, call: Call) -> Reply:
-    """Return a body of /chat/completions as a reply.
+    """Return the reply in a body of /chat/completions.
 
     Args:
-        body: As it arrived, or parsed.
-        call: What was asked. Where the server has not counted its tokens, they count at the most that they can be.
+        body: The body as bytes, or parsed.
+        call: Call that was sent; if the server reports no token counts, the maximum of the call is used.
     """
     raw = body if isinstance(body, bytes | str) else _dumped(body)
     try:
@@ -89,12 +89,12 @@ def read_reply(body: bytes | Any, call: Call) -> Reply:
 
 
 def whole(text: str) -> str:
-    """Text with U+FFFD for halves of characters (lone surrogates), which JSON can spell and no file can hold."""
+    """Replace halves of characters (lone surrogates), which JSON can contain and no file can, by U+FFFD."""
     return text if text.isascii() else _HALF.sub("\ufffd", text)
 
 
 def _content(content: Any) -> str:
-    """The text of a message; of a list of parts those that are text, for thoughts are parts of another type."""
+    """Return the text of a message; of a list of parts only text, because reasoning has parts of another type."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str | None):
@@ -103,7 +103,7 @@ def _content(content: Any) -> str:
 
 
 def _count(number: Any) -> int | None:
-    """A number of tokens; None for anything else that JSON can say there."""
+    """Return a number of tokens; None for any other value."""
     return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= _MOST else None
 
 

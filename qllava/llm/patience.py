@@ -1,12 +1,12 @@
-"""How often one call is tried again, and how long it rests in between: tenacity's loop, counts and doubled pauses.
+"""Retries of one call and the pauses between them, with tenacity's loop, counts and doubled pauses.
 
 Three things are ours, because tenacity lacks them:
 
-- A pause that holds for all calls: a server that says `Retry-After` to one of them means the others too
+- A pause that applies to all calls: a server that sends `Retry-After` for one of them means the others too
   (`Client._attempts` waits for it before each attempt).
 - An attempt that does not count: 429 is not a failure of this call while the server answers other calls.
-- Jitter that never makes a pause shorter and grows with it: the doubled times together are what an outage may last.
-  tenacity's `wait_random_exponential` starts at 0, and the jitter of `wait_exponential_jitter` does not grow.
+- Jitter that never makes a pause shorter and grows with it: the doubled pauses together are the outage that a call
+  survives. tenacity's `wait_random_exponential` starts at 0, and the jitter of `wait_exponential_jitter` does not grow.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from qllava.llm.store import Reply
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-_LONGEST_REST = 60.0  # seconds between two attempts, where the server names none
+_LONGEST_REST = 60.0  # maximum seconds between two attempts, unless the server sets them
 
 
 class Patience:
     """The attempts of one call."""
 
     def __init__(self, standing: Standing, retries: int, first_rest: float) -> None:
-        """Begin to count.
+        """Start counting.
 
         Args:
-            standing: How many calls the server has answered.
-            retries: Attempts after the first.
-            first_rest: Seconds before the second attempt, at the least; twice as many before each further one.
+            standing: State of the server, with the number of calls it has answered.
+            retries: Number of attempts after the first.
+            first_rest: Minimum seconds before the second attempt; twice as many before each further one.
         """
         from tenacity import wait_exponential  # here: a command that asks no server does not pay for the import
 
@@ -47,11 +47,11 @@ class Patience:
         """Attempt until there is a reply.
 
         Args:
-            attempt: One attempt; what it raises ends the call.
-            rest: Waits so many seconds; what it raises ends the call.
+            attempt: Function for one attempt; an exception ends the call.
+            rest: Function that waits a number of seconds; an exception ends the call.
 
         Raises:
-            Unanswered: All attempts met trouble that passes.
+            Unanswered: All attempts failed with temporary errors.
         """
         from tenacity import AsyncRetrying, retry_if_result
 
@@ -73,7 +73,7 @@ class Patience:
         return self._failures > self._retries
 
     def _pause(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt; 0 where the server has named a time, which every attempt waits for."""
+        """Return the seconds before the next attempt; 0 if the server set a time, which every attempt waits for."""
         return 0.0 if _trouble(state).wait else self._doubled(state) * random.uniform(1.0, 1.5)
 
 

@@ -1,19 +1,20 @@
-"""Calls to a language model, kept by their content, so that none that was answered is ever paid again.
+"""Store of calls to a language model by their content, so that no answered call is ever paid again.
 
     calls.jsonl    {"key": "3f0c...", "model": ..., "version": ..., "reply": {"text": ..., ...}}
                    {"key": "71aa...", "model": ..., "version": ..., "failed": "status 400: ...", "requests": 1}
 
-A line for each reply, appended and flushed to the disk before the reply is used; and one for each call that failed, so
-that the next run asks it after all others. `requests` and `lost_tokens` say what was spent where that is not one
-request: by attempts that failed.
+There is a line for each reply, appended and flushed to the disk before the reply is used; and one for each call that
+failed, so that the next run sends it after all others. `requests` and `lost_tokens` are what was spent, with failed
+attempts, if that is more than one request.
 
-The key is a hash of model, version of the prompt, messages and parameters: another prompt is another call, and the
-same call is found again whoever asks it. Stopping a process at any moment leaves whole lines and at most one torn one,
-at the end, which is cut when the file is opened next. A broken line anywhere else is an error: somebody edited it.
+The key is a hash of model, version of the prompt, messages and parameters: another prompt is another call, and the same
+call is found by every command. A process that is stopped at any moment leaves complete lines and at most one truncated
+line, at the end, which is removed when the file is opened next. A corrupt line anywhere else is an error: the file was
+edited.
 
-One process writes at a time. The lock is on a hidden file beside the store, so that deleting the store does not let a
-second process in, and on the store itself, which may have several names. Both end with their process, however that
-ends. A store that is deleted while it is in use is written again, as a whole, with the next reply.
+One process writes at a time. The lock is on a hidden file next to the store, so that deleting the store does not let a
+second process in, and on the store itself, which may have several names. Both locks end with their process in any case.
+A store that is deleted while it is in use is written again completely with the next reply.
 """
 
 from __future__ import annotations
@@ -44,58 +45,71 @@ _LONGEST_LINE = 1 << 32  # bytes
 
 @dataclass(frozen=True)
 class Call:
-    """What a language model is asked."""
+    """A call to a language model."""
 
     model: str
-    messages: tuple[Message, ...]  # {"role", "content"}, as the chat API has them: text, or parts
-    parameters: Mapping[str, Any]  # further fields of the request: temperature, max_tokens, response_format, ...
-    version: str  # of the prompt; a new one asks again
+    """Name of the model."""
+    messages: tuple[Message, ...]
+    """Messages as in the chat API, {"role", "content"}, with content as text or parts."""
+    parameters: Mapping[str, Any]
+    """Further fields of the request: temperature, max_tokens, response_format, ..."""
+    version: str
+    """Version of the prompt; a new version makes a new call."""
 
     @cached_property
     def key(self) -> str:
-        """64 hexadecimal digits that identify the content."""
+        """Hash of the content, 64 hexadecimal digits."""
         content = [self.model, self.version, list(self.messages), dict(self.parameters)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def body(self) -> dict[str, Any]:
-        """The request, as /chat/completions takes it."""
+        """Return the body of the request to /chat/completions."""
         return {"model": self.model, "messages": list(self.messages), **self.parameters}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What it answered."""
+    """A reply of a language model."""
 
     text: str
-    finish_reason: str  # "stop"; "length" when it was cut off; "unreadable" when `text` is not what the API promises
+    """Text of the reply."""
+    finish_reason: str
+    """Reason why the reply ended: "stop"; "length" if it was truncated; "unreadable" if `text` is an invalid body."""
     prompt_tokens: int
+    """Number of tokens of the prompt."""
     completion_tokens: int
-    refusal: str | None = None  # the API's own field for a refusal
+    """Number of tokens of the reply."""
+    refusal: str | None = None
+    """The API's own field for a refusal; None if it is absent."""
 
 
 @dataclass
 class Spent:
-    """What a call has cost."""
+    """Cost of a call."""
 
     requests: int = 0
-    """Requests that were sent, and may have been answered."""
+    """Number of requests that were sent, and may have been answered."""
     lost_tokens: int = 0
-    """Tokens that were paid, or may have been, without a reply that could be kept."""
+    """Number of tokens that were paid for, or may have been, without a reply that could be stored."""
 
 
 class Store:
-    """The replies of one file; `with Store(path) as store` opens, locks and in the end releases it.
+    """Replies in one file; `with Store(path) as store` opens, locks and finally releases it.
 
-    calls, tokens: how many replies are kept, and what they cost by the server's count.
-    requests, spent_tokens: all that was sent, and what that cost, attempts that failed included.
+    The attributes `calls` and `tokens` are the number of stored replies and their cost by the server's count;
+    `requests` and `spent_tokens` are the number of all requests and their cost, including failed attempts.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or begin a file. Raises InputError when it is in use, cannot be written, or is not such a file."""
+        """Open or create a file.
+
+        Raises:
+            InputError: The file is in use, cannot be written, or is not a store.
+        """
         self.path = path
         self.calls = self.tokens = 0
         self.requests = self.spent_tokens = 0
-        self._places: dict[str, int] = {}  # key -> where the line begins, and its length, as one number: they are many
+        self._places: dict[str, int] = {}  # start and length of each key's line, as one number to save memory
         self._failures: Counter[str] = Counter()
         self._end = 0
         self._writing = threading.Lock()
@@ -124,7 +138,7 @@ class Store:
         self._held.close()
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a call, if it was ever given."""
+        """Return the stored reply to the call with this key, or None."""
         place = self._places.get(key)
         if place is None:
             return None
@@ -132,22 +146,22 @@ class Store:
 
     @property
     def failed(self) -> int:
-        """How often any call has failed."""
+        """Number of failures of all calls."""
         return self._failures.total()
 
     def failures(self, key: str) -> int:
-        """How often a call has failed, in this run and earlier ones."""
+        """Return how often a call has failed, in this run and earlier ones."""
         return self._failures[key]
 
     def add(self, *answered: tuple[Call, Reply], spent: Spent | None = None) -> None:
-        """Keep replies; on return they are on the disk. A call that has one already keeps it. May be called by threads.
+        """Store replies on the disk, except for calls that have one already; may be called by threads.
 
         Args:
             answered: Calls with their replies.
-            spent: What each of them has cost beside the reply; None for one request.
+            spent: Cost of each of them besides the reply; None for one request.
 
         Raises:
-            InputError: The disk is full; nothing of these replies is then left in the file.
+            InputError: The disk is full; then the file contains none of these replies.
         """
         spent = spent or Spent(requests=1)
         with self._writing:
@@ -159,7 +173,7 @@ class Store:
             self._append(*new.values())
 
     def fail(self, call: Call, reason: str | None, spent: Spent) -> None:
-        """Keep that a call failed, and what it has cost; without a reason it was only broken off."""
+        """Store the failure of a call and its cost; `reason` is None if the call was only interrupted."""
         with self._writing:
             record = _Record(call.key, None, reason, spent.requests, spent.lost_tokens)
             self._append((_line(call, record), record))
@@ -174,13 +188,13 @@ class Store:
             self._journal.append(b"".join(line for line, _ in records))
         except OSError as error:
             raise InputError(
-                f"{self.path}: a reply cannot be written ({error.strerror}); make room and start again."
+                f"{self.path}: a reply cannot be written ({error.strerror}); free disk space and run the command again."
             ) from error
         for line, record in records:
             self._note(record, len(line))
 
     def _read(self, journal: Journal) -> None:
-        """Note where every reply lies, and cut what a process that was stopped while writing has left at the end."""
+        """Index every reply, and remove a truncated line at the end, which a killed process leaves."""
         for number, line in enumerate(journal.lines(), start=1):
             try:
                 record = _record(line)
@@ -193,7 +207,7 @@ class Store:
         journal.mend()
 
     def _note(self, record: _Record, length: int) -> None:
-        """Note a line at the end; of two replies to one call (files put together) the first counts."""
+        """Index a line at the end; of two replies to one call (in concatenated files) the first counts."""
         if record.key not in self._places or record.reply is None:
             self.requests += record.requests
             self.spent_tokens += record.lost_tokens
@@ -213,14 +227,19 @@ class _Record:
     """A line of the file."""
 
     key: str
+    """Key of the call."""
     reply: Reply | None
+    """Reply to the call; None if it failed."""
     failed: str | None
+    """Reason of the failure; None if there is a reply, or the call was interrupted."""
     requests: int
+    """Number of requests that were sent."""
     lost_tokens: int
+    """Number of tokens that were spent without a reply."""
 
 
 def _line(call: Call, record: _Record) -> bytes:
-    # Not the messages: a hundred thousand calls repeat their instructions, and whoever asks again can make them again.
+    # Without the messages: a hundred thousand calls repeat their instructions, and a command can rebuild them.
     kept: dict[str, Any] = {"key": call.key, "model": call.model, "version": call.version}
     if record.reply is not None:
         kept["reply"] = asdict(record.reply)
@@ -234,12 +253,12 @@ def _line(call: Call, record: _Record) -> bytes:
 
 
 def _record(line: bytes) -> _Record:
-    """What a line holds. Raises ValueError, KeyError, TypeError or RecursionError for anything else."""
+    """Parse a line, or raise ValueError, KeyError, TypeError or RecursionError for an invalid one."""
     read = json.loads(line)
     key, failed = read["key"], read.get("failed")
     requests, lost = read.get("requests", 1), read.get("lost_tokens", 0)
     numbers = [requests, lost]
-    # What only broke off, or failed, has no reply, and says what it has cost.
+    # A call that failed or was interrupted has no reply, but has its cost.
     reply = Reply(**read["reply"]) if "reply" in read or "requests" not in read else None
     if not (isinstance(key, str) and isinstance(failed, str | None)):
         raise TypeError("key and failed must be text")
@@ -253,10 +272,10 @@ def _record(line: bytes) -> _Record:
 
 
 def _take_lock(path: Path) -> Lock:
-    """Lock a hidden file beside a store, the same for every name that links lead from.
+    """Lock a hidden file next to a store, the same file for every symbolic link to the store.
 
     Raises:
-        InputError: Another process has it, or it cannot be made.
+        InputError: Another process holds the lock, or the file cannot be created.
     """
     lock = Lock.beside(path)
     try:
@@ -267,7 +286,7 @@ def _take_lock(path: Path) -> Lock:
 
 
 def _open(path: Path) -> Journal:
-    """Open a store and hold it, as it may have several names. Raises InputError when another process holds it."""
+    """Open and lock a store, which may have several names; raise InputError if another process holds it."""
     try:
         return Journal(path, begins=b'{"key": ', hold=0)
     except Timeout as error:
@@ -277,4 +296,4 @@ def _open(path: Path) -> Journal:
 
 
 def _no_place(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: the replies cannot be stored in this file ({error.strerror}); choose another place.")
+    return InputError(f"{path}: the replies cannot be stored in this file ({error.strerror}); choose another file.")

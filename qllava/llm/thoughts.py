@@ -1,10 +1,10 @@
-"""What a model thought before it answered, cut off its reply.
+"""Removal of a model's reasoning from its reply.
 
-Models of reasoning write their thoughts in front of the answer, each family between marks of its own. A server that
-knows the family moves them to a field of their own (`reasoning_content`), which nobody reads here; another one leaves
-them in the text. The opening mark may be missing, because the chat template has written it already (DeepSeek-R1), so
-everything up to the last closing mark is thought. Where the closing mark is missing, the reply ended before its answer
-began, and nothing is left.
+Reasoning models write their thoughts before the answer, each family between its own marks. A server that knows the
+family moves them to a separate field (`reasoning_content`), which is ignored here; other servers leave them in the
+text. The opening mark may be missing, because the chat template has written it already (DeepSeek-R1), so everything up
+to the last closing mark is reasoning. If the closing mark is missing, the reply ended before its answer began, and the
+answer is empty.
 
     >>> answer_of("The user wants ...</think>\\n\\nA cat."), answer_of("<think>The user wants ...")
     ('A cat.', '')
@@ -29,30 +29,30 @@ _MARKS = (
 )
 _OPENING = re.compile("|".join(re.escape(opening) for opening, _ in _MARKS), re.IGNORECASE)
 _CLOSING = re.compile("|".join(re.escape(closing) for _, closing in _MARKS), re.IGNORECASE)
-# What some of these families write around the answer itself.
+# Marks that some of these families write around the answer itself.
 _AROUND = (
     re.compile(r"\A<answer>(.*)</answer>\Z", re.DOTALL | re.IGNORECASE),
     re.compile(r"\A<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?\Z", re.DOTALL),
     re.compile(r"\A<\|START_RESPONSE\|>(.*?)(?:<\|END_RESPONSE\|>)?\Z", re.DOTALL),
 )
-_ENDS = re.compile(r"(?:<\|return\|>|<\|end\|>)\Z")  # of a message of gpt-oss
+_ENDS = re.compile(r"(?:<\|return\|>|<\|end\|>)\Z")  # end of a gpt-oss message
 
 
 def answer_of(text: str) -> str:
-    """Return the answer that a reply holds, without thoughts, a byte order mark, and space around it.
+    """Return the answer in a reply, without reasoning, byte order mark, and surrounding white space.
 
     Args:
         text: The whole reply.
 
     Returns:
-        The answer; empty where the reply holds thoughts only.
+        The answer; empty if the reply contains only reasoning.
     """
     closing = None
     for closing in _CLOSING.finditer(text):  # noqa: B007 - the last one is wanted
         pass
     said = text[closing.end() :] if closing else text
     said = said.strip().strip("\ufeff").strip()
-    if _OPENING.match(said):  # thoughts that do not end
+    if _OPENING.match(said):  # reasoning that does not end
         return ""
     said = _ENDS.sub("", said)
     for around in _AROUND:
@@ -61,5 +61,5 @@ def answer_of(text: str) -> str:
 
 
 def holds_marks(text: str) -> bool:
-    """Whether a text holds a mark of thoughts."""
+    """Return whether a text contains a mark of reasoning."""
     return bool(_OPENING.search(text) or _CLOSING.search(text))

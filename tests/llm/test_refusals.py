@@ -103,7 +103,7 @@ def test_the_first_ones_may_be_the_refused_ones(tmp_path: Path, monkeypatch: pyt
 
 def test_what_failed_is_asked_last_by_the_next_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     wire = wired(monkeypatch, lambda r: Said("no", status=403) if number_of(r) < 30 else well(r))
-    with pytest.raises(InputError, match="wants another key"):  # nothing but 403, so far
+    with pytest.raises(InputError, match="requires another key"):  # nothing but 403, so far
         pipeline.run(job, URL, concurrency=1)
     assert [number_of(request) for request in wire.requests] == list(range(20))
     wire.requests.clear()
@@ -123,7 +123,7 @@ def test_a_batch_and_its_budget_leave_what_failed_for_last(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wired(monkeypatch, lambda r: Said("no", status=400) if number_of(r) < 5 else Said("later", status=401))
-    with pytest.raises(InputError, match="wants another key"):
+    with pytest.raises(InputError, match="requires another key"):
         pipeline.run(job, URL, concurrency=1)
     requests = tmp_path / "requests.jsonl"
     pipeline.export_batch(job, requests)
@@ -132,7 +132,7 @@ def test_a_batch_and_its_budget_leave_what_failed_for_last(
     assert order == [*range(5, 200), *range(5)]
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "wants another key"), (404, "no such model"), (405, "no such")])
+@pytest.mark.parametrize(("status", "said"), [(403, "requires another key"), (404, "no such model"), (405, "no such")])
 @pytest.mark.parametrize("count", [1, 5, 200])
 def test_a_refusal_of_everything_ends_the_run_with_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, said: str, count: int

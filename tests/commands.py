@@ -1,12 +1,12 @@
-"""Commands in processes of their own, forked from one that has the libraries imported.
+"""Commands in their own processes, forked from a process that has already imported the libraries.
 
-Importing torch, transformers, TRL and peft takes longer than most commands whose end is tested: their files, their exit
-status, what a signal does to them. `start` runs `python WORDS` without that: `tests.fork_server` imports the libraries
-once for each test process, nothing of this repository, and is forked for each command. A command has its own arguments,
+Importing torch, transformers, TRL and peft takes longer than most commands whose files, exit status or reaction to a
+signal are tested. `start` runs `python WORDS` without these imports: `tests.fork_server` imports the libraries, but
+nothing of this repository, once for each test process, and is forked for each command. A command has its own arguments,
 environment, folder, output and session, imports qllava itself, and ends as any program does.
 
-What is imported when, and what a library reads from the environment as it is imported (OMP_NUM_THREADS is 1 here,
-PYTHONIOENCODING is not obeyed), is tested with processes that begin from nothing.
+Tests of what is imported when, and of what a library reads from the environment at import (OMP_NUM_THREADS is 1 here,
+PYTHONIOENCODING is ignored), use processes that start from nothing instead.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _RUNNING: list[Command] = []
 
 
 class Command:
-    """A command that runs, with the methods of `subprocess.Popen` that tests use."""
+    """A running command, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, words: list[str], cwd: Path, env: Mapping[str, str], out: Path | None, together: bool) -> None:
         self.returncode: int | None = None
-        self._out: IO[bytes] = out.open("w+b") if out else tempfile.TemporaryFile()  # noqa: SIM115  it is read later
+        self._out: IO[bytes] = out.open("w+b") if out else tempfile.TemporaryFile()  # noqa: SIM115  closed in wait
         self._err: IO[bytes] = self._out if together else tempfile.TemporaryFile()  # noqa: SIM115
-        self._texts: dict[IO[bytes], str] = {}  # when it has ended
+        self._texts: dict[IO[bytes], str] = {}  # of a command that has ended
         self._status, status = os.pipe()
         message = json.dumps({"words": words, "cwd": str(cwd), "env": dict(env)}).encode()
         socket.send_fds(_server()[0], [message], [self._out.fileno(), self._err.fileno(), status])
@@ -49,7 +49,7 @@ class Command:
         _RUNNING.append(self)
 
     def _hear(self, lines: int, seconds: float | None) -> bool:
-        """Read what the watcher says, the process id and the status; False when the time is over."""
+        """Read lines of the watcher (the process id, then the status); return False if the time is over."""
         until = None if seconds is None else time.monotonic() + seconds
         while self._said.count(b"\n") < lines:
             left = None if until is None else max(0.0, until - time.monotonic())
@@ -61,13 +61,13 @@ class Command:
         return True
 
     def poll(self) -> int | None:
-        """The exit status, the negative number of a signal, or None while it runs."""
+        """Return the exit status, the negative number of a signal, or None while the command runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end."""
+        """Wait for the end of the command, and return its exit status."""
         if self.returncode is None:
             if not self._hear(2, timeout):
                 raise subprocess.TimeoutExpired("command", timeout or 0.0)
@@ -80,29 +80,29 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end, and what it printed; together, all is in the first."""
+        """Wait for the end, and return stdout and stderr; with `together` stdout holds both."""
         self.wait(timeout)
         return self.stdout(), "" if self._err is self._out else self.stderr()
 
     def stdout(self) -> str:
-        """What it has printed so far."""
+        """Return what the command has printed on stdout so far."""
         return self._texts.get(self._out) or _read(self._out)
 
     def stderr(self) -> str:
-        """What it has printed on stderr so far."""
+        """Return what the command has printed on stderr so far."""
         return self._texts.get(self._err) or _read(self._err)
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send a signal if the command still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM if the command still runs."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL if the command still runs."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -117,16 +117,21 @@ def start(
     out: Path | None = None,
     together: bool = False,
 ) -> Command:
-    """Start `python WORDS` in a session of its own.
+    """Start `python WORDS` in its own session.
 
-    Its output goes to the file `out`, its errors too where they are `together`.
+    Args:
+        words: Script or `-m MODULE` or `-c CODE`, and its arguments.
+        cwd: Working folder.
+        env: Whole environment; by default this process's, with the clone on PYTHONPATH.
+        out: File for stdout; by default a temporary file.
+        together: Whether stderr goes to the same file as stdout.
     """
     given = {**os.environ, "PYTHONPATH": str(ROOT)} if env is None else env
     return Command([str(word) for word in words], cwd, given, out, together)
 
 
 def run(*words: str | Path, timeout: float = 300, **how: object) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Start a command as `start` does, wait for its end, and return its status and output."""
     command = start(*words, **how)  # type: ignore[arg-type]
     try:
         out, err = command.communicate(timeout)
@@ -137,18 +142,18 @@ def run(*words: str | Path, timeout: float = 300, **how: object) -> subprocess.C
 
 
 def without_clone() -> dict[str, str]:
-    """An environment in which nothing of this clone is on Python's path."""
+    """Return an environment in which nothing of this clone is on Python's path."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def interpreter() -> Path:
-    """A program that takes the place of `python` where a command starts others; they are forked too."""
+    """Return a program that replaces `python` where a command starts other processes, so that these are forked too."""
     return _server()[2] / "python"
 
 
 @cache
 def _server() -> tuple[socket.socket, subprocess.Popen[bytes], Path]:
-    """Start the process that is forked; returns what it is asked by, itself, and a folder for it."""
+    """Start the process that is forked; return the socket for requests, the process, and its folder."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     place = Path(tempfile.mkdtemp(prefix="forked-"))
     here, name = Path(__file__).parent, place / "socket"
@@ -168,7 +173,7 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes], Path]:
 
 
 def end() -> None:
-    """End what still runs; the last of the tests."""
+    """Stop all commands that still run, and the process that is forked, at the end of the tests."""
     for command in list(_RUNNING):
         command.kill()
         command.wait()

@@ -1,12 +1,12 @@
-"""Fixtures for all tests: the cases from outside, which lie beside the clone and may be absent, and tiny runs.
+"""Fixtures for all tests: reference cases from outside the clone, which may be absent, and tiny runs.
 
 Property tests draw the same examples in every run, so that a test that passed yesterday passes today. The random search
-is a run of its own (`make test-search`, which sets HYPOTHESIS_PROFILE); what it finds becomes an `@example`.
+is a separate run (`make test-search`, which sets HYPOTHESIS_PROFILE); what it finds becomes an `@example`.
 
-Tests compute on the CPU on every machine: types, kernels and figures are others on a GPU. Those that are marked `gpu`
-need one and run in a tier of their own (`make test-gpu`, which sets QLLAVA_TEST_GPU).
+Tests compute on the CPU on every machine, because types, kernels and figures differ on a GPU. Tests marked `gpu` need
+one and run separately (`make test-gpu`, which sets QLLAVA_TEST_GPU).
 
-Fixtures import torch and transformers themselves: the process that only hands the tests out to others needs neither.
+Fixtures import torch and transformers themselves: the process that only distributes the tests to others needs neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before torch is imported, and for the processes that tests start.
+# Set before torch is imported; the processes that tests start inherit it.
 os.environ.update(
     {}
     if os.environ.get("QLLAVA_TEST_GPU") == "1"
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 GPU_TIER = os.environ.get("QLLAVA_TEST_GPU") == "1"
 
-# Without a database: what one run found must not change the next. Without a deadline: other programs may run meanwhile.
-# The blob reproduces a failure on any machine.
+# No database, because what one run found must not change the next; no deadline, because other programs may run
+# meanwhile. The blob reproduces a failure on any machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("search", database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
-# `.ci/run` fails where a test is skipped that it expects to run.
+# `.ci/run` fails if a test that it expects to run is skipped.
 pytest_sessionfinish, pytest_terminal_summary = skips.pytest_sessionfinish, skips.pytest_terminal_summary
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the GPU's own tests where the device is hidden, and the others where it is not."""
+    """Skip tests marked `gpu` where the GPU is hidden, and all others where it is not."""
     wants = item.get_closest_marker("gpu") is not None
     if wants and not GPU_TIER:
         pytest.skip("the GPU is hidden from these tests: run `make test-gpu`")
@@ -59,9 +59,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection: 600,000 objects that live as long as the tests.
+    """Exclude imported objects from garbage collection: 600,000 objects that live as long as the tests.
 
-    accelerate collects after every training, which took as long as the four steps of a tiny one.
+    accelerate collects after every training, which took as long as the four steps of a tiny run.
     """
     gc.collect()
     gc.freeze()
@@ -72,19 +72,19 @@ CASES = Path(__file__).resolve().parent / "cases"
 
 @pytest.fixture(scope="session")
 def coco_contexts() -> Path:
-    """Captions and boxes of 40 images of COCO (`tests/cases/NOTICE`)."""
+    """Return the file of captions and boxes of 40 images of COCO (`tests/cases/NOTICE`)."""
     return CASES / "coco_contexts.jsonl"
 
 
 @pytest.fixture(scope="session")
 def reports() -> Path:
-    """Small inputs that were made after public reports (`tests/cases/reports/README.md`)."""
+    """Return the folder of small inputs that reproduce public reports (`tests/cases/reports/README.md`)."""
     return CASES / "reports"
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of cases that nobody here made up (`../shared/data`)."""
+    """Return the folder of reference cases from outside (`../shared/data`)."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the reference cases in ../shared/data are not on this machine")
@@ -93,7 +93,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """The Llama-2 tokenizer in legacy mode, as LLaVA trained with it, and `<image>` as one more token."""
+    """Return the Llama-2 tokenizer in legacy mode, as LLaVA trained with it, with `<image>` as an added token."""
     from tests.sentencepiece_models import legacy_tokenizer
 
     folder = tmp_path_factory.mktemp("llama_tokenizer")
@@ -103,7 +103,7 @@ def llama_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """A small sentencepiece tokenizer of the same kind, trained here, because Llama's may not be copied."""
+    """Return a small sentencepiece tokenizer of the same kind, trained here, because Llama's may not be copied."""
     from tests.sentencepiece_models import legacy_tokenizer, train_sentencepiece
 
     return legacy_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("trained_tokenizer")))
@@ -111,32 +111,32 @@ def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTok
 
 @pytest.fixture(scope="session", params=["trained", "llama"])
 def sentencepiece_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    """Both, one after the other: the second is skipped where `../shared` is not there."""
+    """Return both tokenizers in turn; tests with Llama's are skipped if `../shared` is missing."""
     found: PreTrainedTokenizerBase = request.getfixturevalue(f"{request.param}_tokenizer")
     return found
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Random numbers that a test draws without a generator of its own are the same in every run and every order."""
+    """Seed the global generators before each test, so that its random numbers do not depend on the order of tests."""
     import numpy as np
     import torch
 
     random.seed(0)
-    np.random.seed(0)  # the global generator is the one that must not surprise
+    np.random.seed(0)  # the global generator, because code under test may use it
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _commands() -> Iterator[None]:
-    """At the end, the process that is forked for commands ends with what it still runs."""
+    """Stop the process that is forked for commands, and its commands, at the end of the tests."""
     yield
     commands.end()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept between runs is kept for these tests alone."""
+    """Use a cache folder for these tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -144,7 +144,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Parts of a tiny LLaVA and both stages trained over them, once for all tests; read only."""
+    """Return parts of a tiny LLaVA and runs of both stages with them, made once for all tests; do not change them."""
     from tests.tiny_runs import make_tiny_runs
 
     return make_tiny_runs(tmp_path_factory.mktemp("tiny"))
@@ -152,7 +152,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA that exists already, in llava-hf's layout."""
+    """Return the folder of a tiny random LLaVA in llava-hf's layout."""
     from tests.tiny_models import make_tiny_model, make_tiny_processor, save_llava
 
     folder = tmp_path_factory.mktemp("llava") / "tiny"
@@ -161,13 +161,13 @@ def hf_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# No calls of the browser's own: what a test sees on the network was asked for by the page.
+# Without the browser's own requests: what a test sees on the network was requested by the page.
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="module")  # not longer: its event loop runs in the main thread, where others then cannot run
+@pytest.fixture(scope="module")  # not session: its event loop runs in the main thread, where no other can run meanwhile
 def browser() -> Iterator[Any]:
-    """The system's chromium, driven by playwright; skipped with the reason where one of them is missing."""
+    """Return the system's chromium, controlled by playwright; skip the test with a reason if one of them is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:

@@ -1,7 +1,7 @@
-"""Which test file tests a module that has none of its own name, and the rule that holds it.
+"""Table of the test files of modules that have no test file of their own name, and the check of this table.
 
-`qllava/data/encode.py` is tested by `tests/data/test_encode.py`, and needs no line. The file that is named imports the
-module, or one of ours that imports it, or runs it as a command.
+`qllava/data/encode.py` is tested by `tests/data/test_encode.py` and needs no line. A test file in the table must import
+the module, or a module of this repository that imports it, or run it as a command.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ COVERED_BY: dict[str, str] = {
 
 
 def modules() -> list[str]:
-    """Every module of the package, the recipes and the demo that defines something, from the repository's root."""
+    """Return the paths of all modules of the package, the recipes and the demo, except `__init__.py` without code."""
     files = [path for top in ("qllava", "recipes", "demo") for path in sorted((ROOT / top).rglob("*.py"))]
     return [path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py" or _defines(path)]
 
@@ -124,7 +124,7 @@ def _defines(path: Path) -> bool:
 
 
 def own(module: str) -> list[str]:
-    """Where a test file of the module's own name would be."""
+    """Return the paths that a test file of the module's own name can have."""
     path = Path(module)
     folder = path.parent.relative_to("qllava") if path.parts[0] == "qllava" else Path()
     if path.name == "__init__.py":
@@ -140,7 +140,7 @@ def _tree(path: Path) -> ast.Module:
 
 @cache
 def _imports(path: Path) -> frozenset[str]:
-    """Files of ours that a file imports, wherever the import is."""
+    """Return the files of this repository that a file imports, at any place in it."""
     return frozenset(_imported(path))
 
 
@@ -163,9 +163,9 @@ def _imported(path: Path) -> Iterator[str]:
 
 @cache
 def reached(test: str) -> frozenset[str]:
-    """Modules that a test file, its helpers and the commands it runs import, and those that these import.
+    """Return modules that a test file, its helpers and the commands it runs import, and those that these import.
 
-    A package stands for what it imports.
+    The imports of a package count like those of the file that imports it.
     """
     direct = set(_imports(ROOT / test))
     for helper in [found for found in direct if found.startswith("tests/")]:
@@ -178,7 +178,7 @@ def reached(test: str) -> frozenset[str]:
 
 
 def runs(test: str, module: str) -> bool:
-    """Whether a test file, or a helper of it, spells the command that a module is."""
+    """Return whether a test file, or a helper of it, contains the path of a module that is a command."""
     spelled = {module, " / ".join(f'"{part}"' for part in module.split("/"))}
     spelled |= {'"-m", "qllava"'} if module == "qllava/__main__.py" else set()
     helpers = [found for found in _imports(ROOT / test) if found.startswith("tests/")]
@@ -187,7 +187,7 @@ def runs(test: str, module: str) -> bool:
 
 
 def problems(table: dict[str, str]) -> list[str]:
-    """A sentence for each module without a test file, and for each line that is not needed or not true."""
+    """Return a sentence for each module without a test file, and for each line that is unnecessary or wrong."""
     found = []
     for module in modules():
         has = any((ROOT / test).is_file() for test in own(module))

@@ -1,12 +1,12 @@
-"""The process that `tests.commands` forks: it has the libraries imported, nothing of ours, one thread, no state.
+"""The process that `tests.commands` forks: it has imported the libraries, no code of ours, and has only one thread.
 
     python tests/fork_server.py FILE_DESCRIPTOR LISTENING
 
-Each message on the first socket is a command as JSON, with the write ends of its output, of its errors and of a pipe
-for its status; `tests.forked_python` sends the same to the second. The server forks a watcher, and the watcher the
-command: the watcher writes the command's process id, waits, and writes how it ended. The command itself leaves the loop
-and runs as the interpreter would have run it, so that it ends as every Python program does: with its tracebacks,
-threads that are waited for, and `atexit`.
+Each message on the first socket is a command as JSON, with the file descriptors of its stdout, its stderr and a pipe
+for its status; `tests.forked_python` sends the same to the second. The server forks a watcher, and the watcher forks
+the command. The watcher writes the command's process id, waits, and writes its exit status. The command itself leaves
+the loop and runs as the interpreter would have run it, so that it ends as every Python program does: with tracebacks,
+waiting for threads, and `atexit`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-# What commands import themselves; a name that a release moves costs time and breaks nothing.
+# Modules that commands import; if a release renames one, commands are slower, but nothing breaks.
 LIBRARIES = (
     "numpy", "PIL.Image", "open_clip", "gradio", "pyarrow.parquet", "yaml", "httpx", "safetensors.torch", "torch",
     "torch.distributed", "torch.optim.lr_scheduler", "torch.utils.data", "bitsandbytes", "datasets", "accelerate",
@@ -40,15 +40,20 @@ MOST_BYTES = 1 << 18
 
 
 def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next command and its file descriptors, or None when the tests have ended."""
+    """Return the next command and its file descriptors, or None if the tests have ended."""
     message, given, *_ = socket.recv_fds(client, MOST_BYTES, 3)
     return (json.loads(message), given) if message else None
 
 
 def serve(client: socket.socket, others: socket.socket) -> dict[str, Any] | None:
-    """Fork for each command; returns it in its own process, and None in this one when the tests have ended.
+    """Fork for each command.
 
-    others: who connects here asks for one command.
+    Args:
+        client: Socket of the tests.
+        others: Listening socket; each connection requests one command.
+
+    Returns:
+        The command, in its own process; None in this process when the tests have ended.
     """
     while True:
         asking = client
@@ -71,12 +76,12 @@ def serve(client: socket.socket, others: socket.socket) -> dict[str, Any] | None
         for descriptor in given:
             os.close(descriptor)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # so that the time of commands counts as that of the tests
+            while os.waitpid(-1, os.WNOHANG)[0]:  # so that the CPU time of commands counts for the tests
                 pass
 
 
 def refuse_threads() -> None:
-    """A lock that another thread holds would stay locked in a fork; pyarrow's jemalloc provides for that."""
+    """Check that there is one thread: a lock that another holds stays locked in a fork (jemalloc's thread is safe)."""
     tasks = Path("/proc/self/task").glob("*/comm")
     found = [task.read_text(encoding="utf-8").strip() for task in tasks]
     others = found.count("jemalloc_bg_thd") + 1
@@ -84,7 +89,7 @@ def refuse_threads() -> None:
 
 
 def begun(out: int, err: int, status: int) -> bool:
-    """Fork the command, in which this is True, and watch it, in a process that ends with it."""
+    """Fork the command and watch it; return True in the command, and end the watcher when the command has ended."""
     pid = os.fork()
     if pid == 0:
         os.close(status)
@@ -102,11 +107,11 @@ def begun(out: int, err: int, status: int) -> bool:
 
 
 def run(command: dict[str, Any]) -> None:
-    """`python WORDS` in this process, in the folder and the environment that were asked for."""
+    """Run `python WORDS` in this process, with the requested folder and environment."""
     os.chdir(command["cwd"])
     os.environ.clear()
     os.environ.update(command["env"])
-    tempfile.tempdir = None  # chosen by the environment
+    tempfile.tempdir = None  # so that it is chosen by the new environment
     first, *words = command["words"]
     if first == "-u":
         for stream in (sys.stdout, sys.stderr):
@@ -128,7 +133,7 @@ def run(command: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Import, serve, and in each fork become the command."""
+    """Import the libraries, serve, and run the command in each fork."""
     client = socket.socket(fileno=int(sys.argv[1]))
     others = socket.socket(fileno=int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
@@ -136,7 +141,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # or the first collection of each command copies every page
+    gc.freeze()  # otherwise the first collection of each command copies every page
     command = serve(client, others)
     if command is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

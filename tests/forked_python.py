@@ -1,8 +1,8 @@
-"""`python WORDS` as a fork of `tests.fork_server`: what a launcher starts in place of an interpreter.
+"""Replacement of `python WORDS` for launchers: the command runs as a fork of `tests.fork_server`.
 
     forked_python.py SOCKET WORDS
 
-The fork has this process's folder, environment and output; signals are passed on to it, and its status is returned.
+The fork gets this process's folder, environment and output. Signals are passed on to it, and its status is returned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 
 
 def main() -> None:
-    """Ask for the fork, and end as it ends."""
+    """Request the fork, and end with its status."""
     place, *words = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is a process to pass them on to
     said, status = os.pipe()

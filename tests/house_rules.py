@@ -1,6 +1,6 @@
-"""The house rules as functions from source text to problems, and the files that they are for.
+"""The house rules, as functions from source text to problems, and the files that they apply to.
 
-`test_house.py` holds our files to them; `test_house_rules.py` tries each on a text that breaks it.
+`test_house.py` applies them to our files; `test_house_rules.py` tests each with a text that breaks it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qllava import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Lower rows know nothing of higher ones; rooms of one row do not know each other.
+# A room (a package or a top module) may import only rooms of earlier rows, not of its own row or of later ones.
 ROWS = (
     {"conversation", "config", "image_layout", "spelling", "surroundings"},
     {"locks", "workers"},
@@ -28,13 +28,13 @@ ROWS = (
     {"training", "merge", "export", "doctor"},
     {"experiments", "pages", "cli"},
     {"recipes", "demo"},
-    {"__main__"},  # the command by another name
+    {"__main__"},  # `python -m qllava`
 )
 LIGHT = {room for rooms in ROWS[:4] for room in rooms}
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip", "gradio", "datasets"}
 
-# What a recipe's command line goes through before anything heavy is imported.
+# Modules that check a recipe's command line before anything heavy is imported.
 BEFORE_TORCH = {
     *(ROOT / "qllava/training/options").glob("*.py"),
     ROOT / "qllava/models/record.py",
@@ -44,7 +44,7 @@ BEFORE_TORCH = {
 MAX_FUNCTION = 60
 MAX_FILE = 400
 MEDIAN_FILE = 180
-# What a reader from anywhere has to read twice: verbs of place for "is", and negations that hide the verb.
+# Expressions that are hard to read for non-native speakers: verbs of place for "is", and "no" instead of "not".
 ODD = re.compile(
     r"\b(anew|is no|stands? (?:in|on|for|beside|there)|lies? (?:in|on|there|beside)|by itself|gone through)\b", re.I
 )
@@ -59,12 +59,12 @@ TEXTS = sorted(
 
 
 def name(path: Path) -> str:
-    """A file as it is called in the repository."""
+    """Return the path of a file from the repository's root."""
     return path.relative_to(ROOT).as_posix()
 
 
 def room(module: str) -> str | None:
-    """The room of a dotted name: `qllava.data.encode` is of `data`, `recipes.ablate` of `recipes`, `torch` of none."""
+    """Return the room of a dotted name: `qllava.data.encode` has `data`, `recipes.ablate` `recipes`, `torch` None."""
     first, *rest = module.split(".")
     if first == "qllava":
         return rest[0] if rest else None
@@ -72,7 +72,7 @@ def room(module: str) -> str | None:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import, wherever it stands; `from a import b` gives `a.b`."""
+    """Return line and dotted name of every import, at any place; `from a import b` gives `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -84,7 +84,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def against_the_order(source: str, module: str) -> list[str]:
-    """Imports of a module that reach upwards, sideways, or by a relative name (which hides the room)."""
+    """Return the imports of a module from the same or later rows, and relative ones (which hide the room)."""
     mine = room(module)
     problems = []
     for line, target in imports(ast.parse(source)):
@@ -101,7 +101,7 @@ def against_the_order(source: str, module: str) -> list[str]:
 
 
 def heavy_at_import(source: str) -> list[str]:
-    """Heavy libraries that are imported when the module is, rather than inside a function or for types only."""
+    """Return heavy libraries that are imported with the module, rather than in a function or only for types."""
     tree = ast.parse(source)
     lazy = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) or _types_only(n)]
     excused = {id(inner) for node in lazy for inner in ast.walk(node)}
@@ -117,12 +117,12 @@ def _types_only(node: ast.AST) -> bool:
 
 
 def dotted(path: Path) -> str:
-    """A file as it is imported: `qllava.page` for its `__init__.py`."""
+    """Return the name by which a file is imported: `qllava.page` for its `__init__.py`."""
     return name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def circles(sources: Mapping[str, str]) -> list[str]:
-    """Modules that import themselves by way of others, wherever the imports stand; each with its shortest way round.
+    """Return the import cycles, wherever the imports are: the shortest one of each module that imports itself.
 
     Args:
         sources: Source text by dotted name.
@@ -137,7 +137,7 @@ def circles(sources: Mapping[str, str]) -> list[str]:
     for module in uses:
         ways = [[module, used] for used in sorted(uses[module])]
         seen: set[str] = set()
-        for way in ways:  # grows while it is gone through: the shortest ways come first
+        for way in ways:  # the loop appends to this list, so the shortest ways come first
             if way[-1] == module:
                 found.append(" -> ".join(way))
                 break
@@ -147,7 +147,7 @@ def circles(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
-# Modules whose names are found by name.
+# Modules whose names are looked up at run time, and where.
 FOUND_BY_NAME = {
     "benchmarks.shapes": "`--shape` names its functions",
     "qllava.cli.concepts": "`qllava.cli` imports the modules of its verbs by name, and calls their `add`",
@@ -159,7 +159,7 @@ FOUND_BY_NAME = {
 
 
 def unused(sources: Mapping[str, str]) -> list[str]:
-    """Names of modules that nothing in these sources uses: not their own module, and no other.
+    """Return names that modules define and that nothing in these sources uses.
 
     Args:
         sources: Source text by dotted name.
@@ -190,7 +190,7 @@ def unused(sources: Mapping[str, str]) -> list[str]:
 
 
 def defined(node: ast.stmt) -> list[str]:
-    """The names that a statement of a module defines."""
+    """Return the names that a statement of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -198,14 +198,14 @@ def defined(node: ast.stmt) -> list[str]:
 
 
 def mentions(node: ast.stmt) -> Counter[str]:
-    """How often each name, or text that could be one, occurs in a statement."""
+    """Return how often each name, or string that could be one, occurs in a statement."""
     inner = list(ast.walk(node))
     texts = (one.value for one in inner if isinstance(one, ast.Constant) and isinstance(one.value, str))
     return Counter([*(one.id for one in inner if isinstance(one, ast.Name)), *texts])
 
 
 def undocumented(source: str) -> list[str]:
-    """The module, and its public classes, functions and methods, that have no docstring."""
+    """Return what has no docstring: the module, or its public classes, functions and methods."""
     tree = ast.parse(source)
     found = [] if ast.get_docstring(tree) else ["module"]
     owners: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
@@ -222,7 +222,7 @@ def undocumented(source: str) -> list[str]:
 
 
 def too_long(source: str) -> list[str]:
-    """Functions over the limit, and the file if it is."""
+    """Return functions that are over the limit, and the file if it is."""
     tree = ast.parse(source)
     lines = source.count("\n")
     found = [f"the file has {lines} lines"] if lines > MAX_FILE else []
@@ -238,9 +238,9 @@ OF_A_RUN = {value for key, value in vars(runs).items() if key.endswith("_FILE") 
 
 
 def names_of_a_run(source: str) -> list[str]:
-    """Names of files in a run's folder that are spelled in code: in any text but docstrings.
+    """Return names of files in a run's folder that are written out in code, in any string but docstrings.
 
-    The folder of a stage 1 has the name of a key of results, so it counts in a path only: after a `/`.
+    The folder of stage 1 has the same name as a key of the results, so it counts only in a path, after a `/`.
     """
     tree = ast.parse(source)
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -263,11 +263,11 @@ MACHINE = re.compile(r"(?<![\w.~$}/])/(home|root|Users|mnt|work)/\w")
 
 
 def findings(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Lines in which a pattern occurs, with their numbers."""
+    """Return the lines in which a pattern occurs, with their numbers."""
     return [f"line {n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
 
 
 def collect(paths: list[Path], rule: object) -> list[str]:
-    """All problems of all files, each with its file: one run shows everything that is to be mended."""
+    """Return the problems of all files, each with its file, so that one run shows everything that must be changed."""
     assert callable(rule)
     return [f"{name(p)}: {problem}" for p in paths for problem in rule(p.read_text(encoding="utf-8"))]

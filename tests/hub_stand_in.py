@@ -1,7 +1,7 @@
-"""A stand-in of the hub on 127.0.0.1: the few endpoints that huggingface_hub asks when a model is fetched.
+"""A stand-in for the hub on 127.0.0.1, with the few endpoints that huggingface_hub uses to download a model.
 
-A repository is a folder for each of its refs. What a real hub does that a test wants to see is a field: gated, private
-to others, pull requests by somebody, a connection that breaks in the middle of a file.
+A repository is a folder for each of its refs. Fields control the behaviour that tests need: gated models, pull requests
+of other users, a connection that breaks in the middle of a file.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from huggingface_hub import constants
 
 @dataclass
 class Repository:
-    """One model of the hub."""
+    """A model on the hub."""
 
     main: Path
-    """What the branch main holds."""
+    """Folder with the files of the branch main."""
     requests: dict[int, tuple[str, Path, str]] = field(default_factory=dict)
     """Pull requests: author, files and status, by number."""
     gated: bool = False
-    """Whether files are for those who accepted a licence."""
+    """Whether files are only for users who accepted a licence."""
     cut: str = ""
-    """A file whose transfer breaks in the middle."""
+    """Name of a file whose transfer breaks in the middle."""
 
     def at(self, revision: str) -> Path | None:
-        """The files at a branch, a pull request or a commit."""
+        """Return the folder of a branch, a pull request or a commit; None if there is none."""
         for ref, folder in {"main": self.main, **{f"refs/pr/{n}": r[1] for n, r in self.requests.items()}}.items():
             if revision in (ref, commit(folder)):
                 return folder
@@ -44,18 +44,18 @@ class Repository:
 
 @dataclass
 class StandIn:
-    """A hub that serves; models may be added at any time."""
+    """A running stand-in; models may be added at any time."""
 
     models: dict[str, Repository] = field(default_factory=dict)
-    """By name."""
+    """Models by name."""
     asked: list[str] = field(default_factory=list)
-    """Paths that were asked for, with their method."""
+    """Requests: method and path."""
     address: str = ""
-    """Where it listens."""
+    """URL of the stand-in."""
 
 
 def commit(folder: Path) -> str:
-    """The commit of a folder: of its names and bytes."""
+    """Return the commit of a folder: a hash of its names and bytes."""
     found = hashlib.sha1()
     for path in sorted(folder.iterdir()):
         found.update(path.name.encode() + path.read_bytes())
@@ -63,7 +63,7 @@ def commit(folder: Path) -> str:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    """A file in a listing; weights are in large file storage."""
+    """Return the entry of a file in a listing; weights are in large file storage."""
     content = path.read_bytes()
     entry: dict[str, Any] = {
         "type": "file",
@@ -81,18 +81,18 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
-        """Listings and files."""
+        """Answer requests for listings and files."""
         self._answer()
 
     def do_HEAD(self) -> None:
-        """What a file is like."""
+        """Answer requests for the headers of a file."""
         self._answer()
 
     def do_POST(self) -> None:
-        """What is known of some files."""
+        """Answer requests for information on several files."""
         self._answer()
 
     def _answer(self) -> None:
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def stand_in(cache: Path) -> Iterator[StandIn]:
-    """A hub that this process asks in place of the real one, with an empty cache of its own."""
+    """Start a hub that this process uses instead of the real one, with an empty cache."""
     serving = StandIn()
     handler = type("Handler", (_Handler,), {"stand_in": serving})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,11 +1,11 @@
-"""Faults that tests plant from outside: at a file operation, which Python announces before it is done.
+"""Faults that tests plant at a file operation, which Python announces before it is done.
 
     with planted("rename", "*/checkpoint-1", full):
         save()                                      # OSError: No space left on device, when checkpoint-1 gets its name
 
-No function is replaced, so the same test holds when the code that writes is written otherwise. The announcements are
-Python's audit events (`sys.addaudithook`). What a library writes without Python (safetensors' weights) has none, but
-the folder that it is written into has, and the mode that it gets afterwards.
+No function is replaced, so the test does not depend on how the code writes files. The announcements are Python's audit
+events (`sys.addaudithook`). What a library writes without Python (safetensors' weights) has none, but creating its
+folder and setting its mode afterwards do.
 """
 
 from __future__ import annotations
@@ -26,25 +26,30 @@ _planted: list[Callable[[str, str], None]] = []
 
 
 def full() -> None:
-    """What the system says where a disk is full."""
+    """Raise the error of the system for a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def interrupted() -> None:
-    """Ctrl-C."""
+    """Raise what Ctrl-C raises."""
     raise KeyboardInterrupt
 
 
 def killed() -> None:
-    """The process ends at once, and nothing of it runs."""
+    """Kill this process at once, without any cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def planted(operation: Operation, pattern: str, happens: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, let a fault happen at each such operation on a path of that pattern ("*" also stands for "/").
+    """Plant a fault at each operation of a kind on paths that match a pattern, inside a `with` block.
 
-    A rename counts for the name that is given. The test fails where the fault never happened.
+    The test fails if the fault never happened.
+
+    Args:
+        operation: Kind of the operation; a rename matches by its new name.
+        pattern: Pattern of `fnmatch`, in which "*" also matches "/".
+        happens: Function that is called before the operation.
     """
     _listen()
     times = 0
@@ -65,7 +70,7 @@ def planted(operation: Operation, pattern: str, happens: Callable[[], None]) -> 
 
 @cache
 def _listen() -> None:
-    """Once for the process: a hook cannot be taken away."""
+    """Add the hook, once for the process, because a hook cannot be removed."""
     sys.addaudithook(_heard)
 
 

@@ -1,8 +1,8 @@
-"""A reader who types the commands of a page from top to bottom, in one folder, beginning with nothing but the clone.
+"""A reader who types the commands of a docs page from top to bottom, in one folder that has only the clone at first.
 
-The commands are those of the page, word for word, with three exceptions: names of models on the hub stand for tiny
-models on this disk (`NAMES`, and `PARTS` for those that a preset names inside), the trainings take a step or two
-(`FEW_STEPS`), and a server that a page names by its address is the tests' own.
+The commands are those of the page, word for word, with three exceptions: names of models on the hub are replaced by
+tiny models on this disk (`names` of Reader, and `parts` for those that a preset names), trainings run for two steps
+(`FEW_STEPS`), and a server that a page names by its address is a server of the tests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NANO_IS_SMALL = {
     "VALIDATION_QUESTIONS": 8, "TEST_QUESTIONS": 16, "UNSEEN_QUESTIONS": 8,
 }  # fmt: skip
 TRIED = (8192, 2048)
-"""Pack lengths that `fit` tries, of the seven: each is a measurement of seconds."""
+"""Pack lengths that `fit` tries, instead of all seven, because each takes seconds."""
 LCS = "blip_laion_cc_sbu_558k.json"
 NOT_RUN = {
     "hf ": "downloads from a hub",
@@ -63,11 +63,11 @@ NOT_RUN = {
     "qllava synthesize contexts.jsonl train.json --teacher MODEL --import-batch": "reads what a server wrote; "
     "tests/llm/test_batch.py",
 }
-"""How a command begins that is not run here, and why."""
+"""Starts of commands that are not run here, and the reasons."""
 
 
 def commands(page: Path) -> list[str]:
-    """What a page tells its reader to type, in order: lines of shell, continued ones joined, and blocks of Python."""
+    """Return the commands of a page in order: lines of shell (continued lines are joined) and blocks of Python."""
     typed: list[str] = []
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
         if language == "python":
@@ -80,22 +80,23 @@ def commands(page: Path) -> list[str]:
 
 @dataclass
 class Reader:
-    """Whoever types.
-
-    names: what stands for a name of the page. parts: flags that take the place of a preset's own parts.
-    """
+    """A reader who types commands."""
 
     folder: Path
+    """Folder in which commands are typed."""
     names: dict[str, str]
+    """Replacements of names on the page."""
     parts: Callable[[str], list[str]]
+    """Function that returns, for a command, flags that replace the parts of a preset."""
     served: list[list[str]] = field(default_factory=list)
+    """Arguments of the servers that were started."""
 
     def type(self, command: str) -> tuple[int, str]:
-        """Run one command; returns its exit status and all that it printed."""
+        """Run one command, and return its exit status and everything that it printed."""
         for name, stand_in in self.names.items():
             command = command.replace(name, stand_in)
         out, before = io.StringIO(), sys.stdin
-        sys.stdin = io.StringIO("What colour is the circle?\n")  # a chat asks for a line, and ends with the last
+        sys.stdin = io.StringIO("What colour is the circle?\n")  # a chat reads lines, and ends after the last
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
                 status = self._run(command)
@@ -107,7 +108,7 @@ class Reader:
 
     def _run(self, command: str) -> int:
         if "\n" in command:
-            exec(compile(command, "page.py", "exec"), {})  # a block of Python on a page of ours
+            exec(compile(command, "page.py", "exec"), {})  # a block of Python on one of our pages
             return 0
         words = shlex.split(command)
         if words[:2] == ["accelerate", "launch"]:  # one process of what it would start
@@ -141,7 +142,7 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 
 def fresh_folder(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """The clone as a folder to type in: recipes, demo and what a reader brings; nano is small, and plans try less."""
+    """Prepare a folder to type in, with recipes, demo and the reader's files; nano is small, and plans try less."""
     for name in ("recipes", "demo", "docs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     for name, count in NANO_IS_SMALL.items():
@@ -155,7 +156,7 @@ def fresh_folder(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def own_data(folder: Path) -> None:
-    """The files that the pages speak of, under the names that they have there."""
+    """Write the files that the pages mention, under the names that they have there."""
     photos = folder / "photos"
     photos.mkdir()
     examples = json.loads(make_tiny_records(photos).read_text(encoding="utf-8"))
@@ -191,7 +192,7 @@ def own_data(folder: Path) -> None:
 
 
 def evaluation_data(folder: Path) -> dict[str, Any]:
-    """Problems of ScienceQA, two files of answers to them, LLaVA-Bench's three files, and a vote."""
+    """Return ScienceQA problems, two files of answers to them, LLaVA-Bench's three files, and a vote, by file name."""
     problem = {
         "question": "Which is the capital?", "choices": ["Trenton", "Dover"], "answer": 1, "hint": "", "image": None,
         "subject": "social science", "grade": "grade3", "split": "test",
@@ -216,7 +217,7 @@ def evaluation_data(folder: Path) -> dict[str, Any]:
 
 
 def stand_in_server(request: Request) -> Said:
-    """What a judge or a teacher says: each finds in the reply what it asked for."""
+    """Answer as a judge or as a teacher, in the form that the request asks for."""
     asked = str(request.body["messages"])
     if "The answer is X." in asked:
         return Said("The answer is B.")

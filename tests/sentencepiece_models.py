@@ -1,7 +1,7 @@
-"""A small sentencepiece tokenizer with Llama 2's own settings, trained in the test.
+"""A small sentencepiece tokenizer with Llama 2's settings, trained in the test.
 
-Llama's tokenizer may not be copied into this repository. What our code relies on is its kind, not its vocabulary: byte
-fallback, single digits, a space put in front of every text, a legacy mode that also puts one behind control tokens.
+Llama's tokenizer may not be copied into this repository. Our code relies on its kind, not on its vocabulary: byte
+fallback, single digits, a space before every text, and a legacy mode with a space after control tokens too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTEXTS = Path(__file__).resolve().parent / "cases" / "coco_contexts.jsonl"
 
 
 def corpus() -> list[str]:
-    """Captions of COCO, the words of all templates, and numbers."""
+    """Return captions of COCO, the texts of all templates, and numbers."""
     contexts = map(json.loads, CONTEXTS.read_text(encoding="utf-8").splitlines())
     captions = [caption for context in contexts for caption in context["captions"]]
     templates = [template.system for template in TEMPLATES.values()] + ["USER: What is it? ASSISTANT: It is 12."] * 5
@@ -27,7 +27,7 @@ def corpus() -> list[str]:
 
 
 def train_sentencepiece(folder: Path) -> Path:
-    """Train `tokenizer.model` into a folder; returns the folder."""
+    """Train a tokenizer, write it as `tokenizer.model` to a folder, and return the folder."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
         model_prefix=str(folder / "tokenizer"),
@@ -50,7 +50,7 @@ def train_sentencepiece(folder: Path) -> Path:
 
 
 def legacy_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder in legacy mode, as LLaVA trained with it, and `<image>` as one more token."""
+    """Return the tokenizer of a folder in legacy mode, as LLaVA trained with it, with `<image>` as an added token."""
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer

@@ -1,7 +1,7 @@
-"""Which tests continuous integration may skip, and why; any other skip fails its run.
+"""Reasons for which continuous integration may skip tests; any other skip fails its run.
 
-`.ci/run` sets QLLAVA_CI to what it could install: "complete", or "without-chromium". After the run each test that was
-skipped for another reason than those below is named, so that no part of the suite goes quiet unseen.
+`.ci/run` sets QLLAVA_CI to what it could install: "complete" or "without-chromium". After the run, each test that was
+skipped for a reason that is not listed below is named, so that no part of the suite is skipped unnoticed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# A part of the reason -> why a machine that is set up as `.ci/run` does it may lack this.
+# Part of a reason, and why it can occur on a machine that `.ci/run` has set up.
 ALLOWED = {
     "llama-cpp-python is not installed": "it is built from source; `make interop` tests it",
     "only root": "who runs the tests may be another user",
@@ -27,7 +27,7 @@ ALLOWED = {
 
 
 def allowed(reason: str, ci: str, shared: bool) -> bool:
-    """Whether a test may be skipped for this reason, where `../shared` is there or not."""
+    """Return whether a test may be skipped for this reason; `shared` tells whether `../shared` exists."""
     if "../shared" in reason:
         return not shared
     if "chromium is not installed" in reason:
@@ -36,7 +36,7 @@ def allowed(reason: str, ci: str, shared: bool) -> bool:
 
 
 def unexpected(skips: Iterable[tuple[str, str]], ci: str, *, shared: bool) -> list[str]:
-    """A sentence for each (test, reason) that may not be skipped."""
+    """Return a sentence for each (test, reason) that may not be skipped."""
     return [
         f"{test} was skipped ({reason}), but continuous integration must run it: install what it needs, or add the "
         "reason to tests/skips.py."
@@ -46,27 +46,27 @@ def unexpected(skips: Iterable[tuple[str, str]], ci: str, *, shared: bool) -> li
 
 
 def found(config: pytest.Config) -> list[str]:
-    """The sentences about what this run skipped; none outside of continuous integration."""
+    """Return the sentences about tests that this run skipped; none outside of continuous integration."""
     ci = os.environ.get("QLLAVA_CI", "")
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if not ci or reporter is None:
         return []
     skips = []
     for report in reporter.stats.get("skipped", []):
-        if isinstance(report.longrepr, tuple):  # else it is an expected failure
+        if isinstance(report.longrepr, tuple):  # otherwise an expected failure
             skips.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
     return unexpected(skips, ci, shared=SHARED.is_dir())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let the run fail; pytest prints its summary after this. A process of pytest-xdist's has no reports of others."""
+    """Fail the run if there are such skips, before pytest prints its summary; xdist's workers see only their own."""
     if session.exitstatus == pytest.ExitCode.OK and found(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name each of them."""
+    """Print each of these sentences in the summary."""
     sentences = found(config)
     if sentences:
         terminalreporter.section("skipped, but expected to run", red=True)

@@ -1,4 +1,4 @@
-"""A planted fault: memory runs out while a LLaVA answers more prompts at once than so many."""
+"""A planted fault: memory runs out when a LLaVA answers more than a number of prompts at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 
 
 def small_memory(patch: pytest.MonkeyPatch, most: int, error: BaseException = OUT_OF_MEMORY) -> list[int]:
-    """Let every LLaVA raise an error like this one when it answers more prompts; returns the sizes of all attempts."""
+    """Make every LLaVA raise an error when it answers more than `most` prompts at once.
+
+    Returns:
+        A list to which the number of prompts of each attempt is appended.
+    """
     sizes: list[int] = []
     plain = LlavaForConditionalGeneration.generate
 

@@ -1,4 +1,4 @@
-"""Tiny random models, made in the process by plain transformers: no download, a fraction of a second each.
+"""Tiny random models, made by plain transformers without a download, in a fraction of a second each.
 
 `make_tiny_llava(folder)` writes what `AutoProcessor` and `LlavaForConditionalGeneration` read back: a CLIP tower of
 32 x 32 pixels in patches of 8 (16 image tokens, the class token is dropped), a two-layer LLaMA, and a byte-level BPE
@@ -43,7 +43,7 @@ _CORPUS = [
 
 
 def make_tiny_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (every byte covered) with ChatML's markers, `<image>` and the end of turn as the end token."""
+    """Return a byte-level BPE tokenizer of all bytes, ChatML's markers and `<image>`; its end token ends a turn."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -63,7 +63,7 @@ def make_tiny_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_processor() -> LlavaProcessor:
-    """The processor of the tiny model: pads images to a square, 16 image tokens each, ChatML as the chat template."""
+    """Return the processor of the tiny model: it pads images to a square, and uses 16 image tokens and ChatML."""
     image_processor = LlavaImageProcessor(
         do_pad=True,
         size={"shortest_edge": IMAGE_SIZE},
@@ -82,7 +82,7 @@ def make_tiny_processor() -> LlavaProcessor:
 def make_tiny_model(
     processor: LlavaProcessor, *, seed: int = 0, context: int = 512, layers: int = 2
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA in fp32 that fits the processor; `context` is the longest sequence that it says it can take."""
+    """Return a random LLaVA in fp32 that fits the processor; `context` is the maximum length in its config."""
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -110,7 +110,7 @@ def make_tiny_model(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    # fork_rng: a test that asks for a model must not move the random state of the test that called it.
+    # fork_rng, because making a model must not change the random state of the test.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -122,7 +122,7 @@ def make_tiny_model(
 
 
 def make_tiny_llava(folder: Path, *, seed: int = 0, context: int = 512) -> Path:
-    """Write a whole tiny LLaVA (weights, tokenizer, processor, chat template) into `folder` and return the folder."""
+    """Write a complete tiny LLaVA (weights, tokenizer, processor, chat template) to a folder, and return the folder."""
     processor = make_tiny_processor()
     make_tiny_model(processor, seed=seed, context=context).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -148,14 +148,14 @@ def save_llava(
 
 
 def make_image(colour: str | tuple[int, int, int], size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
-    """An image of one colour with a white square in its upper left corner, `size` = (width, height)."""
+    """Return an image of one colour with a white rectangle in its upper left corner; `size` is (width, height)."""
     image = Image.new("RGB", size, colour)
     image.paste("white", (2, 2, size[0] // 3, size[1] // 3))
     return image
 
 
 def make_tiny_parts(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write the tiny model's language model and tower as two folders, from which a new LLaVA is built; returns both."""
+    """Write the tiny model's language model and tower as parts of a new LLaVA, and return both folders."""
     processor = make_tiny_processor()
     model = make_tiny_model(processor, seed=seed)
     language_model, tower = folder / "llama", folder / "tower"
@@ -169,7 +169,7 @@ def make_tiny_parts(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 
 def make_tiny_records(folder: Path, *, rows: int = 8) -> Path:
-    """Write images and a LLaVA JSON of conversations about them; returns the file."""
+    """Write images and a LLaVA JSON of conversations about them, and return the path of the file."""
     colours = ("red", "green", "blue", "yellow")
     content = []
     for index in range(rows):

@@ -1,4 +1,4 @@
-"""Tiny runs: the settings of a recipe, a trainer and whole runs over the tiny model's parts, a second or two each."""
+"""Tiny runs: settings of a recipe, a trainer, and whole runs with the tiny model's parts, a second or two each."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ from tests.tiny_models import make_tiny_parts, make_tiny_records
 
 @dataclass(frozen=True)
 class Tiny:
-    """What tiny runs are made from, and two that have finished; nothing may be changed in these folders."""
+    """The parts and data of tiny runs, and two finished runs; nothing may be changed in these folders."""
 
     language_model: Path
+    """Folder of the language model."""
     tower: Path
+    """Folder of the vision tower."""
     rows: Path
+    """Data file of the examples."""
     stage1: Path
+    """Finished run of stage 1."""
     stage2: Path
+    """Finished run of stage 2."""
 
     def recipe(self, **changes: Any) -> Recipe:
-        """The parts as `assemble` takes them."""
+        """Return the parts in the form that `assemble` takes."""
         values = {
             "model": None,
             "language_model": str(self.language_model),
@@ -52,7 +57,7 @@ class Tiny:
 
 
 def flags(tiny: Tiny, **fields: Any) -> list[str]:
-    """The command line of a recipe over the tiny parts: four steps of two examples, a checkpoint after the second."""
+    """Return the command line of a recipe with the tiny parts: four steps of two examples, two checkpoints."""
     values: dict[str, Any] = {
         "language_model": tiny.language_model,
         "vision_tower": tiny.tower,
@@ -72,23 +77,23 @@ def flags(tiny: Tiny, **fields: Any) -> list[str]:
 
 
 def settings(tiny: Tiny, folder: Path, **fields: Any) -> Settings:
-    """The settings of that command line."""
+    """Return the settings of the command line that `flags` returns."""
     return parse(flags(tiny, **fields), output_dir=str(folder), nano={})
 
 
 def stage1_settings(tiny: Tiny, folder: Path, **fields: Any) -> Settings:
-    """Stage 1, as the fixture ran it."""
+    """Return the settings of stage 1 in the fixture `tiny`, with changes."""
     return settings(tiny, folder, **fields)
 
 
 def stage2_settings(tiny: Tiny, folder: Path, **fields: Any) -> Settings:
-    """Stage 2 with held-out examples, as the fixture ran it."""
+    """Return the settings of stage 2 in the fixture `tiny` (with held-out examples), with changes."""
     values = {"projector": tiny.stage1, "eval_file": tiny.rows, "eval_strategy": "steps", "eval_steps": 2, **fields}
     return settings(tiny, folder, **values)
 
 
 def make_tiny_runs(folder: Path) -> Tiny:
-    """Parts, examples and both stages."""
+    """Write parts and examples, and train both stages."""
     language_model, tower = make_tiny_parts(folder)
     tiny = Tiny(language_model, tower, make_tiny_records(folder), folder / "stage1", folder / "stage2")
     pretrain(stage1_settings(tiny, tiny.stage1))
@@ -106,7 +111,7 @@ def make_trainer(
     kept: dict[str, Any] | None = None,
     **fields: Any,
 ) -> LlavaTrainer:
-    """The trainer of one stage over the tiny examples, before its first step; it evaluates on them too, if asked."""
+    """Return the trainer of one stage before its first step; it trains, and evaluates if set, on the tiny examples."""
     values = {"learning_rate": 2e-4, "projector_lr": 2e-5, "lora_dropout": 0, "save_strategy": "no", **fields}
     chosen = settings(tiny, folder, **values)
     assembled = assemble(recipe or tiny.recipe())
@@ -120,7 +125,7 @@ def make_trainer(
 
 
 def encode(assembled: Assembled, rows: Path) -> Prepared:
-    """The examples, ready to be trained on."""
+    """Return the encoded examples of a data file, ready to be trained on."""
     config = assembled.model.config
     encoder = Encoder(
         assembled.processor.tokenizer, assembled.template, config.image_token_index, ImageLayout.of_config(config)
@@ -129,31 +134,31 @@ def encode(assembled: Assembled, rows: Path) -> Prepared:
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of everything in a model's state, the packed weights and their scales too."""
+    """Return a copy of a model's whole state, with packed weights and their scales."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
-    """Names of what is no longer bit for bit what it was."""
+    """Return the names of tensors that have changed in any bit."""
     after = model.state_dict()
     assert before.keys() == after.keys()
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def refusal(error: InputError) -> str:
-    """The message of an error, which has to be one sentence in one line."""
+    """Return the message of an error, after a check that it is one line that ends like a sentence."""
     text = str(error)
     assert text and "\n" not in text and text.endswith((".", "?")), text
     return text
 
 
 def write_records(path: Path, rows: list[Any]) -> Path:
-    """Write a data file."""
+    """Write examples to a data file, and return its path."""
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
 def run_merge(folder: Path, out: Path, **changes: Any) -> MergeResult:
-    """Merge a run with the defaults of the tests: NF4 base, fp32, verified."""
+    """Merge a run with the defaults of the tests: NF4 base, fp32, with verification."""
     values: dict[str, Any] = {"base": "nf4", "dtype": "float32", "max_shard_size": "5GB", "verify": True, **changes}
     return merge(folder, out, **values)

@@ -1,7 +1,7 @@
-"""Command lines that cannot work, each with its exit status and a part of what is said; no library is needed for it.
+"""Command lines that cannot work, each with its exit status and a part of its message; no heavy library is needed.
 
-As a program it runs those that are given to it as JSON on stdin, in one process, and prints as JSON what came of each,
-and which heavy libraries were imported meanwhile.
+As a program, this file runs command lines that it gets as JSON on stdin, in one process. It prints as JSON the result
+of each, and which heavy libraries were imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROGRAMS = (FINETUNE, PRETRAIN, QLLAVA, DEMO, ABLATE, SCIENCEQA, BUILD_NANO)
 PARTS = "--language_model c/d --vision_tower open_clip:a/b"
 BOTH = "--train_file {folder}/rows.json --pretrain_file {folder}/rows.json --projector {folder}/adapter"
 
-# Program, words, status, what is said. {folder} is that of `prepare`.
+# Program, arguments, exit status, part of the message. {folder} is the folder that `prepare` fills.
 WRONG: tuple[tuple[str, str, int, str], ...] = (
     (FINETUNE, "--per_device_batch_size 4", 2, "did you mean --per_device_train_batch_size?"),
     (FINETUNE, "--lora_rank 8", 2, "did you mean --lora_r?"),
@@ -160,7 +160,7 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
 
 
 def prepare(folder: Path) -> None:
-    """Files and folders that the command lines name."""
+    """Write the files and folders that the command lines name."""
     (folder / "rows.json").write_text("[]")
     (folder / "key.yaml").write_text("lora_r: 8\nmodel: x\n")
     (folder / "type.yaml").write_text("lora_r: many\n")
@@ -185,7 +185,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(program: str, words: list[str]) -> dict[str, Any]:
-    """One command line, in this process: its status, and what it said on stderr."""
+    """Run one command line in this process, and return its status and its output."""
     from qllava import cli
     from qllava.pages import server as app
     from qllava.training.options import begin

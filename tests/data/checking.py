@@ -1,4 +1,4 @@
-"""What the tests of `check` share: a folder of images, examples about them, and what a check of them gives."""
+"""Helpers of the tests of `check`: a folder of images, examples about them, and the result of a check."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def encoder(**more: Any) -> Encoder:
 
 
 def images_in(folder: Path) -> Path:
-    """Make a folder for data files with red.png, blue.png and deep/green.png."""
+    """Make a folder for data files with red.png, blue.png and deep/green.png, and return it."""
     (folder / "deep").mkdir(parents=True)
     for name, colour in (("red.png", "red"), ("blue.png", "blue"), ("deep/green.png", "green")):
         image = Image.new("RGB", (20, 12), colour)
-        image.putpixel((0, 0), (255, 255, 255))  # one of a single colour is noted
+        image.putpixel((0, 0), (255, 255, 255))  # an image of a single colour gets a note
         image.save(folder / name)
     return folder
 
@@ -74,7 +74,7 @@ LIST, PRETTY = json.dumps(ROWS), json.dumps(ROWS, indent=4, ensure_ascii=False)
 
 
 def learned(checked: Checked) -> list[Any]:
-    """What the trainer takes, images by their bytes."""
+    """Return what the trainer gets, with the bytes of images instead of their paths."""
     rows = checked.table.with_transform(checked.layout)[:]
     images = [[Path(name).read_bytes() for name in names] for names in rows["image_files"]]
     return list(zip(rows["id"], rows["input_ids"], rows["labels"], images, strict=True))

@@ -1,4 +1,4 @@
-"""A folder with two images, and a cache of its own."""
+"""Fixtures for tests of data: a folder with two images, and a separate cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.data.container_files import BLUE, RED
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are unpacked into a folder of the test."""
+    """Use a cache in the test's folder, so that images are unpacked there."""
     monkeypatch.setenv("QLLAVA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, own_cache: None) -> Path:
-    """A folder for data files, with red.png and blue.png in it."""
+    """Return a folder for data files that contains red.png and blue.png."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "red.png").write_bytes(RED)

@@ -1,4 +1,4 @@
-"""What the tests of tables, Parquet, Arrow, tars and folders share: examples with images, and files of them."""
+"""Helpers of the tests of tables, Parquet, Arrow, tars and folders: examples with images, and files of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ QUESTIONS: list[dict[str, Any]] = [
 
 
 def said(examples: list[Example]) -> list[Any]:
-    """All that is learned: the images by their bytes, and no places."""
+    """Return everything that is learned, with the bytes of images and without places in files."""
     return [(e.id, [p.read_bytes() for p in e.images], e.conversation, e.type, e.lost) for e in examples]
 
 
@@ -69,7 +69,7 @@ def as_jsonl(folder: Path, rows: list[dict[str, Any]]) -> list[Any]:
 
 
 def packs_of(path: Path) -> tuple[list[tuple[Place, Any]], list[str]]:
-    """The examples, and the problems as the user reads them."""
+    """Return the examples, and the problems as the user reads them."""
     problems: list[str] = []
     return list(read_records(path, lambda problem: problems.append(str(problem)))), problems
 
@@ -85,7 +85,7 @@ def table(path: Path, delimiter: str = ",", header: str = "id,image,question,ans
 
 
 def embedded(row: dict[str, Any], *, listed: bool = False) -> dict[str, Any]:
-    """An example whose images are Hugging Face's Image structs."""
+    """Return an example whose images are structs as Hugging Face's Image feature has them."""
     names = row.get("image", [])
     structs = [
         {"bytes": {"red.png": RED, "blue.png": BLUE}[name], "path": name}

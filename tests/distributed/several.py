@@ -1,9 +1,10 @@
-"""What each of several processes does: runs, one after the other, and what became of each in this process.
+"""Program of each rank in tests of distributed training: it runs several trainings and reports how each ended.
 
     torchrun --nproc-per-node 2 tests/distributed/several.py RUNS.json
 
 RUNS.json is a list of {"recipe": pretrain or finetune, "flags": [...], "out": FOLDER, "fault": one of FAULTS or null};
-process N writes what was raised to FOLDER.N.json. One start for all, because importing takes longer than a tiny run.
+rank N writes the error that was raised to FOLDER.N.json. All runs share one start of the processes, because importing
+takes longer than a tiny run.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from qllava.training.settings import Settings, parse
 from qllava.training.trainer import LlavaTrainer
 
 RECIPES = {"pretrain": pretrain, "finetune": finetune}
-AT_STEP = 4  # both processes have samples in it
+AT_STEP = 4  # a step in which both ranks have samples
 compute_loss = LlavaTrainer.compute_loss
 on_step_end = SaveAndStop.on_step_end
 
 
 def nan(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The loss, but in the second process that of one step is NaN."""
+    """Return the loss, but NaN for one step in rank 1."""
     loss = compute_loss(self, *args, **kwargs)
     return loss * float("nan") if self.args.process_index == 1 and self.state.global_step == AT_STEP - 1 else loss
 
 
 def signalled(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-    """A step's end, but at that of one the second process is sent SIGTERM."""
+    """End a step; at the end of one step, rank 1 gets SIGTERM first."""
     if args.process_index == 1 and state.global_step == AT_STEP:
         os.kill(os.getpid(), signal.SIGTERM)
     on_step_end(self, args, state, control, **kwargs)
@@ -50,7 +51,7 @@ FAULTS: dict[str | None, Any] = {
 
 
 def do(run: dict[str, Any], chosen: Settings) -> None:
-    """One run, and what was raised."""
+    """Run one training, and write the error that it raised."""
     raised: BaseException | None = None
     with FAULTS.get(run["fault"], nullcontext()):
         try:

@@ -1,8 +1,8 @@
-"""A recipe under FSDP2 on CPUs, which accelerate would quietly replace by DDP: it is told that these are GPUs.
+"""Program that runs a recipe with FSDP2 on CPUs; accelerate would silently use DDP, so the devices are named GPUs.
 
     accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml tests/distributed/sharded.py RECIPE --FLAGS
 
-Ends with status 3 when what is trained is no FSDPModule.
+It ends with status 3 if the trained model is not an FSDPModule.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ training_step = LlavaTrainer.training_step
 
 
 def watched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A training step, if each decoder layer is a unit of FSDP2's and everything is shared out."""
+    """Run a training step; end the process if a decoder layer is not an FSDP2 unit or a parameter is not sharded."""
     layers = [module for module in model.modules() if type(module).__name__.endswith("LlamaDecoderLayer")]
     units = [model, *layers]
     if not (layers and all(isinstance(unit, FSDPModule) for unit in units)):
@@ -39,7 +39,7 @@ def watched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def settings() -> Settings:
-    """The command line's."""
+    """Return the settings of the command line."""
     with patch.object(torch.accelerator, "is_available", lambda: True):
         return parse(sys.argv[2:], output_dir="", nano={})
 

@@ -1,8 +1,9 @@
-"""A recipe under DeepSpeed, if it is ZeRO-2 that trains; FAULT names one that is planted, as in `several.py`.
+"""Program that runs a recipe with DeepSpeed and checks that ZeRO-2 trains it.
 
     accelerate launch --config_file recipes/accelerate/deepspeed_zero2.yaml tests/distributed/zero.py RECIPE --FLAGS
 
-Ends with status 3 when what is trained is no engine of DeepSpeed's that shares out gradients and state.
+It ends with status 3 if the trained model is not a DeepSpeed engine that shards gradients and optimizer state. The
+environment variable FAULT can name a fault of `several.py` to plant.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ training_step = LlavaTrainer.training_step
 
 
 def watched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A training step, if the model is ZeRO-2's."""
+    """Run a training step; end the process if the model is not trained by ZeRO-2."""
     if not (isinstance(model, DeepSpeedEngine) and model.zero_optimization_stage() == 2):
         os._exit(3)
     return training_step(self, model, *args, **kwargs)

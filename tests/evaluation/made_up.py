@@ -1,6 +1,6 @@
-"""ScienceQA and LLaVA-Bench in their own layouts, made up: the real ones may not be copied into this repository.
+"""Synthetic data in the layouts of ScienceQA and LLaVA-Bench, which may not be copied into this repository.
 
-Whoever writes the answers knows which are right; that count is written beside them, and no scorer is asked for it.
+The code that writes the answers knows which are right, so the expected counts do not come from the scorer under test.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _problem(number: int, dice: random.Random) -> dict[str, Any]:
 
 
 def _answer(row: dict[str, Any], right: bool, style: int, dice: random.Random) -> str:
-    """A text that states a letter once, in one of the forms that models give it."""
+    """Return a text that states a letter once, in one of the forms that models use."""
     wrong = [n for n in range(len(row["choices"])) if n != row["answer"]]
     letter = "ABCDE"[row["answer"] if right else dice.choice(wrong)]
     reason = " ".join(dice.sample(["It", "was", "drawn", "so", "and", "lies", "on", "top"], dice.randint(3, 8)))
@@ -48,9 +48,10 @@ def _answer(row: dict[str, Any], right: bool, style: int, dice: random.Random) -
 
 
 def write_science(folder: Path) -> Path:
-    """`problems.json`, three files of answers and `expected.json`, laid out and named as the real ones are.
+    """Write `problems.json`, three files of answers and `expected.json` in the real layout, and return the folder.
 
-    The first leaves some unanswered. The last two problems read alike and are answered alike, as two of the real are.
+    The first file leaves some problems unanswered. The last two problems have the same text and answers, as two of the
+    real ones do.
     """
     dice = random.Random(0)
     problems = {str(100 + n): _problem(n, dice) for n in range(PROBLEMS - 1)}
@@ -60,7 +61,7 @@ def write_science(folder: Path) -> Path:
         name: {id: dice.random() < share for id in problems} for name, share in zip(NAMES, (0.7, 0.9, 0.9), strict=True)
     }
     for name, right in zip(NAMES, (True, False, True), strict=True):
-        rights[name][last] = right  # the first two differ about it
+        rights[name][last] = right  # the first two files differ on it
     silent = set(dice.sample(list(problems)[:-2], UNANSWERED))
     expected: dict[str, Any] = {"n": PROBLEMS, "correct": {}, "correct_image": {}, "unparsed": {}}
     expected["n_image"] = sum(row["image"] is not None for row in problems.values())
@@ -82,9 +83,10 @@ def write_science(folder: Path) -> Path:
 
 
 def write_bench(contexts: Sequence[Context], folder: Path) -> dict[str, Path]:
-    """Questions and reference answers as LLaVA-Bench has them: 30 images, 15 of them among the contexts, three each.
+    """Write questions and reference answers in LLaVA-Bench's layout, and return both paths by name.
 
-    A reference answer repeats captions: one, all five, or all of two images.
+    There are 30 images with three questions each; the contexts contain 15 of the images. A reference answer repeats
+    captions: one, all five, or all of two images.
     """
     known = [context for context in contexts if context.boxes][:30]
     questions, answers = list[dict[str, Any]](), list[dict[str, Any]]()

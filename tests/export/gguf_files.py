@@ -1,4 +1,4 @@
-"""GGUF files read back by the gguf package, the names of their tensors, and altered models to export."""
+"""Helpers of the tests of export: reading GGUF files with the gguf package, tensor names, and altered models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCK = {
 
 
 def language_names(layers: int = 2) -> dict[str, str]:
-    """GGUF's name of each tensor of the language model, and the folder's."""
+    """Return, for each tensor of the language model, its name in the model folder by its name in GGUF."""
     names = {
         "token_embd.weight": "language_model.model.embed_tokens.weight",
         "output.weight": "language_model.lm_head.weight",
@@ -51,7 +51,7 @@ def language_names(layers: int = 2) -> dict[str, str]:
 
 
 def tower_names(blocks: int) -> dict[str, str]:
-    """The same for tower and projector."""
+    """Return the same for the tensors of vision tower and projector."""
     tower = "vision_tower.vision_model"
     names = {"v.patch_embd.weight": f"{tower}.embeddings.patch_embedding.weight"}
     for part in ("weight", "bias"):
@@ -63,12 +63,12 @@ def tower_names(blocks: int) -> dict[str, str]:
     return names
 
 
-# The class token and the positions, which are written as sums.
+# The class token and the positions, which the export writes as sums.
 POSITIONS = {"v.class_embd", "v.patch_embd.bias", "v.position_embd.weight"}
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Kind], dict[str, Any]]:
-    """Values in fp32, how each tensor is kept, and the header."""
+    """Return the values in fp32 and the type of each tensor, and the header."""
     reader = GGUFReader(path)
     assert len({t.name for t in reader.tensors}) == len(reader.tensors)
     values = {}
@@ -87,7 +87,10 @@ def pair(folder: Path) -> tuple[Path, Path]:
 
 
 def as_transformers(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Rows of q and k as transformers has them: of a head, row 2 i was row i, and row 2 i + 1 was HEAD / 2 + i."""
+    """Return rows of q and k in the order of transformers.
+
+    GGUF's rows 2 i and 2 i + 1 of a head are rows i and HEAD / 2 + i there.
+    """
     if ".attn_q." not in name and ".attn_k." not in name or name.startswith("v."):
         return values
     heads = HEADS if ".attn_q." in name else KV_HEADS
@@ -100,7 +103,7 @@ def as_transformers(name: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def altered(folder: Path, out: Path, changes: dict[str, Any], **tensors_: torch.Tensor) -> Path:
-    """A copy with other values in config.json ("text_config.hidden_act": ...) and other tensors."""
+    """Copy a model with other values in config.json ("text_config.hidden_act": ...) and other tensors; return `out`."""
     shutil.copytree(folder, out)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for path, value in changes.items():

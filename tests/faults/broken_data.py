@@ -1,4 +1,4 @@
-"""A broken data set: what is in it, and the sentence that the user reads."""
+"""Cases of broken data sets: their content, and the message that the user reads."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ REPLACE = "replace it, or remove its examples"
 
 @dataclass(frozen=True)
 class Case:
-    """A broken data set.
-
-    content: of the data file: examples of a JSON list, one a line; or its text, its bytes; or what writes it.
-    said: the sentence, {folder} being the folder of the file.
-    id, line: as programs read them.
-    samples: the sound ones.
-    file: the name of the data file.
-    """
+    """A broken data set."""
 
     content: list[Any] | str | bytes | Callable[[Path], object]
+    """Examples of a JSON list (one per line), the text or bytes of the data file, or a function that writes it."""
     said: str
+    """Expected message; {folder} is the folder of the file."""
     id: str | None = None
+    """Id of the example in machine-readable output."""
     line: int | None = None
+    """Line of the problem in machine-readable output."""
     samples: int = 0
+    """Number of examples without an error."""
     file: str = "train.json"
+    """Name of the data file."""
     severity: str = "error"
+    """Severity of the problem."""
 
 
 def row(said: str, *turns: Any, id: Any = "x7", where: str = "id x7", **more: Any) -> Case:
-    """A LLaVA example behind a sound one."""
+    """Return a case of a broken LLaVA example that follows a sound one."""
     broken = {"conversations": list(turns), **more} | ({} if id is None else {"id": id})
     return raw(said, broken, where=where)
 
 
 def raw(said: str, broken: Any, *, where: str = "id x7") -> Case:
-    """Any example behind a sound one; `where` is empty when its id cannot be read."""
+    """Return a case of any broken example that follows a sound one; `where` is empty if its id cannot be read."""
     place = f"train.json, example 2, {where}" if where else "train.json, example 2"
     id = where.removeprefix("id ") or None
     return Case([SOUND, broken], f"{place}: {said}.", id=id, line=3, samples=1)

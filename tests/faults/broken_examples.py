@@ -1,4 +1,4 @@
-"""Every way in which an example of a data file may be broken."""
+"""Cases of examples that are broken, in every way that the reader must report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way in which a data file may be broken."""
+"""Cases of data files that are broken, in every way that the reader must report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unreadable(reason: str, content: Any, said: str = "check its name") -> Case:
 
 
 def both_ways(path: Path) -> None:
-    """A link that leads to itself by another one."""
+    """Make a symbolic link that leads back to itself through another link."""
     (path.parent / "there").symlink_to(path)
     path.symlink_to(path.parent / "there")
 

@@ -1,4 +1,4 @@
-"""Every way in which an image of an example may be broken."""
+"""Cases of examples whose image file is broken, in every way that the check must report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def png(size: tuple[int, int] = (30, 30)) -> bytes:
 
 
 def claims(width: int, height: int) -> bytes:
-    """The head of a PNG that says it is so large, and no pixels."""
+    """Return a PNG whose header claims this size in pixels, without the pixels."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + png()[33:]
 
@@ -42,7 +42,7 @@ def bytes_of(data: bytes) -> Callable[[Path], object]:
 
 
 def image(said: str, write: Callable[[Path], object], *, name: str = "other.png", named: bool = True) -> Case:
-    """An example whose image is written by `write`; sound examples lie around it."""
+    """Return a case of an example whose image `write` writes, after a sound example."""
     rows = [SOUND, {"id": "x7", "image": name, "conversations": [SEEN, GPT]}]
 
     def both(path: Path) -> None:

@@ -1,10 +1,10 @@
-"""A server of /chat/completions over real HTTP, for tests: it says what it is told to, and counts what was paid.
+"""A server of /chat/completions over real HTTP for tests: it gives prepared answers and counts what was paid.
 
     with ChatServer(lambda request: Said("Hello.")) as server:
         Client(store, server.url)
 
-The function gets the body of the request and how often the same body came before, and returns what to do. A reply is
-paid when its last byte was handed to the network with status 200.
+The function gets the request, with the number of earlier requests with the same body, and returns what to do. A reply
+counts as paid when it was completely sent with status 200.
 """
 
 from __future__ import annotations
@@ -22,46 +22,59 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Said:
-    """What the server does with one request."""
+    """Answer of the server to one request."""
 
     text: str | None = ""
+    """Text of the reply, or message of the error."""
     status: int = 200
+    """HTTP status."""
     finish_reason: str = "stop"
+    """Finish reason of the reply."""
     refusal: str | None = None
-    seconds: float = 0.0  # before it answers
+    """Refusal of the reply."""
+    seconds: float = 0.0
+    """Delay of the answer."""
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | None = None  # sent in place of a completion
-    drop: bool = False  # the connection breaks in the middle of the answer
+    """Additional headers."""
+    body: bytes | None = None
+    """Body that is sent instead of a completion."""
+    drop: bool = False
+    """Whether the connection breaks in the middle of the answer."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the server was asked."""
+    """A request to the server."""
 
     body: dict[str, Any]
-    headers: dict[str, str]  # names in lower case
-    before: int  # how often the same body came before
+    """Body as JSON."""
+    headers: dict[str, str]
+    """Headers; names are in lower case."""
+    before: int
+    """Number of earlier requests with the same body."""
 
     @property
     def key(self) -> str:
-        """The content as a name."""
+        """A name for the content of the body."""
         return key_of(self.body)
 
     @property
     def last(self) -> str:
-        """The last message."""
+        """Content of the last message."""
         return str(self.body["messages"][-1]["content"])
 
 
 def key_of(body: dict[str, Any]) -> str:
-    """A body as a name: equal for equal content."""
+    """Return a name for a body, which is equal for equal content."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 class ChatServer:
     """A server in a thread; `asked` and `paid` count bodies by their content.
 
-    limit: how many requests are worked on at a time; the others wait in line.
+    Args:
+        answer: Function that returns the answer to a request.
+        limit: Number of requests that are answered at a time; others wait. None: no limit.
     """
 
     def __init__(self, answer: Callable[[Request], Said], *, limit: int | None = None) -> None:
@@ -91,7 +104,7 @@ class ChatServer:
         self._thread.join(10)
 
     def leave(self) -> None:
-        """End at once, whoever is connected."""
+        """Stop the server at once, even with open connections."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end.set)
 
@@ -119,7 +132,7 @@ class ChatServer:
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; False when the connection is to be closed."""
+        """Answer one request; return False if the connection must be closed."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
         body = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or b"{}")
@@ -151,7 +164,7 @@ class ChatServer:
 
 
 def completion(request: Request, said: Said) -> bytes:
-    """A body of the protocol; tokens are counted as words."""
+    """Return the body of an answer in the protocol; tokens are counted as words."""
     if said.status != 200:
         return json.dumps({"error": {"message": said.text, "type": "test"}}).encode()
     asked = sum(len(str(message["content"]).split()) for message in request.body["messages"])

@@ -1,8 +1,8 @@
 """A server without a network, and a clock without waiting, for tests of many requests or of long outages.
 
-    with Runner(loop_factory=QuickLoop) as runner: runner.run(...)     every pause is over at once, in its order
+    with Runner(loop_factory=QuickLoop) as runner: runner.run(...)     pauses end at once, in the right order
 
-`Wire` stands in for a connection: `monkeypatch.setattr(Client, "_post", Wire(answer).post)`.
+`Wire` replaces a connection: `monkeypatch.setattr(Client, "_post", Wire(answer).post)`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.llm.server import Request, Said, completion, key_of
 
 
 class Wire:
-    """Answers requests in this process; `requests` are in their order, `times` by the loop's clock."""
+    """Server in this process; `requests` are in the order of arrival, `times` by the loop's clock."""
 
     def __init__(self, answer: Callable[[Request], Said]) -> None:
         self.answer = answer
@@ -29,7 +29,7 @@ class Wire:
         self.times: list[float] = []
 
     async def post(self, content: bytes) -> httpx.Response:
-        """Answer one request as `ChatServer` does."""
+        """Answer one request as a `ChatServer` does."""
         body = json.loads(content)
         request = Request(body, {}, self.asked[key_of(body)])
         self.asked[request.key] += 1
@@ -44,26 +44,26 @@ class Wire:
 
 
 class QuickLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next moment at which something is due."""
+    """Event loop whose clock jumps to the next time at which something is due."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
         super().__init__(_Jumping(self))
 
     def time(self) -> float:
-        """Seconds of the loop's own clock."""
+        """Return the seconds of the loop's own clock."""
         return super().time() + self.ahead
 
 
 class _Jumping(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    """Waits a moment for what is real (threads), and skips the rest."""
+    """Selector that waits a moment for real events (of threads), and skips the rest of a timeout."""
 
     def __init__(self, loop: QuickLoop) -> None:
         super().__init__()
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        """As the selector's own; a timeout passes on the loop's clock only."""
+        """Return events like the base class; a timeout only advances the loop's clock."""
         events = super().select(timeout if timeout is None else min(timeout, 0.0005))
         if not events and timeout is not None:
             self._loop.ahead += timeout

@@ -1,4 +1,4 @@
-"""The demo as a user starts it, and a visitor without a browser, who sends what Gradio's page would send."""
+"""The demo as a user starts it, and a visitor without a browser that sends what Gradio's page would send."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
 
 
-# The demo, which says whenever it is asked how many answers it computes.
+# The demo, which prints on SIGUSR1 how many answers it is computing.
 WATCHED = """
 import signal, sys, threading
 def say(*_):
@@ -41,10 +41,15 @@ sys.exit(main())
 
 @contextmanager
 def served(model: Path, *flags: str, watched: bool = False, fresh: bool = False) -> Iterator[tuple[str, Command]]:
-    """`python demo/app.py --model MODEL FLAGS` on a free port: its address and its process.
+    """Run `python demo/app.py --model MODEL FLAGS` on a free port; give its address and its process.
 
-    It runs in the folder of the model; its output is `demo.log` there, and `kept_by` lists its images. `computes` can
-    tell what a watched one is doing. A fresh one imports Gradio itself, which reads its environment as it is imported.
+    The demo runs in the parent folder of the model; its output is `demo.log` there, and `kept_by` lists its images.
+
+    Args:
+        model: Folder of the model.
+        flags: Further arguments.
+        watched: Whether `computes` can be used.
+        fresh: Whether the demo imports Gradio itself, for tests of the environment that Gradio reads at import.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,14 +82,14 @@ def served(model: Path, *flags: str, watched: bool = False, fresh: bool = False)
 
 
 def kept_by(model: Path) -> list[Path]:
-    """The files that the demo of a model has on the disk, its own examples excepted."""
+    """Return the files that the demo of a model has on disk, without its own examples."""
     # os.walk, because pathlib's glob raises where the demo deletes a folder meanwhile (Python 3.11).
     found = [Path(folder) / name for folder, _, names in os.walk(model.parent / "tmp") for name in names]
     return [path for path in found if "examples" not in path.parts]
 
 
 def wait_until(true: Callable[[], bool], seconds: float, explain: Callable[[], str] = str) -> None:
-    """Wait for a condition, or fail with an explanation."""
+    """Wait for a condition; fail the test with an explanation if it takes too long."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -93,7 +98,7 @@ def wait_until(true: Callable[[], bool], seconds: float, explain: Callable[[], s
 
 
 def computes(process: Command, folder: Path) -> bool:
-    """Whether a watched demo, which runs in `folder`, has a thread in which a model answers."""
+    """Return whether a watched demo that runs in `folder` is computing an answer."""
     log = folder / "demo.log"
     before = log.read_text().count("computing:")
     process.send_signal(signal.SIGUSR1)
@@ -102,7 +107,7 @@ def computes(process: Command, folder: Path) -> bool:
 
 
 def endless_model(folder: Path) -> Path:
-    """A model that computes for long and never says its end token."""
+    """Write a model that computes for long and never ends an answer, and return its folder."""
     processor = make_tiny_processor()
     model = make_tiny_model(processor, context=2048, layers=48)
     model.lm_head.weight.data[processor.tokenizer.eos_token_id] = 0.0  # a logit of 0 is never the largest
@@ -112,7 +117,7 @@ def endless_model(folder: Path) -> Path:
 
 
 def memory_of(process: Command) -> float:
-    """Resident MB of a process."""
+    """Return the resident memory of a process in MB."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -125,24 +130,24 @@ class Visitor:
         weakref.finalize(self, self.client.close)
         self.client.get("/")
         self.session = secrets.token_hex(5)
-        self.hears = threading.Event()  # the first words of an answer
+        self.hears = threading.Event()  # set at the first words of an answer
         config = self.client.get("/config").json()
         self.handlers = {dep["id"]: dep for dep in config["dependencies"]}
         self.components = {c["id"]: c for c in config["components"]}
 
     def upload(self, path: Path | None = None, *, name: str = "", content: bytes = b"") -> httpx.Response:
-        """Send a file."""
+        """Upload a file, and return the response."""
         files = {"files": (path.name, path.read_bytes()) if path else (name, content)}
         return self.client.post("/gradio_api/upload", files=files)
 
     def file(self, path: str) -> dict[str, Any]:
-        """An uploaded file as an event carries it."""
+        """Return an uploaded file in the form that events have."""
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
     def ask(self, text: str, *uploads: str, box: str = "question") -> list[Any]:
-        """Send a question as the text box does, and let it be answered; the outputs of the last step.
+        """Send a question as the text box does, wait for the answer, and return the outputs of the last step.
 
-        Of the chat these are chatbot, text box, pace; of the comparison the question, both answers, text box, buttons,
+        For the chat these are chatbot, text box, pace; for the comparison question, both answers, text box, buttons,
         result.
         """
         message = {"text": text, "files": [self.file(path) for path in uploads]}
@@ -151,17 +156,17 @@ class Visitor:
         return self.answer(box) if asked else []
 
     def answer(self, box: str, *, wait: bool = True) -> list[Any]:
-        """The step after `submit`: the model's answer."""
+        """Call the step after `submit`, the model's answer, and return its outputs."""
         submit = self._handler(box, "submit")
         then = next(i for i, dep in self.handlers.items() if dep["trigger_after"] == submit)
         return self._call(then, self._values(self.handlers[then]["inputs"]), wait=wait)
 
     def press(self, box: str, event: str, data: list[Any] | None = None, *, wait: bool = True) -> list[Any]:
-        """Call the handler of an event of a component; its outputs, or none and the reason in `refused`."""
+        """Call the handler of a component's event; return its outputs, or none, with the reason in `refused`."""
         return self._call(self._handler(box, event), data or [], wait=wait)
 
     def _call(self, handler: int, data: list[Any], *, wait: bool = True) -> list[Any]:
-        """One event through the queue."""
+        """Send one event through the queue, and return its outputs."""
         body = {"data": data, "fn_index": handler, "session_hash": self.session, "trigger_id": None}
         joined = self.client.post("/gradio_api/queue/join", json=body)
         self.refused = "" if joined.is_success else joined.text
@@ -177,7 +182,7 @@ class Visitor:
                     return output.get("data") or found if event["success"] else []
                 if event.get("msg") == "process_generating" and not found:
                     self.hears.set()
-                    found = event["output"].get("data") or []  # later ones hold what has changed
+                    found = event["output"].get("data") or []  # later events hold only changes
         return found
 
     def _values(self, components: list[int]) -> list[Any]:
@@ -194,7 +199,7 @@ class Visitor:
 
 
 def texts(messages: list[dict[str, Any]], role: str = "assistant") -> list[str]:
-    """What was said in a chatbot's value."""
+    """Return the texts of one role in a chatbot's value."""
     return [
         "".join(part["text"] for part in message["content"] if part.get("type") == "text")
         for message in messages

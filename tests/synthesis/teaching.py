@@ -1,4 +1,4 @@
-"""What the tests of synthesis share: images in words, and a teacher that answers about them, well or badly."""
+"""Helpers of the tests of synthesis: images described in words, and a teacher that answers well or badly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THINGS = ("dog", "cat", "bicycle", "umbrella", "bench", "clock", "kite", "horse"
 
 
 def write_contexts(path: Path, count: int) -> Path:
-    """Images with two things each, as JSONL, and empty files in their places beside it."""
+    """Write contexts of images with two things each, as JSONL, and return the path."""
     rng = random.Random(count)
     lines = []
     for number in range(count):
@@ -26,14 +26,14 @@ def write_contexts(path: Path, count: int) -> Path:
 
 
 def things_of(request: Request) -> tuple[str, str]:
-    """The two things of the image that is asked about."""
+    """Return the two things in the image that a request is about."""
     seen = [m["content"] for m in request.body["messages"] if ", picture " in m["content"]][-1]
     words = seen.partition(",")[0].split()
     return words[1], words[-1]
 
 
 def kind_of(request: Request) -> str:
-    """The response type, by what only its system message says."""
+    """Return the response type, recognized by its system message."""
     system = request.body["messages"][0]["content"]
     return (
         next(
@@ -47,7 +47,7 @@ def kind_of(request: Request) -> str:
 
 
 def good(request: Request, lie: str = "") -> str:
-    """A reply that keeps every rule, in the form that is asked for; `lie` is said in its last answer."""
+    """Return a reply that follows every rule, in the requested form; `lie` is added to its last answer."""
     left, right = things_of(request)
     if (kind := kind_of(request)) == "detail":
         return f"In the left half there is a {left}, and to its right a {right}. {lie}".strip()
@@ -65,17 +65,17 @@ def good(request: Request, lie: str = "") -> str:
 
 
 def is_repair(request: Request) -> bool:
-    """Whether a reply is asked for again."""
+    """Return whether a request asks for a corrected reply."""
     return request.last.startswith("This cannot be used:")
 
 
 def well(request: Request) -> Said:
-    """Always a good reply."""
+    """Answer with a good reply."""
     return Said(good(request))
 
 
 def badly(request: Request) -> Said:
-    """Everything that goes wrong, chosen by the content of the request, so that a second run meets the same."""
+    """Answer with every kind of fault, chosen by the content of the request, so that a second run gets the same."""
     fate = int(request.key[:8], 16) % 100
     if request.before == 0:
         trouble: dict[range, Said] = {
@@ -106,5 +106,5 @@ def badly(request: Request) -> Said:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The examples of a JSONL file; none where there is no file."""
+    """Return the records of a JSONL file; none if there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,8 +1,8 @@
-"""A second opinion on questions and answers about an image: they are read as text and held against its annotation.
+"""Independent check of questions and answers about an image: they are parsed and compared with its annotation.
 
-It shares nothing with the rules but the words of English: a question is parsed by its form, its names are looked up in
-the boxes, what captions say is read by `reading`, and the answer is worked out again. Whatever it cannot parse is an
-error, so that no wording goes unchecked.
+It shares no code with the rules. A question is parsed by its form, its names are looked up in the boxes, captions are
+parsed by `reading`, and the answer is computed again. What it cannot parse is an error, so that every wording is
+checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VERDICT = re.compile(r"(yes|no)\b", re.IGNORECASE)
 
 @dataclass
 class Thing:
-    """A box of the annotation, with its category taken apart."""
+    """A box of the annotation, with its category split into words."""
 
     words: list[str]
     bbox: list[float]
@@ -32,17 +32,17 @@ class Thing:
         return " ".join(word for word in self.words if word not in (*_SIZES, *_COLOURS)) or self.words[-1]
 
     def place(self) -> str:
-        """By the thirds that the middle lies in."""
+        """Return the thirds of the image that contain the middle of the box, in words."""
         column, row = (int(3 * (self.bbox[k] + self.bbox[k + 2]) / 2) for k in (0, 1))
         return f"{_ROWS[row]} {_COLUMNS[column]}".strip() or "centre"
 
     def area(self) -> float:
-        """Of the box, as a share."""
+        """Return the area of the box as a share of the image."""
         return (self.bbox[2] - self.bbox[0]) * (self.bbox[3] - self.bbox[1])
 
 
 class Checker:
-    """The annotation of one image, read anew."""
+    """Checker of texts against the annotation of one image."""
 
     def __init__(
         self, captions: list[str], boxes: list[dict[str, Any]], *, complete: bool = False, crowds: tuple[str, ...] = ()
@@ -52,7 +52,11 @@ class Checker:
         self.things = [Thing(called.get(box["category"], box["category"]).split(), box["bbox"]) for box in boxes]
 
     def fact(self, question: str, answer: str) -> tuple[str, ...]:
-        """What a question is about, after its answer was found to be right. Raises AssertionError."""
+        """Check the answer, and return what the question is about.
+
+        Raises:
+            AssertionError: If the answer is wrong, or the question has an unknown form.
+        """
         for pattern, check in _FORMS:
             if (match := re.fullmatch(pattern, question)) is not None:
                 fact: tuple[str, ...] = check(self, answer, *match.groups())
@@ -60,7 +64,7 @@ class Checker:
         raise AssertionError(f"no form for {question!r}")
 
     def all_of(self, words: str) -> list[Thing]:
-        """What "red circle", "shape", "dog", "red circles" or "shape at the top" can mean."""
+        """Return the things that "red circle", "shape", "dog", "red circles" or "shape at the top" can mean."""
         words, _, where = re.sub(r" (?:at|in|on) the ", " @", words).partition(" @")
         found = []
         for thing in self.things:
@@ -72,7 +76,7 @@ class Checker:
         return [thing for thing in found if not where or thing.place() == where]
 
     def one(self, name: str) -> Thing:
-        """The one thing that "the ..." means."""
+        """Return the only thing that "the ..." can mean."""
         found = self.all_of(name.removeprefix("the "))
         assert len(found) == 1, f"{name} may mean {len(found)} things"
         if not self.complete:
@@ -80,7 +84,11 @@ class Checker:
         return found[0]
 
     def number(self, words: str, value: int) -> str:
-        """The noun of a number of things that boxes and captions agree on. Raises AssertionError."""
+        """Check that boxes and captions agree with a number of things, and return their noun.
+
+        Raises:
+            AssertionError: If they do not agree.
+        """
         found = self.all_of(words)
         assert len(found) == value, f"{len(found)} {words}, not {value}"
         if self.complete:
@@ -92,7 +100,7 @@ class Checker:
         return noun
 
     def index(self, name: str) -> str:
-        """Which thing a name means."""
+        """Return the index of the thing that a name means."""
         return str(self.things.index(self.one(name)))
 
 
@@ -218,7 +226,7 @@ _FORMS: list[tuple[str, Any]] = [
 
 
 def steps(c: Checker, question: str, answer: str) -> None:
-    """Hold a question of several steps, and the steps and the end of its answer, against the annotation."""
+    """Check a question of several steps, and the steps and the end of its answer, against the annotation."""
     end = re.split(r"so the answer is |so it is |So it is ", answer)[-1].rstrip(".")
     if match := re.fullmatch(r"Are there more (.+) than (.+)\?", question):
         a, b = (len(c.all_of(words)) for words in match.groups())
@@ -253,7 +261,7 @@ def _have(answer: str, a: int, b: int) -> None:
 
 
 def description(c: Checker, text: str) -> int:
-    """Hold a description, which begins with a caption, against the boxes; returns how many sentences it adds."""
+    """Check a description, which starts with a caption, against the boxes; return how many sentences it adds."""
     plain = [" ".join(caption.split()).rstrip(".").lower() for caption in c.captions]
     (caption,) = {one for one in plain if text.lower().startswith(f"{one}.")}
     added = re.findall(r"[^.]+\.", text[len(caption) + 1 :])

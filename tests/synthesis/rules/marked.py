@@ -1,14 +1,14 @@
-"""Two hundred answers of the rules about the forty contexts, each marked by a reader; how they are drawn.
+"""Two hundred answers of the rules about the forty contexts, each marked by a person, and how they are drawn.
 
-    pool(contexts)     {("000000296284", question): Answer(sort, answer)}: all that the rules say with seed 31
-    draw(contexts)     200 of them
+    pool(contexts)     {("000000296284", question): Answer(sort, answer)}: all answers of the rules with seed 31
+    draw(contexts)     the ids and questions of 200 of them
 
-The sorts of questions take turns, each in a random order, so that rare and difficult sorts are not lost among easy
-ones: the sample is harder than what a user gets. Marks are in `marked_answers.json`:
+The sorts of questions are drawn in turn, each in a random order, so that rare and difficult sorts are not outnumbered
+by easy ones: the sample is harder than what a user gets. Marks are in `marked_answers.json`:
 
-    true            follows from captions and boxes of the context (the reader sees no image), in good English
-    false           they speak against it, or do not say it
-    ungrammatical   true, but no good English
+    true            follows from captions and boxes of the context (the person sees no image), in good English
+    false           captions or boxes contradict it, or do not state it
+    ungrammatical   true, but not good English
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FILE = Path(__file__).with_name("marked_answers.json")
 
 @dataclass(frozen=True)
 class Answer:
-    """What the rules say to a question."""
+    """Answer of the rules to a question."""
 
     sort: str
-    """What is asked: a sort of `questions`, "detail" or "reasoning"."""
+    """Sort of the question: one of `questions`, "detail" or "reasoning"."""
 
     text: str
     """The answer."""
@@ -53,7 +53,7 @@ def pool(contexts: Sequence[Context]) -> dict[tuple[str, str], Answer]:
 
 
 def draw(contexts: Sequence[Context]) -> list[tuple[str, str]]:
-    """Return contexts and questions of the sample."""
+    """Return the context ids and questions of the sample."""
     rng = random.Random(SEED)
     sorts: dict[str, list[tuple[str, str]]] = {}
     for key, answer in sorted(pool(contexts).items(), key=lambda item: item[0]):
@@ -67,12 +67,12 @@ def draw(contexts: Sequence[Context]) -> list[tuple[str, str]]:
 
 
 def marked() -> list[dict[str, str]]:
-    """Return the list: id, question, answer, mark and, where it is not true, why."""
+    """Return the marked answers: id, question, answer, mark and, unless it is true, the reason."""
     answers: list[dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))["answers"]
     return answers
 
 
 def refused() -> list[dict[str, str]]:
-    """Return what the rules said once, or would say, and must not: id, a part of the answer, mark and why."""
+    """Return answers that the rules must not give: id, a part of the answer, mark and the reason."""
     answers: list[dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))["refused"]
     return answers

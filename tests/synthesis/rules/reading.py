@@ -1,7 +1,7 @@
-"""The checker's own reading of captions: what they say is there, and how many.
+"""The checker's own parser of captions: which things they state, and how many.
 
-It was written without a look at how the rules read, shares no code and no table with them, and works another way: the
-rules look for noun phrases and take what they recognize; this takes a sentence apart with regular expressions.
+It was written independently of the rules' parser, shares no code or table with it, and works differently: the rules
+look for noun phrases that they recognize; this parser splits a sentence with regular expressions.
 """
 
 from __future__ import annotations
@@ -93,23 +93,23 @@ _LEAST |= {word: number for number, word in enumerate(NUMBERS) if number > 1} | 
 
 
 def many(noun: str) -> str:
-    """The plural."""
+    """Return the plural of a noun."""
     before, _, last = noun.rpartition(" ")
     return _MANY.get(noun, f"{before} {_MANY.get(last, last if last == noun_s(last) else noun_s(last))}".strip())
 
 
 def noun_s(noun: str) -> str:
-    """A regular plural; a word in -s, such as "sunglasses", stays as it is."""
+    """Return the regular plural; a word that ends in -s, such as "sunglasses", is not changed."""
     return noun if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
 
 
 def plain(caption: str) -> str:
-    """A caption in lower case, with one blank between words."""
+    """Return a caption in lower case, with single spaces between words."""
     return " ".join(caption.lower().split())
 
 
 def _forms(phrase: str) -> str:
-    """Every way to write a phrase, in the singular and the plural, as an alternative of a pattern."""
+    """Return all spellings of a phrase, singular and plural, as alternatives of a pattern."""
     ones = {one for one in [*_MANY, *(w for s in _SPELLINGS for w in s), phrase.removesuffix("s"), phrase] if one}
     same = {one for one in ones if phrase in (one, many(one))} | {phrase}
     same |= {other for spellings in _SPELLINGS if same & spellings for other in spellings}
@@ -117,7 +117,7 @@ def _forms(phrase: str) -> str:
 
 
 def asserts(caption: str, phrase: str) -> bool:
-    """Whether a caption says that this is there: nothing takes it back, and no word makes another thing of it."""
+    """Return whether a caption states that this exists: nothing retracts it, and no word changes its meaning."""
     for sentence in re.split(r"[.;] ?(?=\w)", plain(caption)):
         if re.search(_UNSURE, re.sub(r"taking a picture|a picture on|a photo at", "", sentence)):
             continue
@@ -128,19 +128,19 @@ def asserts(caption: str, phrase: str) -> bool:
 
 
 def asserted_twice(captions: list[str], phrase: str) -> bool:
-    """Whether two captions say it, and none denies it."""
+    """Return whether two captions state that this exists, and none denies it."""
     denied = rf"\b(?:no|without|not)\b[^,.]*\b(?:{_forms(phrase)})\b|\b(?:{_forms(phrase)})\b[^,.]*\bmissing"
     refused = any(re.search(denied, plain(caption)) for caption in captions)
     return not refused and sum(asserts(caption, phrase) for caption in captions) >= 2
 
 
 def allows(captions: list[str], noun: str, count: int) -> bool:
-    """Whether no caption speaks against so many of a thing."""
+    """Return whether no caption contradicts this number of a thing."""
     return all(_allows(plain(caption), noun, count) for caption in captions)
 
 
 def _told_apart(caption: str, ones: str, then: str) -> int:
-    """How many of a thing a caption tells apart, one at a time: "a boy and girl", "a woman and her baby"."""
+    """Return how many of a thing a caption names one by one: "a boy and girl", "a woman and her baby"."""
     found: list[str] = []
     for before, name in re.findall(rf"(?:\b(\w+) )?\b({ones})\b{then}", caption):
         if before not in ("the", "this", "that", "same") or name not in found:
@@ -167,7 +167,7 @@ def _allows(caption: str, noun: str, count: int) -> bool:
         or (noun == "sheep" and re.search(r"(?<!\ba )(?<!\bone )(?<!\bthe )\bsheep\b", caption))
     ):
         return False
-    # What is done by people and animals may come right behind them; behind a thing it may be another thing.
+    # A verb may directly follow people and animals; a word after another thing may make it a different thing.
     then = r"(?! (?:bed|stop|shirt|hat)\b)" if noun in {"person", *_ANIMALS} else rf"(?={_FOLLOWS})"
     if count < 2 and (_told_apart(caption, ones, then) > 1 or re.search(_ONE_MORE.get(noun, _ANOTHER), caption)):
         return False

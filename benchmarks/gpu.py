@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", nargs="+", default=None, help="names of functions of shapes.py (default: llava_7b)")
     parser.add_argument("--preset", type=Path, nargs="+", default=PRESETS, help="presets of --memory (default: all)")
     parser.add_argument("--cap", type=int, nargs="+", default=CAPS_GB, help="GB of --memory (default: 8 12 16 24)")
-    parser.add_argument("--minutes", type=float, default=8, help="time to start cases of --memory in (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8, help="--memory starts no case after this (default: 8)")
     parser.add_argument("--samples-per-image", type=float, nargs="+", default=MIXTURES)
     parser.add_argument("--samples-per-step", type=int, default=24)
     parser.add_argument("--repetitions", type=int, default=5)

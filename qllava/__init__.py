@@ -1,9 +1,9 @@
-"""qllava builds a LLaVA (vision tower, projector, LLaMA) and tunes it with QLoRA on one consumer GPU.
+"""Toolkit that builds a LLaVA (vision tower, projector, LLaMA) and tunes it with QLoRA on one consumer GPU.
 
     import qllava
     qllava.load("runs/finetune_lora").answer("photo.jpg", "What is this?")
 
-Importing the package costs nothing: torch and transformers are imported by what needs them, when it is called.
+Importing the package is fast: torch and transformers are imported when a function that needs them is called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qllava.inference import Chat
 
-# On its import bitsandbytes warns of an optional CPU kernel that nobody here misses.
+# bitsandbytes warns on import about an optional CPU kernel that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
@@ -25,11 +25,15 @@ __all__ = ["__version__", "load"]
 
 
 def load(model: str, *, load_in_4bit: bool = False, base_model: str | Path | Sequence[str | Path] = ()) -> Chat:
-    """A model that answers questions about images.
+    """Load a model that answers questions about images.
 
-    `model` is `nano` (the newest finished nano run), a run folder, a merged folder, or a hub name. `load_in_4bit` keeps
-    the language model in NF4, and `base_model` says where the base of a run is now, if it has moved. Raises
-    `qllava.config.InputError` when the model does not exist.
+    Args:
+        model: `nano` (the newest finished nano run), a run folder, a merged model's folder, or a hub name.
+        load_in_4bit: Whether to keep the language model in NF4.
+        base_model: New location of a run's base model, if it has moved.
+
+    Raises:
+        qllava.config.InputError: The model does not exist.
     """
     from qllava.inference import load as load_chat
 

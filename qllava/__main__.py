@@ -1,4 +1,4 @@
-"""`python -m qllava` is the command `qllava`."""
+"""Entry point of `python -m qllava`, which is the command `qllava`."""
 
 from __future__ import annotations
 

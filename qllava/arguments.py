@@ -21,7 +21,7 @@ from qllava.runs import RUNS, Run, folder_of
 from qllava.spelling import close_to, meant, neighbour, suggestion
 
 MODEL_HELP = "nano (the newest finished nano run), a run folder, a merged model's folder, or a hub name"
-"""A model that answers, for the help."""
+"""Help text for an argument that names a model for chat."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,7 +197,7 @@ def missing(modules: Iterable[str]) -> list[str]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # the package above it is missing, or it was taken out of `sys.modules`
+    except (ImportError, ValueError):  # the parent package is missing, or was removed from `sys.modules`
         return False
 
 

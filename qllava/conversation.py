@@ -1,16 +1,16 @@
-r"""A conversation becomes text, and the spans of that text which are learned.
+r"""Conversations, and their rendering as text with the spans that are learned.
 
-A template is data: the strings that stand around a turn. The same object renders the text for training and writes the
-chat template that is saved with the model, so training, serving and other programs cannot drift apart. What is learned
-is known while the text is written, not searched for afterwards:
+A template is data: the strings around a turn. The same object renders the text for training and writes the chat
+template that is saved with the model, so training, serving and other programs cannot differ. The learned spans are
+recorded while the text is written, not searched for afterwards:
 
     <s>A chat ... questions. USER: <image>\nWhat is it? ASSISTANT: A red bus.</s>USER: Where? ASSISTANT: Here.</s>
                                                                   ^^^^^^^^^^^^^^^                       ^^^^^^^^^^
 
-A span begins at the separator before the answer (a sentencepiece token carries its leading space, and a generation
+A span begins at the separator before the answer (a sentencepiece token contains its leading space, and a generation
 prompt ends without it) and ends after the end of turn, so that a model learns to stop.
 
-Standard library only. `ValueError` for a conversation that cannot be; the caller knows the file and the id.
+Standard library only. An invalid conversation raises ValueError; the caller knows the file and the id.
 """
 
 from __future__ import annotations
@@ -24,37 +24,35 @@ from typing import Literal
 IMAGE_TOKEN = "<image>"
 
 # LLaMA's spelling, in which the templates below are written. They mean the tokenizer's own tokens: `render`
-# takes those, and a chat template asks for `bos_token` and `eos_token`.
+# replaces them by those, and a chat template uses `bos_token` and `eos_token`.
 BOS = "<s>"
 EOS = "</s>"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says.
-
-    role: who speaks.
-    content: the words, with one `<image>` for each image of a user's turn.
-    learned: of an answer, whether the model is trained to give it; else it is only read.
-    """
+    """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
+    """Speaker of the turn."""
     content: str
+    """Text, with one `<image>` for each image of a user's turn."""
     learned: bool = True
+    """Whether the model is trained to give an answer; otherwise it is only read."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of user and assistant, in alternation; the user begins.
+    """Alternating turns of user and assistant, beginning with the user.
 
-    turns: one or more; the last is the assistant's in training and the user's in a prompt.
-    system: the system prompt; None takes the template's own, an empty string leaves it out.
-
-    Raises ValueError when the order of turns is another one.
+    Raises:
+        ValueError: The turns do not alternate, or the user does not begin.
     """
 
     turns: tuple[Turn, ...]
+    """One or more turns; the last is the assistant's in training and the user's in a prompt."""
     system: str | None = None
+    """System prompt; None for the template's own, an empty string for none."""
 
     def __post_init__(self) -> None:
         if not self.turns:
@@ -70,22 +68,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a conversation.
-
-    text: with one `<image>` for each image.
-    spans: per answer the characters [start, end) that are learned, in order; of an answer whose turn is not to be
-        learned too, which the encoder leaves out.
-    contents: per system prompt, question and answer the characters [start, end) that were not written by the template;
-        no control token may come from there.
-    """
+    """The text of a conversation."""
 
     text: str
+    """Text with one `<image>` for each image."""
     spans: tuple[tuple[int, int], ...]
+    """Characters [start, end) of each answer, in order, also of answers whose turn is not learned; the encoder leaves
+    those out."""
     contents: tuple[tuple[int, int], ...]
+    """Characters [start, end) of each system prompt, question and answer, which the template did not write; no control
+    token may come from there."""
 
 
 class _Writer:
-    """Text that grows, and remembers which of it is whose."""
+    """Text under construction, with the spans that the template did not write."""
 
     def __init__(self, bos: str, eos: str) -> None:
         self.bos, self.eos = bos, eos
@@ -97,49 +93,49 @@ class _Writer:
         self.text += string.replace(BOS, self.bos).replace(EOS, self.eos)
 
     def content(self, string: str) -> None:
-        """Append what a user or a data set wrote."""
+        """Append text of a user or a data set."""
         self.contents.append((len(self.text), len(self.text) + len(string)))
         self.text += string
 
 
 @dataclass(frozen=True)
 class Template:
-    """The strings around a turn.
-
-    name: as in a recipe's `template`.
-    begin: before everything.
-    system: the system prompt where a conversation has none of its own; empty for none.
-    system_start, system_end: around a system prompt.
-    user_start, user_end: around a question.
-    assistant_start: before an answer; a generation prompt ends with it.
-    separator: between `assistant_start` and an answer; learned with it.
-    end_of_turn: after an answer; learned with it.
-    after_turn: after the end of turn; not learned.
-    next_round: before each question but the first.
-    controls: those of its strings that must be single control tokens of the tokenizer, besides begin and end of text.
-    strip: white space around what is said is taken off. Needed where no control token and no space stands between the
-        template and an answer, because white space of both would melt into one token.
-    images_only: of a question only its images are kept, and there is one question with one answer (captions).
-    """
+    """The strings around a turn."""
 
     name: str
+    """Name, as in a recipe's `template`."""
     begin: str = ""
+    """Text before everything else."""
     system: str = ""
+    """Default system prompt of a conversation; empty for none."""
     system_start: str = ""
+    """Text before a system prompt."""
     system_end: str = ""
+    """Text after a system prompt."""
     user_start: str = ""
+    """Text before a question."""
     user_end: str = ""
+    """Text after a question."""
     assistant_start: str = ""
+    """Text before an answer; a generation prompt ends with it."""
     separator: str = ""
+    """Text between `assistant_start` and an answer, learned with it."""
     end_of_turn: str = EOS
+    """Text after an answer, learned with it."""
     after_turn: str = ""
+    """Text after the end of turn, not learned."""
     next_round: str = ""
+    """Text before each question but the first."""
     controls: tuple[str, ...] = ()
+    """Strings that must be single control tokens of the tokenizer, besides begin and end of text."""
     strip: bool = False
+    """Whether white space around contents is removed. Needed if neither a control token nor a space separates the
+    template from an answer, because white space of both would become one token."""
     images_only: bool = False
+    """Whether only the images of a question are kept, for one question with one answer (captions)."""
 
     def strings(self) -> tuple[str, ...]:
-        """All strings that the template itself writes, system prompt excepted."""
+        """Return all strings that the template itself writes, except the system prompt."""
         return (
             self.begin,
             self.system_start,
@@ -158,9 +154,14 @@ class Template:
     ) -> Rendered:
         """Write a conversation as text.
 
-        generation_prompt: the conversation ends with the user, and the text where the answer would begin.
-        bos, eos: the tokenizer's begin and end of text, in place of LLaMA's.
-        Raises ValueError when the last turn is the wrong side's, or the conversation does not suit the template.
+        Args:
+            conversation: The conversation.
+            generation_prompt: Whether the conversation ends with the user, and the text with the start of an answer.
+            bos: Begin of text of the tokenizer, which replaces LLaMA's.
+            eos: End of text of the tokenizer, which replaces LLaMA's.
+
+        Raises:
+            ValueError: The last turn has the wrong role, or the conversation does not fit the template.
         """
         self._check(conversation, generation_prompt)
         writer = _Writer(bos, eos)
@@ -190,9 +191,9 @@ class Template:
         return Rendered(writer.text, tuple(spans), tuple(writer.contents))
 
     def chat_template(self) -> str:
-        """The same as a Jinja chat template, with {% generation %} around what is learned.
+        """Return the template as a Jinja chat template, with {% generation %} around learned text.
 
-        Contents may be strings, or lists of parts, which are joined as `joined` does it.
+        Contents may be strings, or lists of parts, which are joined as in `joined`.
         """
         said = " | trim" if self.strip else ""
         asked = "'<image>' * content(message).count('<image>')" if self.images_only else f"content(message){said}"
@@ -237,20 +238,20 @@ class Template:
 
 
 def ask(question: str, images: int = 1) -> str:
-    """A question about images, as a user's turn: the images first, each followed by a newline."""
+    """Return a question about images as a user's turn: the images first, each followed by a newline."""
     return (f"{IMAGE_TOKEN}\n" * images + question).strip() if images else question
 
 
-# Between two parts a space is written, unless the text before or behind says where it belongs: brackets, punctuation,
-# and scripts that set no spaces (from U+2E80 on: Chinese, Japanese).
+# A space is written between two parts, except next to white space, brackets and punctuation, and in scripts without
+# spaces (from U+2E80 on: Chinese, Japanese).
 _OPENING = " \t\r\n([{"
 _CLOSING = " \t\r\n.,;:!?)]}'%\u2019\u2026"
 _NO_SPACES = "\u2e80"
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""What a part of text calls itself, in chat APIs and in transformers."""
+"""Types of text parts, in chat APIs and in transformers."""
 IMAGE_PARTS = ("image", "image_url", "input_image")
-"""What a part that is an image calls itself."""
+"""Types of image parts."""
 
 
 def joined(parts: Sequence[str | None]) -> str:
@@ -258,7 +259,7 @@ def joined(parts: Sequence[str | None]) -> str:
 
     A single image comes first, as in `ask`. Several keep their places; those before all words are each followed by a
     newline. Words of different parts never touch: `["Is", None, "darker than", None, "?"]` is
-    `Is <image> darker than <image>?`. `Template.chat_template` says the same in Jinja.
+    `Is <image> darker than <image>?`. `Template.chat_template` does the same in Jinja.
     """
     images = parts.count(None)
     text, words = "", False
@@ -298,7 +299,7 @@ _CONTENT = (
 
 
 def _jinja(string: str) -> str:
-    """A Jinja expression that prints a string of a template; empty for an empty one."""
+    """Return a Jinja expression that prints a string of a template; "" for an empty string."""
     names = {BOS: "bos_token", EOS: "eos_token"}
     pieces = [names.get(piece, json.dumps(piece)) for piece in re.split(f"({BOS}|{EOS})", string) if piece]
     return "{{- " + " ~ ".join(pieces) + " -}}" if pieces else ""
@@ -306,7 +307,7 @@ def _jinja(string: str) -> str:
 
 PLAIN = Template(name="plain", begin=BOS, end_of_turn="\n", images_only=True)
 
-# The words of the two system prompts belong to the formats that Vicuna 1.x and LLaVA's LLaMA-2 models were trained on.
+# The two system prompts are part of the formats that Vicuna 1.x and LLaVA's LLaMA-2 models were trained on.
 VICUNA_V1 = Template(
     name="vicuna_v1",
     begin=BOS,

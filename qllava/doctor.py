@@ -1,7 +1,7 @@
-"""`qllava doctor`: what this machine can do, what is missing, and what to do about it.
+"""Checks of `qllava doctor`: what this machine can do, what is missing, and how to fix it.
 
-Every check ends in one line, whatever happens inside it: a doctor that crashes on a sick machine helps nobody. `ok` is
-fine, `warn` works but not everything does, `fail` means that training cannot run.
+Every check results in one line, even if it raises an error, because the command must work on a machine with faults.
+`ok` means no problem, `warn` that something optional does not work, `fail` that training cannot run.
 """
 
 from __future__ import annotations
@@ -16,35 +16,39 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-# Needed to train, in the order in which they build on each other. The bounds are in the package's own metadata.
+# Packages needed for training, in the order of their dependencies. The version bounds are in the package's metadata.
 PACKAGES = (
     "torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "open_clip_torch", "accelerate", "datasets",
     "tokenizers", "sentencepiece", "protobuf", "safetensors", "gradio", "pillow", "numpy", "PyYAML", "tqdm",
 )  # fmt: skip
 REPAIR = "run `make env` in the clone, or `pip install -e .` in your own environment"
 
-# A 7B in 16 bit is 14 GB: one download and one merge, and room for checkpoints.
+# Bytes for a 7B model, 14 GB in 16 bit: one download, one merge, and checkpoints.
 DISK_FOR_7B = 32e9
-# Browsers that the tests can drive, as they are called on the systems that ship them.
+# Browsers that the tests can drive, by their command names on different systems.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `name` of what was looked at, its `status`, what was found, and what to do if it is not ok."""
+    """Result of one check."""
 
     name: str
+    """Name of the checked part."""
     status: Literal["ok", "warn", "fail"]
+    """Status of the part."""
     detail: str
+    """Result in words."""
     advice: str = ""
+    """Advice if the status is not `ok`."""
 
     def line(self) -> str:
-        """The finding as one line for the terminal."""
+        """Return the result as one line for the terminal."""
         return f"{self.status:<5} {self.name:<16} {self.detail}" + (f": {self.advice}" if self.advice else "")
 
 
 def examine() -> list[Check]:
-    """Every check, in the order in which one would repair things. Takes seconds: torch is imported."""
+    """Run all checks, in the order in which faults should be fixed; takes seconds, because torch is imported."""
     checks = [_python(), *_packages()]
     for name, look in (("device", _device), ("bf16", _bf16), ("NF4", _nf4)):
         checks.append(_guarded(name, look))
@@ -52,7 +56,7 @@ def examine() -> list[Check]:
 
 
 def _guarded(name: str, look: Callable[[], Check]) -> Check:
-    """A check that cannot even be made is a finding too (a broken driver raises almost anything)."""
+    """Run a check; any error is a failed check too, because a corrupt driver may raise any type of error."""
     try:
         return look()
     except Exception as error:
@@ -61,12 +65,12 @@ def _guarded(name: str, look: Callable[[], Check]) -> Check:
 
 
 def _python() -> Check:
-    # An older Python than 3.11 never comes here: neither pip nor make installs into it.
+    # Python is at least 3.11 here: neither pip nor make installs into an older one.
     return Check("Python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
 
 
 def _packages() -> list[Check]:
-    """A line per package, its version held against the bounds of the installed qllava."""
+    """Compare the version of each package with the bounds of the installed qllava."""
     try:
         required = metadata.requires("qllava") or []
     except metadata.PackageNotFoundError:
@@ -78,7 +82,7 @@ def _packages() -> list[Check]:
 
 
 def _bounds(required: list[str]) -> dict[str, str]:
-    """Version bounds by package, from requirement lines; those of extras do not matter here."""
+    """Return version bounds by package, from requirement lines, without those of extras."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -124,14 +128,14 @@ def _bf16() -> Check:
 
     if not torch.cuda.is_available():
         return Check("bf16", "ok", "not needed; on the CPU training computes in fp32")
-    # Emulated bf16 runs on older cards, slower than fp16: it does not count.
+    # bf16 emulated on older GPUs is slower than fp16, so it does not count.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Check("bf16", "ok", "supported by this GPU")
     return Check("bf16", "ok", "not supported by this GPU; training uses fp16 with loss scaling")
 
 
 def _nf4() -> Check:
-    """A 4-bit layer against the product with its own dequantized weight, and a gradient through it."""
+    """Compare a 4-bit layer with the product with its own dequantized weight, and check the gradient through it."""
     import torch
 
     with contextlib.redirect_stdout(sys.stderr):

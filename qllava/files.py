@@ -1,8 +1,9 @@
-"""How files are written: whole or not at all, or line by line. Without torch.
+"""Writing of files, complete or not at all, or line by line. Without torch.
 
-- `whole_file`, `whole_folder`: written aside in the same folder, brought to the disk, renamed. A reader sees the old
-  content or the new one. What a killed process leaves aside is removed by a later process of the same machine.
-- `Journal`: a file of lines that is only appended to; a torn end is repaired.
+- `whole_file`, `whole_folder`: written under a temporary name in the same folder, flushed to the disk, renamed. A
+  reader sees the old content or the new one. Temporary files of a killed process are removed by a later process on the
+  same machine.
+- `Journal`: a file of lines that is only appended to; a truncated end is repaired.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from qllava.locks import hold_file
 
 _ASIDE = ".partial"
 _MANY = 256
-"""Files of a folder from which on the whole disk is flushed at once: each alone takes milliseconds."""
+"""Number of files in a folder above which the whole disk is flushed at once: one file alone takes milliseconds."""
 _PIECE = 1 << 20
-"""Bytes that are copied at a time."""
+"""Number of bytes that are copied at a time."""
 _RUST = re.compile(r"\(os error (\d+)\)")
-"""How an error of the operating system is named by libraries that are written in Rust."""
+"""Number of an operating system error in messages of libraries that are written in Rust."""
 _OPEN = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 _numbers = itertools.count()
 _own: set[Path] = set()
-"""What this process is writing aside just now."""
+"""Temporary paths that this process is writing to."""
 _swept: set[Path] = set()
-"""Folders that this process has looked through for what others left."""
+"""Folders that this process has searched for temporary files of killed processes."""
 
 
 @contextmanager
@@ -50,11 +51,11 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     Args:
         path: The file; a link is followed. A device or a pipe is written directly.
-        durable: Whether to bring it to the disk before it is renamed. Without, a machine that loses its power may leave
-            a file of this name empty.
+        durable: Whether to flush it to the disk before it is renamed. Otherwise a power failure may leave an empty
+            file of this name.
 
     Raises:
-        OSError: It cannot be written; what was there before is untouched.
+        OSError: The file cannot be written; an earlier file is unchanged.
     """
     real = path.resolve()
     if real.exists() and not real.is_file() and not real.is_dir():
@@ -66,13 +67,17 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all. Raises OSError as `whole_file` does."""
+    """Write a small file, complete or not at all.
+
+    Raises:
+        OSError: The file cannot be written; an earlier file is unchanged.
+    """
     with whole_file(path) as other:
         other.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the content of a JSON file; None where it is missing or damaged."""
+    """Return the content of a JSON file; None if it is missing or corrupt."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,12 +89,12 @@ def whole_folder(folder: Path, is_whole: Callable[[Path], bool] | None = None) -
     """Yield a new folder next to `folder` and rename it to `folder` at the end; remove it after an error.
 
     Args:
-        folder: What is made; its parents are made too.
-        is_whole: Whether a folder of that name is complete, for one that several processes may make at the same time:
-            the first complete one stays, any other is replaced. None: a folder that is there must be empty.
+        folder: Folder to create, with its parents.
+        is_whole: Check for a complete folder, for one that several processes may create at the same time: the first
+            complete one stays, an incomplete one is replaced. None: an existing folder must be empty.
 
     Raises:
-        OSError: It cannot be written, or a folder is there that is not empty.
+        OSError: The folder cannot be written, or it exists and is not empty.
     """
     with aside(folder) as other:
         other.mkdir(parents=True)
@@ -109,12 +114,12 @@ def whole_folder(folder: Path, is_whole: Callable[[Path], bool] | None = None) -
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a name next to `path` to write to and then to `move`; what has that name at the end is removed.
+    """Yield a temporary path next to `path` to write to and then to `move`; it is removed at the end if it exists.
 
-    The name says which process of which machine writes there: what a killed process leaves is removed by the next one
-    that writes into the folder.
+    The name contains the machine and the process, so that the next process that writes into the folder can remove the
+    file of a killed process.
     """
-    # Of the name only so much that the whole is never longer than a file system takes.
+    # Only the beginning of the name, so that the result is never too long for a file system.
     other = path.parent / f".{path.name[:40]}.{platform.node()}.{os.getpid()}-{next(_numbers)}{_ASIDE}"
     _own.add(other)
     try:
@@ -132,7 +137,7 @@ def aside(path: Path) -> Iterator[Path]:
 def os_errors() -> Iterator[None]:
     """Convert an error about a file that a library written in Rust raises into the OSError that Python would raise.
 
-    safetensors has a type of its own for them, and tokenizers raises a plain Exception on a full disk.
+    safetensors has its own type for such errors, and tokenizers raises a plain Exception on a full disk.
     """
     try:
         yield
@@ -146,7 +151,7 @@ def os_errors() -> Iterator[None]:
 
 
 def move(written: Path, path: Path, *, durable: bool = True) -> None:
-    """Bring a file or folder to the disk and rename it; a file that has the name already is replaced."""
+    """Flush a file or folder to the disk and rename it; an existing file of that name is replaced."""
     if durable:
         flush(written, inside=True)
     written.replace(path)
@@ -155,7 +160,7 @@ def move(written: Path, path: Path, *, durable: bool = True) -> None:
 
 
 def flush(path: Path, *, inside: bool = False) -> None:
-    """Bring a file, or the names in a folder, to the disk; with `inside`, everything in the folder too."""
+    """Flush a file, or the names in a folder, to the disk; with `inside`, everything in the folder too."""
     if path.is_dir():
         if inside:
             every = [one for one in path.rglob("*") if not one.is_symlink()]
@@ -164,7 +169,7 @@ def flush(path: Path, *, inside: bool = False) -> None:
             else:
                 for one in every:
                     flush(one)
-        if os.name == "nt":  # which cannot open a folder
+        if os.name == "nt":  # Windows cannot open a folder
             return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -178,7 +183,7 @@ def flush(path: Path, *, inside: bool = False) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have left aside in a folder."""
+    """Remove temporary files that killed processes of this machine left in a folder."""
     for left in folder.glob(f".*.{glob.escape(platform.node())}.*{_ASIDE}"):
         number = left.stem.rpartition(".")[2].partition("-")[0]
         if left not in _own and (number == str(os.getpid()) or (number.isdigit() and not _runs(int(number)))):
@@ -194,7 +199,7 @@ def _remove(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is a process of this number; where that cannot be asked without harm, yes."""
+    """Return whether a process of this number exists; True on systems where asking could end the process."""
     if os.name != "posix":
         return True
     try:
@@ -207,15 +212,15 @@ def _runs(process: int) -> bool:
 
 
 class ForeignEndError(InputError):
-    """A file ends in something that its journal never wrote."""
+    """Error: a file ends in text that its journal never wrote."""
 
 
 class Journal:
     """A file of lines that is only appended to, each a JSON object; open until it is closed, or `with` ends.
 
-    What is appended is written in one piece, or not at all. Stopping a process at any moment leaves at most one torn
-    line, at the end: `lines` does not yield it, `mend` and `append` cut it off. A last line that lacks nothing but its
-    line break gets it.
+    Appended lines are written completely or not at all. A process that is killed at any moment leaves at most one
+    truncated line, at the end: `lines` does not yield it, `mend` and `append` remove it. A last line that lacks only
+    its line break gets it.
     """
 
     def __init__(
@@ -225,16 +230,16 @@ class Journal:
 
         Args:
             path: The file.
-            begins: How every line begins: a torn end that begins otherwise is not cut off, because somebody else
-                wrote it.
+            begins: Start of every line: a truncated end that begins differently is not removed, because another
+                program wrote it.
             durable: Whether lines are on the disk when `append` returns.
-            hold: Keep other processes out while the file is open, by whichever name (a hard link) they know it, and
-                wait for them so many seconds; below 0 for ever. None: the caller holds a `Lock`.
-            new: Whether to make the file where there is none.
+            hold: Seconds to wait for a lock that keeps other processes out while the file is open, under any name (hard
+                link) of it; below 0 without limit. None: the caller holds a `Lock`.
+            new: Whether to create a missing file.
 
         Raises:
             filelock.Timeout: Another process holds the file.
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         self.path, self._begins, self._durable, self._hold = path, begins, durable, hold
         self._appending = threading.RLock()
@@ -264,12 +269,16 @@ class Journal:
         """Return bytes of the file, even of one that was deleted meanwhile."""
         if sys.platform != "win32":
             return os.pread(self._file, length, start)
-        with self._appending:  # which moves the file's one position, too
+        with self._appending:  # `append` moves the file's position too
             os.lseek(self._file, start, os.SEEK_SET)
             return os.read(self._file, length)
 
     def lines(self) -> Iterator[bytes]:
-        """Yield every line with its line break, but not a torn end. Raises ForeignEndError."""
+        """Yield every line with its line break, but not a truncated end.
+
+        Raises:
+            ForeignEndError: The file ends in text that is not a truncated line of its own.
+        """
         with self.path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
@@ -278,11 +287,11 @@ class Journal:
                     yield line + b"\n"
 
     def append(self, content: bytes) -> int:
-        """Add lines, each with its line break, and return where they begin. Threads may call it.
+        """Append lines, each with its line break, and return the position of the first; may be called by threads.
 
         Raises:
-            OSError: They cannot be written; nothing of them is then left in the file.
-            ForeignEndError: The file ends in something that is not a torn line of its own.
+            OSError: The lines cannot be written; then the file contains none of them.
+            ForeignEndError: The file ends in text that is not a truncated line of its own.
         """
         with self._appending:
             self.mend()
@@ -297,10 +306,10 @@ class Journal:
             return end
 
     def mend(self) -> None:
-        """Cut off a last line that was not written to its end; end one that lacks its line break only.
+        """Remove a truncated last line; add the line break to a last line that lacks only that.
 
         Raises:
-            ForeignEndError: The file ends in something else; it is left as it is.
+            ForeignEndError: The file ends in text that is not a truncated line of its own; it is unchanged.
         """
         end = start = self._size()
         if not end or self.read(end - 1, 1) == b"\n":
@@ -317,7 +326,7 @@ class Journal:
             os.ftruncate(self._file, end - len(torn))
 
     def restore(self) -> bool:
-        """Write the file again if somebody has deleted it; return False if another file has its name."""
+        """Write the file again if it was deleted; return False if another file has its name."""
         try:
             there = self.path.stat()
         except FileNotFoundError:
@@ -345,7 +354,7 @@ class Journal:
         return os.fstat(self._file).st_size
 
     def _is_whole(self, end: bytes) -> bool:
-        """Whether the end of a file lacks nothing but a line break. Raises ForeignEndError where it is not ours."""
+        """Return whether the end of a file lacks only a line break, or raise ForeignEndError if it is not ours."""
         # After a power failure a file may end in zeros.
         if end[: len(self._begins)] != self._begins[: len(end)] and end.strip(b"\0"):
             raise ForeignEndError(f"The end of {self.path} was not written by qllava; name another file, or repair it.")

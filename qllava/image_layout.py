@@ -1,7 +1,7 @@
-"""How an image becomes tokens of the language model: a grid of patches, and what a tower puts beside them.
+"""Layout of an image as tokens of the language model: a grid of patches, and additional tokens of a tower.
 
-Plain arithmetic on the sizes in a model's config, without torch. Whether a tower has a class token is decided here
-(`CLASS_TOKEN`), and nowhere else.
+Plain arithmetic on the sizes in a model's config, without torch. Only this module decides whether a tower has a class
+token (`CLASS_TOKEN`).
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 CLASS_TOKEN = ("clip_vision_model",)
-"""Types of tower that put one more token, not a patch, before the patches; the others have patches alone."""
+"""Types of towers that have one additional token before the patches; the others have only patches."""
 _DROPS_FIRST: Literal["default"] = "default"
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """The tokens of an image, in the order in which the tower gives them."""
+    """The tokens of an image, in the order of the tower's outputs."""
 
     rows: int
-    """Patches from top to bottom."""
+    """Number of patches from top to bottom."""
     columns: int
-    """Patches from left to right."""
+    """Number of patches from left to right."""
     additional: int = 0
-    """Tokens that the tower has before the patches: a class token, or none."""
+    """Number of tokens of the tower before the patches: 1 for a class token, else 0."""
     drops_first: bool = False
-    """Whether the first of the tower's tokens is left out of what the language model reads."""
+    """Whether the language model does not read the tower's first token."""
 
     @classmethod
     def of_tower(cls, vision: Any) -> ImageLayout:
         """Return the layout of a new LLaVA with this tower, which leaves out a class token, as LLaVA does.
 
         Args:
-            vision: The config of the tower: its `model_type`, and `image_size` and `patch_size` in pixels.
+            vision: Config of the tower, with `model_type`, and `image_size` and `patch_size` in pixels.
         """
         additional = int(vision.model_type in CLASS_TOKEN)
         side = int(vision.image_size) // int(vision.patch_size)
@@ -40,14 +40,14 @@ class ImageLayout:
 
     @classmethod
     def of_config(cls, config: Any) -> ImageLayout:
-        """Return the layout of a LLaVA by its config; its `vision_feature_select_strategy` says what is left out."""
+        """Return the layout of a LLaVA by its config and the `vision_feature_select_strategy` in it."""
         return replace(
             cls.of_tower(config.vision_config), drops_first=config.vision_feature_select_strategy == _DROPS_FIRST
         )
 
     @classmethod
     def of_processor(cls, processor: Any, height: int, width: int) -> ImageLayout:
-        """Return the layout that a LLaVA's processor writes image tokens for, of pixels of this size."""
+        """Return the layout for which a LLaVA's processor writes image tokens, for an image of this size in pixels."""
         return cls(
             height // processor.patch_size,
             width // processor.patch_size,
@@ -57,7 +57,7 @@ class ImageLayout:
 
     @property
     def outputs(self) -> int:
-        """Tokens that the tower computes of an image."""
+        """Number of tokens that the tower computes for an image."""
         return self.rows * self.columns + self.additional
 
     @property
@@ -67,7 +67,7 @@ class ImageLayout:
 
     @property
     def tokens(self) -> int:
-        """Tokens that an image takes in the language model, each an `<image>`."""
+        """Number of tokens of an image in the language model, each an `<image>`."""
         return self.outputs - self.first
 
     @property

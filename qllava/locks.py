@@ -1,10 +1,10 @@
-"""Locks: one process at a time writes to a folder or a file. Without torch.
+"""Locks, with which one process at a time writes to a folder or a file. Without torch.
 
-A lock is a hidden file that the kernel locks for one process and frees when that process ends, however it ends. The
-file next to it, `.holder`, names the host and the process id, for the sentence that another process is refused with.
+A lock is a hidden file that the kernel locks for one process and frees when that process ends in any way. The file next
+to it, `.holder`, contains the host and the process id, for the message to another process that wants the lock.
 
-On network file systems the kernel's lock holds between machines where the server has locks (NFS from version 4, Lustre
-with `flock`). Where there are none the program continues without a lock, and says so on stderr.
+On network file systems the lock works between machines if the server supports locks (NFS from version 4, Lustre with
+`flock`). Without support the program continues without a lock, and prints that on stderr.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from qllava.config import InputError
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".holder"
 HIDDEN = (LOCK_FILE, HOLDER_FILE)
-"""What a lock leaves in a locked folder while it is held."""
+"""Files of a lock in a locked folder while it is held."""
 _WAIT = 1.0
-"""Seconds to wait for a process that is just ending."""
+"""Seconds to wait for a process that is about to end."""
 
 
 @contextmanager
@@ -35,11 +35,11 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
     """Hold a folder for this process; the folder must exist.
 
     Args:
-        folder: What is locked.
-        advice: What the user can do if another process holds it; the end of the sentence.
+        folder: Folder to lock.
+        advice: What the user can do if another process holds it, as the end of the message.
 
     Raises:
-        InputError: Another process holds it. The sentence names its host and process id.
+        InputError: Another process holds the folder; the message names its host and process id.
     """
     lock = Lock(folder / LOCK_FILE, folder / HOLDER_FILE)
     lock.take(str(folder), advice)
@@ -50,7 +50,7 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
 
 
 def refuse_held(folder: Path, advice: str) -> None:
-    """Raise InputError as `locked_folder` does, without taking the lock and without making anything."""
+    """Raise InputError as `locked_folder` does, without taking the lock and without creating files."""
     lock = _kernels(folder / LOCK_FILE)
     if not (folder / LOCK_FILE).is_file():
         return
@@ -59,26 +59,26 @@ def refuse_held(folder: Path, advice: str) -> None:
     except Timeout as error:
         who = Lock(folder / LOCK_FILE, folder / HOLDER_FILE).who()
         raise InputError(f"{folder} is in use by {who}; {advice}.") from error
-    except (OSError, NotImplementedError):  # whoever takes it says so
+    except (OSError, NotImplementedError):  # `take` reports it
         return
     lock.release()
 
 
 def hold_file(path: Path, seconds: float) -> FileLock | None:
-    """Hold a file itself, so that other processes are kept out by whichever name (a hard link) they know it.
+    """Lock a file itself, so that other processes are kept out under any name (hard link) of the file.
 
     Args:
         path: The file; it must exist.
-        seconds: How long to wait for another process; below 0 for ever.
+        seconds: Seconds to wait for another process; below 0 without limit.
 
     Returns:
-        The lock, to be released; None on a file system without locks.
+        The lock, which the caller must release; None on a file system without locks.
 
     Raises:
-        filelock.Timeout: Another process holds it.
+        filelock.Timeout: Another process holds the file.
     """
     real = path.resolve()
-    # A lock of Windows keeps its holder from reading the file too, so that a hidden file is locked there.
+    # On Windows a lock prevents its holder from reading the file too, so a hidden file is locked there.
     lock = _kernels(real if os.name == "posix" else real.with_name(f".{real.name}.writing"))
     try:
         lock.acquire(timeout=seconds)
@@ -90,7 +90,7 @@ def hold_file(path: Path, seconds: float) -> FileLock | None:
 
 
 def _kernels(path: Path) -> FileLock:
-    # Soft locks are files that a killed process leaves behind; then rather none.
+    # No soft locks: they are files that a killed process leaves behind.
     return FileLock(path, fallback_to_soft=False, thread_local=False)
 
 
@@ -98,9 +98,11 @@ class Lock:
     """A lock that one process holds at a time. Forked children do not hold it."""
 
     def __init__(self, path: Path, holder: Path) -> None:
-        """Args:
-        path: The file that is locked.
-        holder: The file that says who holds it.
+        """Create a lock that is not taken yet.
+
+        Args:
+            path: File to lock.
+            holder: File for the host and process id of the holder.
         """
         self.path, self._holder = path, holder
         self._lock = _kernels(path)
@@ -109,21 +111,21 @@ class Lock:
     @classmethod
     def beside(cls, path: Path) -> Lock:
         """Return the lock of a file: hidden files next to it, so that deleting it does not let a second process in."""
-        real = path.resolve()  # the same for every name that links lead from
+        real = path.resolve()  # the same file for every symbolic link to it
         return cls(real.with_name(f".{real.name}{LOCK_FILE}"), real.with_name(f".{real.name}{HOLDER_FILE}"))
 
     def take(self, what: str, advice: str) -> None:
-        """Take the lock, or say on stderr that this file system has none.
+        """Take the lock, or print on stderr that this file system has no locks.
 
         Args:
-            what: What is in use, for the sentence.
-            advice: What the user can do about it.
+            what: Name of what is locked, for the message.
+            advice: What the user can do if it is in use, as the end of the message.
 
         Raises:
             InputError: Another process holds the lock.
-            OSError: The file cannot be made.
+            OSError: The file cannot be created.
         """
-        self.path.parent.stat()  # or filelock would make it
+        self.path.parent.stat()  # raises if the folder is missing, which filelock would create
         try:
             self._lock.acquire(timeout=_WAIT)
         except Timeout as error:
@@ -144,10 +146,10 @@ class Lock:
             self._holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
 
     def free(self) -> None:
-        """Free the lock and remove its files, unless somebody has put others in their place."""
+        """Free the lock and remove its files, unless they were replaced by others."""
         if not self._lock.is_locked:
             return
-        # Before the lock is freed: afterwards they may be the next holder's.
+        # Before the lock is freed, because afterwards they may belong to the next holder.
         with contextlib.suppress(OSError):
             if self._is_own():
                 self._holder.unlink(missing_ok=True)
@@ -155,11 +157,11 @@ class Lock:
         self._lock.release()
 
     def _is_own(self) -> bool:
-        """Whether the file at the path is still the one that is locked; somebody may have deleted and remade it."""
+        """Return whether the file at the path is still the locked one; it may have been deleted and created again."""
         return self._file is not None and os.path.samestat(self._file, self.path.stat())
 
     def who(self) -> str:
-        """Return who holds the lock, for a sentence."""
+        """Return the holder of the lock, for a message."""
         found = self._read()
         return f"process {found[1]} on {found[0]}" if found else "another process"
 

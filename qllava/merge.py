@@ -1,14 +1,14 @@
-"""Adapter -> a standalone LLaVA, verified.
+"""Merge of an adapter into a standalone LLaVA, with verification.
 
     W = dequantize(NF4 base) + (alpha / r) B A          unpacked and added in fp32, cast once
 
-Chosen: the delta goes onto the weights that training saw. Onto the original 16-bit weights it is another model (KL per
-token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again another still. The result is written
-aside, read back, and compared with the adapter model on the run's own held-out samples: it gets its name only if they
-agree.
+The delta is added to the weights that training saw. Added to the original 16-bit weights it gives a different model (KL
+per token 8e-3 against 2e-5 on a small trial), and rounding the sum to 4 bit again gives a third one. The result is
+written under a temporary name, read back, and compared with the adapter model on the run's own held-out samples: it is
+renamed to its final name only if they agree.
 
-Nothing holds a whole language model: weights come from disk one by one and go back in shards, and both models that are
-compared are computed layer by layer (`models/stream.py`).
+A whole language model is never in memory: weights are read one by one and written in shards, and both compared models
+are computed layer by layer (`models/stream.py`).
 """
 
 from __future__ import annotations
@@ -42,46 +42,46 @@ from qllava.models.stream import Adapted, Source, Stored, hidden_states
 from qllava.models.weights import EMBEDDING, HEAD, open_weights
 from qllava.runs import LEDGER_FILE, MERGE_FILE, PROBES_FILE, RECORD_FILE, Run
 
-# What rounding to 16 bit costs stays far below; a forgotten layer or a wrong scale lies far above. Onto the original
-# weights the result is another model by design: there the figures are reported, not judged.
+# Maximum KL per token in nats. Rounding to 16 bit is far below it; a missing layer or a wrong scale is far above. With
+# the original weights the result is a different model by design: there the figures are reported, not judged.
 MAX_KL = 1e-3
-# Where the adapter model prefers its token to the merged model's by less than this (nats), rounding decides: a tie.
+# If the adapter model prefers its token to the merged model's by less than this (nats), rounding decides: a tie.
 TIE = 0.05
-# Share of learned positions with the same token, or a tie.
+# Minimum share of learned positions with the same token, or a tie.
 MIN_AGREEMENT = 0.995
 _TOWER_FILE = ".tower.safetensors"
-# Positions whose logits are in memory at once.
+# Number of positions whose logits are in memory at once.
 _PIECE = 64
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge came to."""
+    """Result of a merge."""
 
     base: str
     """`nf4` or `original`: the weights that the delta was added to."""
     kl_per_token: float | None
-    """Mean KL divergence from the adapter model at learned positions, in nats; None when it was not measured."""
+    """Mean KL divergence from the adapter model at learned positions, in nats; None if it was not measured."""
     top1_agreement: float | None
-    """Share of learned positions where both find the same token likeliest."""
+    """Share of learned positions with the same most likely token."""
     same_text: float | None
-    """Share of held-out samples that both answer greedily with the same text, as far as `Comparison` follows it."""
+    """Share of held-out samples with the same greedy answer, as far as `Comparison` follows it."""
     verified: bool
-    """Whether the result was read back and agrees with what was trained."""
+    """Whether the result was read back and agrees with the trained model."""
 
 
 @dataclass(frozen=True)
 class Accounting:
-    """What became of each tensor; names are those of the merged folder."""
+    """Names of all tensors, as in the merged folder, by what the merge did with them."""
 
     merged: list[str]
-    """A delta was added."""
+    """Tensors to which a delta was added."""
     copied: list[str]
-    """As the base has it, in another type perhaps."""
+    """Tensors copied from the base, possibly with another type."""
     replaced: list[str]
-    """Trained whole: the projector."""
+    """Tensors replaced by trained ones: the projector."""
     left_out: list[str]
-    """In the base's files, and no part of a LLaVA."""
+    """Tensors in the base's files that are not part of a LLaVA."""
 
 
 def merge(
@@ -90,12 +90,17 @@ def merge(
     """Write the model of a run folder, or of one of its checkpoints, as one LLaVA in llava-hf's layout.
 
     Args:
+        run: Folder of the run or checkpoint.
+        out: Folder of the result.
         base: `nf4` for the weights that training saw, `original` for the 16-bit ones.
-        dtype: of the result: bfloat16, float16 or float32.
-        base_model: where the parts of its base are now, if they have moved.
+        dtype: Type of the result: bfloat16, float16 or float32.
+        max_shard_size: Maximum size of one weight file, such as 5GB.
+        verify: Whether to compare the result with the adapter model.
+        base_model: New locations of the base's parts, if they have moved.
 
-    Raises InputError when the folder holds no adapter, its base is another one, `out` is not empty, the disk is
-    too full, or the result does not agree with the adapter model; nothing is written then.
+    Raises:
+        InputError: The folder has no adapter, its base is a different model, `out` is not empty, the disk is too full,
+            or the result does not agree with the adapter model; nothing is written.
     """
     run = run.resolve()
     record = _record(run, base_model)
@@ -114,7 +119,7 @@ def merge(
             models = plan.model, _read_anew(aside, plan)
             found = compare(models, sources(plan, delta, aside, four_bit=four_bit), probes)
             result = MergeResult(base, found.kl_per_token, found.top1_agreement, found.same_text, found.agrees)
-            # Onto other weights than training saw it is another model, whose distance is told.
+            # With weights that training did not see, the result is a different model; its distance is reported.
             another = base == "original" and four_bit and math.isfinite(found.kl_per_token)
             if not (found.agrees or another):
                 raise InputError(
@@ -139,7 +144,7 @@ def merge(
 
 
 def _record(run: Path, base_model: Sequence[str]) -> Recipe:
-    """What the model of a run or checkpoint was built from. Raises InputError when it holds no adapter."""
+    """Return what the model of a run or checkpoint was built from, or raise InputError if it has no adapter."""
     if not run.is_dir():
         raise InputError(f"The folder {run} does not exist. Give a finetune_lora run or one of its checkpoints.")
     record = run / RECORD_FILE
@@ -156,7 +161,7 @@ def _record(run: Path, base_model: Sequence[str]) -> Recipe:
 def _write(
     plan: Outline, delta: Delta, aside: Path, dtype: torch.dtype, max_shard_size: str, four_bit: bool
 ) -> Accounting:
-    """Write weights and settings; no more than a shard is in memory."""
+    """Write weights and settings, with at most one shard in memory."""
     shapes = {name: tensor.to(dtype) for name, tensor in names_on_disk(plan.model).items()}
     tied = _tied(plan)
     if tied:
@@ -194,7 +199,7 @@ def _write(
 
 
 def _tied(plan: Outline) -> bool:
-    """Whether the head is the embedding. The weights decide and not the config alone: a head of its own stays."""
+    """Return whether head and embedding are the same weight; the config alone does not decide, but the weights."""
     config: Any = plan.model.config
     if not config.text_config.tie_word_embeddings:
         return False
@@ -202,7 +207,7 @@ def _tied(plan: Outline) -> bool:
 
 
 def _read_anew(folder: Path, plan: Outline) -> Any:
-    """The model that the written config describes, without weights. Raises InputError when it is asked differently."""
+    """Return the model of the written config, without weights; raise InputError if its prompts would differ."""
     config, processor = load_config(str(folder))
     for what, wrote, read in (
         ("vocabulary", plan.processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()),
@@ -217,7 +222,7 @@ def _read_anew(folder: Path, plan: Outline) -> Any:
 
 
 def quantized_weights(model: Any) -> set[str]:
-    """Weights that training held in NF4: the linear layers of the language model's decoder."""
+    """Return the names of weights that training had in NF4: the linear layers of the language model's decoder."""
     layers = model.model.language_model.layers
     return {
         f"language_model.model.layers.{path}.weight"
@@ -227,7 +232,7 @@ def quantized_weights(model: Any) -> set[str]:
 
 
 def read_probes(run: Path) -> list[dict[str, Tensor]]:
-    """Return the held-out samples that a run kept: input_ids (S), labels (S), pixel_values (I, 3, H, W) of images."""
+    """Return the held-out samples that a run saved: input_ids (S), labels (S), pixel_values (I, 3, H, W)."""
     path = run / PROBES_FILE if (run / PROBES_FILE).is_file() else run.parent / PROBES_FILE
     try:
         tensors = load_file(path)
@@ -245,32 +250,32 @@ def read_probes(run: Path) -> list[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models at the same learned positions."""
+    """Comparison of two models at the same learned positions."""
 
     kl_per_token: float
     """Mean KL divergence, in nats."""
     top1_agreement: float
-    """Share of positions where both find the same token likeliest."""
+    """Share of positions with the same most likely token."""
     same_or_tie: float
-    """The same, and where the first model prefers its own token by less than `TIE`."""
+    """Share of positions with the same token, or where the first model prefers its own token by less than `TIE`."""
     same_text: float
-    """Share of samples whose greedy answer is the same, followed until it leaves the reference answer."""
+    """Share of samples with the same greedy answer, compared until it differs from the reference answer."""
 
     @property
     def agrees(self) -> bool:
-        """Whether no more than rounding lies between them."""
+        """Whether the models differ only by rounding."""
         return self.kl_per_token <= MAX_KL and self.same_or_tie >= MIN_AGREEMENT
 
 
 def computing_device() -> torch.device:
-    """The GPU where there is one: block scales that were packed on a CPU and on CUDA differ in 0.2 % of their codes."""
+    """Return the GPU if available, as in training: block scales packed on CPU and CUDA differ in 0.2 % of the codes."""
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tuple[Adapted, Stored]:
-    """Base with adapter, and a merged folder; on the GPU where there is one.
+    """Return the weights of the base with adapter, and of a merged folder, on the GPU if available.
 
-    Both compute in fp32: what 16 bit would round away in each is not a difference between them.
+    Both compute in fp32, so that rounding to 16 bit in each is not counted as a difference.
     """
     device = computing_device()
     adapted = Adapted(plan.base, delta, torch.float32, device, four_bit=four_bit)
@@ -278,18 +283,21 @@ def sources(plan: Outline, delta: Delta, merged: Path, *, four_bit: bool) -> tup
 
 
 def compare(models: tuple[Any, Any], sources: tuple[Source, Source], probes: Sequence[dict[str, Tensor]]) -> Comparison:
-    """Two models on the same samples, one after the other.
+    """Compare two models on the same samples, one after the other.
 
-    models: without weights. sources: where each has them from.
+    Args:
+        models: Both models, without weights.
+        sources: Sources of the weights of each.
+        probes: Samples, from `read_probes`.
     """
-    titles = ("Asking the adapter model", "Asking the merged model")
+    titles = ("Running the adapter model", "Running the merged model")
     asked = zip(models, sources, titles, strict=True)
     states = [hidden_states(model, source, probes, title) for model, source, title in asked]
     heads = [
         source.filled("language_model.lm_head", model.lm_head) for model, source in zip(models, sources, strict=True)
     ]
     labels = [probe["labels"][1:][probe["labels"][1:] != -100] for probe in probes]
-    # A token behind one that is not learned begins another answer.
+    # A learned token after one that is not learned begins another answer.
     firsts = [_first_answer(probe["labels"][1:] != -100) for probe in probes]
     divergence, lost, same_text = 0.0, [], []
     for wanted, found, truth, first in zip(*states, labels, firsts, strict=True):
@@ -314,41 +322,46 @@ def compare(models: tuple[Any, Any], sources: tuple[Source, Source], probes: Seq
 def _log_probabilities(
     heads: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(T, D) of two models -> their log-probabilities, (at most _PIECE, vocabulary) at a time, on the CPU."""
+    """Yield log-probabilities of two models for states (T, D), (at most _PIECE, vocabulary) at a time, on the CPU."""
     for pieces in zip(*(state.split(_PIECE) for state in states), strict=True):
         one, other = (F.log_softmax(head(x).float(), dim=-1).cpu() for head, x in zip(heads, pieces, strict=True))
         yield one, other
 
 
 def lost_by_choice(wanted: Tensor, found: Tensor) -> Tensor:
-    """(T,): how much less likely (nats) the first model finds the second's likeliest token than its own; 0: the same.
+    """Return how much less likely, in nats, the first model finds the second's choice of a token than its own.
 
-    wanted, found: (T, vocabulary) log-probabilities.
+    Args:
+        wanted: (T, vocabulary) log-probabilities of the first model.
+        found: (T, vocabulary) log-probabilities of the second model.
+
+    Returns:
+        (T,) differences; 0 where both choose the same token.
     """
     return wanted.max(-1).values - wanted.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
 
 
 def _first_answer(learned: Tensor) -> int:
-    """How many tokens the first answer of a sample has. learned: (S,), which tokens are."""
+    """Return the number of tokens of a sample's first answer; `learned` (S,) marks the learned tokens."""
     begun = learned[int(learned.int().argmax()) :]
     return len(begun) if begun.all() else int(begun.int().argmin())
 
 
 def _same_text(wanted: Tensor, found: Tensor, truth: Tensor) -> bool:
-    """Whether two greedy answers are the same. (T,) each; what follows another token than the truth is unknown."""
+    """Return whether two greedy answers, (T,) each, are equal up to the first token that differs from the reference."""
     left = (wanted != truth).nonzero()
     known = int(left[0]) + 1 if len(left) else len(truth)
     return torch.equal(wanted[:known], found[:known])
 
 
 def _what_helps(dtype: str) -> str:
-    """Return how the refusal of a merge ends: rounding may be as large as what a short run has learned."""
+    """Return the advice for a refused merge: rounding may be as large as the changes of a short run."""
     report = f"please report this bug with the {LEDGER_FILE}."
     return report if dtype == "float32" else f"use --dtype float32, which avoids rounding, or {report}"
 
 
 def _told(record: Recipe, result: MergeResult, accounting: Accounting, dtype: str) -> list[str]:
-    """What the model card says of the merge."""
+    """Return the paragraphs of the model card about the merge."""
     onto = "NF4 weights that training saw" if result.base == "nf4" and record.load_in_4bit else "original weights"
     told = [
         f"A LLaVA in {dtype}, tuned with qllava. The adapter was added to the {onto}: {len(accounting.merged)} tensors "

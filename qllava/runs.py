@@ -1,23 +1,23 @@
-"""The folder of a run: every file name in it, what kind of run it is, its state and its checkpoints. Without torch.
+"""Folder of a run: the names of its files, the kind of run, its state and its checkpoints. Without torch.
 
-    run.yaml                    the settings that the run began with
+    run.yaml                    the settings that the run started with
     data.json                   of an instruction tuning: the training and held-out files by their hashes
     command.json                the command, the versions of the packages that compute, the seconds so far
     ledger.txt                  what is trained, and how it is computed
-    metrics.jsonl               what the trainer reports, a line each; spikes.jsonl: steps whose loss jumped
-    before.json, scores.json    answers and scores from before the training, kept for a run that is resumed
+    metrics.jsonl               reports of the trainer, one per line; spikes.jsonl: steps with a loss spike
+    before.json, scores.json    answers and scores from before the training, kept for a resumed run
     probes.safetensors          held-out examples on which `qllava merge` compares
     checkpoint-N/               the weights after N optimizer steps; manifest.json in it is written last
     .partial/                   a checkpoint that is being written, or removed
-    stage1/                     the pretraining that an instruction tuning did first: a run of its own; begun.json in it
+    stage1/                     the pretraining that an instruction tuning did first, a run of its own, with begun.json
     projector.safetensors       the projector alone, of a pretraining
     adapter_model.safetensors   LoRA and projector, of an instruction tuning; with adapter_config.json
     qllava.json                 what the base was built from
     samples.json, report.html   answers before and after; the page
-    results.json                written last: a folder that has it holds a finished run
+    results.json                written last: a folder that has it is a finished run
 
-A checkpoint has the adapter or the projector, and qllava.json, under the same names. No other module spells one of
-these names.
+A checkpoint has the adapter or the projector, and qllava.json, under the same names. Other modules use the constants
+below instead of these names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeAlias
 from qllava.config import NANO, RENAMED, InputError, expanded
 
 RUNS = Path("runs")
-"""Where nano's runs are looked for: in the folder that a command is given in."""
+"""Folder of nano's runs, relative to the current folder."""
 
 RUN_FILE = "run.yaml"
 DATA_FILE = "data.json"
@@ -48,10 +48,10 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "qllava.json"
 SAMPLES_FILE = "samples.json"
 REPORT_FILE = "report.html"
-"""Every page that a command writes by default has this name."""
+"""Default name of every page that a command writes."""
 RESULTS_FILE = "results.json"
 MERGE_FILE = "merge.json"
-"""In a merged model: what it was merged from, and how far it agrees with that."""
+"""File of a merged model: what it was merged from, and how well it agrees with that."""
 PARTIAL = ".partial"
 STAGE1 = "stage1"
 _CHECKPOINT = "checkpoint-"
@@ -62,9 +62,10 @@ State: TypeAlias = Literal["empty", "begun", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that holds a run, or will; or a checkpoint of one, which has some of the same files."""
+    """Folder of a run, which may not have started; or of a checkpoint, which has some of the same files."""
 
     folder: Path
+    """Path of the folder."""
 
     @property
     def settings(self) -> Path:
@@ -88,7 +89,7 @@ class Run:
 
     @property
     def kind(self) -> Kind | None:
-        """What the folder holds: a pretraining, an instruction tuning, or a merged model; None for anything else."""
+        """Kind of the folder: a pretraining, an instruction tuning, or a merged model; None for other folders."""
         if (self.folder / MERGE_FILE).is_file():
             return "merged"
         if self.has_adapter or (self.settings.is_file() and (self.folder / DATA_FILE).is_file()):
@@ -100,10 +101,10 @@ class Run:
         """State of the run.
 
         - "finished": it has results.
-        - "interrupted": there is work to resume: a checkpoint, or a finished pretraining of its own. A command must
-          then be the one that the run was begun with.
-        - "begun": it has settings. Other files are what an earlier start left, perhaps with other settings.
-        - "empty": no run has begun here.
+        - "interrupted": there is work to resume: a checkpoint, or a finished pretraining of its own. Only the command
+          that started the run can resume it.
+        - "begun": it has settings. Other files are from an earlier start, perhaps with other settings.
+        - "empty": no run was started here.
         """
         if self.finished:
             return "finished"
@@ -113,17 +114,17 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether a run has ended here."""
+        """Whether the run has results."""
         return self.results.is_file()
 
     @property
     def has_adapter(self) -> bool:
-        """Whether LoRA was trained and saved here; a pretraining leaves a projector only."""
+        """Whether LoRA was trained and saved here; a pretraining saves only a projector."""
         return (self.folder / ADAPTER_CONFIG_FILE).is_file()
 
     @property
     def unfinished(self) -> str | None:
-        """What to say of a run whose training has not ended, when its model is asked for; None for anything else."""
+        """Message for a request for the model of a run whose training has not ended; None for other folders."""
         has_model = self.has_adapter or any((self.folder / name).is_file() for name in (PROJECTOR_FILE, "config.json"))
         saved = self.checkpoints()
         if has_model or not (saved or self.settings.is_file()):
@@ -134,14 +135,18 @@ class Run:
 
     @property
     def without_model(self) -> str | None:
-        """What to say of a run that has no model to ask, unfinished or a pretraining; None for anything else."""
+        """Message for a run without a model for chat, unfinished or a pretraining; None for other folders."""
         if self.kind == "stage 1" and (self.folder / PROJECTOR_FILE).is_file():
             return f"{self.folder} is a stage 1 run, which has only a projector. Use it with finetune_lora --projector."
         return self.unfinished
 
     @property
     def is_nano(self) -> bool:
-        """Whether the run was one of nano's parts. Raises InputError when its settings cannot be read."""
+        """Whether the run was of nano's parts.
+
+        Raises:
+            InputError: The settings cannot be read.
+        """
         return self.read_settings().get("model_name_or_path") == NANO
 
     def read_settings(self) -> dict[str, Any]:
@@ -162,16 +167,16 @@ class Run:
         return {RENAMED.get(str(name), str(name)): value for name, value in read.items()}
 
     def checkpoints(self, after: Path | None = None) -> list[Path]:
-        """Return the folders that bear a checkpoint's name, oldest first; they may be corrupt.
+        """Return the folders that are named like a checkpoint, oldest first; they may be corrupt.
 
         Args:
-            after: One of them, for those of later steps alone.
+            after: One of them, to return only those of later steps; None for all.
         """
         found = sorted((path for path in self.folder.glob(f"{_CHECKPOINT}*") if is_checkpoint(path)), key=step_of)
         return found[found.index(after) + 1 :] if after else found
 
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of the checkpoint after so many optimizer steps."""
+        """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.folder / f"{_CHECKPOINT}{step}"
 
 
@@ -181,21 +186,25 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return after how many optimizer steps a checkpoint was written; 0 for any other folder."""
+    """Return the number of optimizer steps of a checkpoint; 0 for any other folder."""
     return int(checkpoint.name.removeprefix(_CHECKPOINT)) if is_checkpoint(checkpoint) else 0
 
 
 def folder_of(model: str) -> Path:
-    """Return the folder that a model's name means, if it means one: of `nano` its newest finished run.
+    """Return the folder of a model by its name; for `nano` that of its newest finished run.
 
     Raises:
-        InputError: It is `nano`, and no such run has finished.
+        InputError: The name is `nano`, and no such run is finished.
     """
     return newest_nano_run() if model == NANO else Path(expanded(model))
 
 
 def newest_nano_run(runs: Path = RUNS) -> Path:
-    """Return the folder of the nano run that finished last. Raises InputError when there is none."""
+    """Return the folder of the nano run that finished last.
+
+    Raises:
+        InputError: No nano run is finished.
+    """
     finished = finished_nano_runs(runs)
     if not finished:
         raise InputError(f"No nano run in {runs}/ is finished. Run `make finetune` first.")

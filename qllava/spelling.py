@@ -1,4 +1,4 @@
-"""Names that were mistyped: the option, file or model that was likely meant."""
+"""Suggestions for mistyped names: the option, file or model that was probably meant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# Words of other toolkits and of habit, and what is meant here: the first that the program has is suggested.
+# Names from other toolkits and common habits, each with qllava's names: the first that the command has is suggested.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "language_model"),
     "model_name": ("model_name_or_path",),
@@ -92,15 +92,15 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 
 
 def meant(word: str, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one was likely meant to be; None where nothing is close.
+    """Return the known name that was probably meant by an unknown one; None if none is similar.
 
     Args:
         word: The name as it was typed, without leading hyphens.
-        known: All names that are possible, with `_` or `-` between words.
+        known: All possible names, with `_` or `-` between words.
     """
     names: dict[str, str] = {}
     for name in known:
-        names.setdefault(name.replace("-", "_"), name)  # of two spellings the one that help shows first
+        names.setdefault(name.replace("-", "_"), name)  # of two spellings, the one that the help shows first
     word = word.replace("-", "_").lower()
     if word in names:
         return names[word]
@@ -110,7 +110,7 @@ def meant(word: str, known: Iterable[str]) -> str | None:
     parts = set(word.split("_"))
 
     def score(name: str) -> float:
-        """How alike two names are: by letters, and by whole words, which people remember."""
+        """Return how similar two names are, by letters and by whole words, which people remember."""
         other = set(name.split("_"))
         shared = len(parts & other) / len(parts | other)
         return difflib.SequenceMatcher(None, word, name).ratio() + shared
@@ -120,15 +120,15 @@ def meant(word: str, known: Iterable[str]) -> str | None:
 
 
 def suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a sentence about an unknown name; `prefix` is `--` for a flag."""
+    """Return the end of a message about an unknown name; `prefix` is `--` for a flag."""
     name = meant(word, known)
     return f"; did you mean {prefix}{name}?" if name else "; see --help for all names."
 
 
 def close_to(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that is spelled most like a word; None where none is close.
+    """Return the name whose spelling is most similar to a word; None if none is similar.
 
-    Names whose digits differ are different things (`llava-7b` and `llava-13b`), and no slip of the fingers.
+    Names with different digits are different things (`llava-7b` and `llava-13b`), not typing errors.
     """
     digits = re.findall(r"\d+", word)
     same = {name.lower(): name for name in names if re.findall(r"\d+", name) == digits}
@@ -137,17 +137,17 @@ def close_to(word: str, names: Iterable[str]) -> str | None:
 
 
 def neighbour(path: Path, *, folders: bool = False) -> Path | None:
-    """Return what is next to a missing path and has nearly its name; None where nothing has.
+    """Return the path with the most similar name next to a missing path; None if none is similar.
 
     Args:
         path: The path as it was typed.
-        folders: Whether only folders are meant.
+        folders: Whether to search only folders.
     """
     try:
         found = [one for one in path.parent.iterdir() if not one.name.startswith(".") and (one.is_dir() or not folders)]
-    except OSError:  # the folder above is missing too, or cannot be read
+    except OSError:  # the parent folder is missing too, or cannot be read
         return None
-    # A common ending does not make two names alike.
+    # A common suffix does not make two names similar.
     stems = {one.stem: one.name for one in found if one.suffix == path.suffix}
     stem = close_to(path.stem, stems)
     other_ending = next((one.name for one in sorted(found) if one.stem == path.stem), None)

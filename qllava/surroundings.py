@@ -1,7 +1,7 @@
-"""What a program finds around it and must not fail on: an output that is not UTF-8, a user without a home, busy cores.
+"""Preparation of a process for unusual environments: an output that is not UTF-8, a user without a home, busy cores.
 
-Every entrance (the command `qllava`, the recipes, the demo, the benchmarks) calls `prepare_process` first. Standard
-library only, so that the entrances stay instant.
+Every entry point (the command `qllava`, the recipes, the demo, the benchmarks) calls `prepare_process` first. Standard
+library only, so that the entry points start instantly.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 
 def prepare_process() -> None:
-    """Make the process able to print every text, to find a home folder and a user name, and to share its cores."""
+    """Make sure that the process can print every text, has a home folder and a user name, and shares its cores."""
     tolerate_any_text()
     find_home()
     wait_asleep()
 
 
 def tolerate_any_text() -> None:
-    """Let standard output and error escape what their encoding lacks, and input replace what it cannot decode.
+    """Make standard output and error escape characters outside their encoding, and input replace invalid bytes.
 
-    A pipe on Windows is cp1252, and a file name may hold bytes that are no text in any encoding: without this, a print
-    at the end of a run would lose its work.
+    A pipe on Windows is cp1252, and a file name may have bytes that are not text in any encoding: without this, a print
+    at the end of a run could lose its results.
     """
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
@@ -33,38 +33,38 @@ def tolerate_any_text() -> None:
 
 
 def wait_asleep() -> None:
-    """Let threads of OpenMP sleep while they wait for each other; they spin otherwise. Before torch is imported.
+    """Make OpenMP threads sleep instead of spin while they wait for each other; call this before torch is imported.
 
-    Spinning threads take the cores from each other when another program runs: nano answers twenty times slower then.
-    A choice of the user is kept.
+    Spinning threads take the cores from each other when another program runs: then nano answers twenty times slower.
+    Settings of the user are kept.
     """
     if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def hide_gpus() -> None:
-    """Let this process, and those that it starts, see no GPU. Before torch is imported."""
+    """Hide all GPUs from this process and the processes that it starts; call this before torch is imported."""
     os.environ.update(dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), ""))
 
 
 def find_home() -> None:
-    """Give a process without a home folder one in the folder for temporary files, and say so on stderr.
+    """Give a process without a home folder one in the folder for temporary files, and print that on stderr.
 
-    Containers and schedulers start programs as users that have no line in the password file, so that `HOME` is missing,
-    or is `/`, where they may not write. Libraries then fail in ways of their own, or make a folder named `~`. A home
-    that has a `.cache` is kept even if it is read-only: it may hold the models.
+    Containers and schedulers start programs as users without an entry in the password file, so that `HOME` is missing,
+    or is `/`, which is not writable for them. Libraries then fail in various ways, or create a folder named `~`. A home
+    with a `.cache` is kept even if it is read-only: it may contain the models.
     """
     if not hasattr(os, "getuid"):
         return  # on Windows every user has a profile
     if _known_user() is None:
-        os.environ["LOGNAME"] = user_name()  # where `getpass.getuser` of all libraries looks first
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path's own raises an error where there is none
+        os.environ["LOGNAME"] = user_name()  # `getpass.getuser`, which libraries use, reads it first
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path's own raises an error without a home
     if home.is_absolute() and (os.access(home, os.W_OK) or (home / ".cache").is_dir()):
         return
     try:
         folder = _temporary_home()
     except OSError:
-        return  # nothing can be written anywhere: whoever has to write will say so
+        return  # nothing can be written anywhere: the first write will report it
     os.environ["HOME"] = str(folder)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
@@ -82,12 +82,12 @@ def user_name() -> str:
 def _known_user() -> str | None:
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # by version of Python and by system
+    except (KeyError, OSError, ImportError):  # depends on Python's version and on the system
         return None
 
 
 def _temporary_home() -> Path:
-    """The same folder in every process of a user. Another user must not have made it: caches are trusted."""
+    """Return one folder for all processes of a user, which another user did not create, because caches are trusted."""
     folder = Path(tempfile.gettempdir()) / f"qllava-home-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -10,21 +10,21 @@ from multiprocessing.context import BaseContext
 
 
 def pool(workers: int | None = None, *, start: str | None = None) -> ProcessPoolExecutor:
-    """Return a pool of worker processes; none of them outlives this process, however it ends.
+    """Return a pool of worker processes, which end with this process in any case.
 
-    Workers of the standard library's pool wait for work for ever when the process that started them is killed: each
-    holds the writing end of the pipe that it reads from.
+    Workers of the standard library's pool wait for work without end if the process that started them is killed,
+    because each of them holds the writing end of the pipe that it reads from.
 
     Args:
-        workers: How many; by the number of cores when not given.
-        start: How `multiprocessing` starts them ("fork", "spawn"); its default when not given.
+        workers: Number of workers; None for one per core.
+        start: Start method of `multiprocessing` ("fork", "spawn"); None for its default.
     """
     context: BaseContext = get_context(start)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow)
 
 
 def _follow() -> None:
-    """Let a thread of a worker wait for the end of the process that started it."""
+    """Start a thread in a worker that waits for the end of the process that started it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

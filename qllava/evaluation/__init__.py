@@ -1,1 +1,1 @@
-"""How good is a model: every score with its count and its uncertainty."""
+"""Evaluation of models; every score has its number of questions and its uncertainty."""

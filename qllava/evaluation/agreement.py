@@ -1,19 +1,19 @@
-"""Does a judge decide as people do? Votes of people against a judge's on the same pairs of answers.
+"""Agreement of a judge with people: their votes and the judge's verdicts on the same pairs of answers.
 
     qllava eval agreement --votes votes.jsonl --judgments judgments.jsonl --html agreement.html
 
 Verdicts are `left`, `tie`, `right` and `both_bad`. Raw agreement and plain kappa (Cohen 1960) take them as four names.
 Quadratic kappa (Cohen 1968), Spearman's rho and Kendall's tau-b need an order, which is left < tie < right; `both_bad`
-prefers neither answer and lies where `tie` does.
+prefers neither answer and has the same place as `tie`.
 
-The judge saw each pair in both orders. What it says twice is its verdict; where the two differ the order has decided,
-so the verdict is `tie`, and the vote is counted as inconsistent. A vote of which one order is missing or could not be
-read has no verdict and is left out, counted.
+The judge saw each pair in both orders. If both verdicts agree, that is its verdict; if they differ, the order was
+decisive, so the verdict is `tie`, and the vote counts as inconsistent. A vote with an order that is missing or could
+not be read has no verdict; it is left out and counted.
 
-Intervals are of a bootstrap that draws questions (with their images), not votes. The ceiling is how people agree
-with each other where two of them voted on the same answers to the same question; who comes first of the two means
-nothing, so each such pair of votes is taken both ways. A figure that is undefined (kappa of two that always say the
-same, a correlation with a constant) is given as undefined with the reason.
+Intervals are from a bootstrap that draws questions (with their images), not votes. The ceiling is the agreement of
+people with each other, for two votes on the same answers to the same question; because the order of the two people is
+arbitrary, each such pair of votes counts in both orders. An undefined figure (kappa of two raters that always give the
+same verdict, a correlation with a constant) is reported as undefined with the reason.
 """
 
 from __future__ import annotations
@@ -32,30 +32,36 @@ from qllava.evaluation.intervals import RESAMPLES, Estimate, bootstrap
 from qllava.evaluation.judgments import Judgment, read_judgments
 from qllava.voting.votes import VERDICTS, Verdict, Vote, read_votes
 
-Codes = NDArray[np.int64]  # (N,) places in VERDICTS
+Codes = NDArray[np.int64]  # (N,) indices in VERDICTS
 _MIRRORED: dict[Verdict, Verdict] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
-_IN_ORDER = np.array([0, 1, 2, 1])  # of VERDICTS, left < tie < right
+_IN_ORDER = np.array([0, 1, 2, 1])  # rank of each verdict in VERDICTS, left < tie < right
 _ALIKE = "both always give the same verdict, so agreement by chance is complete"
 _CONSTANT = "one of the two always gives the same verdict"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two columns of verdicts are."""
+    """Agreement of two columns of verdicts."""
 
-    n: int  # pairs of verdicts
-    agreement: Estimate  # the share of equal verdicts
+    n: int
+    """Number of pairs of verdicts."""
+    agreement: Estimate
+    """Share of equal verdicts."""
     kappa: Estimate
+    """Cohen's kappa."""
     kappa_quadratic: Estimate
+    """Cohen's kappa with quadratic weights, over the order of the verdicts."""
     spearman: Estimate
+    """Spearman's rho."""
     kendall: Estimate
+    """Kendall's tau-b."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, each an object with `value` and `ci95`."""
+        """Return the figures, each an object with `value` and `ci95`."""
         return {"n": self.n, **{name: found.to_json() for name, found in self.measures().items()}}
 
     def measures(self) -> dict[str, Estimate]:
-        """The figures by the names that `--json` promises."""
+        """Return the figures by the names that `--json` uses."""
         return {
             "agreement": self.agreement,
             "kappa": self.kappa,
@@ -67,24 +73,37 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Report:
-    """A judge beside people."""
+    """Comparison of a judge with people."""
 
     judge: str
+    """Name of the judge."""
     with_people: Agreement
-    people: Agreement  # with each other: the ceiling
-    table: tuple[tuple[int, ...], ...]  # (4, 4) counts, people's verdict by the judge's, in the order of VERDICTS
-    questions: int  # different ones among the votes that were judged
-    inconsistent: int  # votes on which the two orders differ
-    unread: int  # votes left out: a reply could not be read
-    unjudged: int  # votes left out: an order is missing
-    first: Estimate  # of the judge's decisions for a side, the share for the answer it saw first: 0.5 without bias
-    consistent: Estimate  # the share of votes on which both orders say the same
-    judge_longer: Estimate  # where both decide for a side: how often for the longer answer
+    """Agreement of the judge with people."""
+    people: Agreement
+    """Agreement of people with each other, the ceiling."""
+    table: tuple[tuple[int, ...], ...]
+    """(4, 4) counts by people's verdict (rows) and the judge's verdict (columns), in the order of VERDICTS."""
+    questions: int
+    """Number of distinct questions among the votes that were judged."""
+    inconsistent: int
+    """Number of votes for which the verdicts of the two orders differ."""
+    unread: int
+    """Number of votes left out because a reply could not be read."""
+    unjudged: int
+    """Number of votes left out because an order is missing."""
+    first: Estimate
+    """Share of the judge's decisions for a side that prefer the answer it saw first; 0.5 without bias."""
+    consistent: Estimate
+    """Share of votes for which the verdicts of both orders agree."""
+    judge_longer: Estimate
+    """Share of the judge's decisions for the longer answer, over votes where judge and person prefer a side."""
     people_longer: Estimate
-    longer_difference: Estimate  # the judge's share less the people's: 0 without bias
+    """Share of people's decisions for the longer answer, over the same votes."""
+    longer_difference: Estimate
+    """The judge's share minus the people's share; 0 without bias."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, under the names that `qllava eval agreement --json` promises."""
+        """Return the figures under the names that `qllava eval agreement --json` uses."""
         return {
             **self.with_people.to_json(),
             "judge": self.judge,
@@ -107,11 +126,14 @@ class Report:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A vote and the verdicts of the judge, which saw it in both orders."""
+    """A vote with the judge's verdicts in both orders."""
 
     vote: Vote
+    """Vote of a person."""
     left_first: Verdict
+    """Verdict of the judge with the left answer first."""
     right_first: Verdict
+    """Verdict of the judge with the right answer first."""
 
     @property
     def verdict(self) -> Verdict:
@@ -119,13 +141,13 @@ class _Judged:
 
     @property
     def seen_first(self) -> tuple[int, int]:
-        """Decisions for the answer that was seen first, and decisions in all."""
+        """Number of decisions for the answer that was seen first, and number of all decisions for a side."""
         decided = [v for v in (self.left_first, self.right_first) if v in ("left", "right")]
         return (self.left_first == "left") + (self.right_first == "right"), len(decided)
 
     @property
     def longer(self) -> Verdict | None:
-        """The side of the longer answer, in characters; None where the judge or the person decided for no side."""
+        """Side of the answer with more characters; None if both are equally long or either rater prefers no side."""
         left, right = len(self.vote.answers["left"]), len(self.vote.answers["right"])
         if left == right or not {self.verdict, self.vote.vote} <= {"left", "right"}:
             return None
@@ -133,18 +155,22 @@ class _Judged:
 
 
 def compare_files(votes: Path, judgments: Path) -> Report:
-    """`qllava eval agreement`. Raises InputError for unreadable files, or when no judgment belongs to a vote."""
+    """Compare the votes and judgments of two files, for `qllava eval agreement`.
+
+    Raises:
+        InputError: A file cannot be read, or no judgment belongs to a vote.
+    """
     given, judged = read_votes(votes), read_judgments(judgments)
     if not {found.id for found in judged} & {vote.id for vote in given}:
         raise InputError(
-            f"No judgment in {judgments} has the id of a vote in {votes}; give the judgments that were made of these "
-            "votes."
+            f"No judgment in {judgments} has the id of a vote in {votes}. Give the file of judgments that "
+            "`qllava eval judge` made from these votes."
         )
     return compare(given, judged)
 
 
 def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: int = RESAMPLES) -> Report:
-    """People's votes against the judgments of one judge, joined by the vote's id."""
+    """Compare people's votes with the judgments of one judge, joined by the vote's id."""
     by_order = {(found.id, found.order): found.vote for found in judgments}
     both = [(vote, [by_order[key] for key in _keys(vote) if key in by_order]) for vote in votes]
     judged = [
@@ -165,7 +191,7 @@ def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: 
     by_judge = [(float(item.verdict == side), float(side is not None)) for item, side in longer]
     by_people = [(float(item.vote.vote == side), float(side is not None)) for item, side in longer]
     difference = [(mine[0] - theirs[0], mine[1]) for mine, theirs in zip(by_judge, by_people, strict=True)]
-    no_length = "there is not a single vote with answers of different length on which both preferred a side"
+    no_length = "on no vote with answers of different length do both prefer a side"
     return Report(
         judge=judgments[0].judge if judgments else "",
         with_people=measure(people, judge, asked, resamples=resamples),
@@ -184,7 +210,14 @@ def compare(votes: Sequence[Vote], judgments: Sequence[Judgment], *, resamples: 
 
 
 def measure(a: Codes, b: Codes, asked: Sequence[Hashable], *, resamples: int = RESAMPLES) -> Agreement:
-    """All measures of two columns of verdicts (as places in VERDICTS), and of which question each example is."""
+    """Return all measures of two columns of verdicts.
+
+    Args:
+        a: (N,) verdicts of the first rater, as indices in VERDICTS.
+        b: (N,) verdicts of the second rater.
+        asked: Question of each pair of verdicts, N in all; the bootstrap draws questions.
+        resamples: Number of draws of the bootstrap.
+    """
 
     def estimate(statistic: Callable[[Codes, Codes], float | None], reason: str) -> Estimate:
         return bootstrap(lambda drawn: statistic(a[drawn], b[drawn]), asked, reason=reason, resamples=resamples)
@@ -200,9 +233,9 @@ def measure(a: Codes, b: Codes, asked: Sequence[Hashable], *, resamples: int = R
 
 
 def kappa(a: Codes, b: Codes, *, quadratic: bool = False) -> float | None:
-    """Cohen's kappa of two columns of codes 0, 1, ...; None where chance alone agrees always.
+    """Return Cohen's kappa of two columns of codes 0, 1, ...; None if agreement by chance is complete.
 
-    With `quadratic` a disagreement weighs the square of the difference of the codes, else each weighs the same.
+    With `quadratic`, the weight of a disagreement is the squared difference of the codes; otherwise all are equal.
     """
     size = len(VERDICTS)
     counts = np.bincount(a * size + b, minlength=size * size).reshape(size, size)
@@ -213,13 +246,13 @@ def kappa(a: Codes, b: Codes, *, quadratic: bool = False) -> float | None:
 
 
 def spearman(a: Codes, b: Codes) -> float | None:
-    """Spearman's rho of verdicts in their order; None where one column is constant."""
+    """Return Spearman's rho of the verdicts in their order; None if one column is constant."""
     x, y = _IN_ORDER[a], _IN_ORDER[b]
     return None if _constant(x) or _constant(y) else float(stats.spearmanr(x, y).statistic)
 
 
 def kendall(a: Codes, b: Codes) -> float | None:
-    """Kendall's tau-b of verdicts in their order; None where one column is constant."""
+    """Return Kendall's tau-b of the verdicts in their order; None if one column is constant."""
     x, y = _IN_ORDER[a], _IN_ORDER[b]
     return None if _constant(x) or _constant(y) else float(stats.kendalltau(x, y, method="asymptotic").statistic)
 
@@ -237,7 +270,7 @@ def _codes(verdicts: Sequence[Verdict]) -> Codes:
 
 
 def _share(counts: Sequence[tuple[float, float]], asked: Sequence[Hashable], reason: str, resamples: int) -> Estimate:
-    """A ratio of two sums over votes, with its interval."""
+    """Return the ratio of two sums over votes, with its interval."""
     both = np.array(counts, dtype=np.float64).reshape(-1, 2)
 
     def ratio(drawn: NDArray[np.intp]) -> float | None:
@@ -248,9 +281,10 @@ def _share(counts: Sequence[tuple[float, float]], asked: Sequence[Hashable], rea
 
 
 def _ceiling(votes: Sequence[Vote], resamples: int) -> Agreement:
-    """People against people: every two raters of the same answers to the same question, on whichever side they stood.
+    """Return the agreement of people with each other, over every two raters of the same answers to a question.
 
-    Of several votes of one rater on a pair the last counts; a vote of nobody in particular counts with no other.
+    The sides of the answers may be swapped. If a rater voted on a pair several times, the last vote counts; a vote
+    without a rater is ignored.
     """
     pairs: dict[tuple[Hashable, str, str], dict[str, Verdict]] = {}
     for vote in votes:

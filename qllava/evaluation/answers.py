@@ -2,11 +2,12 @@
 
     {"question_id": "92", "text": "Dover is the capital of Delaware. The answer is C."}
 
-Other keys are let stand. The id may be a number; it is read as text.
+Other keys are ignored. The id may be a number; it is read as text.
 
-What qllava writes says in each line who was asked how: `model` is a name for people, `fingerprint` is the model itself
-(`inference.identity`), `asked` a hash of the question as it was asked, with its image. An interrupted run is continued
-only where all of them agree; a file without a fingerprint is of an older qllava, which went by the model's path.
+Each line that qllava writes also identifies model and question: `model` is a readable name, `fingerprint` identifies
+the model (`inference.identity`), and `asked` is a hash of the prompt with its image. An interrupted run is resumed only
+if the fingerprint, the settings and the hashes agree; a file without fingerprints is from an older qllava, which
+identified a model by its path.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from qllava.data.problems import Place, Problem, RecordError
 from qllava.data.records import read_records, record_id, record_text
 from qllava.files import ForeignEndError, Journal
 
-_HEAD = b'{"question_id": '  # every line that is written here begins so
+_HEAD = b'{"question_id": '  # start of every line that qllava writes
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """The answers of a file by their questions' ids. Raises InputError for a line that is none, or a second answer."""
+    """Return the answers of a file by question id.
+
+    Raises:
+        InputError: A line is not an answer, a question has two answers, or the file has no answers.
+    """
     answers: dict[str, str] = {}
     for place, record in read_records(path):
         id, text = _answer(record, place)
@@ -35,7 +40,7 @@ def read_answers(path: Path) -> dict[str, str]:
             )
         answers[id] = text
     if not answers:
-        raise InputError(f"{path} holds no answers; give it lines with question_id and text.")
+        raise InputError(f"{path} has no answers. Write lines with question_id and text.")
     return answers
 
 
@@ -45,15 +50,15 @@ def _answer(record: Any, place: Place) -> tuple[str, str]:
 
 
 def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> dict[str, str]:
-    """What an interrupted run has answered in `path` by now; a last line that it left half written is cut off.
+    """Return the answers that an interrupted run has written to `path`; remove a last line that is truncated.
 
     Args:
-        path: The file; it need not exist.
-        settings: What every line holds, the `fingerprint` included; `model` is only a name and may differ.
-        asked: By the ids of the questions, hashes of what they ask.
+        path: File of answers; it need not exist.
+        settings: Settings in every line, the `fingerprint` included; `model` is only a name and may differ.
+        asked: Hashes of the prompts, by question id.
 
     Raises:
-        InputError: A line is of another model, other settings or another question; the file is left as it is.
+        InputError: A line is from another model, other settings or another question; the file is not changed.
     """
     try:
         with Journal(path, begins=_HEAD, new=False) as journal:
@@ -85,9 +90,9 @@ def _checked(
 
 
 def _other(record: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[str, str]) -> str:
-    """Why a line is not one that these settings have written; empty where it is."""
+    """Return the reason why a line was not written with these settings; empty if it was."""
     if "fingerprint" not in record:
-        return "the answer does not say which model gave it (an older qllava went by the model's path)"
+        return "the answer does not say which model gave it (an older qllava identified a model by its path)"
     for name, value in settings.items():
         if name == "model" or record.get(name) == value:
             continue
@@ -105,7 +110,17 @@ def _other(record: Mapping[str, Any], settings: Mapping[str, Any], asked: Mappin
 def append_answers(
     path: Path, answers: Mapping[str, str], settings: Mapping[str, Any], asked: Mapping[str, str]
 ) -> None:
-    """Append answers by id, so that an interruption loses none. Raises InputError when the file cannot be written."""
+    """Append answers, so that an interruption loses none.
+
+    Args:
+        path: File of answers.
+        answers: Answers by question id.
+        settings: Settings to write in every line.
+        asked: Hashes of the prompts, by question id.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     lines = [
         json.dumps({"question_id": id, "text": text, **settings, "asked": asked[id]}) + "\n"
         for id, text in answers.items()

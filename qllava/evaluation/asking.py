@@ -1,7 +1,7 @@
-"""A judge: a language model behind an OpenAI-compatible address, asked many things once each.
+"""Requests to a judge: a language model behind an OpenAI-compatible server.
 
-Replies are kept by content (`llm.store`), so that an evaluation that is given again, or was interrupted,
-asks only what has no reply yet.
+Replies are stored by the content of the call (`llm.store`), so that an evaluation that is repeated or was interrupted
+requests only missing replies.
 """
 
 from __future__ import annotations
@@ -30,17 +30,24 @@ PARAMETERS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
 
 @dataclass(frozen=True)
 class Judge:
-    """Who is asked, and where the replies are kept."""
+    """A judge, with its server and the store of its replies."""
 
     name: str
-    base_url: str | None = field(default=None, repr=False)  # OPENAI_BASE_URL, else OpenAI's own; may hold a password
-    store: Path | None = None  # None: one file for all evaluations, in the cache folder
+    """Name of the model on the server."""
+    base_url: str | None = field(default=None, repr=False)
+    """Address of the server, may contain a password; None for OPENAI_BASE_URL, or else OpenAI's address."""
+    store: Path | None = None
+    """File of the replies; None for one file in the cache folder that all evaluations share."""
     parameters: Mapping[str, Any] = field(default_factory=lambda: PARAMETERS)
+    """Parameters of every call."""
 
     def call(self, prompt: str, text: str, images: Sequence[str] = ()) -> Call:
-        """What is said to the judge: `prompt` as the system's message, whose hash is the version, and the case.
+        """Return a call to the judge.
 
-        `images` are data URIs, for a judge that can see.
+        Args:
+            prompt: System message; its hash is part of the version of the call.
+            text: Case to judge, the user message.
+            images: Images as data URIs, for a judge that accepts images.
         """
         content: Any = text
         if images:
@@ -51,22 +58,26 @@ class Judge:
         return Call(self.name, messages, self.parameters, version)
 
     def _place(self) -> str:
-        """A mark of the server, part of what a kept reply is found by; none for OpenAI's own.
+        """Return a mark of the server for the version of a call; empty for OpenAI's address.
 
-        One name may mean different models at different addresses: many local servers name all that they serve alike.
+        A name may mean different models at different addresses: many local servers use one name for all models.
         """
         address = chosen(self.base_url)
         return "" if address == OPENAI else f"-{hashlib.sha256(without_secrets(address).encode()).hexdigest()[:8]}"
 
     def ask(self, calls: Sequence[Call]) -> Answered:
-        """The replies in the order of the calls. Raises InputError where no call can succeed."""
+        """Return the replies in the order of the calls.
+
+        Raises:
+            InputError: No call can succeed, or the store cannot be created.
+        """
         if not calls:
             return Answered(self, (), (), 0)
         path = self.store or cache_folder() / "judge" / "calls.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{path.parent} cannot be made ({error.strerror}); choose another --store.") from error
+            raise InputError(f"{path.parent} cannot be created ({error.strerror}); choose another --store.") from error
         with Store(path) as store:
             return asyncio.run(self._ask(calls, store))
 
@@ -76,7 +87,7 @@ class Judge:
         with tqdm(total=len(calls), desc="judge", unit="reply", disable=None) as bar:
             async with Client(store, self.base_url, concurrency=CONCURRENCY) as client:
                 before = store.calls
-                # What failed before is asked last, so that it cannot keep the others from being asked.
+                # Calls that failed before come last, so that they cannot block the others.
                 turn = sorted(range(len(calls)), key=lambda index: store.failures(calls[index].key))
 
                 async def work(index: int) -> None:
@@ -84,7 +95,7 @@ class Judge:
                     bar.update()
 
                 def failed(index: int, reason: str) -> None:
-                    # Not to stdout, which is for the result, and may not hold what a server says.
+                    # Not to stdout, which is for the result and must not contain text of a server.
                     bar.write(f"No reply from the judge to call {index + 1} of {len(calls)}: {reason}", file=sys.stderr)
                     bar.update()
 
@@ -95,15 +106,19 @@ class Judge:
 
 @dataclass(frozen=True)
 class Answered:
-    """A judge's replies and what they cost."""
+    """Replies of a judge, with their cost."""
 
     judge: Judge
+    """Judge that was asked."""
     calls: tuple[Call, ...]
-    replies: tuple[Reply | None, ...]  # of each call; None: no reply after every attempt
-    asked: int  # replies that were not kept from before
+    """Calls to the judge."""
+    replies: tuple[Reply | None, ...]
+    """Reply to each call; None if every attempt failed."""
+    asked: int
+    """Number of new replies, those from the store not included."""
 
     def texts(self) -> list[str | None]:
-        """The text of each reply, without thoughts; None for a missing, refused or unreadable reply."""
+        """Return the text of each reply, without thinking blocks; None for a missing, refused or unreadable reply."""
         return [
             None
             if reply is None or reply.refusal is not None or reply.finish_reason == "unreadable"
@@ -112,7 +127,7 @@ class Answered:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Name, parameters and cost of the judge, for a result; a call that was needed twice was paid once."""
+        """Return name, parameters and cost of the judge; a call that occurs twice is counted once."""
         replies = {call.key: reply for call, reply in zip(self.calls, self.replies, strict=True)}
         there = [reply for reply in replies.values() if reply is not None]
         return {
@@ -127,7 +142,7 @@ class Answered:
 
 
 def json_object(text: str, keys: set[str]) -> dict[str, Any] | None:
-    """The one JSON object with these keys that a reply holds, whatever stands around it; None for none or several."""
+    """Return the only JSON object with these keys in a reply, which may have other text; None for none or several."""
     decoder = json.JSONDecoder()
     found, at = [], text.find("{")
     while at >= 0:
@@ -143,7 +158,11 @@ def json_object(text: str, keys: set[str]) -> dict[str, Any] | None:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines whole or not at all. Raises InputError when that is not possible."""
+    """Write JSON lines completely or not at all.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:

@@ -1,16 +1,16 @@
-"""Two that answer ScienceQA, as one: does the second help where the first is wrong?
+"""Ensemble of two models on ScienceQA: how much a second model helps if the first is wrong.
 
     qllava eval ensemble --problems problems.json --answers gpt4.jsonl --partner llava.jsonl --rule complement
     qllava eval ensemble --problems problems.json --answers llava.jsonl --partner gpt4.jsonl --rule judge --judge gpt-4
 
-Both rules are the paper's. `complement`: the partner answers where no letter can be read from the first. `judge`: where
-the two letters differ a language model is shown the problem in words and both answers, and decides again; it may find
-a third answer. It is asked twice, the answers in both orders. Where it says two things, or a reply cannot be read,
-no decision is made, and the first's answer is kept (the partner's where the first has none): so a judge that takes
-whatever it sees first changes nothing, and `seen_first` shows it.
+Both rules are the paper's. `complement`: the partner's answer is used if no letter can be read from the first answer.
+`judge`: if the two letters differ, a language model reads the problem in words and both answers, and decides; it may
+choose a third answer. It is asked twice, with the answers in both orders. If the two decisions differ, or a reply
+cannot be read, no decision is made, and the first answer is kept (the partner's if the first has no letter). So a
+judge that always prefers the answer it sees first changes nothing, and `seen_first` shows the bias.
 
-The gain is the ensemble's accuracy less the first's on the same problems: its interval is of a bootstrap over problems,
-its p-value of McNemar's exact test (two-sided) on the problems that only one of the two has right.
+The gain is the ensemble's accuracy minus the first model's on the same problems. Its interval is from a bootstrap over
+problems, its p-value from McNemar's exact test (two-sided) on the problems that only one of the two answers correctly.
 """
 
 from __future__ import annotations
@@ -48,17 +48,23 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a judge made of the problems on which the two differ."""
+    """Decisions of a judge on the problems for which the two letters differ."""
 
     answered: Answered
-    problems: tuple[str, ...]  # their ids
-    letters: tuple[tuple[str | None, str | None], ...]  # what it said: the first's answer shown first, and shown second
-    unread: int  # problems of which one reply at least could not be read
-    inconsistent: int  # problems on which the two orders led to two letters
-    seen_first: Share  # of the replies with one of the two letters, those with the letter that was shown first
+    """Replies of the judge."""
+    problems: tuple[str, ...]
+    """Ids of the problems."""
+    letters: tuple[tuple[str | None, str | None], ...]
+    """Letters of the two replies to each problem: with the first model's answer shown first, and shown second."""
+    unread: int
+    """Number of problems with a reply that could not be read."""
+    inconsistent: int
+    """Number of problems for which the two orders led to different letters."""
+    seen_first: Share
+    """Among replies with one of the two letters, the share with the letter that was shown first."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`; `seen_first` is about one half without bias."""
+        """Return the figures for `--json`; `seen_first` is about one half without bias."""
         first = {"value": self.seen_first.value, "ci95": list(self.seen_first.ci95), "n": self.seen_first.n}
         return {
             **self.answered.to_json(),
@@ -73,22 +79,33 @@ class Decisions:
 
 @dataclass(frozen=True)
 class EnsembleResult:
-    """The ensemble beside its two members."""
+    """Result of an ensemble and of its two members."""
 
     rule: Rule
+    """Rule by which the answers were combined."""
     problems: tuple[ScienceProblem, ...]
+    """Problems that were scored."""
     first: ScienceResult
+    """Result of the first model."""
     partner: ScienceResult
+    """Result of the second model."""
     ensemble: ScienceResult
-    changed: int  # problems on which the ensemble has another letter than the first
-    helped: tuple[str, ...]  # ids of problems that the first has wrong and the ensemble right
-    hurt: tuple[str, ...]  # and the other way round
+    """Result of the ensemble."""
+    changed: int
+    """Number of problems for which the ensemble has another letter than the first model."""
+    helped: tuple[str, ...]
+    """Ids of the problems that the first model answers incorrectly and the ensemble correctly."""
+    hurt: tuple[str, ...]
+    """Ids of the problems that the first model answers correctly and the ensemble incorrectly."""
     gain: Estimate
-    mcnemar: float  # the p-value
-    decisions: Decisions | None  # with the rule `judge`
+    """Accuracy of the ensemble minus that of the first model."""
+    mcnemar: float
+    """P-value of McNemar's exact test."""
+    decisions: Decisions | None
+    """Decisions of the judge; None for the rule `complement`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures of `qllava eval ensemble --json`."""
+        """Return the figures of `qllava eval ensemble --json`."""
         counts = {
             name: {"helped": self._of(name, self.helped), "hurt": self._of(name, self.hurt)}
             for name in self.ensemble.groups
@@ -109,7 +126,7 @@ class EnsembleResult:
         }
 
     def text(self) -> str:
-        """The figures for the terminal."""
+        """Return the figures for the terminal."""
         lines = [f"{name:<20}{result.total}" for name, result in self._members()]
         lines += [f"{f'{name}, image':<20}{result.with_image}" for name, result in self._members()]
         lines.append(f"gain                {self.gain}, McNemar's p = {self.mcnemar:.3g}")
@@ -133,27 +150,31 @@ class EnsembleResult:
         cost = found.answered.to_json()
         lines = [
             f"{cost['name']} was asked about {len(found.problems)} problems in both orders: {cost['prompt_tokens']:,} "
-            f"tokens read, {cost['completion_tokens']:,} written.",
-            f"{found.inconsistent} decisions changed with the order, {found.unread} could not be read; there the "
-            "first's answer stands.",
-            f"Decisions for the answer it saw first: {found.seen_first}",
+            f"prompt tokens, {cost['completion_tokens']:,} completion tokens.",
+            f"{found.inconsistent} decisions changed with the order, {found.unread} could not be read; the first "
+            "model's answer is kept for these.",
+            f"Decisions for the answer shown first: {found.seen_first}",
         ]
         low, high = found.seen_first.ci95
         if found.seen_first.n and not low <= 0.5 <= high:
-            lines.append("This judge has a position bias: it decides by the order of the answers.")
+            lines.append("This judge has a position bias: its decisions depend on the order of the answers.")
         return lines
 
 
 def combine_files(
     problems: Path, answers: Path, partner: Path, rule: Rule, *, judge: Judge | None = None, split: str = "test"
 ) -> EnsembleResult:
-    """`qllava eval ensemble`. Raises InputError for files that cannot be used or do not belong to each other."""
+    """Combine the answers of two files, for `qllava eval ensemble`.
+
+    Raises:
+        InputError: A file cannot be used, or its answers do not belong to the problems.
+    """
     asked = read_problems(problems, split)
     first, second = read_answers(answers), read_answers(partner)
     for path, given in ((answers, first), (partner, second)):
         if not any(problem.id in given for problem in asked):
             raise InputError(
-                f"{path} answers none of the {len(asked)} problems in {problems}; check that both files are of the "
+                f"{path} answers none of the {len(asked)} problems in {problems}. Check that both files belong to the "
                 "same data set and split."
             )
     return combine(asked, first, second, rule, judge)
@@ -166,7 +187,7 @@ def combine(
     rule: Rule,
     judge: Judge | None = None,
 ) -> EnsembleResult:
-    """Make one of two that answered. With the rule `judge` a judge is needed."""
+    """Combine the answers of two models and score the result; the rule `judge` needs a judge."""
     first = {problem.id: read_letter(answers.get(problem.id, "")) for problem in problems}
     second = {problem.id: read_letter(partner.get(problem.id, "")) for problem in problems}
     letters = {id: letter or second[id] for id, letter in first.items()}
@@ -201,7 +222,7 @@ def combine(
 def _decide(
     problems: Sequence[ScienceProblem], answers: Mapping[str, str], partner: Mapping[str, str], judge: Judge
 ) -> Decisions:
-    """Ask about each problem in both orders."""
+    """Ask the judge about each problem in both orders."""
     pairs = [(answers.get(problem.id, ""), partner.get(problem.id, "")) for problem in problems]
     calls = [
         judge.call(PROMPT, _case(problem, *order))
@@ -229,7 +250,7 @@ def _decide(
 
 
 def _case(problem: ScienceProblem, one: str, other: str) -> str:
-    """The problem in words and the two answers, one after the other."""
+    """Return the problem in words, followed by the two answers."""
     image = "\nThe question shows a picture, which you cannot see." if problem.image else ""
     answers = "\n\n".join(f"[Student {n}]\n{said.strip() or '(no answer)'}" for n, said in ((1, one), (2, other)))
     return f"{problem.words()}{image}\n\n{answers}"

@@ -1,7 +1,8 @@
-"""How sure a figure is: Wilson's interval for a share, and the bootstrap over questions for everything else.
+"""Confidence intervals: Wilson's for a share, and a bootstrap over questions for all other figures.
 
-Wilson's interval is scipy's. The bootstrap is ours, because `scipy.stats.bootstrap` draws single observations: it can
-neither draw whole clusters (all votes on one question) nor leave out draws on which a statistic is undefined.
+Wilson's interval is computed by scipy. The bootstrap is our own, because `scipy.stats.bootstrap` draws single
+observations: it can neither draw whole clusters (all votes on one question) nor leave out draws for which a statistic
+is undefined.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2_000
-_SEED = 0  # the same figures for the same answers, whoever asks
+_SEED = 0  # fixed, so that the same answers always give the same figures
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `n` are `count`ed."""
+    """Share of items that count."""
 
     count: int
+    """Number of items that count."""
     n: int
+    """Number of all items."""
 
     @property
     def value(self) -> float | None:
-        """Between 0 and 1; None without trials."""
+        """Share between 0 and 1; None without items."""
         return self.count / self.n if self.n else None
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson's interval."""
+        """Wilson's 95 % interval."""
         return wilson(self.count, self.n)
 
     def __str__(self) -> str:
@@ -44,14 +47,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval, or why there is none."""
+    """A figure with its interval, or the reason why there is none."""
 
     value: float | None
+    """Figure; None if it is undefined."""
     ci95: tuple[float, float] | None
-    undefined: str | None = None  # the reason, where the value or its interval is None
+    """95 % interval; None if it is undefined."""
+    undefined: str | None = None
+    """Reason why the value or its interval is None."""
 
     def to_json(self) -> dict[str, Any]:
-        """`value` and `ci95`, null where undefined, and then the reason under `undefined`."""
+        """Return `value` and `ci95`; if one is null, the reason is under `undefined`."""
         found: dict[str, Any] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
         return found if self.undefined is None else {**found, "undefined": self.undefined}
 
@@ -64,7 +70,7 @@ class Estimate:
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval for a proportion; (0, 1) when nothing was asked."""
+    """Return Wilson's 95 % score interval for a proportion; (0, 1) if n is 0."""
     if n == 0:
         return 0.0, 1.0
     from scipy.stats import binomtest  # here: it takes a second to import
@@ -80,23 +86,24 @@ def bootstrap(
     reason: str,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """A statistic of n items, with the percentile interval of a bootstrap that draws whole clusters.
+    """Return a statistic of n items with the percentile interval of a bootstrap that draws whole clusters.
 
-    Items of one cluster (votes on one question, say) go together, because they are not independent of each other; with
-    a cluster of its own for each item this is the ordinary bootstrap. Draws on which the statistic is undefined are
-    left out; where those are more than one in twenty, or with one cluster only, the interval is None.
+    Items of one cluster (for example votes on one question) are drawn together, because they are not independent; if
+    each item has its own cluster, this is the ordinary bootstrap. Draws for which the statistic is undefined are left
+    out. If these are more than one in twenty, or if there is only one cluster, the interval is None.
 
     Args:
-        statistic: from the numbers of the drawn items (with repetition) to its value; None where it is undefined.
-        clusters: of each item.
-        reason: why the statistic is undefined where it is, in words for the user.
+        statistic: Function from the indices of the drawn items (with repetition) to the value; None if undefined.
+        clusters: Cluster of each item.
+        reason: Reason for the user why the statistic can be undefined.
+        resamples: Number of draws.
     """
     members: dict[Hashable, list[int]] = {}
     for item, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(item)
     value = statistic(np.arange(len(clusters), dtype=np.intp)) if clusters else None
     if value is None:
-        return Estimate(None, None, reason if clusters else "there is nothing to count")
+        return Estimate(None, None, reason if clusters else "there are no items to count")
     if len(members) < 2:
         return Estimate(value, None, "all belong to one question, so nothing can be resampled")
     groups = [np.array(items, dtype=np.intp) for items in members.values()]

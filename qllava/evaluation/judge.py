@@ -1,17 +1,17 @@
-"""LLaVA-Bench's protocol: a judge rates an answer beside a reference answer, and the ratio of the means is the score.
+"""LLaVA-Bench's protocol: a judge rates an answer and a reference answer; the score is the ratio of the means.
 
     qllava eval judge --questions questions.jsonl --reference reference.jsonl --answers answers.jsonl \\
         --contexts contexts.jsonl --judge NAME --base-url http://127.0.0.1:8000/v1 --out ratings.jsonl
 
-Any list of questions will do: {"question_id", "text", "category", "image"}; reference and answers are {"question_id",
-"text"}, contexts the data engine's (captions, and boxes). The judge sees the context of the question's image in
-words, the question, and both answers, and gives each a score from 1 to 10, as one JSON object {"first": 8, "second":
-7} or as two numbers in the first line, as LLaVA-Bench's own judge does.
+Questions are lines with {"question_id", "text", "category", "image"}; reference answers and answers are lines with
+{"question_id", "text"}; contexts are those of the data engine (captions and boxes). The judge reads the context of the
+question's image, the question and both answers, and gives each answer a score from 1 to 10, as one JSON object
+{"first": 8, "second": 7} or as two numbers in the first line, as LLaVA-Bench's own judge does.
 
-What is done otherwise than there: every question is asked in both orders, because judges favour a place, and has the
-mean of both; a reply without two scores is counted and dropped, where the original averages it as -1; and every score
-has an interval, of a bootstrap over images. A question of which one order could be read keeps that order's scores: to
-leave it out would move the score of the others.
+There are three differences from LLaVA-Bench: every question is asked in both orders and gets the mean of both, because
+judges prefer a position; a reply without two scores is counted and dropped, while the original averages it as -1; and
+every score has an interval from a bootstrap over images. If only one order of a question could be read, its scores are
+kept: to leave the question out would change the overall score.
 
     relative score = 100 * mean(scores of the answers) / mean(scores of the reference)
 """
@@ -54,15 +54,22 @@ class Case:
     """One question with its two answers."""
 
     id: str
+    """Id of the question."""
     text: str
+    """Text of the question."""
     category: str
+    """Category of the question."""
     image: str | None
-    context: str  # the image in words; empty without a context of it
+    """Name of the image; None without one."""
+    context: str
+    """Captions and boxes of the image; empty without a context."""
     reference: str
+    """Reference answer."""
     answer: str
+    """Answer to rate."""
 
     def words(self, order: RatingOrder) -> str:
-        """What the judge gets to read."""
+        """Return the text that the judge reads, with the answers in this order."""
         both = (self.reference, self.answer) if order == "reference-first" else (self.answer, self.reference)
         context = f"[Context]\n{self.context}\n\n" if self.context else ""
         return f"{context}[Question]\n{self.text}\n\n[First answer]\n{both[0]}\n\n[Second answer]\n{both[1]}"
@@ -70,15 +77,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Rating:
-    """The scores of one question in both orders, for the reference and the answer; None for a reply without them."""
+    """Scores of one question in both orders."""
 
     case: Case
-    reference_first: tuple[float, float] | None  # (reference, answer)
-    answer_first: tuple[float, float] | None  # (reference, answer)
+    """Question with its answers."""
+    reference_first: tuple[float, float] | None
+    """Scores of (reference, answer) with the reference first; None if the reply has no two scores."""
+    answer_first: tuple[float, float] | None
+    """Scores of (reference, answer) with the answer first; None if the reply has no two scores."""
 
     @property
     def scores(self) -> tuple[float, float] | None:
-        """(reference, answer), each the mean of the orders that could be read."""
+        """Scores of (reference, answer), each the mean over the orders that could be read; None if none could."""
         read = [scores for scores in (self.reference_first, self.answer_first) if scores is not None]
         if not read:
             return None
@@ -86,7 +96,7 @@ class Rating:
 
     @property
     def first_place(self) -> float | None:
-        """Points that an answer gets for standing first: half of what the two orders differ by."""
+        """Points that an answer gains from the first position: half of the difference between the orders."""
         if self.reference_first is None or self.answer_first is None:
             return None
         one, other = self.reference_first, self.answer_first
@@ -95,15 +105,19 @@ class Rating:
 
 @dataclass(frozen=True)
 class Scores:
-    """The relative score of some questions."""
+    """Relative score of some questions."""
 
     n: int
+    """Number of questions with scores."""
     relative: Estimate
-    reference: float | None  # the mean scores
+    """Relative score."""
+    reference: float | None
+    """Mean score of the reference answers; None without questions."""
     answer: float | None
+    """Mean score of the answers; None without questions."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the figures for `--json`."""
         found = self.relative.to_json()
         return {
             "relative_score": found.pop("value"),
@@ -116,20 +130,29 @@ class Scores:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """A judge's ratings and what follows from them."""
+    """Ratings of a judge, and the scores computed from them."""
 
     total: Scores
+    """Scores over all questions."""
     categories: dict[str, Scores]
-    failed: int  # replies without two scores
-    one_order: int  # questions of which one reply could be read
-    left_out: int  # questions of which none could
-    without_context: int  # questions whose image the judge knew nothing of
-    first_place: Estimate  # points for standing first: 0 without bias
+    """Scores by category."""
+    failed: int
+    """Number of replies without two scores."""
+    one_order: int
+    """Number of questions with one reply that could be read."""
+    left_out: int
+    """Number of questions without a reply that could be read."""
+    without_context: int
+    """Number of questions for which the judge had no context of the image."""
+    first_place: Estimate
+    """Points that an answer gains from the first position; 0 without bias."""
     ratings: tuple[Rating, ...]
+    """Ratings of all questions."""
     answered: Answered
+    """Replies of the judge."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, under the names that `qllava eval judge --json` promises."""
+        """Return the figures under the names that `qllava eval judge --json` uses."""
         return {
             **self.total.to_json(),
             "by_category": {name: scores.to_json() for name, scores in self.categories.items()},
@@ -142,20 +165,20 @@ class JudgeResult:
         }
 
     def text(self) -> str:
-        """The figures for the terminal."""
+        """Return the figures for the terminal."""
         cost = self.answered.to_json()
         lines = [f"{name:<16}{_said(found)}" for name, found in {"all": self.total, **self.categories}.items()]
         lines.append(f"The first position is worth {self.first_place} points (0 without bias).")
         if self.failed:
             lines.append(
                 f"{self.failed} of {2 * len(self.ratings)} replies could not be read: {self.one_order} questions have "
-                f"the scores of one order, {self.left_out} are left out."
+                f"the scores of one order only, {self.left_out} are left out."
             )
         if self.without_context:
             lines.append(f"For {self.without_context} questions the judge had no captions or boxes of the image.")
         lines.append(
-            f"Judge: {cost['name']}, {cost['calls']} calls, {cost['prompt_tokens']:,} tokens read, "
-            f"{cost['completion_tokens']:,} written."
+            f"Judge: {cost['name']}, {cost['calls']} calls, {cost['prompt_tokens']:,} prompt tokens, "
+            f"{cost['completion_tokens']:,} completion tokens."
         )
         return "\n".join(lines)
 
@@ -163,9 +186,10 @@ class JudgeResult:
 def judge_files(
     questions: Path, reference: Path, answers: Path, contexts: Path | None, judge: Judge, out: Path
 ) -> JudgeResult:
-    """`qllava eval judge --questions`: ask, write every reply to `out`, and score.
+    """Ask the judge, write every reply to `out`, and score, for `qllava eval judge --questions`.
 
-    Raises InputError for files that cannot be used or do not belong to each other, and where no call can succeed.
+    Raises:
+        InputError: A file cannot be used, the files do not belong to each other, or no call can succeed.
     """
     cases = read_cases(questions, reference, answers, contexts)
     if not out.parent.is_dir():
@@ -176,7 +200,11 @@ def judge_files(
 
 
 def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path | None) -> list[Case]:
-    """The questions with what belongs to them. Raises InputError for one without a reference or an answer."""
+    """Return the questions with their contexts and answers.
+
+    Raises:
+        InputError: A file cannot be used, or a question has no reference answer or no answer.
+    """
     given = {"reference": read_answers(reference), "answer": read_answers(answers)}
     known = {context.image: context.text for context in read_contexts(contexts)} if contexts else {}
     cases: dict[str, Case] = {}
@@ -186,7 +214,7 @@ def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path |
             if id not in texts:
                 raise InputError(f"{path} has no {what} to question {id} of {questions}; add it.")
         if id in cases:
-            raise InputError(f"{place}, id {id}: another question has this id; give each its own.")
+            raise InputError(f"{place}, id {id}: another question has the same id. Give each question its own id.")
         image = row.get("image")
         cases[id] = Case(
             id=id,
@@ -198,12 +226,16 @@ def read_cases(questions: Path, reference: Path, answers: Path, contexts: Path |
             answer=given["answer"][id],
         )
     if not cases:
-        raise InputError(f"{questions} holds no questions; give it lines with question_id and text.")
+        raise InputError(f"{questions} has no questions. Write lines with question_id and text.")
     return list(cases.values())
 
 
 def rate(cases: Sequence[Case], judge: Judge) -> JudgeResult:
-    """Ask the judge about every case in both orders. Raises InputError where no call can succeed."""
+    """Ask the judge about every case in both orders.
+
+    Raises:
+        InputError: No call can succeed.
+    """
     answered = judge.ask([judge.call(PROMPT, case.words(order)) for case in cases for order in ORDERS])
     said = [None if text is None else read_scores(text) for text in answered.texts()]
     ratings = tuple(
@@ -228,9 +260,9 @@ def rate(cases: Sequence[Case], judge: Judge) -> JudgeResult:
 
 
 def read_scores(text: str) -> tuple[float, float] | None:
-    """The two scores of a reply, in the order of the answers; None unless there are two from 1 to 10.
+    """Return the two scores of a reply, in the order of the answers; None unless there are two from 1 to 10.
 
-    A score may be written "8/10" or "8 out of 10"; one of them alone is one score, not two.
+    A score may be written as "8/10" or "8 out of 10", which is one score, not two.
 
     >>> [read_scores(text) for text in ('{"first": 8, "second": 7.5, "reason": "-"}', "8 7\\nThe first ...", "8/10")]
     [(8.0, 7.5), (8.0, 7.0), None]
@@ -259,12 +291,12 @@ def _scores(ratings: Sequence[Rating]) -> Scores:
 
 
 def _images(ratings: Sequence[Rating]) -> list[str]:
-    """Questions about one image are drawn together."""
+    """Return the cluster of each rating for the bootstrap: questions about the same image are drawn together."""
     return [f"image {rating.case.image}" if rating.case.image else f"question {rating.case.id}" for rating in ratings]
 
 
 def _lines(result: JudgeResult) -> list[dict[str, Any]]:
-    """A line for each question and order."""
+    """Return a record for each question and order."""
     lines = []
     calls = iter(zip(result.answered.calls, result.answered.replies, strict=True))
     for rating in result.ratings:

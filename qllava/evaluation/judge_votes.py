@@ -1,11 +1,11 @@
-"""A judge votes on the pairs of answers that people voted on, in both orders.
+"""Votes of a judge on the pairs of answers that people voted on, in both orders.
 
     qllava eval judge --votes votes.jsonl --judge NAME --base-url http://127.0.0.1:8000/v1 --out judgments.jsonl
     qllava eval agreement --votes votes.jsonl --judgments judgments.jsonl
 
-What the judge knows of the images: the images themselves, where it can see and they were kept (`--pictures`, the
-folder of the demo's --keep-pictures, in which an image's name begins with its hash); else their captions and boxes
-(`--contexts`, whose ids are the hashes); else nothing, which is counted.
+The judge sees the images themselves if they were kept (`--pictures`, the folder of the demo's --keep-pictures, in which
+the name of an image begins with its hash). Otherwise it reads their captions and boxes (`--contexts`, whose ids are the
+hashes). Otherwise it knows nothing of the images, and the vote is counted as blind.
 """
 
 from __future__ import annotations
@@ -34,15 +34,19 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Voted:
-    """What a judge decided, vote by vote and order by order."""
+    """Judgments of a judge on a file of votes."""
 
     judgments: tuple[Judgment, ...]
+    """Judgments, two for each vote, in the order of ORDERS."""
     votes: int
-    blind: int  # votes about images of which the judge knew nothing
+    """Number of votes."""
+    blind: int
+    """Number of votes about images of which the judge had neither the image nor a context."""
     answered: Answered
+    """Replies of the judge."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures of `qllava eval judge --votes --json`; `failed` counts replies without a verdict."""
+        """Return the figures of `qllava eval judge --votes --json`; `failed` counts replies without a verdict."""
         pairs = list(zip(self.judgments[::2], self.judgments[1::2], strict=True))
         both = [(one.vote, other.vote) for one, other in pairs if one.vote is not None and other.vote is not None]
         return {
@@ -54,22 +58,33 @@ class Voted:
         }
 
     def text(self) -> str:
-        """The figures for the terminal."""
+        """Return the figures for the terminal."""
         found = self.to_json()
         cost = found["judge"]
         return "\n".join(
             [
                 f"{cost['name']} judged {found['n']} votes in both orders: {cost['calls']} calls, "
-                f"{cost['prompt_tokens']:,} tokens read, {cost['completion_tokens']:,} written.",
+                f"{cost['prompt_tokens']:,} prompt tokens, {cost['completion_tokens']:,} completion tokens.",
                 f"{found['inconsistent']} verdicts changed with the order, {found['failed']} replies had no verdict.",
-                *([f"Of {self.blind} it knew nothing of the images."] if self.blind else []),
-                "Now: qllava eval agreement",
+                *([f"For {self.blind} votes the judge knew nothing of the images."] if self.blind else []),
+                "Next command: qllava eval agreement",
             ]
         )
 
 
 def vote_on_file(votes: Path, judge: Judge, out: Path, *, contexts: Path | None, pictures: Path | None) -> Voted:
-    """`qllava eval judge --votes`. Raises InputError for unreadable files, and where no call can succeed."""
+    """Ask the judge about every vote and write the judgments to `out`, for `qllava eval judge --votes`.
+
+    Args:
+        votes: File of people's votes.
+        judge: Judge to ask.
+        out: File for the judgments.
+        contexts: File of the images' captions and boxes.
+        pictures: Folder of the images.
+
+    Raises:
+        InputError: A file cannot be read or written, or no call can succeed.
+    """
     given = read_votes(votes)
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written: the folder {out.parent} does not exist. Create it first.")
@@ -97,7 +112,7 @@ def vote_on_file(votes: Path, judge: Judge, out: Path, *, contexts: Path | None,
 
 
 def read_verdict(text: str, order: JudgeOrder) -> Verdict | None:
-    """The verdict of a reply, with the side of the vote that it means; None where it gives none.
+    """Return the verdict of a reply, as a side of the vote; None if the reply has no verdict.
 
     >>> read_verdict('{"verdict": "first"}', "right-first"), read_verdict("The first.", "right-first")
     ('right', None)
@@ -124,5 +139,5 @@ def _data_uri(path: Path) -> str:
     try:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); repair it or leave --pictures out.") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}). Repair the file, or omit --pictures.") from error
     return f"data:{mimetypes.guess_type(path.name)[0] or 'image/png'};base64,{data}"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a page and as lines for the terminal."""
+"""Figures of an evaluation as a page and as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _NAMES = {
 
 
 def write(path: Path, html: str) -> None:
-    """Write a page whole or not at all. Raises InputError when that is not possible."""
+    """Write a page completely or not at all.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
         page.write_page(path, html)
     except OSError as error:
@@ -33,13 +37,13 @@ def write(path: Path, html: str) -> None:
 
 
 def agreement_text(report: Report) -> str:
-    """The figures of `qllava eval agreement` for the terminal."""
+    """Return the figures of `qllava eval agreement` for the terminal."""
     counted = f"{report.with_people.n} votes on {report.questions} questions, judged by {report.judge or 'the judge'}"
     return "\n".join(
         [
             counted,
             *_lines(_named(report.with_people)),
-            "People with each other" + (f", {report.people.n} pairs of votes" if report.people.n else ""),
+            "Agreement of people with each other" + (f", {report.people.n} pairs of votes" if report.people.n else ""),
             *(_lines(_named(report.people)) if report.people.n else ["  no two people voted on the same answers"]),
             "Bias of the judge",
             *_lines(_biases(report)),
@@ -49,29 +53,29 @@ def agreement_text(report: Report) -> str:
 
 
 def agreement_page(report: Report) -> str:
-    """The figures of `qllava eval agreement` as a page: measures with intervals, who said what, the judge's biases."""
+    """Return the figures of `qllava eval agreement` as a page: measures with intervals, verdicts, and biases."""
     cells: list[list[str | float]] = [[_said(mine), *row] for mine, row in zip(VERDICTS, report.table, strict=True)]
-    counts = page.table(["people", *map(_said, VERDICTS)], cells, caption="People's verdict by the judge's")
+    counts = page.table(["people", *map(_said, VERDICTS)], cells, caption="Verdicts of people (rows) and of the judge")
     ceiling = (
         _measures("People with each other", report.people)
         if report.people.n
         else page.paragraph(
-            "No two people voted on the same answers, so how far people agree is not known.", muted=True
+            "No two people voted on the same answers, so the agreement of people is unknown.", muted=True
         )
     )
     lead = (
-        f"{report.judge or 'The judge'} on {report.with_people.n} votes of people, on {report.questions} questions. "
-        "Bars are 95 % intervals of a bootstrap over questions."
+        f"{report.judge or 'The judge'} compared with {report.with_people.n} votes of people on {report.questions} "
+        "questions. Bars are 95 % intervals of a bootstrap over questions."
     )
     return page.page(
-        "Does the judge decide as people do?",
+        "Agreement of the judge with people",
         lead,
         [
             page.section("Agreement", page.grid(_measures("The judge with people", report.with_people), ceiling)),
-            page.section("Who said what", counts, *(page.paragraph(line, muted=True) for line in _left_out(report))),
+            page.section("Verdicts", counts, *(page.paragraph(line, muted=True) for line in _left_out(report))),
             page.section("Bias of the judge", _table(_biases(report))),
         ],
-        footer="Verdicts are left < tie < right; both bad counts as a tie where an order is needed.",
+        footer='Verdicts have the order left < tie < right; "both bad" counts as a tie if an order is needed.',
     )
 
 
@@ -91,21 +95,21 @@ def _named(found: Agreement) -> dict[str, Estimate]:
 
 def _biases(report: Report) -> dict[str, Estimate]:
     return {
-        "for the answer seen first": report.first,
+        "prefers the first answer": report.first,
         "same in both orders": report.consistent,
-        "for the longer answer": report.judge_longer,
-        "people for the longer": report.people_longer,
-        "the difference": report.longer_difference,
+        "prefers the longer answer": report.judge_longer,
+        "people prefer the longer": report.people_longer,
+        "difference": report.longer_difference,
     }
 
 
 def _left_out(report: Report) -> list[str]:
     notes = {
-        "on which the orders disagreed count as ties": report.inconsistent,
-        "were left out, because a reply could not be read": report.unread,
-        "were left out, because the judge did not see them in both orders": report.unjudged,
+        "Votes counted as ties because the two orders disagree": report.inconsistent,
+        "Votes left out because a reply could not be read": report.unread,
+        "Votes left out because the judge did not see them in both orders": report.unjudged,
     }
-    return [f"{count} votes {said}." for said, count in notes.items() if count]
+    return [f"{said}: {count}." for said, count in notes.items() if count]
 
 
 def _lines(estimates: Mapping[str, Estimate]) -> list[str]:

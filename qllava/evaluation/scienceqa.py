@@ -1,22 +1,22 @@
-r"""ScienceQA (Lu et al. 2022): questions of school with up to five choices, half of them with an image.
+r"""ScienceQA (Lu et al. 2022): school questions with up to five choices, half of them with an image.
 
     qllava eval scienceqa --problems problems.json --answers answers.jsonl
     qllava eval scienceqa --problems problems.json --model MODEL --image-folder images --order reason-first \
         --out answers.jsonl
 
-The problems are in the original format, one JSON object from id to problem. A letter is read from an answer by the
-rules of the LLaVA papers and by nothing else; what they do not cover is not parsed, counted, and wrong:
+The problems are in the original format, one JSON object from id to problem. A letter is read from an answer only by the
+rules of the LLaVA papers; an answer that they do not cover counts as unparsed and as wrong:
 
     C                                          a bare letter, A to E
     C. Dover                                   a letter, a full stop and a space at the start
-    ... Dover. The answer is C.                "The answer is X", and a character behind it, exactly once
+    ... Dover. The answer is C.                "The answer is X" and one more character, exactly once
 
-The third rule takes any character behind the letter, as the released scorer does, whose full stop is a wildcard: "The
-answer is C, because ..." is read, and so is the D of "The answer is Dover". "The answer is C" at the end of a line,
-without a full stop, is not.
+The third rule accepts any character after the letter, as the released scorer does, because the full stop in its pattern
+is a wildcard: "The answer is C, because ..." is read, and so is the D of "The answer is Dover". "The answer is C" at
+the end of a line, without a full stop, is not.
 
-Besides the accuracy in all there is the one on questions with an image (what the later papers call SQA-IMG), and one
-by subject, context and grade, as in the table of the first paper.
+Accuracy is reported over all problems, over the problems with an image (called SQA-IMG in later papers), and by
+subject, context and grade, as in the table of the first paper.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Order = Literal["answer-first", "reason-first"]
 LETTERS = string.ascii_uppercase[:5]
-REASON_TOKENS = 512  # lecture and solution of the longest problem fit
+REASON_TOKENS = 512  # enough for lecture and solution of the longest problem
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 NO_IMAGES = "none of the problems has an image"
 GROUPS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -57,54 +57,70 @@ _INSTRUCTION: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ScienceProblem:
-    """One problem."""
+    """One problem of ScienceQA."""
 
     id: str
+    """Id of the problem."""
     question: str
+    """Text of the question."""
     choices: tuple[str, ...]
-    answer: int  # the place of the right choice
-    hint: str  # the context in words; empty for none
-    image: str | None  # the image's file name inside the problem's folder
-    subject: str  # NAT, SOC or LAN
-    grade: int  # 1 to 12
+    """Texts of the choices, 2 to 5."""
+    answer: int
+    """Index of the correct choice, from 0."""
+    hint: str
+    """Context in words; empty without one."""
+    image: str | None
+    """File name of the image in the problem's folder; None without an image."""
+    subject: str
+    """Subject: NAT, SOC or LAN."""
+    grade: int
+    """Grade from 1 to 12."""
     split: str
-    reason: str = ""  # lecture and solution, as far as it has them
+    """Split of the data set."""
+    reason: str = ""
+    """Lecture and solution, if the problem has them."""
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The columns of the paper's table that it counts in; TXT and IMG may both hold."""
+        """Columns of the paper's table to which the problem belongs; it may belong to both TXT and IMG."""
         context = [name for name, there in (("TXT", self.hint), ("IMG", self.image)) if there]
         return (self.subject, *(context or ["NO"]), "G1-6" if self.grade <= 6 else "G7-12")
 
     def words(self) -> str:
-        """The question, its context and its options, a line each."""
+        """Return the question, its context and its options, one line each."""
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
         lines = [f"Question: {self.question}", f"Context: {self.hint or 'N/A'}", f"Options: {options}"]
         return "\n".join(lines)
 
     def prompt(self, order: Order) -> str:
-        """The words, and in which order to answer."""
+        """Return the words of the problem with the instruction in which order to answer."""
         return f"{self.words()}\n{_INSTRUCTION[order]}"
 
     def response(self, order: Order) -> str:
-        """What is to be learned: the right letter and the reason, in either order; the letter alone without one."""
+        """Return the response to learn: the correct letter, and the reason if there is one, in this order."""
         parts = [f"The answer is {LETTERS[self.answer]}.", *([self.reason] if self.reason else [])]
         return " ".join(parts if order == "answer-first" else reversed(parts))
 
 
 @dataclass(frozen=True)
 class ScienceResult:
-    """A score over problems."""
+    """Accuracy over problems."""
 
     total: Share
+    """Share of correct answers over all problems."""
     with_image: Share
-    groups: dict[str, Share]  # by the names in GROUPS; those that no problem is of are left out
-    unparsed: int  # answers from which no letter can be read, and problems without an answer
-    unanswered: int  # of these, the problems without an answer
-    not_a_choice: int  # answers with a letter that none of the problem's choices has; wrong as well
+    """Share of correct answers over the problems with an image."""
+    groups: dict[str, Share]
+    """Share of correct answers by the names in GROUPS; groups without problems are left out."""
+    unparsed: int
+    """Number of answers from which no letter can be read, problems without an answer included."""
+    unanswered: int
+    """Number of problems without an answer."""
+    not_a_choice: int
+    """Number of answers with a letter that is not among the problem's choices; they count as wrong."""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, under the names that `qllava eval scienceqa --json` promises."""
+        """Return the figures under the names that `qllava eval scienceqa --json` uses."""
         shown = self.with_image
         reasons = {} if self.total.n else dict.fromkeys(("accuracy", "ci95"), "there are no problems")
         reasons |= {} if shown.n else dict.fromkeys(("accuracy_image", "ci95_image"), NO_IMAGES)
@@ -128,19 +144,19 @@ class ScienceResult:
         }
 
     def text(self) -> str:
-        """The figures for the terminal, a line each."""
+        """Return the figures for the terminal, one per line."""
         image = self.with_image if self.with_image.n else f"undefined: {NO_IMAGES}"
         shares = {"all": self.total, "with an image": image, **self.groups}
         notes = [f"{self.unparsed} of {self.total.n} answers could not be read, and count as wrong."]
         if self.unanswered:
-            notes.append(f"{self.unanswered} of these were not given at all.")
+            notes.append(f"{self.unanswered} of these are missing.")
         if self.not_a_choice:
-            notes.append(f"{self.not_a_choice} answers name a letter that the problem does not have.")
+            notes.append(f"{self.not_a_choice} answers name a letter that is not among the choices of the problem.")
         return "\n".join([f"{name:<16}{share}" for name, share in shares.items()] + notes)
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that an answer gives by the papers' rules; None where they read none.
+    """Return the letter that the papers' rules read from an answer; None if they read none.
 
     >>> [read_letter(text) for text in ("C", "C. Dover", "It is Dover. The answer is C.", "Dover (C)")]
     ['C', 'C', 'C', None]
@@ -154,16 +170,17 @@ def read_letter(text: str) -> str | None:
 
 
 def read_problems(path: Path, split: str = "test") -> list[ScienceProblem]:
-    """The problems of one split of an original `problems.json`.
+    """Return the problems of one split of an original `problems.json`.
 
-    Raises InputError for a file of another kind, a problem that cannot be asked, or a split without problems.
+    Raises:
+        InputError: The file is of another kind, a problem is invalid, or the split has no problems.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its name.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); give ScienceQA's own problems.json.") from error
+        raise InputError(f"{path} is not JSON ({error}). Give the problems.json of ScienceQA.") from error
     if not isinstance(records, dict):
         raise InputError(f"{path} must be one JSON object from id to problem, as ScienceQA's problems.json is.")
     problems = [_problem(id, record, path) for id, record in records.items()]
@@ -175,7 +192,7 @@ def read_problems(path: Path, split: str = "test") -> list[ScienceProblem]:
 
 
 def score(problems: Sequence[ScienceProblem], answers: Mapping[str, str]) -> ScienceResult:
-    """Compare answers, by the problems' ids, with the truth. Answers to other problems are not looked at."""
+    """Score answers by problem id against the correct choices; answers to other problems are ignored."""
     letters = {problem.id: read_letter(answers.get(problem.id, "")) for problem in problems}
     right = {problem.id: letters[problem.id] == LETTERS[problem.answer] for problem in problems}
 
@@ -196,12 +213,16 @@ def score(problems: Sequence[ScienceProblem], answers: Mapping[str, str]) -> Sci
 
 
 def score_file(problems: Path, answers: Path, *, split: str = "test") -> ScienceResult:
-    """`qllava eval scienceqa --answers`. Raises InputError when no answer is to a problem of the split."""
+    """Score a file of answers, for `qllava eval scienceqa --answers`.
+
+    Raises:
+        InputError: A file cannot be used, or no answer belongs to a problem of the split.
+    """
     asked = read_problems(problems, split)
     given = read_answers(answers)
     if not any(problem.id in given for problem in asked):
         raise InputError(
-            f"{answers} answers none of the {len(asked)} problems in {problems}; check that both files are of the "
+            f"{answers} answers none of the {len(asked)} problems in {problems}. Check that both files belong to the "
             "same data set and split."
         )
     return score(asked, given)
@@ -218,10 +239,21 @@ def answer_problems(
     batch_size: int | None = None,
     base_model: Sequence[str] = (),
 ) -> ScienceResult:
-    """`qllava eval scienceqa --model`: ask what is not answered in `out` yet, append the answers, score all.
+    """Ask the problems without an answer in `out`, append the answers, and score all; `eval scienceqa --model`.
 
-    Raises InputError for a model, problem or image that cannot be used, or an `out` whose answers another model gave,
-    or the same one when it was asked otherwise.
+    Args:
+        model: Model to evaluate.
+        problems: ScienceQA's `problems.json`.
+        image_folder: Folder of the images.
+        out: File of answers; answers of an interrupted run in it are kept.
+        order: Order of letter and reason in an answer.
+        split: Split of the data set.
+        batch_size: Maximum number of problems in a batch.
+        base_model: Current locations of the parts of a run's base, if they have moved.
+
+    Raises:
+        InputError: The model, a problem or an image cannot be used, or the answers in `out` are from another model or
+            from other settings or questions.
     """
     from qllava.inference import MOST, Room, fingerprint_of, load
 
@@ -239,7 +271,7 @@ def answer_problems(
     answers = answered_before(out, settings, hashes)
     missing = [problem for problem in asked if problem.id not in answers]
     room = Room(batch_size or MOST)
-    window = 2 * room.most  # sorted by length inside, written when it is done
+    window = 2 * room.most  # problems that are sorted by length together, and written when all are answered
     with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="problems", unit="q", disable=None) as bar:
         for start in range(0, len(missing), window):
             found = _ask(chat, missing[start : start + window], images, order, room, bar.update)
@@ -249,9 +281,12 @@ def answer_problems(
 
 
 def training_records(problems: Sequence[ScienceProblem], image_folder: Path, order: Order) -> list[dict[str, Any]]:
-    """Problems as LLaVA's JSON: asked as `answer_problems` asks, answered in the same order.
+    """Return problems as training examples in LLaVA's format, with the same prompts as in `answer_problems`.
 
-    Images are named relative to `image_folder`. Raises InputError for the first that is missing.
+    Paths of images are relative to `image_folder`.
+
+    Raises:
+        InputError: An image is missing.
     """
     images, records = find_images(problems, image_folder), []
     for problem in problems:
@@ -264,9 +299,10 @@ def training_records(problems: Sequence[ScienceProblem], image_folder: Path, ord
 
 
 def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, Path]:
-    """The images by id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as ScienceQA unpacks them.
+    """Return the images by problem id: `FOLDER/ID/image.png`, or `FOLDER/test/ID/image.png` as in ScienceQA's archives.
 
-    Raises InputError for the first that is missing, so that nothing is asked in vain.
+    Raises:
+        InputError: An image is missing; this is checked before the first question is asked.
     """
     found = {}
     for problem in problems:
@@ -280,7 +316,7 @@ def find_images(problems: Sequence[ScienceProblem], folder: Path) -> dict[str, P
 
 
 def _hash(words: str, image: Path | None) -> str:
-    """A problem as it is asked, in 16 digits."""
+    """Return a hash of the prompt and the image of a problem, 16 hexadecimal digits."""
     digest = hashlib.sha256(words.encode())
     if image is not None:
         digest.update(image.read_bytes())
@@ -309,7 +345,7 @@ def _ask(
 
 
 def _problem(id: str, record: Any, path: Path) -> ScienceProblem:
-    """Check one problem; what is not used (lecture, solution, topic) may be missing."""
+    """Check one problem; optional keys (lecture, solution, topic) may be missing."""
     if not isinstance(record, dict):
         raise InputError(f"{path}, problem {id}: expected an object with question, choices and answer.")
 
@@ -324,14 +360,14 @@ def _problem(id: str, record: Any, path: Path) -> ScienceProblem:
     if not 2 <= len(choices) <= len(LETTERS):
         raise InputError(f"{path}, problem {id}: {len(choices)} choices; expected 2 to {len(LETTERS)}.")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(f"{path}, problem {id}: 'answer' must be the index of the right choice, counted from 0.")
+        raise InputError(f"{path}, problem {id}: 'answer' must be the index of the correct choice, from 0.")
     if image is not None and (not isinstance(image, str) or Path(id, image).parts != (id, image)):
         raise InputError(f"{path}, problem {id}: 'image' must be null or the name of a file in the problem's folder.")
     subject, grade = text("subject"), text("grade")
     if subject not in SUBJECTS:
-        raise InputError(f"{path}, problem {id}: the subject {subject!r} is none of {', '.join(SUBJECTS)}.")
+        raise InputError(f"{path}, problem {id}: the subject is {subject!r}; expected {', '.join(SUBJECTS)}.")
     if not re.fullmatch(r"grade([1-9]|1[0-2])", grade):
-        raise InputError(f"{path}, problem {id}: the grade {grade!r} is none of grade1 to grade12.")
+        raise InputError(f"{path}, problem {id}: the grade is {grade!r}; expected grade1 to grade12.")
     return ScienceProblem(
         id,
         text("question"),

@@ -1,16 +1,16 @@
-"""In-context learning: examples from a pool stand before a question, with their images and answers.
+"""In-context learning: examples from a pool precede a question, with their images and answers.
 
     qllava eval vqa MODEL questions.json --shots 2 --pool train.json --choose picture
 
-Which examples: drawn `random`ly (by a seed and the question's place), or those most like the question, the nearest
-directly before it.
+The examples are drawn at `random` (by a seed and the question's index), or they are those most similar to the question,
+with the most similar one last:
 
     text      cosine of TF-IDF vectors of the last questions: words in lower case, weight (1 + log tf) * idf with
               idf = log(N / df) + 1 over the N examples of the pool
-    image   cosine of the tower's own features, as the projector gets them, averaged over the patches and the images
+    picture   cosine of the tower's features, as the projector gets them, averaged over the patches and the images
 
-An example of the pool that shows an image of the question (or asks the same, where it has none) is never among its
-examples, so that a pool may overlap with the questions and still tell no answer.
+An example of the pool that shows an image of the question (or, for a question without an image, asks the same) is never
+used, so that a pool can overlap with the questions without revealing an answer.
 """
 
 from __future__ import annotations
@@ -38,24 +38,33 @@ from qllava.image_layout import ImageLayout
 from qllava.inference import Chat, attempt
 
 Choose = Literal["random", "text", "picture"]
-_IMAGES = 32  # that go through the tower at once
+_IMAGES = 32  # maximum number of images in a batch of the tower
 
 
 @dataclass(frozen=True)
 class Shots:
-    """How many examples stand before each question, and how they are chosen."""
+    """Number of examples before each question, and how they are chosen."""
 
     count: int
-    pool: Sequence[Example]  # each ends with an answer
+    """Number of examples."""
+    pool: Sequence[Example]
+    """Examples to choose from; each ends with an answer."""
     choose: Choose = "random"
+    """Method of the choice."""
     seed: int = 0
+    """Seed of a random choice."""
 
 
 def with_shots(examples: Sequence[Example], shots: Shots, chat: Chat | None = None) -> list[Example]:
-    """The examples with their shots before them, as longer conversations; ids, places and types stay.
+    """Return the examples with their shots before them, as longer conversations; ids, places and types do not change.
 
-    `chat` is the model whose tower is asked when the choice is by image. Raises InputError when the pool is too small
-    for a question, or has no images to choose by.
+    Args:
+        examples: Questions with their answers.
+        shots: Pool, and the number and choice of the shots.
+        chat: Model whose tower computes features of images; needed only for a choice by image.
+
+    Raises:
+        InputError: The pool is too small for a question, or an example has no image for a choice by image.
     """
     pool = shots.pool
     near = _nearness(examples, shots, chat)
@@ -75,12 +84,12 @@ def with_shots(examples: Sequence[Example], shots: Shots, chat: Chat | None = No
 
 
 def last_question(example: Example) -> str:
-    """The words of the question that is answered last."""
+    """Return the text of the last question."""
     return example.conversation.turns[-2].content.replace(IMAGE_TOKEN, " ").strip()
 
 
 def _nearness(examples: Sequence[Example], shots: Shots, chat: Chat | None) -> Callable[[int], Iterable[int]]:
-    """A function from the number of a question to the examples of the pool, the best example first."""
+    """Return a function from the index of a question to the indices of the pool, the best example first."""
     if shots.choose == "random":
         return lambda index: _drawn(random.Random(f"{shots.seed}-{index}"), len(shots.pool))
     if shots.choose == "text":
@@ -98,7 +107,7 @@ def _nearness(examples: Sequence[Example], shots: Shots, chat: Chat | None) -> C
 
 
 def _drawn(rng: random.Random, n: int) -> Iterator[int]:
-    """All of 0 to n - 1 in random order, one after the other: few are needed of a pool of hundreds of thousands."""
+    """Yield 0 to n - 1 in random order, lazily, because few of hundreds of thousands are needed."""
     moved: dict[int, int] = {}
     for left in range(n, 0, -1):
         place = rng.randrange(left)
@@ -108,12 +117,13 @@ def _drawn(rng: random.Random, n: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Words:
-    """TF-IDF over the texts of a pool."""
+    """TF-IDF vectors of the texts of a pool."""
 
     texts: Sequence[str]
+    """Texts of the pool, N in all."""
 
     def similarity(self, text: str) -> NDArray[np.float64]:
-        """(N,) the cosine of a text with each text of the pool; words that the pool does not have count for nothing."""
+        """Return the cosine of a text with each text of the pool, shape (N,); words unknown to the pool are ignored."""
         found: NDArray[np.float64] = (self._matrix @ self._vector(text).T).toarray()[:, 0]
         return found
 
@@ -140,9 +150,10 @@ class Words:
 
 
 def embed_images(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
-    """(N, D) what the tower sees: the features that the projector gets, averaged over the patches, of length 1.
+    """Return the features that the projector gets, averaged over the patches and of length 1, shape (N, D).
 
-    Raises InputError for an image that cannot be opened, or when memory does not suffice for one.
+    Raises:
+        InputError: An image cannot be opened, or there is not enough memory for a single image.
     """
     model = chat.model.base_model.model if hasattr(chat.model, "peft_config") else chat.model
     out, done, size = [], 0, _IMAGES
@@ -164,7 +175,7 @@ def embed_images(chat: Chat, paths: Sequence[Path]) -> NDArray[np.float32]:
 
 
 def _embed(model: Any, image_processor: Any, paths: Sequence[Path]) -> NDArray[np.float32]:
-    """`embed_images`, for as many as go through the tower at once."""
+    """Return the features of one batch, as `embed_images` does."""
     tower, config = model.model.vision_tower, model.config
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
@@ -177,14 +188,14 @@ def _embed(model: Any, image_processor: Any, paths: Sequence[Path]) -> NDArray[n
 
 
 def _mean(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The direction of several vectors of length 1."""
+    """Return the mean direction of several vectors of length 1."""
     total = np.sum(vectors, axis=0)
     unit: NDArray[np.float32] = total / (np.linalg.norm(total) or 1.0)
     return unit
 
 
 def _best_first(similarity: NDArray[Any]) -> NDArray[np.intp]:
-    """The examples by falling similarity, rounded so that the order holds anywhere; equal ones in the pool's order."""
+    """Return indices by falling similarity, rounded so that all machines agree; ties are in the order of the pool."""
     return np.argsort(-np.round(similarity, 6), kind="stable")
 
 

@@ -1,11 +1,11 @@
-"""Visual questions with one right answer: exact match after the usual VQA normalization.
+"""Visual question answering with one reference answer: exact match after the usual VQA normalization.
 
-Run it with `qllava eval vqa MODEL DATA`. An example of the data is LLaVA JSON (the last answer is the truth, the
-conversation up to the last question is the prompt) or `{"question", "image", "answer", "type"}`.
+Run it with `qllava eval vqa MODEL DATA`. An example of the data is LLaVA JSON (the last answer is the reference answer,
+the conversation up to the last question is the prompt) or `{"question", "image", "answer", "type"}`.
 
-The normalization is the one of the VQA challenge (Antol et al. 2015), and gives what the challenge's evaluation code
-gives: lower case, no punctuation and articles, number words as digits, contractions with their apostrophe. The few
-differences are in docs/evaluation.md, and a table of what the original gives is in tests/evaluation/vqa_table.json.
+The normalization is that of the VQA challenge (Antol et al. 2015), with the same results as the challenge's evaluation
+code: lower case, no punctuation and articles, number words as digits, contractions with their apostrophe. The few
+differences are in docs/evaluation.md; results of the original code are in tests/evaluation/vqa_table.json.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from qllava.files import write_whole
 from qllava.inference import MOST, Chat, Room, fingerprint_of, load
 from qllava.models.positions import positions_of
 
-ANSWER_TOKENS = 64  # a short answer never needs more; one that runs on is wrong anyway
-FAILURES_SHOWN = 200  # on a page; more would make it too heavy to open
+ANSWER_TOKENS = 64  # a short answer never needs more; a longer one is incorrect anyway
+FAILURES_SHOWN = 200  # maximum on a page; more would make it too large to open
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
@@ -56,7 +56,7 @@ _CONTRACTIONS = """
 
 def _misspelled(words: str) -> dict[str, str]:
     """Return a map from each spelling that lacks one apostrophe to its contraction."""
-    found = {"somebody'd": "somebodyd"}  # in the original the other way round
+    found = {"somebody'd": "somebodyd"}  # the original code has this entry reversed
     for word in words.split():
         found |= {word[:at] + word[at + 1 :]: word for at, sign in enumerate(word) if sign == "'"}
     return found
@@ -71,12 +71,18 @@ AnswerFn = Callable[[Sequence[Example]], Sequence[str]]
 class VqaResult:
     """Accuracy over `n` questions, with the answers of the model."""
 
-    accuracy: float  # between 0 and 1
+    accuracy: float
+    """Share of correct answers, between 0 and 1."""
     n: int
+    """Number of questions."""
     correct: int
-    ci95: tuple[float, float]  # Wilson's interval for the accuracy
-    types: dict[str, Share]  # correct answers per question type, for the questions that have one
-    answers: tuple[str, ...]  # in the order of the examples, as the model wrote them
+    """Number of correct answers."""
+    ci95: tuple[float, float]
+    """Wilson's 95 % interval of the accuracy."""
+    types: dict[str, Share]
+    """Share of correct answers per question type, for the questions that have a type."""
+    answers: tuple[str, ...]
+    """Answers of the model, unchanged, in the order of the examples."""
 
     @property
     def by_type(self) -> dict[str, float]:
@@ -96,16 +102,18 @@ class VqaResult:
 
 
 def normalize(text: str) -> str:
-    """Return an answer in the form in which two answers are compared.
+    """Return an answer in the form that is compared.
 
     >>> normalize("The two red-balls!")
     '2 red balls'
-    >>> normalize("A"), normalize("+")  # what is nothing but articles or signs stays: it may be a choice's letter
+    >>> normalize("A"), normalize("+")  # a text of only articles or signs is kept: it may be the letter of a choice
     ('a', '+')
     """
     text = re.sub(r"[\n\t]", " ", text).strip()
     plain = text
-    numbers = re.search(r"\d,\d", text) is not None  # with 1,000 in it the original closes every gap
+    numbers = (
+        re.search(r"\d,\d", text) is not None
+    )  # if the text has "1,000", the original removes signs without a space
     for sign in _PUNCTUATION:
         at_edge = f"{sign} " in text or f" {sign}" in text
         plain = plain.replace(sign, "" if at_edge or numbers else " ")
@@ -201,15 +209,21 @@ def evaluate_file(
     batch_size: int | None = None,
     base_model: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`qllava eval vqa`: load, ask, score; returns the keys of its `--json`.
+    """Evaluate a model on a file, for `qllava eval vqa`; returns the keys of its `--json`.
 
-    With `out`, one JSON line per question: id, question, images, answer, truth, correct, type, and who answered how
-    (fingerprint of the model, max_new_tokens, shots). With `html`, a page with the failures. With `shots`, so many
-    examples of the `pool` stand before each question (see `shots`). With `read`, the answer is what this pattern finds
-    in what is said (see `reader`), and `unread` counts where it finds none.
+    Args:
+        model: Model to evaluate.
+        data: File of the examples; the paths of their images are relative to `image_folder`.
+        out: File for one JSON line per question: id, question, images, answer, truth, correct, type, fingerprint of the
+            model, max_new_tokens and shots.
+        html: File for a page with the failures.
+        shots: Number of examples of the `pool` before each question (`choose` and `seed`: see the module `shots`).
+        read: Regular expression that finds the answer in the text of the model (see `reader`); `unread` in the result
+            counts the texts in which it finds none.
+        base_model: Current locations of the parts of a run's base, if they have moved.
 
-    Raises InputError for unreadable data, an example without an answer, a missing image, a question that does not fit
-    into the model, or a file that cannot be written.
+    Raises:
+        InputError: Data or an image cannot be read, an example has no answer or is too long, or a write fails.
     """
     pattern = reader(read) if read is not None else None
     examples = read_examples(data, image_folder)
@@ -242,18 +256,22 @@ def evaluate_file(
 
 
 def reader(pattern: str) -> re.Pattern[str]:
-    """The pattern that finds an answer among its reasons. Raises InputError where it has not exactly one group."""
+    """Return the compiled pattern that finds an answer in a longer text.
+
+    Raises:
+        InputError: The pattern is not a regular expression, or does not have exactly one group.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"--read {pattern!r} is not a regular expression ({error}); correct it.") from error
+        raise InputError(f"--read {pattern!r} is not a valid regular expression ({error}). Correct it.") from error
     if compiled.groups != 1:
         raise InputError(f"--read {pattern!r} has {compiled.groups} groups; put exactly one group around the answer.")
     return compiled
 
 
 def read_answer(pattern: re.Pattern[str], said: str) -> str | None:
-    """The answer in what is said; None where the pattern finds none, or more than one, as ScienceQA's rule has it."""
+    """Return the answer in a text; None if the pattern finds none or several, as in the rule of ScienceQA."""
     found: list[str] = pattern.findall(said)
     return found[0] if len(found) == 1 else None
 
@@ -265,7 +283,7 @@ def _told(shots: int, choose: Choose) -> str:
 
 def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> AnswerFn:
     context = positions_of(chat.model.config.get_text_config())
-    room = Room(batch_size)  # one for all windows: what was learned when memory ran out is kept
+    room = Room(batch_size)  # shared by all windows, so that a batch size reduced for lack of memory is kept
 
     def ask(examples: Sequence[Example]) -> list[str]:
         prompts = []
@@ -274,7 +292,7 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
                 prompt = chat.prompt(question(example), example.images)
             except InputError as error:
                 raise InputError(f"{example.where}: {error}") from error
-            # Every answer gets the same room, whatever else is in its batch.
+            # Every answer has the same maximum length, independent of its batch.
             if len(prompt.input_ids) + ANSWER_TOKENS > context:
                 long = (
                     f"the question has {len(prompt.input_ids)} tokens together with the text and the images before it"
@@ -289,7 +307,7 @@ def _asker(chat: Chat, batch_size: int, done: Callable[[int], object]) -> Answer
 
 
 def failures_page(examples: Sequence[Example], result: VqaResult, title: str, note: str) -> str:
-    """Accuracy by type with intervals, and the questions that were answered wrong, with their images."""
+    """Return a page with the accuracy by type, and the questions with incorrect answers and their images."""
     types = [(name, share.count / share.n, *share.ci95) for name, share in result.types.items()]
     wrong = [
         (example, answer)
@@ -302,13 +320,13 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
         page.card(
             page.join(page.image(open_image(path), path.name, longest=320) for path in example.images),
             page.paragraph(last_question(example)),
-            page.verdicts([("said", answer, False), ("right", truth(example), None)]),
+            page.verdicts([("answer", answer, False), ("reference answer", truth(example), None)]),
         )
         for example, answer in shown
     ]
     low, high = result.ci95
     figures = [
-        ("right", page.percent(result.accuracy)),
+        ("accuracy", page.percent(result.accuracy)),
         ("95 % interval", f"{100 * low:.1f} to {page.percent(high)}"),
         ("questions", f"{result.n:,}"),
         ("failures", f"{len(wrong):,}"),
@@ -317,7 +335,9 @@ def failures_page(examples: Sequence[Example], result: VqaResult, title: str, no
         [name, f"{share.count} of {share.n}", page.percent(share.count / share.n)]
         for name, share in result.types.items()
     ]
-    both = page.grid(page.interval_chart("Accuracy", types, 0.0, 1.0), page.table(["type", "right", "share"], rows))
+    both = page.grid(
+        page.interval_chart("Accuracy", types, 0.0, 1.0), page.table(["type", "correct", "accuracy"], rows)
+    )
     chart = [page.section("By type", both)] if types else []
     which = (
         "No failures"

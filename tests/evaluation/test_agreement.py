@@ -220,9 +220,9 @@ def test_a_vote_that_is_none_is_named(change: dict[str, Any], said: str, tmp_pat
         ),
         (
             [{"id": i, "order": "left-first", "vote": "left", "judge": i} for i in "ab"],
-            "judgments of a and b; give one judge's",
+            "judgments of a and b. Give the judgments of one judge",
         ),
-        ([], "holds no judgments"),
+        ([], "has no judgments"),
     ],
 )
 def test_judgments_that_are_none_are_named(rows: list[Any], said: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_undefined_is_said_to_be_undefined() -> None:
     assert bootstrap(lambda drawn: 1.0, [], reason="x").to_json() == {
         "value": None,
         "ci95": None,
-        "undefined": "there is nothing to count",
+        "undefined": "there are no items to count",
     }
     assert bootstrap(lambda drawn: None, [1, 2], reason="they are all alike").undefined == "they are all alike"
     one = bootstrap(lambda drawn: 0.5, ["q", "q"], reason="x")

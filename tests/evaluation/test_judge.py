@@ -142,7 +142,7 @@ def test_a_failed_reply_is_counted_and_moves_nothing(tmp_path: Path) -> None:
     assert found.total.relative.value == 50.0 and found.first_place.value == 0.0
     nothing = judged([case(9, "good", "bad")], lambda asked: "no", tmp_path)
     assert nothing.total.relative.value is None and (nothing.failed, nothing.left_out) == (2, 1)
-    assert nothing.total.to_json()["undefined"] == "there is nothing to count"
+    assert nothing.total.to_json()["undefined"] == "there are no items to count"
     json.dumps(nothing.to_json())
     assert "undefined" in nothing.text()
 
@@ -255,7 +255,7 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
     cases = read_cases(questions, both, both, None)
     assert [(found.category, found.image, found.context) for found in cases] == [("all", None, "")] * 2
     twice = write(tmp_path / "t.jsonl", [{"question_id": 1, "text": "What?"}] * 2)
-    with pytest.raises(InputError, match="another question has this id"):
+    with pytest.raises(InputError, match="another question has the same id"):
         read_cases(twice, both, both, None)
 
 

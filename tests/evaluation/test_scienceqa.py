@@ -190,8 +190,8 @@ def test_groups(problems: Path) -> None:
         ({"answer": 3}, "'answer' must be"),
         ({"answer": True}, "'answer' must be"),
         ({"image": "../../secret.png"}, "'image' must be"),
-        ({"subject": "magic"}, "the subject 'magic'"),
-        ({"grade": "grade13"}, "the grade 'grade13'"),
+        ({"subject": "magic"}, "the subject is 'magic'"),
+        ({"grade": "grade13"}, "the grade is 'grade13'"),
         ({"hint": None}, "a text under 'hint'"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_problem_that_cannot_be_asked_is_named(change: dict[str, Any], said: s
         ('{"text": "C"}', "no question_id"),
         ('{"question_id": "1", "te', "not valid JSON"),
         ('{"question_id": "9", "text": "C"}', "answers none of the 4 problems"),
-        ("", "holds no answers"),
+        ("", "has no answers"),
     ],
 )
 def test_answers_that_cannot_be_used(lines: str, said: str, problems: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""A whole LLaVA in the formats of other programs."""
+"""Export of a complete LLaVA to the formats of other programs."""

@@ -1,12 +1,12 @@
-"""A LLaVA as a pair of GGUF files, for llama.cpp and everything that is built on it.
+"""Export of a LLaVA as a pair of GGUF files, for llama.cpp and the programs built on it.
 
     NAME-f16.gguf          the language model, with tokenizer and chat template
     mmproj-NAME-f16.gguf   tower and projector
     Modelfile              for `ollama create`
 
-Chosen: tensors go from file to file one by one, so a 7B needs no more memory than its largest matrix; and whatever
-llama.cpp would compute in another way than the model that was trained is refused with the reason. The folder is written
-aside and renamed, so it is whole or not there.
+Tensors are copied from file to file one by one, so the export of a 7B needs no more memory than its largest matrix. A
+model that llama.cpp would compute differently is rejected with the reason. The files are written to a temporary folder
+that is then renamed, so the output is complete or missing.
 """
 
 from __future__ import annotations
@@ -41,42 +41,53 @@ from qllava.models.hub import model_folder
 from qllava.models.weights import EMBEDDING, Weights, open_weights
 from qllava.runs import Run, folder_of
 
-# How the matrices of language model and tower are kept, and what the header calls that. In 8 bit the tower would lose
-# more than its few megabytes are worth.
+# Type of the language model's matrices, its name in the header, and the key of the tower's type. The tower stays in 16
+# bit, because the few megabytes that 8 bit would save are not worth the loss of precision.
 _KINDS = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16, "f16"),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, "bf16"),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, "f16"),
 }
-_PLAIN = np.dtype(np.float32)  # of a tensor before it is rounded
-_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new")  # one and the same to llama.cpp, which takes the tanh form
+_PLAIN = np.dtype(np.float32)  # dtype of a tensor before it is rounded
+_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new")  # llama.cpp computes all of them by the tanh formula
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported: configs, processor, and where the weights lie."""
+    """Model to export: its folder with the weights, its config and its processor."""
 
     name: str
+    """Name for the output files."""
     folder: Path
+    """Folder of the model."""
     config: Any
+    """Config of the model, a LlavaConfig."""
     processor: Any
+    """Processor of the model, a LlavaProcessor."""
     ends: list[int]
     """Ids that end an answer."""
 
     @property
     def feature_layer(self) -> int:
-        """How many blocks of the tower come before the features."""
+        """Number of the tower's blocks before the features."""
         layer: int = self.config.vision_feature_layer
         return layer if layer >= 0 else self.config.vision_config.num_hidden_layers + 1 + layer
 
 
 def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
-    """Write the GGUF pair and the Modelfile of a LLaVA, a folder or a hub name, into `out`; returns the three files.
+    """Write the GGUF pair and the Modelfile of a LLaVA.
 
-    quantize: `f16`, `bf16` or `q8_0` for the matrices of the language model.
+    Args:
+        model: Folder or hub name of the model.
+        out: Folder for the files; it must be empty or missing.
+        quantize: Type of the language model's matrices: `f16`, `bf16` or `q8_0`.
 
-    Raises InputError when it is not a complete LLaVA, llama.cpp could not compute it, `out` is not empty, or writing
-    fails; nothing is written then.
+    Returns:
+        Paths of the language model, of tower and projector, and of the Modelfile.
+
+    Raises:
+        InputError: The model is not a complete LLaVA, llama.cpp would compute it differently, `out` is not empty, or
+            writing fails; nothing is written then.
     """
     source = _read(model)
     _check(source)
@@ -107,11 +118,11 @@ def export(model: str, out: Path, *, quantize: str = "f16") -> list[Path]:
 
 
 def _read(model: str) -> _Source:
-    """Everything but the weights. Raises InputError for a run, and for anything but a LLaVA."""
+    """Read everything but the weights; raise InputError for a run, and for a model that is not a LLaVA."""
     folder = folder_of(model)
     if Run(folder).kind in ("stage 1", "stage 2"):
         raise InputError(
-            f"{folder} is a run, not a whole model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."
+            f"{folder} is a run, not a complete model; merge it first: qllava merge {shlex.quote(str(folder))} OUT."
         )
     folder = model_folder(str(folder) if folder.is_dir() else model)
     try:
@@ -127,39 +138,39 @@ def _read(model: str) -> _Source:
 
 
 def _check(source: _Source) -> None:
-    """Raise InputError for what llama.cpp would compute differently."""
+    """Raise InputError if llama.cpp would compute the model differently."""
     config: LlavaConfig = source.config
     text: Any = config.text_config
     vision: Any = config.vision_config
     rope = text.rope_parameters.get("rope_type", "default")
     layer = config.vision_feature_layer
     wrong = {
-        f"its language model is of type '{text.model_type}'; LLaMA and Mistral are written": (
+        f"its language model is of type '{text.model_type}'; LLaMA and Mistral are supported": (
             text.model_type not in ("llama", "mistral")
         ),
-        f"its language model uses the activation '{text.hidden_act}'; silu is written": text.hidden_act != "silu",
-        f"its positions are scaled by '{rope}'; linear and llama3 are written": (
+        f"its language model uses the activation '{text.hidden_act}'; silu is supported": text.hidden_act != "silu",
+        f"its positions are scaled by '{rope}'; linear and llama3 are supported": (
             rope not in ("default", "linear", "llama3")
         ),
-        f"its tower is of type '{vision.model_type}'; only CLIP towers are written": (
+        f"its tower is of type '{vision.model_type}'; only CLIP towers are supported": (
             vision.model_type != "clip_vision_model"
         ),
-        f"its tower uses the activation '{vision.hidden_act}'; quick_gelu and gelu are written": (
+        f"its tower uses the activation '{vision.hidden_act}'; quick_gelu and gelu are supported": (
             vision.hidden_act not in ("quick_gelu", *_ACTIVATIONS)
         ),
-        "its tower's MLP is as wide as the tower itself, which llama.cpp takes for an old file": (
+        "its tower's MLP is as wide as the tower itself, so llama.cpp would take the file for an old one": (
             vision.intermediate_size == vision.hidden_size
         ),
-        f"its projector uses the activation '{config.projector_hidden_act}'; gelu and linear are written": (
+        f"its projector uses the activation '{config.projector_hidden_act}'; gelu and linear are supported": (
             config.projector_hidden_act not in ("linear", *_ACTIVATIONS)
         ),
-        "its features come from several layers of the tower, or from before its first; one layer is written": (
+        "its features come from several layers of the tower, or from before the first; one layer is supported": (
             not isinstance(layer, int) or not 1 <= source.feature_layer <= vision.num_hidden_layers
         ),
-        "it feeds the tower's class token to the language model, which llama.cpp leaves out": (
+        "it passes the tower's class token to the language model, while llama.cpp leaves the token out": (
             not ImageLayout.of_config(config).drops_first
         ),
-        "it has no chat template, so a program would not know how to ask; add chat_template.jinja as it was trained": (
+        "it has no chat template, which programs need to build a prompt; add the chat_template.jinja of the training": (
             not source.processor.chat_template
         ),
     }
@@ -169,7 +180,7 @@ def _check(source: _Source) -> None:
 
 
 def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weights: Weights) -> None:
-    """Config, tokenizer and chat template."""
+    """Write config, tokenizer and chat template."""
     text = source.config.text_config
     rows = weights.shape(EMBEDDING)[0]
     size = head_size(text)
@@ -199,7 +210,7 @@ def _language_header(writer: GGUFWriter, source: _Source, file_type: int, weight
 
 
 def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> None:
-    """Sizes of the tower, and how its images are normalized."""
+    """Write the sizes of the tower and the normalization of images."""
     vision, images = source.config.vision_config, source.processor.image_processor
     writer.add_type("mmproj")
     writer.add_name(source.name)
@@ -208,7 +219,7 @@ def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> No
     writer.add_clip_has_vision_encoder(True)
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_clip_projector_type("mlp")
-    writer.add_bool("clip.use_gelu", vision.hidden_act != "quick_gelu")  # neither this nor silu: quick_gelu
+    writer.add_bool("clip.use_gelu", vision.hidden_act != "quick_gelu")  # false, without silu: quick_gelu
     writer.add_vision_image_size(vision.image_size)
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
@@ -217,14 +228,14 @@ def _projector_header(writer: GGUFWriter, source: _Source, file_type: int) -> No
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     writer.add_vision_projection_dim(source.config.text_config.hidden_size)
     writer.add_vision_block_count(source.feature_layer)
-    # Without this key llama.cpp leaves out one more block than the file has left out already.
+    # Without this key llama.cpp skips one more block, in addition to those that the file leaves out.
     writer.add_array("clip.vision.feature_layer", [source.feature_layer])
     writer.add_vision_image_mean(list(images.image_mean))
     writer.add_vision_image_std(list(images.image_std))
 
 
 def _write(writer: GGUFWriter, plan: list[Planned], done: Callable[[int], Any]) -> None:
-    """Write header and tensors; `done` is called with the bytes of each."""
+    """Write header and tensors; `done` is called with the number of bytes of each tensor."""
     try:
         for planned in plan:
             writer.add_tensor_info(planned.name, planned.shape, _PLAIN, planned.nbytes, planned.kind)

@@ -1,14 +1,14 @@
-"""A tokenizer as GGUF keeps it: two kinds, each with the marks by which llama.cpp cuts a text as transformers does.
+"""Tokenizers in GGUF: two kinds, each with the settings by which llama.cpp splits a text as transformers does.
 
 | kind | in tokenizer.json | in GGUF |
 |---|---|---|
 | `llama` | BPE over characters, bytes where it has none (LLaMA 2, Mistral) | a score per token, by its merge |
 | `gpt2` | BPE over bytes (LLaMA 3, SmolLM, Qwen, nano) | the merges, and the name of a rule that cuts words |
 
-Chosen: everything is read from the fast tokenizer, of which transformers makes one for a bare tokenizer.model too, so
-there is one way through here. What llama.cpp would cut differently is refused.
+Everything is read from the fast tokenizer, because transformers creates one even for a tokenizer.model alone. A
+tokenizer that llama.cpp would implement differently is rejected.
 
-V is the number of rows of the embedding. It may be larger than the tokenizer: the rest are unused tokens.
+V is the number of rows of the embedding. It may be larger than the tokenizer: the remaining rows are unused tokens.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = _CONTRACTIONS + r"\p{N}{1,3}" + _REST
 _QWEN_2 = _CONTRACTIONS + r"\p{N}" + _REST
 
-# How words are cut, and whether a word that is a token is taken whole -> llama.cpp's name of the rule. In its own list
-# several names mean the same rule; these are the oldest.
+# Steps that split words, and whether a word that is a token is used as a whole -> llama.cpp's name of the rule. Several
+# of its names mean the same rule; these are the oldest.
 _RULES = {
     (("bytes with words",), False): "gpt-2",
     (("single digits", "bytes with words"), False): "smollm",
@@ -36,42 +36,48 @@ _RULES = {
     ((_QWEN_2, "bytes"), False): "qwen2",
 }
 
-_SPACE = "\u2581"  # how a sentencepiece vocabulary writes a space
-_NEVER_MERGED = -1e6  # the score of a token that no merge makes: below every other
+_SPACE = "\u2581"  # space in a sentencepiece vocabulary
+_NEVER_MERGED = -1e6  # score of a token that no merge creates, below all others
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of its tokenizer."""
+    """Tokenizer in the form of a GGUF file."""
 
     model: str
-    """`llama` or `gpt2`."""
+    """Kind of the tokenizer: `llama` or `gpt2`."""
     pre: str
-    """llama.cpp's name of the rule by which words are cut."""
+    """llama.cpp's name of the rule that splits words."""
     tokens: list[str]
-    """V texts."""
+    """Texts of the V tokens."""
     types: list[int]
-    """V `TokenType`s."""
+    """`TokenType` of each of the V tokens."""
     scores: list[float] | None
-    """V scores, for `llama`."""
+    """Score of each of the V tokens, for `llama`."""
     merges: list[str] | None
-    """The merges in order, for `gpt2`."""
+    """Merges in order, for `gpt2`."""
     space_prefix: bool
-    """Whether a text, and what follows a control token, gets a space before it."""
+    """Whether a space is put before a text and before the text after a control token."""
 
 
 def read_vocabulary(tokenizer: Any, rows: int, name: str) -> Vocabulary:
-    """The vocabulary of a transformers tokenizer for a model whose embedding has `rows` rows (V).
+    """Return the vocabulary of a transformers tokenizer.
 
-    Raises InputError, which calls the model `name`, when llama.cpp would cut texts in another way.
+    Args:
+        tokenizer: Tokenizer of the model.
+        rows: Number of rows of the model's embedding (V).
+        name: Name of the model, for messages.
+
+    Raises:
+        InputError: llama.cpp would split texts differently.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError(f"The tokenizer of {name} has no fast form (tokenizer.json), which GGUF is written from.")
+        raise InputError(f"The tokenizer of {name} has no fast form (tokenizer.json), which the GGUF export needs.")
     written = json.loads(backend.to_str())
     core = written["model"]
     if core["type"] != "BPE":
-        raise InputError(f"The tokenizer of {name} is of type {core['type']}; GGUF is written for BPE only.")
+        raise InputError(f"The tokenizer of {name} is of type {core['type']}; the GGUF export supports only BPE.")
     tokens, types = _tokens(written, rows, name)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in core["merges"]]
     if core["byte_fallback"]:
@@ -91,7 +97,12 @@ def write_vocabulary(
 ) -> None:
     """Write a vocabulary with its special tokens and the chat template.
 
-    ends: ids that end an answer, the tokenizer's own end among them or not.
+    Args:
+        writer: Writer of the file.
+        vocabulary: Vocabulary to write.
+        tokenizer: Tokenizer of the model, for its special tokens.
+        ends: Ids that end an answer, with or without the tokenizer's own end.
+        chat_template: Chat template to write.
     """
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -120,9 +131,9 @@ def write_vocabulary(
 
 
 def adds_bos(tokenizer: Any, chat_template: str) -> bool:
-    """Whether llama.cpp is to put a begin-of-text token before a prompt: as the tokenizer does.
+    """Return whether llama.cpp must put a begin-of-text token before a prompt, as the tokenizer does.
 
-    Not where the chat template writes it: some programs on top of llama.cpp would then have two.
+    It must not if the chat template writes the token, because some programs built on llama.cpp would then have two.
     """
     if tokenizer.bos_token is None or "bos_token" in chat_template or tokenizer.bos_token in chat_template:
         return False
@@ -130,7 +141,7 @@ def adds_bos(tokenizer: Any, chat_template: str) -> bool:
 
 
 def _tokens(written: dict[str, Any], rows: int, name: str) -> tuple[list[str], list[int]]:
-    """V texts and types; what the tokenizer has no token for is unused."""
+    """Return the texts and types of the V tokens; ids without a token are of the type unused."""
     added = {entry["id"]: entry for entry in written["added_tokens"]}
     by_id = {id: token for token, id in written["model"]["vocab"].items()}
     by_id |= {id: entry["content"] for id, entry in added.items()}
@@ -151,7 +162,7 @@ def _tokens(written: dict[str, Any], rows: int, name: str) -> tuple[list[str], l
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """A score per token: sentencepiece merges the pair whose result scores highest, so the rank of a merge is one."""
+    """Return a score per token from the rank of its merge: sentencepiece merges the pair with the highest score."""
     rank: dict[str, int] = {}
     for index, (left, right) in enumerate(merges):
         rank.setdefault(left + right, index)
@@ -159,7 +170,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _space_prefix(written: dict[str, Any], name: str) -> bool:
-    """Whether a text gets a space before it. Raises InputError for a way to say so that is not known."""
+    """Return whether a space is put before a text; raise InputError if the tokenizer's setting is unknown."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepend = {"type": "Prepend", "prepend": _SPACE}
     normalizer, cut = written["normalizer"], written["pre_tokenizer"]
@@ -169,27 +180,27 @@ def _space_prefix(written: dict[str, Any], name: str) -> bool:
         return False
     metaspace = cut is not None and cut["type"] == "Metaspace" and not cut.get("split", True)
     if normalizer is None and metaspace and cut["replacement"] == _SPACE:
-        # "first" prefixes the very first text only. Prompts begin with a control token, so there it is none.
+        # "first" puts a space before the first text only. Prompts begin with a control token, so none is put.
         return bool(cut["prepend_scheme"] == "always")
     raise InputError(f"The tokenizer of {name} handles spaces in a way that llama.cpp does not know.")
 
 
 def _rule(written: dict[str, Any], name: str) -> str:
-    """llama.cpp's name of the rule by which words are cut."""
+    """Return llama.cpp's name of the rule that splits words."""
     cut = written["pre_tokenizer"] or {"type": "none"}
     steps = cut.get("pretokenizers", [cut])
     known = tuple(_step(step) for step in steps), bool(written["model"].get("ignore_merges"))
-    normal = written["normalizer"] is None or written["normalizer"] == {"type": "NFC"}  # NFC: typed text is so already
+    normal = written["normalizer"] is None or written["normalizer"] == {"type": "NFC"}  # typed text is NFC already
     if not normal or known not in _RULES:
         raise InputError(
-            f"The tokenizer of {name} cuts words by a rule that is not known here; those of GPT-2, SmolLM, LLaMA 3, "
-            "Qwen 2 and nano are."
+            f"The tokenizer of {name} splits words by an unsupported rule; the rules of GPT-2, SmolLM, LLaMA 3, Qwen 2 "
+            "and nano are supported."
         )
     return _RULES[known]
 
 
 def _step(step: dict[str, Any]) -> str:
-    """One step of cutting, in a word; the regular expression itself for a split by one."""
+    """Return a short name of one step of splitting; for a split by a regular expression, the expression."""
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return str(step["pattern"].get("Regex"))
     if step["type"] == "Digits" and step["individual_digits"]:

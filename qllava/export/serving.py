@@ -1,9 +1,9 @@
-"""How a prompt is written by the programs that load a GGUF pair: llama.cpp by a chat template, Ollama by a Modelfile.
+"""Prompts in the programs that load a GGUF pair: llama.cpp uses a chat template, Ollama a Modelfile.
 
-llama.cpp and what is built on it know nothing of `<image>`. For each image they put a marker `<__media...__>` into
-the text of a turn, wherever the client had it, and hand the template one string (or a list of texts). So the template
-that was saved with the model gets another way to read a turn: images come first, each followed by a newline, as in
-training. All else of it stays. A template that is not ours stays as it is.
+llama.cpp and the programs built on it do not know `<image>`. For each image they put a marker `<__media...__>` into the
+text of a turn, at the client's position, and pass one string (or a list of texts) to the template. So in the template
+saved with the model, the part that reads a turn is replaced: images come first, each followed by a newline, as in
+training. The rest does not change. A template that is not ours is not changed at all.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def for_llama_cpp(chat_template: str) -> str:
     served = re.sub(
         r"\{%- macro content\(message\) -%\}.*?\{%- endmacro -%\}", lambda _: _READ_TURN, chat_template, flags=re.DOTALL
     )
-    # Marks of what is learned: of no use here, and not every program knows them.
+    # The marks of learned text are useless here, and some programs do not support them.
     return re.sub(r"\{%- (end)?generation -%\}", "", served)
 
 
 def template_of(chat_template: str) -> Template | None:
-    """Return which of our templates it is."""
+    """Return the template of ours that this is; None for another one."""
     return next((template for template in TEMPLATES.values() if template.chat_template() == chat_template), None)
 
 
@@ -47,7 +47,13 @@ def modelfile(
 ) -> str:
     """Return an Ollama Modelfile for the two files in the same folder.
 
-    bos, eos: the tokenizer's own. add_bos: Ollama puts the begin of text there itself, as the file tells it to.
+    Args:
+        language_model: File name of the language model.
+        projector: File name of tower and projector.
+        template: Template of the model; None for one that is not ours.
+        bos: Begin-of-text token of the tokenizer; None without one.
+        eos: End-of-text token of the tokenizer.
+        add_bos: Whether Ollama adds the begin-of-text token, as the GGUF file tells it to.
     """
     lines = [f"FROM ./{language_model}", f"FROM ./{projector}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     if template is not None:
@@ -61,7 +67,7 @@ def modelfile(
 
 
 def _go_template(template: Template, own: dict[str, str]) -> str:
-    """Return the template in Go's language, which Ollama takes; on one line but for newlines of the template itself."""
+    """Return the template in Go's template language for Ollama, without newlines other than those of the template."""
 
     def said(string: str) -> str:
         return re.sub("|".join(own), lambda found: own[found.group()], string)

@@ -1,13 +1,13 @@
-"""The tensors of a LLaVA folder under GGUF's names, made one at a time while they are written.
+"""Tensors of a LLaVA folder under GGUF's names, computed one at a time while they are written.
 
     language_model.model.layers.N.self_attn.q_proj.weight  ->  blk.N.attn_q.weight      rows of q and k reordered
     vision_tower.vision_model.encoder.layers.N.mlp.fc1.X   ->  v.blk.N.ffn_up.X
     multi_modal_projector.linear_1.X                       ->  mm.0.X
 
-Chosen: every tensor of the folder is either written or named here as left out; one that is neither is an error, so
-nothing that was trained is lost on the way.
+Every tensor of the folder is either written or listed here as left out. Any other tensor is an error, so that no
+trained weight is lost.
 
-D width of the tower, H width of the language model, P patches of an image.
+Shapes: D width of the tower, H width of the language model, P patches of an image.
 """
 
 from __future__ import annotations
@@ -49,47 +49,53 @@ _BLOCK = {
     "mlp.fc2": "ffn_down",
 }
 _DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-_CHUNK = 2**22  # values that are rounded to 8 bit at a time
+_CHUNK = 2**22  # number of values that are rounded to 8 bit at a time
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written."""
+    """A tensor to be written."""
 
     name: str
-    """As GGUF calls it."""
+    """Name in GGUF."""
     shape: tuple[int, ...]
+    """Shape, in the order of torch."""
     kind: Kind
-    """How its values are kept."""
+    """Type of its values in the file."""
     sources: tuple[str, ...]
-    """The folder's tensors that it is made of."""
+    """Names of the folder's tensors that it is computed from."""
     make: Callable[[], torch.Tensor]
-    """Reads and computes it, in whatever dtype the folder has."""
+    """Function that reads and computes it, in the dtype of the folder."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return int(np.prod(self.shape)) // block * size
 
     def data(self) -> np.ndarray[Any, Any]:
-        """The values as they are written. Raises InputError when one is not finite, in the folder or by rounding."""
+        """Return the values as they are written.
+
+        Raises:
+            InputError: A value is not finite, in the folder or after rounding.
+        """
         tensor = self.make()
         if not torch.isfinite(tensor).all():
             raise InputError(
-                f"{self.sources[0]} holds NaN or infinite values; the training has failed, or the file is damaged."
+                f"{self.sources[0]} has NaN or infinite values. The training failed, or the file is corrupt; use an "
+                "earlier checkpoint or copy the file again."
             )
         if self.kind == Kind.Q8_0:
             rows = max(1, _CHUNK // tensor.shape[-1])
             return np.concatenate([quantize(part.float().numpy(), self.kind) for part in tensor.split(rows)])
         kept = tensor.to(_DTYPES[self.kind]).contiguous()
         if not torch.isfinite(kept).all():
-            raise InputError(f"{self.sources[0]} has values that f16 cannot hold; use --quantize bf16.")
+            raise InputError(f"{self.sources[0]} has values that are too large for f16; use --quantize bf16.")
         return kept.view(torch.int16).numpy() if self.kind == Kind.BF16 else kept.numpy()
 
 
 def language_tensors(weights: Weights, text: Any, kind: Kind) -> list[Planned]:
-    """The language model's, for its config `text`; matrices are kept as `kind`, norms and biases in fp32."""
+    """Return the tensors of the language model with the config `text`: matrices as `kind`, norms and biases in fp32."""
     prefix = "language_model.model."
     plan = [_copied(weights, "token_embd.weight", EMBEDDING, kind)]
     if not text.tie_word_embeddings:
@@ -109,13 +115,13 @@ def language_tensors(weights: Weights, text: Any, kind: Kind) -> list[Planned]:
 
 
 def rope_factors(text: Any) -> torch.Tensor | None:
-    """(head size / 2,): by what LLaMA 3 divides each frequency of its rotation; None where the config has no such."""
+    """Return the divisors of LLaMA 3's rotation frequencies, shape (head size / 2,); None for other configs."""
     rope = text.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
     size = head_size(text)
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # over the first context
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # rotations over the original context
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays; 0: it is divided
     factors: torch.Tensor = 1 / (kept + (1 - kept) / factor)
@@ -123,16 +129,16 @@ def rope_factors(text: Any) -> torch.Tensor | None:
 
 
 def head_size(text: Any) -> int:
-    """Width of a head of the language model."""
+    """Return the width of a head of the language model."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def tower_tensors(weights: Weights, vision: Any, blocks: int, kind: Kind) -> list[Planned]:
-    """Those of the first `blocks` blocks of a CLIP tower; matrices are kept as `kind`, all else in fp32.
+    """Return the tensors of the first `blocks` blocks of a CLIP tower: matrices as `kind`, all others in fp32.
 
-    Where the class token stands depends on the version: llama.cpp since May 2025 has it last, though the positions are
-    still handed out as if it were first (its issue 25814). So positions are not written as such: those of the patches
-    go where the bias of the patches goes, and the class token has its own within. Every version adds the same then.
+    The place of the class token depends on the version: llama.cpp has it last since May 2025, but still assigns the
+    positions as if it were first (its issue 25814). So the positions are not written as such: those of the patches are
+    written as the bias of the patches, and that of the class token is added to the token. Then all versions agree.
     """
     prefix = "vision_tower.vision_model."
     token, position = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding.weight"
@@ -143,7 +149,7 @@ def tower_tensors(weights: Weights, vision: Any, blocks: int, kind: Kind) -> lis
 
     plan = [
         Planned("v.class_embd", (width,), Kind.F32, (token, position), class_token),
-        # The convolution of llama.cpp knows no bf16.
+        # llama.cpp's convolution does not support bf16.
         _copied(weights, "v.patch_embd.weight", f"{prefix}embeddings.patch_embedding.weight", Kind.F16),
         Planned("v.patch_embd.bias", (rows - 1, width), Kind.F32, (position,), lambda: weights[position][1:]),
         Planned("v.position_embd.weight", (rows, width), Kind.F32, (), lambda: torch.zeros(rows, width)),
@@ -158,9 +164,9 @@ def tower_tensors(weights: Weights, vision: Any, blocks: int, kind: Kind) -> lis
 
 
 def projector_tensors(weights: Weights, activation: str, kind: Kind) -> list[Planned]:
-    """The projector's two layers.
+    """Return the tensors of the projector's two layers.
 
-    llama.cpp always has a GELU between them. A linear projector W x + b gets through it whole, because
+    llama.cpp always computes a GELU between them. A linear projector W x + b passes it unchanged, because
     gelu(x) - gelu(-x) = x: the first layer is [I; -I] and the second [W, -W].
     """
     names = [f"multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")]
@@ -192,7 +198,7 @@ def projector_tensors(weights: Weights, activation: str, kind: Kind) -> list[Pla
 
 
 def check_sizes(weights: Weights, text: Any, vision: Any) -> None:
-    """Raise InputError when config.json and the weights are of different models. One of each kind is looked at."""
+    """Raise InputError if config.json and the weights belong to different models, by one tensor of each kind."""
     size, hidden, width = head_size(text), text.hidden_size, vision.hidden_size
     layer, tower = "language_model.model.layers.0.", "vision_tower.vision_model."
     wanted = {
@@ -208,11 +214,14 @@ def check_sizes(weights: Weights, text: Any, vision: Any) -> None:
     for name, shape in wanted.items():
         found = weights.shape(name) if name in weights else shape
         if found != shape:
-            raise InputError(f"{name} is {found} and should be {shape} by config.json; take both from the same model.")
+            raise InputError(
+                f"{name} has the shape {found}, which should be {shape} according to config.json; take both from the "
+                "same model."
+            )
 
 
 def check_nothing_is_lost(weights: Weights, plans: list[Planned], vision: Any, blocks: int, tied: bool) -> None:
-    """Raise InputError when a tensor of the folder is neither written nor known to be without use."""
+    """Raise InputError if a tensor of the folder is neither written nor known to be unused."""
     unused = [r"vision_tower\.vision_model\.post_layernorm\.", r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
     unused += [rf"vision_tower\.vision_model\.encoder\.layers\.{n}\." for n in range(blocks, vision.num_hidden_layers)]
     unused += [r"^language_model\.lm_head\.weight$"] if tied else []
@@ -226,7 +235,7 @@ def check_nothing_is_lost(weights: Weights, plans: list[Planned], vision: Any, b
 
 
 def _shape(weights: Weights, name: str) -> tuple[int, ...]:
-    """Shape of a tensor on disk. Raises InputError when there is none of this name."""
+    """Return the shape of a tensor on disk; raise InputError if there is none of this name."""
     if name not in weights:
         raise InputError(f"The weights lack {name}; expected a folder that `qllava merge` or llava-hf wrote.")
     return weights.shape(name)
@@ -235,7 +244,7 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
 def _copied(
     weights: Weights, name: str, source: str, kind: Kind, change: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Planned:
-    """A tensor under another name; as in llama.cpp vectors stay in fp32, and rows that 32 does not divide in f16."""
+    """Return a tensor under another name; as in llama.cpp, vectors are in fp32, and rows not divisible by 32 in f16."""
     shape = _shape(weights, source)
     if len(shape) == 1:
         kind = Kind.F32
@@ -245,8 +254,8 @@ def _copied(
 
 
 def _by_pairs(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What brings the rows of q or k into llama.cpp's order.
+    """Return a function that puts the rows of q or k into llama.cpp's order.
 
-    It rotates a row with its neighbour, where transformers rotates it with the one half a head further.
+    llama.cpp rotates a row with its neighbour, while transformers rotates it with the row half a head further.
     """
     return lambda t: t.reshape(heads, 2, -1, *t.shape[1:]).transpose(1, 2).reshape(t.shape)

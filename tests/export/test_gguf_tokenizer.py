@@ -108,12 +108,12 @@ class TestBytes:
         tokenizer = byte_level(cut)
         with pytest.raises(InputError) as caught:
             read_vocabulary(tokenizer, len(tokenizer), "my model")
-        assert "my model cuts words" in refusal(caught.value)
+        assert "my model splits words" in refusal(caught.value)
 
     def test_a_normalizer_is_refused(self) -> None:
         tokenizer = byte_level(split(LLAMA_3))
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-        with pytest.raises(InputError, match="cuts words"):
+        with pytest.raises(InputError, match="splits words"):
             read_vocabulary(tokenizer, len(tokenizer), "x")
 
     def test_nano(self) -> None:

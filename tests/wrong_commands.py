@@ -53,7 +53,7 @@ WRONG: tuple[tuple[str, str, int, str], ...] = (
     (FINETUNE, "--train_file {folder}/rows.json --eval_file {folder}/no.json", 1, "eval_file: {folder}/no.json"),
     (FINETUNE, "--train_file {folder}/rows.json --image_folder {folder}/no", 1, "image_folder: {folder}/no does not"),
     (FINETUNE, "--train_file {folder}/rows.json --image_folder {folder}/rows.json", 1, "is not a folder"),
-    (FINETUNE, "--output_dir {folder}/finished", 1, "holds a finished run"),
+    (FINETUNE, "--output_dir {folder}/finished", 1, "contains a finished run"),
     (FINETUNE, "--output_dir {folder}/rows.json", 1, "is a file. Give a folder"),
     (FINETUNE, "--output_dir {folder}/rows.json/run", 1, "cannot be written, because {folder}/rows.json is a file"),
     (FINETUNE, "--model_name_or_path ./no-llava --train_file {folder}/rows.json", 1, "./no-llava does not exist"),

@@ -60,7 +60,7 @@ def _shards(path: Path, on_problem: OnProblem) -> list[Path]:
     here = Place(str(path))
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(folder.parent.name for folder in path.glob("*/state.json"))) or "none"
-        problem = f"the folder holds several datasets ({splits})"
+        problem = f"the folder contains several datasets ({splits})"
         on_problem(Problem("splits", problem, "name the folder of one of them", here))
         return []
     if (path / "state.json").is_file():
@@ -81,10 +81,10 @@ def _shards(path: Path, on_problem: OnProblem) -> list[Path]:
         hint = f"name a file, or a folder of Parquet, Arrow or tar files: {FORMATS}"
         on_problem(Problem("not a data file", problem, hint, here))
     elif len(kinds) > 1:
-        problem = f"the folder holds files of several kinds ({', '.join(kinds)})"
+        problem = f"the folder contains files of several kinds ({', '.join(kinds)})"
         on_problem(Problem("not a data file", problem, "keep one kind in it, or name one file", here))
     elif "," in splits:
-        problem = f"the folder holds the files of several datasets ({splits})"
+        problem = f"the folder contains the files of several datasets ({splits})"
         on_problem(Problem("splits", problem, "give each a folder of its own", here))
     else:
         return found

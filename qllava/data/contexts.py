@@ -127,7 +127,7 @@ def _context(record: Any) -> Context:
         wrong.append("complete must be true or false")
     boxes, crowds = _boxes(record, wrong)
     said = [image, str(id_), *(c for c in captions if isinstance(c, str)), *(box.category for box in boxes), *crowds]
-    wrong += [f"{text!a} holds half a character (a lone surrogate)" for text in said if not is_unicode(text)]
+    wrong += [f"{text!a} contains half a character (a lone surrogate)" for text in said if not is_unicode(text)]
     if wrong:
         raise Unusable("context", "; ".join(wrong), "see docs/synthesis.md for the format")
     return Context(str(id_), image, tuple(c.strip() for c in captions), tuple(boxes), complete, crowds)

@@ -47,7 +47,7 @@ def read_csv(file: TextIO, path: Path, on_problem: OnProblem) -> Iterator[tuple[
         if record is None:
             return
         if any("\0" in field for field in record):
-            on_problem(Problem("table", "the record holds a NUL character", "write it again", place))
+            on_problem(Problem("table", "the record contains a NUL character", "write it again", place))
         elif len(record) == len(columns):
             yield place, _record(columns, record)
         elif record:  # a blank line is not a record

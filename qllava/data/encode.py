@@ -161,7 +161,7 @@ class Encoder:
         self._check_words(rendered, tokens, lambda _, problem, hint: InputError(f"The prompt: {problem}; {hint}."))
         if images is not None and tokens.ids.count(self.image_token_id) != images:
             raise InputError(
-                f"The prompt holds {tokens.ids.count(self.image_token_id)} {IMAGE_TOKEN} for {images} "
+                f"The prompt contains {tokens.ids.count(self.image_token_id)} {IMAGE_TOKEN} for {images} "
                 "images; make them equal."
             )
         return self._expand(tokens.ids, tokens.ids)
@@ -220,7 +220,7 @@ class Encoder:
         """Return the number of tokens, before expansion, that are kept; None if the example is dropped."""
         images = tokens.ids.count(self.image_token_id)
         if images != len(example.images):
-            problem = f"the text holds {images} {IMAGE_TOKEN} for {count_of(len(example.images))}"
+            problem = f"the text contains {images} {IMAGE_TOKEN} for {count_of(len(example.images))}"
             raise example.problem("images", problem, "make them equal")
         most, limit, hint = self._limit
         spare = most + images - sum(self._image_tokens(images))

@@ -305,7 +305,7 @@ def _check_unread(unread: dict[str, Any], images: tuple[Path, ...], folder: Imag
             beside = ImageFolder(Path(place.file).parent)
             found = name if isinstance(name, Path) else folder.has(name) or beside.has(name)
             if found is not None and found not in images:
-                what = "holds an image" if isinstance(name, Path) else f"names the image {name[:200]!r}"
+                what = "contains an image" if isinstance(name, Path) else f"names the image {name[:200]!r}"
                 problem = f"the key {key!r} is not read and {what}"
                 raise Unusable("image not read", problem, "put it under 'images', or remove the key")
 
@@ -330,7 +330,7 @@ def _checked(system: str | None, turns: list[Turn], images: int) -> Conversation
     if system is not None:
         check_unicode(system, "the system prompt")
         if IMAGE_TOKEN in system:
-            raise Unusable("images", f"the system prompt holds {IMAGE_TOKEN}", "images belong in questions")
+            raise Unusable("images", f"the system prompt contains {IMAGE_TOKEN}", "images belong in questions")
     if not any(turn.learned for turn in placed if turn.role == "assistant"):
         raise Unusable("nothing learned", "no answer of this conversation is used for training", "remove the record")
     marks = sum(turn.content.count(IMAGE_TOKEN) for turn in placed)

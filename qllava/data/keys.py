@@ -49,7 +49,7 @@ REFUSED = {
 
 REFUSED_OF_TURNS = {
     **REFUSED,
-    **dict.fromkeys(("reasoning_content", "thinking"), "put what shall be learned into the answer itself"),
+    **dict.fromkeys(("reasoning_content", "thinking"), "put the text to learn into the answer"),
     **dict.fromkeys(("image", "images"), "name images in the record, under 'images'"),
 }
 
@@ -126,7 +126,7 @@ def obey(record: dict[str, Any]) -> list[str]:
     found = flags(record, numbers=("weight", "loss", "train"))
     for key, learned in found.items():
         if not learned:
-            problem = f"the record says that nothing of it is learned ({key!r})"
+            problem = f"the record turns learning off for all of its turns ({key!r})"
             raise Unusable("nothing learned", problem, "remove the record, or set the key on single turns")
     return [*found, *(key for key in record if key.strip().lower() in REFUSED)]
 

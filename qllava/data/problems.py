@@ -124,7 +124,7 @@ def is_unicode(text: str) -> bool:
 def check_unicode(text: str, what: str, kind: str = "no text") -> None:
     """Raise Unusable, of this kind, for a text that is not Unicode (`is_unicode`); `what` names its field."""
     if not is_unicode(text):
-        problem = f"{what} holds half of a character (a \\u escape of a surrogate without its partner)"
+        problem = f"{what} contains half of a character (a \\u escape of a surrogate without its partner)"
         raise Unusable(kind, problem, "write the complete character")
 
 

@@ -54,7 +54,7 @@ def record_text(record: dict[str, Any], key: str, place: Place, id: str) -> str:
     """
     text = record.get(key)
     if not isinstance(text, str):
-        problem = f"{key!r} holds no text"
+        problem = f"{key!r} contains no text"
         raise RecordError(
             Problem("no text", problem, "add the text; write an empty text if there was no answer", place, id)
         )

@@ -108,7 +108,7 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     members = [member for member in members if member.suffix in _READ]
     files = [(member.suffix, member.part, member.data) for member in members if member.data is not None]
     if len(files) < len(members):
-        return report("the sample holds a link, or a sparse file", "pack the file itself")
+        return report("the sample contains a link, or a sparse file", "pack the file itself")
     records, captions = ([data for suffix, _, data in files if suffix == wanted] for wanted in (".json", ".txt"))
     images = [(part, data) for suffix, part, data in files if suffix in IMAGE_SUFFIXES]
     if all(re.fullmatch("[0-9]{1,9}", part) for part, _ in images):  # else in the order of the tar
@@ -116,7 +116,7 @@ def _sample(key: str, members: list[_Member], place: Place, on_problem: OnProble
     if len(records) > 1 or len(captions) > 1:
         return report("the sample has several .json or .txt files", "keep one of each")
     if not records and not captions:
-        problem = "the sample has neither a .json that holds its example nor a .txt that holds its caption"
+        problem = "the sample has neither a .json that contains its example nor a .txt that contains its caption"
         return report(problem, "pack one of them directly beside its images")
     try:
         record = json.loads(records[0]) if records else {}

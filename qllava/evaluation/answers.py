@@ -70,7 +70,7 @@ def answered_before(path: Path, settings: Mapping[str, Any], asked: Mapping[str,
     except ForeignEndError as error:
         raise InputError(f"{path} is not a file of answers; give another file for --out.") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); choose another place.") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); choose another path.") from error
 
 
 def _checked(
@@ -129,4 +129,4 @@ def append_answers(
         with Journal(path, begins=_HEAD) as journal:
             journal.append("".join(lines).encode())
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error

@@ -166,4 +166,4 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error

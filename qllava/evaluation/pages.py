@@ -33,7 +33,7 @@ def write(path: Path, html: str) -> None:
     try:
         page.write_page(path, html)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error
 
 
 def agreement_text(report: Report) -> str:

@@ -249,7 +249,7 @@ def evaluate_file(
         try:
             write_whole(out, "".join(lines))
         except OSError as error:
-            raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
+            raise InputError(f"{out} cannot be written ({error.strerror}); choose another path.") from error
     if html is not None:
         write(html, failures_page(examples, result, f"{chat.name} on {data.name}", _told(shots, choose)))
     return {**result.to_json(), **unread}

@@ -267,6 +267,6 @@ def _content(call: Call) -> bytes:
         return json.dumps(call.body(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.start + 1]
-        raise Unanswered(f"the text holds half a character ({half!a}), which cannot be sent") from error
+        raise Unanswered(f"the text contains half a character ({half!a}), which cannot be sent") from error
     except (ValueError, RecursionError) as error:
         raise Unanswered(f"the request cannot be written as JSON ({error})") from error

@@ -109,7 +109,7 @@ def _projector(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         layer, _, part = key.rpartition("mm_projector.")[2].partition(".")
         if layer not in _LAYERS or part not in ("weight", "bias"):
             raise InputError(
-                f"{path} holds {key}, which a projector of type mlp2x_gelu does not have. Give such a projector."
+                f"{path} contains {key}, which a projector of type mlp2x_gelu does not have. Give such a projector."
             )
         named[f"{_LAYERS[layer]}.{part}"] = tensor.float().contiguous().clone()
     return named

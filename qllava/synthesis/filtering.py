@@ -71,7 +71,7 @@ def filter_captions(
         try:
             write_page(page, html(figures, captions.name))
         except OSError as error:
-            raise InputError(f"{page} cannot be written ({error.strerror}); choose another place.") from error
+            raise InputError(f"{page} cannot be written ({error.strerror}); choose another path.") from error
     return figures
 
 
@@ -90,7 +90,9 @@ def caption_of(record: Any, place: Place) -> str:
     if not isinstance(record, dict):
         raise wrong("not an example", "an example must be a JSON object", _FORM)
     if any(isinstance(name, Path) for key in ("image", "images") for name in _listed(record.get(key))):
-        raise wrong("images inside", "the images are inside the data file", "write them as files, and name these")
+        raise wrong(
+            "images inside", "the images are inside the data file", "save the images as files and give their names"
+        )
     keys = [key for key in ("caption", "conversations") if record.get(key) is not None]
     if len(keys) != 1:
         had = "both" if keys else "neither"
@@ -141,7 +143,7 @@ def _write_records(captions: Path, out: Path, kept: NDArray[np.bool_], before: l
             if _stamps(captions) != before:
                 raise InputError(f"{captions} changed while qllava was reading it; run the command again.")
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); choose another place.") from error
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another path.") from error
 
 
 def _stamps(path: Path) -> list[tuple[int, int]]:

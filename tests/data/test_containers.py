@@ -50,7 +50,7 @@ class TestFolders:
         DatasetDict({"train": data, "test": data}).save_to_disk(folder / "saved")
         assert packs_of(folder / "saved") == (
             [],
-            [f"{folder}/saved: the folder holds several datasets (test, train); name the folder of one of them."],
+            [f"{folder}/saved: the folder contains several datasets (test, train); name the folder of one of them."],
         )
         assert len(read_examples(folder / "saved" / "train", folder)) == 3
 
@@ -81,9 +81,9 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("names", "problem"),
         [
-            (["a.tar", "b.parquet"], "the folder holds files of several kinds (Parquet, tar); "
+            (["a.tar", "b.parquet"], "the folder contains files of several kinds (Parquet, tar); "
              "keep one kind in it, or name one file"),
-            (["train-0.tar", "test-0.tar"], "the folder holds the files of several datasets (test, train); "
+            (["train-0.tar", "test-0.tar"], "the folder contains the files of several datasets (test, train); "
              "give each a folder of its own"),
         ],
     )  # fmt: skip

@@ -61,7 +61,11 @@ class TestTables:
             ('question,answer\na,b\nc,"d\ne,f', "line 3: the record cannot be read (unexpected end of data); "
              "close every quote, and double the quotes inside a quoted field", 1),
             (f"question,answer\na,{'x' * 140_000}\nc,d", "", 2),
-            (f"question,answer\na,{'b' * 600}\0\nc,d", "line 2: the record holds a NUL character; write it again", 1),
+            (
+                f"question,answer\na,{'b' * 600}\0\nc,d",
+                "line 2: the record contains a NUL character; write it again",
+                1,
+            ),
             ("image,question,answer,Image\n", "line 1: the header names the image 2 times; "
              "keep one of these columns", 0),
         ],

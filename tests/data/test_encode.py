@@ -178,9 +178,9 @@ def test_system_prompts_cannot_spell_one_either() -> None:
 
 
 def test_images_and_image_tokens_are_equal_in_number() -> None:
-    with pytest.raises(InputError, match="id x7: the text holds 2 <image> for 1 image"):
+    with pytest.raises(InputError, match="id x7: the text contains 2 <image> for 1 image"):
         encoder().encode(example("<image><image> a", "b", images=1))
-    with pytest.raises(InputError, match="holds 1 <image> for 0 images"):
+    with pytest.raises(InputError, match="contains 1 <image> for 0 images"):
         encoder().encode_prompt(Conversation((Turn("user", "<image>"),)), images=0)
 
 

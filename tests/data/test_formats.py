@@ -144,7 +144,7 @@ BROKEN_ROWS = {
     "an image without <image>": (llava(HUMAN, GPT, image="a.png"), "hold 0 <image>, the example names 1 image"),
     "fewer images": (llava(SEEN, GPT, SEEN, GPT, image="a.png"), "hold 2 <image>, the example names 1 image"),
     "<image> in an answer": (llava(SEEN, {"from": "gpt", "value": "<image>"}, image="a.png"), "turn 2 is an answer"),
-    "<image> in a system prompt": (llava({"from": "system", "value": "<image>"}, HUMAN, GPT), "system prompt holds"),
+    "<image> in a system prompt": (llava({"from": "system", "value": "<image>"}, HUMAN, GPT), "system prompt contains"),
     "image and images": (llava(SEEN, GPT, image="a.png", images=["a.png"]), "both image and images"),
     "image of a wrong type": (llava(SEEN, GPT, image=3), "must be a file name or a list of file names"),
     "image is missing": (llava(SEEN, GPT, image="gone.png"), "'gone.png' is not in the image folder"),

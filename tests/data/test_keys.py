@@ -200,7 +200,7 @@ def test_an_image_inside_an_object_and_one_in_a_turn_are_found_too(folder: Path)
 def test_embedded_images_under_a_key_that_nobody_reads_are_an_error(folder: Path) -> None:
     data = (folder / "a.png").read_bytes()
     for value in (data, {"bytes": data, "path": "x"}):
-        with pytest.raises(RecordError, match="the key 'photo' is not read and holds an image"):
+        with pytest.raises(RecordError, match="the key 'photo' is not read and contains an image"):
             read(folder, "t.parquet", {**ASKED, "photo": value})
     (example,) = read(folder, "t.parquet", {**ASKED, "sound": b"RIFF no image"})
     assert example.unread == ("sound",)
@@ -252,7 +252,7 @@ def test_an_answer_that_is_not_to_be_learned_is_only_read(folder: Path, encoder:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_of_which_nothing_is_learned_is_an_error(folder: Path, kind: str) -> None:
-    with pytest.raises(RecordError, match=r"says that nothing of it is learned \('label'\)"):
+    with pytest.raises(RecordError, match=r"turns learning off for all of its turns \('label'\)"):
         read(folder, kind, {"id": "x7", **ASKED, "label": False})
     with pytest.raises(RecordError, match="no answer of this conversation is used for training"):
         read(folder, kind, {"id": "x7", "messages": [CHAT[0], CHAT[1] | {"weight": 0}]})
@@ -339,5 +339,5 @@ def test_inputs_after_public_reports(reports: Path, encoder: Encoder) -> None:
     rows = list(read_records(reports / "weight.jsonl"))
     example = to_example(rows[0][1], rows[0][0], ImageFolder(reports))
     assert [turn.learned for turn in example.conversation.turns[1::2]] == [False, True]
-    with pytest.raises(RecordError, match="nothing of it is learned"):
+    with pytest.raises(RecordError, match="turns learning off for all of its turns"):
         to_example(rows[1][1], rows[1][0], ImageFolder(reports))

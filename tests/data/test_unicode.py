@@ -30,21 +30,21 @@ CHAT = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ye
 
 # field: a record in which it is half a character, and what is said of it
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "question": ({"question": HALF, "answer": "Yes."}, "turn 1 holds half of a character"),
-    "answer": ({"question": "Hm?", "answer": HALF}, "turn 2 holds half of a character"),
-    "human": ({"conversations": [TALK[0] | {"value": HALF}, TALK[1]]}, "turn 1 holds half of a character"),
-    "gpt": ({"conversations": [TALK[0], TALK[1] | {"value": HALF}]}, "turn 2 holds half of a character"),
-    "system turn": ({"conversations": [{"from": "system", "value": HALF}, *TALK]}, "the system prompt holds half"),
-    "system": ({"system": HALF, "conversations": TALK}, "the system prompt holds half of a character"),
-    "content": ({"messages": [CHAT[0] | {"content": HALF}, CHAT[1]]}, "turn 1 holds half of a character"),
-    "part": ({"messages": [CHAT[0] | {"content": [{"type": "text", "text": HALF}]}, CHAT[1]]}, "turn 1 holds half"),
-    "instruction": ({"instruction": HALF, "output": "Yes."}, "turn 1 holds half of a character"),
-    "input": ({"instruction": "Hm?", "input": HALF, "output": "Yes."}, "turn 1 holds half of a character"),
-    "output": ({"instruction": "Hm?", "output": HALF}, "turn 2 holds half of a character"),
-    "history": ({"instruction": "Hm?", "output": "Yes.", "history": [["a", HALF]]}, "turn 2 holds half"),
-    "caption": ({"image": "a.png", "caption": HALF}, "turn 2 holds half of a character"),
+    "question": ({"question": HALF, "answer": "Yes."}, "turn 1 contains half of a character"),
+    "answer": ({"question": "Hm?", "answer": HALF}, "turn 2 contains half of a character"),
+    "human": ({"conversations": [TALK[0] | {"value": HALF}, TALK[1]]}, "turn 1 contains half of a character"),
+    "gpt": ({"conversations": [TALK[0], TALK[1] | {"value": HALF}]}, "turn 2 contains half of a character"),
+    "system turn": ({"conversations": [{"from": "system", "value": HALF}, *TALK]}, "the system prompt contains half"),
+    "system": ({"system": HALF, "conversations": TALK}, "the system prompt contains half of a character"),
+    "content": ({"messages": [CHAT[0] | {"content": HALF}, CHAT[1]]}, "turn 1 contains half of a character"),
+    "part": ({"messages": [CHAT[0] | {"content": [{"type": "text", "text": HALF}]}, CHAT[1]]}, "turn 1 contains half"),
+    "instruction": ({"instruction": HALF, "output": "Yes."}, "turn 1 contains half of a character"),
+    "input": ({"instruction": "Hm?", "input": HALF, "output": "Yes."}, "turn 1 contains half of a character"),
+    "output": ({"instruction": "Hm?", "output": HALF}, "turn 2 contains half of a character"),
+    "history": ({"instruction": "Hm?", "output": "Yes.", "history": [["a", HALF]]}, "turn 2 contains half"),
+    "caption": ({"image": "a.png", "caption": HALF}, "turn 2 contains half of a character"),
     "image": ({"image": HALF, "question": "Hm?", "answer": "Yes."}, "the path of the image 'a\\ud800b' is not UTF-8"),
-    "type": ({"question": "Hm?", "answer": "Yes.", "type": HALF}, "the type holds half of a character"),
+    "type": ({"question": "Hm?", "answer": "Yes.", "type": HALF}, "the type contains half of a character"),
     "role": ({"conversations": [TALK[0] | {"from": HALF}, TALK[1]]}, "turn 1 has 'from': 'a\\ud800b'"),
 }
 
@@ -71,7 +71,7 @@ def test_half_a_character_is_an_error_of_its_record(folder: Path, field: str, ki
 @pytest.mark.parametrize("kind", ["list.json", "lines.jsonl", "t.tar"])
 def test_half_a_character_in_an_id_and_in_a_key(folder: Path, kind: str) -> None:
     (folder / kind).write_bytes(KINDS[kind]([{"id": HALF, "question": "a", "answer": "b"}]))
-    with pytest.raises(RecordError, match="1: the id holds half of a character"):
+    with pytest.raises(RecordError, match="1: the id contains half of a character"):
         read_examples(folder / kind)
     (folder / kind).write_bytes(KINDS[kind]([{"question": "a", "answer": "b", HALF: 1}]))
     assert read_examples(folder / kind)[0].unread == (HALF,)  # it is reported, escaped, and harms nothing
@@ -127,14 +127,14 @@ def test_bytes_that_are_no_utf8_are_an_error_of_the_file(folder: Path, name: str
 def test_the_readers_of_answers_use_the_same_check() -> None:
     place = Place("answers.jsonl", line=3)
     row = json.loads(json.dumps({"question_id": HALF, "text": HALF}))
-    with pytest.raises(InputError, match="line 3: the question_id holds half of a character"):
+    with pytest.raises(InputError, match="line 3: the question_id contains half of a character"):
         record_id(row, place, "question_id")
-    with pytest.raises(InputError, match="line 3, id q: the text holds half of a character"):
+    with pytest.raises(InputError, match="line 3, id q: the text contains half of a character"):
         record_text(row, "text", place, "q")
 
 
 def test_the_check_itself() -> None:
     assert is_unicode("") and is_unicode("é😀\0\u2028") and not is_unicode("\udfff")
     check_unicode("é😀", "the text")
-    with pytest.raises(Unusable, match="the text holds half"):
+    with pytest.raises(Unusable, match="the text contains half"):
         check_unicode("\ud83d", "the text")

@@ -92,7 +92,9 @@ class TestTar:
             inner.type = tarfile.DIRTYPE
             tar.addfile(inner)
         rows, problems = packs_of(folder / "t.tar")
-        assert problems == ["t.tar, example 1, id x: the sample holds a link, or a sparse file; pack the file itself."]
+        assert problems == [
+            "t.tar, example 1, id x: the sample contains a link, or a sparse file; pack the file itself."
+        ]
         assert [str(place) for place, _ in rows] == ["t.tar, example 2"]
 
     @pytest.mark.parametrize(
@@ -127,8 +129,8 @@ class TestTar:
              "example 2, id b: the sample's caption cannot be read ('utf-8' codec can't decode byte 0xff in position "
              "0: invalid start byte); write an example as JSON, all text in UTF-8"),
             ([("b.png", RED)],
-             "example 2, id b: the sample has neither a .json that holds its example nor a .txt that holds its caption"
-             "; pack one of them directly beside its images"),
+             "example 2, id b: the sample has neither a .json that contains its example nor a .txt that contains "
+             "its caption; pack one of them directly beside its images"),
             ([("b.txt", b"Hm.")],
              "example 2, id b: the sample has a caption and no image; pack it directly beside its image"),
             ([("b.json", ROWS[1]), ("b.png", RED), ("b.json", ROWS[1])],

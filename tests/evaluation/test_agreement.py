@@ -198,7 +198,7 @@ def test_votes_are_read_as_the_demo_writes_them(tmp_path: Path) -> None:
     [
         ({"vote": "up"}, "line 2, id v2: the vote is 'up'; expected left, right, tie or both_bad"),
         ({"answers": None}, "'answers' is not an object"),
-        ({"answers": {"left": "x"}}, "'right' holds no text"),
+        ({"answers": {"left": "x"}}, "'right' contains no text"),
         ({"pictures": "abc"}, "'pictures' is not a list"),
         ({"id": "v1"}, "another vote has this id"),
         ({"id": None}, "the line has no id"),

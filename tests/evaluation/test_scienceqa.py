@@ -206,7 +206,7 @@ def test_a_problem_that_cannot_be_asked_is_named(change: dict[str, Any], said: s
     ("lines", "said"),
     [
         ('{"question_id": "1", "text": "C"}\n{"question_id": 1, "text": "C"}', "line 2, id 1: .*already answers"),
-        ('{"question_id": "1"}', "'text' holds no text"),
+        ('{"question_id": "1"}', "'text' contains no text"),
         ('{"text": "C"}', "no question_id"),
         ('{"question_id": "1", "te', "not valid JSON"),
         ('{"question_id": "9", "text": "C"}', "answers none of the 4 problems"),

@@ -18,7 +18,7 @@ FORM = "a data file is a JSON list of examples, or one example per line"
 FORMATS = (
     "a data file is a JSON list of examples, one example per line, a table (CSV), Parquet, Arrow or a WebDataset tar"
 )
-HALF = "holds half of a character (a \\u escape of a surrogate without its partner); write the complete character"
+HALF = "contains half of a character (a \\u escape of a surrogate without its partner); write the complete character"
 REPLACE = "replace it, or remove its examples"
 
 

@@ -116,7 +116,7 @@ ROWS = {
         SEEN, GPT | {"value": "See <image>."}, image="red.png",
     ),
     "<image> in a system prompt": row(
-        "the system prompt holds <image>; images belong in questions",
+        "the system prompt contains <image>; images belong in questions",
         {"from": "system", "value": "<image>"}, SEEN, GPT, image="red.png",
     ),
     "image and images": row(

@@ -217,7 +217,7 @@ class TestContinuing:
         folder = tmp_path / "run"
         shutil.copytree(tiny.stage1, folder)
         files = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-        with pytest.raises(InputError, match="holds a finished run"):
+        with pytest.raises(InputError, match="contains a finished run"):
             pretrain(stage1_settings(tiny, folder))
         assert files == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
         (folder / "old.txt").touch()
@@ -259,7 +259,7 @@ class TestContinuing:
             with pytest.raises(KeyboardInterrupt):
                 pretrain(chosen)
         assert removed[0].name.startswith("checkpoint-") and not removed[0].exists()
-        with pytest.raises(InputError, match="holds a finished run"):
+        with pytest.raises(InputError, match="contains a finished run"):
             pretrain(stage1_settings(tiny, folder))
         pretrain(chosen)
         assert not list(folder.glob("checkpoint-*")) and (folder / "results.json").is_file()

@@ -287,6 +287,8 @@ def check_output(given: Given | Mapping[str, Any]) -> None:
             raise InputError(f"{value} is inside output_dir, which is {folder}. Choose another output_dir.")
     if Run(folder).finished:
         if not given.get("overwrite_output_dir"):
-            raise InputError(f"{folder} holds a finished run. Choose another output_dir, or set overwrite_output_dir.")
+            raise InputError(
+                f"{folder} contains a finished run. Choose another output_dir, or set overwrite_output_dir."
+            )
         if not (folder / RUN_FILE).is_file():
             raise InputError(f"{folder} is not a run: it has {RESULTS_FILE}, but no {RUN_FILE}. Choose another folder.")

@@ -67,7 +67,7 @@ _LIGER = (
 _PREDICTIONS = "evaluation computes the loss and answers questions, but stores no predictions"
 _HUB = "a run is not uploaded during training; upload the folder of the finished run or of the merged model"
 _SCRIPTS = "only transformers' example scripts use it; `eval_strategy` decides when a run is evaluated"
-_WHOLE = "a checkpoint holds and restores everything that resuming needs"
+_WHOLE = "a checkpoint contains and restores everything that resuming needs"
 _FSDP = (
     "4-bit weights are prepared for FSDP before the trainer reads this field; give the FSDP settings to "
     "accelerate instead: accelerate launch --config_file recipes/accelerate/fsdp2_qlora.yaml"
@@ -146,7 +146,7 @@ TRL: tuple[Field, ...] = (
         "neftune_noise_alpha",
         "float",
         None,
-        "its noise is scaled by the length of one sample, and a pack holds several samples",
+        "its noise is scaled by the length of one sample, and a pack contains several samples",
     ),
     _free("torch_empty_cache_steps", "int", None),
     _refused(

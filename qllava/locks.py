@@ -134,12 +134,17 @@ class Lock:
             if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError) or not self.path.exists():
                 raise
             print(
-                f"qllava: {what} cannot be locked ({error.strerror or error}): do not start a second process on it.",
+                f"qllava: warning: {what} cannot be locked ({error.strerror or error}). The command continues; do not "
+                "start a second process on it.",
                 file=sys.stderr,
             )
             return
         except NotImplementedError:
-            print(f"qllava: {what} cannot be locked. Do not start a second process on it.", file=sys.stderr)
+            print(
+                f"qllava: warning: {what} cannot be locked (this system has no file locks). The command continues; do "
+                "not start a second process on it.",
+                file=sys.stderr,
+            )
             return
         with contextlib.suppress(OSError):
             self._file = self.path.stat()

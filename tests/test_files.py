@@ -95,8 +95,9 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with locked_folder(tmp_path, "wait"):
         said = capsys.readouterr().err
-    assert said == f"qllava: {tmp_path} cannot be locked ({os.strerror(errno.ENOLCK)}): " + (
-        "do not start a second process on it.\n"
+    assert said == (
+        f"qllava: warning: {tmp_path} cannot be locked ({os.strerror(errno.ENOLCK)}). The command continues; do not "
+        "start a second process on it.\n"
     )
 
 

@@ -151,10 +151,13 @@ def read_grid(path: Path, places: Mapping[str, Callable[[], Path]] | None = None
             raise InputError(
                 f"The grid {path}: {variant.name} has `against: {variant.against}`, but no variant has this name."
             )
+    if not variants:
+        raise InputError(f"The grid {path} has no variants. Add at least one.")
     folders = [variant.folder for variant in variants]
-    if not variants or len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
+    if len(set(folders)) < len(folders) or not all(folders) or "aligned" in folders:
         raise InputError(
-            f"The grid {path}: the names of variants must differ, also as folder names, and must not be `aligned`."
+            f"The grid {path}: two variants have the same name or the same folder name, or a variant is named "
+            "`aligned`, which is reserved. Rename the variant."
         )
     return Grid(variants, tuple(dict.fromkeys(seeds)))
 

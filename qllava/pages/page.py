@@ -77,7 +77,7 @@ def _chat_tab(talk: Talk) -> None:
         **CHATBOT,
     )
     pace = gr.HTML(elem_id="pace")
-    textbox = _textbox("question", "Add an image and ask about it")
+    textbox = _textbox("question", "Ask about an image")
     warm = talk.chat.recommended.temperature if talk.chat.recommended_sampling else 0.0
     drawer = _drawer(talk.chat, ("Temperature",), (min(warm, 2.0),))
     shown = [chatbot, textbox, pace]

@@ -237,6 +237,13 @@ def test_bars_are_as_long_as_their_values() -> None:
         page.bar_chart([], maximum=0)
 
 
+def test_a_bar_shows_its_interval_and_a_baseline_is_grey() -> None:
+    html = page.bar_chart([Bar("a", 0.9, interval=(0.8, 0.95), n=1200), Bar("chance", 0.5, faint=True)])
+    assert "<small>80.0 to 95.0\u00a0%, n = 1,200</small>" in html
+    assert '<i style="left:80.00%;width:15.00%"></i>' in html and html.count("<i ") == 1
+    assert '<span style="width:90.00%">' in html and '<span class="faint" style="width:50.00%">' in html
+
+
 def test_a_table_aligns_numbers_and_refuses_ragged_rows() -> None:
     html = page.table(["name", "n", "loss"], [["a", 12345, 0.123456], ["b", 2, 1.0]])
     assert '<td class="number">12,345</td>' in html

@@ -67,6 +67,12 @@ class Bar:
     """Value, which is its length."""
     note: str = ""
     """Text in small print below the name."""
+    interval: tuple[float, float] | None = None
+    """95 % confidence interval, drawn as a line and written below the value."""
+    n: int | None = None
+    """Number of observations, written below the value."""
+    faint: bool = False
+    """Draw the bar in grey: a baseline beside results."""
 
 
 def join(parts: Iterable[Html]) -> Html:
@@ -144,19 +150,31 @@ def _cells(form: str, marks: Sequence[Html], values: Sequence[str | float]) -> H
     return Html("").join(Html(form).format(*pair) for pair in zip(marks, texts, strict=True))
 
 
+def _width(value: float, maximum: float) -> float:
+    """Return the length of a value in percent of a full bar."""
+    return 100 * min(max(value / maximum, 0.0), 1.0) if math.isfinite(value) else 0.0
+
+
 def bar_chart(bars: Sequence[Bar], *, maximum: float = 1.0) -> Html:
     """Return horizontal bars with their values as percentages; `maximum` is the value of a full bar."""
     if maximum <= 0:
         raise ValueError(f"the value of a full bar must be above 0, not {maximum}")
     rows = []
     for bar in bars:
-        width = 100 * min(max(bar.value / maximum, 0.0), 1.0) if math.isfinite(bar.value) else 0.0
         note = Html("<small>{}</small>").format(bar.note) if bar.note else ""
+        width = _width(bar.value, maximum)
+        track = Html('<span{} style="width:{:.2f}%"></span>').format(Html(' class="faint"' if bar.faint else ""), width)
+        said = [f"n = {bar.n:,}"] if bar.n is not None else []
+        if bar.interval is not None:
+            low, high = (_width(end, maximum) for end in bar.interval)
+            track += Html('<i style="left:{:.2f}%;width:{:.2f}%"></i>').format(low, high - low)
+            said.insert(0, f"{percent(bar.interval[0]).split()[0]} to {percent(bar.interval[1])}")
+        small = Html("<small>{}</small>").format(", ".join(said)) if said else ""
         row = Html(
-            '<div class="bar"><span class="name">{}{}</span>'
-            '<span class="track"><span style="width:{:.2f}%"></span></span><span class="value">{}</span></div>'
+            '<div class="bar"><span class="name">{}{}</span><span class="track">{}</span>'
+            '<span class="value">{}{}</span></div>'
         )
-        rows.append(row.format(bar.label, note, width, percent(bar.value)))
+        rows.append(row.format(bar.label, note, track, percent(bar.value), small))
     return Html('<div class="bars">\n{}\n</div>').format(join(rows))
 
 

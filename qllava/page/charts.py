@@ -12,7 +12,7 @@ from qllava.page.markup import Html, number
 
 # Width and height of a chart in its own units, and the margins for the axes. Two charts share the width of a wide
 # screen and one fills a phone, so that a unit is about a pixel in both and the labels stay readable.
-_WIDTH, _HEIGHT = 440, 250
+_WIDTH, _HEIGHT = 380, 232
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 38
 # A logarithmic axis shows values above this; ten to the power of a lower tick would be 0 in floating point.
 _LOWEST_LOG = 1e-300

@@ -27,6 +27,7 @@ from typing import Any
 from qllava import page
 from qllava.data.images import open_image
 from qllava.data.problems import RecordError
+from qllava.evaluation.intervals import wilson
 from qllava.evaluation.vqa import is_correct
 from qllava.files import read_json
 from qllava.page import Bar, Html, Series
@@ -43,8 +44,14 @@ LADDER = (
     ("stage2", "After stage 2", "projector and LoRA are trained"),
     ("unseen_pairs", "Unseen pairs", "pairs of colour and form that no training image shows"),
 )
+BASELINES = ("frequent_answer", "blind", "untrained")
+"""Levels that the results are compared with, drawn in grey."""
 STAGES = {"pretrain": "Stage 1: training the projector", "finetune": "Stage 2: training projector and LoRA"}
 
+_HELD_OUT = (
+    "Held-out loss is measured on examples that the run does not learn from. If it rises while the training loss "
+    "falls, the model memorizes its examples: train for fewer steps, or with more data."
+)
 # Reference answers with more words are free text, for which exact match would count good answers as wrong.
 SHORT_ANSWER_WORDS = 4
 
@@ -131,7 +138,12 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
     figures = page.table(["", ""], outcome.figures(folder, results))
     following = page.code("\n".join(outcome.next_commands(folder)), wrap=True)
     sections = [page.section("Result", figures, page.paragraph("Next steps:", muted=True), following)]
-    ladder = [Bar(label, results[key], note) for key, label, note in LADDER if _finite(results.get(key))]
+    counts = results.get("counts")
+    ladder = [
+        _bar(label, results[key], counts, key, note, faint=key in BASELINES)
+        for key, label, note in LADDER
+        if _finite(results.get(key))
+    ]
     if ladder:
         tiles = [
             (label, page.percent(results[key]))
@@ -144,12 +156,21 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
         sections.append(page.section("Held-out answers", *parts, page.bar_chart(ladder)))
     by_type = results.get("by_type")
     if isinstance(by_type, dict):
-        bars = [Bar(str(name), value) for name, value in by_type.items() if _finite(value)]
+        numbers = counts.get("by_type") if isinstance(counts, dict) else None
+        bars = [_bar(str(name), value, numbers, str(name)) for name, value in by_type.items() if _finite(value)]
         if bars:
             bars.sort(key=lambda bar: -bar.value)
             remark = page.paragraph("Accuracy after stage 2 by type of question, best type first.", muted=True)
             sections.append(page.section("By type of question", remark, page.bar_chart(bars)))
     return sections
+
+
+def _bar(label: str, share: float, counts: Any, key: str, note: str = "", *, faint: bool = False) -> Bar:
+    """Return the bar of an accuracy, with its interval and number of questions where `counts` has them."""
+    n = counts.get(key) if isinstance(counts, dict) else None
+    if not isinstance(n, int) or n <= 0:
+        return Bar(label, share, note, faint=faint)
+    return Bar(label, share, note, wilson(round(share * n), n), n, faint)
 
 
 def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> Html:
@@ -173,6 +194,8 @@ def _stage_section(name: str, records: Sequence[Mapping[str, Any]], spikes: Sequ
     ]
     last, total = records[-1].get("step"), records[-1].get("total_steps")
     parts = [page.grid(*charts)]
+    if held_out:
+        parts.append(page.paragraph(_HELD_OUT, muted=True))
     if isinstance(total, int) and isinstance(last, int) and last < total:
         parts.insert(
             0, page.callout(f"This stage is not finished: the last recorded step is {last} of {total}.", "warning")

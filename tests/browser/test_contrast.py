@@ -199,7 +199,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(pages.callout(f"A {kind}.", kind) for kind in ("note", "good", "warning")),  # type: ignore[arg-type]
         pages.tiles([("Accuracy", "93.4 %"), ("Questions", "100")]),
         pages.table(["Name", "Value"], [["a", 1.5], ["b", 2.5]], caption="What it says"),
-        pages.bar_chart([Bar("colour", 0.9, "100 questions"), Bar("count", 0.1)]),
+        pages.bar_chart([Bar("colour", 0.9, "asked", (0.8, 0.95), 100), Bar("count", 0.1, faint=True)]),
         pages.grid(pages.line_chart("Loss", lines), pages.code("qllava check data.json")),
         pages.details("More", pages.code("a line that is far too long for a phone " * 5)),
         pages.gallery([pages.card(image, pages.verdicts(said))]),

@@ -168,7 +168,7 @@ def _results_section(folder: Path, results: Mapping[str, Any] | None) -> list[Ht
 def _bar(label: str, share: float, counts: Any, key: str, note: str = "", *, faint: bool = False) -> Bar:
     """Return the bar of an accuracy, with its interval and number of questions where `counts` has them."""
     n = counts.get(key) if isinstance(counts, dict) else None
-    if not isinstance(n, int) or n <= 0:
+    if not isinstance(n, int) or n <= 0 or not 0 <= share <= 1:
         return Bar(label, share, note, faint=faint)
     return Bar(label, share, note, wilson(round(share * n), n), n, faint)
 

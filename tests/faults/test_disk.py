@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qllava.config import InputError
@@ -329,6 +330,11 @@ class TestDamageAcrossStages:
 
 
 class TestWhatCannotBeSaved:
+    @pytest.mark.parametrize("error", [SafetensorError("Error while serializing"), RuntimeError("a"), OSError(5, "b")])
+    def test_is_one_sentence_whichever_library_says_so(self, error: Exception) -> None:
+        with pytest.raises(InputError, match="^The checkpoint could not be saved "), saving("The checkpoint"):
+            raise error
+
     def test_an_error_of_a_gpu_is_none_of_the_disk(self) -> None:
         with pytest.raises(torch.AcceleratorError), saving("x"):
             raise torch.AcceleratorError("an illegal memory access")

@@ -102,6 +102,25 @@ def test_damage_is_said_and_not_raised(run: Path) -> None:
     assert "cannot be opened" in html
 
 
+@pytest.mark.parametrize("share", [1.5, -0.2])
+@pytest.mark.parametrize("n", [100, 0, -3, "many", None])
+def test_results_that_cannot_be_have_no_interval(run: Path, share: float, n: object) -> None:
+    results = RESULTS | {
+        "stage2": share,
+        "by_type": {"colour": share},
+        "counts": {"stage2": n, "by_type": {"colour": n}},
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert f"{100 * share:.1f}" in html and "n = " not in html
+
+
+def test_every_result_has_its_interval_and_number(run: Path) -> None:
+    results = RESULTS | {"stage2": 0.9, "counts": {"stage2": 1000}}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "88.0 to 91.7\u00a0%, n = 1,000" in write_report(run).read_text(encoding="utf-8")
+
+
 def test_an_interrupted_run_says_where_it_stands(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:-10]) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from qllava.config import InputError
 from qllava.files import Journal, flush, move, os_errors
@@ -45,7 +46,7 @@ def saving(what: str) -> Iterator[None]:
             yield
     except (torch.AcceleratorError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
             f"{what} could not be saved ({one_line(error)}). Earlier checkpoints are unchanged. Free disk space, or "
             "make the folder writable, and run the command again."

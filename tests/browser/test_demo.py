@@ -90,7 +90,7 @@ def test_a_photograph_is_answered(
     page.goto(demo)
     assert len(letters(expected)) > 20
     ask(page, "What colour is it?", photograph)
-    wait_until(lambda: letters(expected) == letters(page.locator(ANSWER).last.inner_text()), 60)
+    assert letters(settled(page)) == letters(expected)
     assert "tokens" in page.locator("#pace").inner_text()
     image = page.locator("#chat .user img").first
     assert image.evaluate("i => [i.naturalWidth, i.naturalHeight]") == [1200, 1600], "shown upright"
@@ -237,7 +237,6 @@ def test_two_models_are_compared_and_the_vote_is_in_the_file(
     assert page.locator("#votes button").evaluate_all(cut) == [], "no label is cut off"
     narrowest = min(page.locator(side).bounding_box()["width"] for side in ("#left", "#right"))
     assert narrowest > 300, "an answer has room beside or below the other"
-    left = page.locator("#left .bot.message").last.inner_text()
     page.locator("#vote-left").click()
     wait_until(lambda: "Left was" in page.locator("#result").inner_text(), 30)
     assert page.locator(".user img").count() == 1, "image and question are shown once"
@@ -246,7 +245,9 @@ def test_two_models_are_compared_and_the_vote_is_in_the_file(
     page.screenshot(path=ARTIFACTS / f"compare-{'phone' if size is PHONE else 'wide'}.png")
     (vote,) = VoteFile(model.parent / "votes.jsonl").votes[before:]
     assert (vote.question, vote.vote) == ("What colour is it?", "left")
-    assert letters(vote.answers["left"]) == letters(left)
+    wait_until(
+        lambda: letters(page.locator("#left .bot.message").last.inner_text()) == letters(vote.answers["left"]), 30
+    )
     assert set(vote.models.values()) == {"model", "other"} and len(vote.pictures) == 1
     assert page.locator("#vote-left").is_disabled()
     page.close()

@@ -3,8 +3,8 @@
     python recipes/build_nano.py --out qllava/nano/weights
     python recipes/build_nano.py --out small --small
 
-The two parts are trained in parallel, on one core each. On two otherwise idle cores with bf16 matrix units it takes
-about an hour and a half; a C++ compiler (for `torch.compile`) halves the LLaMA's time, without one it is not compiled.
+The two parts are trained in parallel, on one core each, and log to `build.log`. The same command resumes a build that
+was stopped. With a C++ compiler (for `torch.compile`) the LLaMA is trained faster.
 
 `--small` builds a LLaMA with half of the layers instead, for ablations: nano's own without every second layer, trained
 further on a few texts. `recipes/ablate.py` builds it when it first needs it.
@@ -16,7 +16,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,46 +31,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LOG = "build.log"
+"""What both parts say while they are trained, in the folder that they are written to."""
+
+
 def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
     weights: torch.nn.Module = model  # the types of transformers' own `to` are incomplete
     weights.to(dtype)
     model.save_pretrained(out)
 
 
-def build_tower(out: Path) -> float:
+def build_tower(out: Path, seed: int) -> float:
     """Train the tower, write it in transformers' format, in fp16, and return the seconds it took."""
     import torch
     from transformers import CLIPImageProcessor
 
     from qllava.models.vision import convert_open_clip
-    from qllava.nano import scenes, tower
+    from qllava.nano import kept, scenes, tower
 
     started = time.monotonic()
     torch.set_num_threads(1)
-    model = convert_open_clip(tower.train().visual)
-    _save(model, torch.float16, out)
+    log = kept.log_to(out / LOG, "tower")
+    model = convert_open_clip(tower.train(seed=seed, log=log, kept=out / "tower.state").visual)
     CLIPImageProcessor(
         size={"shortest_edge": scenes.SIZE},
         crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
         image_mean=list(tower.MEAN),
         image_std=list(tower.STD),
-    ).save_pretrained(out)
-    return time.monotonic() - started
+    ).save_pretrained(out / "tower")
+    _save(model, torch.float16, out / "tower")
+    return _finished(out / "tower.state", started, log)
 
 
-def build_llama(out: Path) -> float:
+def build_llama(out: Path, seed: int) -> float:
     """Train tokenizer and LLaMA, write them, in bf16, and return the seconds it took."""
     import torch
 
-    from qllava.nano import llama
+    from qllava.nano import kept, llama
 
     started = time.monotonic()
     torch.set_num_threads(1)
+    log = kept.log_to(out / LOG, "llama")
     tokenizer = llama.train_tokenizer()
-    model = llama.train(tokenizer)
-    _save(model, torch.bfloat16, out)
-    tokenizer.save_pretrained(out)
-    return time.monotonic() - started
+    model = llama.train(tokenizer, seed=seed, log=log, kept=out / "llama.state")
+    tokenizer.save_pretrained(out / "llama")
+    _save(model, torch.bfloat16, out / "llama")
+    return _finished(out / "llama.state", started, log)
+
+
+def _finished(state: Path, started: float, log: Callable[[str], None]) -> float:
+    """Remove the state of a part that is written; return the seconds of this start."""
+    state.unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    log(f"written after {seconds / 60:.0f} minutes of this start, {time.process_time() / 60:.0f} of CPU time")
+    return seconds
 
 
 def build_small_llama(out: Path) -> None:
@@ -90,10 +104,16 @@ def build_small_llama(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def _is_written(part: Path) -> bool:
+    """Whether an earlier start has finished a part; its weights are written last."""
+    return (part / "model.safetensors").is_file()
+
+
 def command_line() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(description="Make nano's weights again.")
     parser.add_argument("--out", type=file_path, required=True, help="folder to write `tower` and `llama` into")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and texts (default: 0)")
     parser.add_argument(
         "--small", action="store_true", help="build a LLaMA with half the layers of nano's, and no tower"
     )
@@ -112,9 +132,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.small:
         build_small_llama(out)
         return 0
+    out.mkdir(parents=True, exist_ok=True)
+    missing = {n: part for n, part in (("tower", build_tower), ("llama", build_llama)) if not _is_written(out / n)}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        parts = {"tower": pool.submit(build_tower, out / "tower"), "llama": pool.submit(build_llama, out / "llama")}
-        for name, future in parts.items():
+        futures = {name: pool.submit(part, out, arguments.seed) for name, part in missing.items()}
+        for name, future in futures.items():
             print(f"{name}: {future.result() / 60:.0f} minutes")
     return 0
 

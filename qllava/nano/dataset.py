@@ -5,8 +5,8 @@ They are made once into a cache folder (`$QLLAVA_CACHE`, else `~/.cache/qllava`)
     images/train-000000.png ...      96 x 96
     pretrain.json                    LLaVA JSON: an image and the caption that names everything in it
     train.json                       LLaVA JSON: a conversation of about ten questions per image, now and then a
-                                     description or reasons; and images in colours without a name, whose questions
-                                     speak of none
+                                     description or reasons; images in colours without a name, whose questions
+                                     speak of none; and images without a scene, whose answers say what nano knows
     validation.json                  question, image, answer, type: looked at during the run
     test.json                        the same: the table, every type alike often
     unseen.json                      the same, about shapes whose pair of colour and form no training image shows
@@ -29,14 +29,15 @@ from tqdm import tqdm
 from qllava import workers
 from qllava.config import cache_folder
 from qllava.files import whole_folder
-from qllava.nano import language
+from qllava.nano import language, strange, talk, unknown
 from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_colour, render, sample_scene
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
 PRETRAIN_IMAGES = 6_000
 TRAIN_IMAGES = 7_000
 NAMELESS_IMAGES = 3_000
+STRANGE_IMAGES = 500
 QUESTIONS_PER_IMAGE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000
@@ -89,7 +90,8 @@ def prepare(folder: Path | None = None) -> NanoData:
         with workers.pool() as pool:
             train = _draw(pool, aside, "train", TRAIN_IMAGES, _conversation_record)
             nameless = _draw(pool, aside, "nameless", NAMELESS_IMAGES, _nameless_record)
-            _write(aside / "train.json", train + nameless)
+            odd = _draw(pool, aside, "strange", STRANGE_IMAGES, _strange_record)
+            _write(aside / "train.json", train + nameless + odd)
             # Stage 1 sees the first of the same images: nothing is drawn for it that stage 2 does not use.
             _write(aside / "pretrain.json", [_caption_record(one["id"]) for one in train[:PRETRAIN_IMAGES]])
             held_out: dict[str, tuple[int, _Record]] = {
@@ -137,11 +139,11 @@ def _caption_record(id_: str) -> dict[str, Any]:
 
 def _conversation_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
     scene = sample_scene(rng)
-    pairs = [(q.text, q.answer) for q in language.questions(scene, rng, QUESTIONS_PER_IMAGE)]
-    if index % 12 == 0:
-        pairs = [language.detail(scene, rng), *pairs[:6]]
+    pairs = talk.turns(scene, rng, QUESTIONS_PER_IMAGE)
+    if index % 8 == 0:
+        pairs = [talk.detail(scene, rng), *pairs[:6]]
     elif index % 12 == 1:
-        pairs = [*pairs[:6], language.reasoning(scene, rng)]
+        pairs = [*pairs[:6], talk.reasoning(scene, rng)]
     return render(scene), {"conversations": _turns(pairs)}
 
 
@@ -154,9 +156,17 @@ def _nameless_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[
     while len(pairs) < 4:
         scene = sample_scene(rng)
         asked = language.questions(scene, rng, 4 * QUESTIONS_PER_IMAGE)
-        pairs = [(q.text, q.answer) for q in asked if not COLOURS.keys() & {*q.text.split(), q.answer}]
+        pairs = [(talk.said(q.text, rng), q.answer) for q in asked if not COLOURS.keys() & {*q.text.split(), q.answer}]
     image = render(scene, [nameless_colour(rng) for _ in scene.shapes])
     return image, {"conversations": _turns(pairs[:QUESTIONS_PER_IMAGE])}
+
+
+def _strange_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
+    """An image without a scene: whatever is asked, the answer says what nano knows."""
+    scene = sample_scene(rng)
+    asked = [talk.detail(scene, rng)[0], *(question for question, _ in talk.turns(scene, rng, 3))]
+    rng.shuffle(asked)
+    return strange.draw(rng), {"conversations": _turns([(question, unknown.SENTENCE) for question in asked])}
 
 
 def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -178,4 +188,4 @@ def _question_record(
         scene = sample_scene(rng, split, unseen=unseen)
         about = next((s for s in scene.shapes if (s.colour, s.form) in UNSEEN_PAIRS), None) if unseen else None
         question = language.ask(scene, type_, rng, about=about)
-    return render(scene), {"question": question.text, "answer": question.answer, "type": question.type}
+    return render(scene), {"question": talk.said(question.text, rng), "answer": question.answer, "type": question.type}

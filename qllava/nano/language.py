@@ -47,10 +47,12 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def full_caption(scene: Scene, *, colours: bool = True) -> str:
-    """Every shape with size, colour (unless `colours` is off), form and place, in reading order."""
-    colour = {s: f"{s.colour} " if colours else "" for s in scene.shapes}
-    parts = [f"{article(f'{s.size} {colour[s]}{s.form}')} {AT[s.place]}" for s in scene.shapes]
+def full_caption(scene: Scene, *, colours: bool = True, forms: bool = True) -> str:
+    """Every shape with size, colour (unless `colours` is off), form (or "shape") and place, in reading order."""
+    parts = []
+    for s in scene.shapes:
+        colour, form = f"{s.colour} " if colours else "", s.form if forms else "shape"
+        parts.append(f"{article(f'{s.size} {colour}{form}')} {AT[s.place]}")
     return ", ".join(parts)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qllava.conversation import CHATML, IMAGE_TOKEN, Conversation, Rendered, Turn
-from qllava.nano import language
+from qllava.nano import language, precision, talk
+from qllava.nano.kept import Kept
+from qllava.nano.precision import Muon
 from qllava.nano.scenes import COLOURS, FORMS, PLACES, SIZES, Scene, Shape, sample_scene
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VOCABULARY = 2048
+VOCABULARY = 3072
 LENGTH = 224
 """Tokens of a text: facts and about ten questions."""
 # Llama 3's pre-tokenizer, which llama.cpp knows by name.
@@ -99,11 +102,11 @@ def conversation(
     scene: Scene, rng: random.Random, *, facts: str, count: int = 12, types: tuple[str, ...] = language.TYPES
 ) -> Conversation:
     """Facts, and `count` questions about them with their answers; now and then a description or reasons instead."""
-    pairs: list[tuple[str, str]] = [(q.text, q.answer) for q in language.questions(scene, rng, count, types)]
+    pairs = talk.turns(scene, rng, count, types)
     if rng.random() < 0.15:
-        pairs = [language.detail(scene, rng), *pairs[: count // 2]]
-    elif rng.random() < 0.25:
-        pairs = [language.reasoning(scene, rng), *pairs[: count // 2]]
+        pairs = [talk.detail(scene, rng), *pairs[: count // 2]]
+    elif rng.random() < 0.2:
+        pairs = [talk.reasoning(scene, rng), *pairs[: count // 2]]
     pairs[0] = (f"{facts}\n{pairs[0][0]}", pairs[0][1])
     return Conversation(tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
 
@@ -306,12 +309,25 @@ def train(
     *,
     seed: int = 0,
     log: Callable[[str], None] = print,
+    kept: Path | None = None,
 ) -> LlamaForCausalLM:
-    """Train the LLaMA on `text`, round after round. Returns it in evaluation mode."""
+    """Train the LLaMA on `text`, round after round.
+
+    Args:
+        tokenizer: What `train_tokenizer` returns.
+        rounds: In their order.
+        seed: Of the weights and the texts.
+        log: Takes a line about each 50th step.
+        kept: File that the state is kept in, and resumed from; None: the training cannot be resumed.
+
+    Returns:
+        The model in evaluation mode.
+    """
     torch.manual_seed(seed)
     model = build(len(tokenizer))
+    state = Kept(kept, log)
     for number, round_ in enumerate(rounds):
-        train_round(model, tokenizer, round_, random.Random(f"text-{seed + number}"), log)
+        train_round(model, tokenizer, round_, random.Random(f"text-{seed + number}"), log, kept=state, number=number)
     model.eval()
     return model
 
@@ -334,8 +350,19 @@ def train_round(
     round_: Round,
     rng: random.Random,
     log: Callable[[str], None],
+    *,
+    kept: Kept | None = None,
+    number: int = 0,
 ) -> None:
-    """One round, in place; bf16 matrix products, fp32 weights; Muon for the matrices, AdamW for the rest."""
+    """Train one round, in place: fp32 weights, products by `precision`; Muon for the matrices, AdamW for the rest.
+
+    kept: Where the state of this round, the `number`th, is kept; a round that it says is finished does nothing.
+    """
+    kept = kept or Kept(None, log)
+    if (first := kept.begins(number)) is None:
+        return
+    if first:
+        model.load_state_dict(kept.state["model"])
     body = _compiled(model.model)
     table: torch.nn.Embedding = model.model.embed_tokens
     words = Words(table, tokenizer, round_.shared) if round_.shared else None
@@ -343,16 +370,22 @@ def train_round(
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     others += [words.vectors] if words else []
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=round_.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, round_.muon_lr),
         torch.optim.AdamW(others, lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     one_cycle = partial(OneCycleLR, total_steps=round_.steps, pct_start=0.03, cycle_momentum=False)
     schedules = [one_cycle(o, max_lr=o.defaults["lr"]) for o in optimizers]
-    for step in tqdm(range(round_.steps), desc="llama"):
+    if first:
+        rng.setstate(kept.state["rng"])
+        if words:
+            words.vectors.data.copy_(kept.state["vectors"])
+        for one, its in zip([*optimizers, *schedules], kept.state["optimizers"], strict=True):
+            one.load_state_dict(its)
+    for step in tqdm(range(first, round_.steps), desc="llama", initial=first, total=round_.steps):
         ids, labels = _rows([text(rng, tokenizer.backend_tokenizer, round_) for _ in range(round_.batch)])
         learned = labels[:, 1:] != -100
         # Padding stands at the end and attention is causal: nothing real ever sees it, so no mask is needed.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with precision.fast(), sdpa_kernel(SDPBackend.MATH):
             weight = words.weight() if words else table.weight
             embedded = torch.nn.functional.embedding(ids, weight)
             hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1][learned]
@@ -368,5 +401,13 @@ def train_round(
         if step % 50 == 49:
             right = (logits.argmax(-1) == labels[:, 1:][learned]).float().mean()
             log(f"step {step + 1}: loss {loss.item():.4f}, right {right.item():.3f} of {learned.sum().item()}")
+        if kept.due():
+            kept.write(
+                {
+                    "round": number, "step": step + 1, "rng": rng.getstate(), "model": model.state_dict(),
+                    "vectors": words.vectors.data if words else None,
+                    "optimizers": [one.state_dict() for one in [*optimizers, *schedules]],
+                }
+            )  # fmt: skip
     if words:
         words.fold()

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from qllava import workers
+from qllava.nano import precision
+from qllava.nano.kept import Kept
 from qllava.nano.language import full_caption
 from qllava.nano.scenes import SIZE, nameless_colour, render, sample_scene
 
@@ -35,10 +38,13 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _PAD, _START = 0, 1
 
 
-def draw(seeds: list[int], nameless: float = 0.0) -> tuple[np.ndarray, list[str]]:
-    """Scenes of the training split by seed, as (B, SIZE, SIZE, 3) bytes and captions.
+def draw(seeds: list[int], nameless: float = 0.0, full: float = 1.0) -> tuple[np.ndarray, list[str]]:
+    """Draw scenes of the training split by seed, as (B, SIZE, SIZE, 3) bytes and captions.
 
-    A share of `nameless` is painted in colours that have no name, and its captions say none.
+    Args:
+        seeds: One for each scene.
+        nameless: Share of scenes that are painted in colours without a name; their captions say no colours.
+        full: Share of the others whose captions say colours and forms; the rest say no forms.
     """
     images, captions = [], []
     for seed in seeds:
@@ -46,7 +52,7 @@ def draw(seeds: list[int], nameless: float = 0.0) -> tuple[np.ndarray, list[str]
         scene = sample_scene(rng)
         odd = rng.random() < nameless
         images.append(np.asarray(render(scene, [nameless_colour(rng) for _ in scene.shapes] if odd else None)))
-        captions.append(full_caption(scene, colours=not odd))
+        captions.append(full_caption(scene, colours=not odd, forms=odd or rng.random() < full))
     return np.stack(images), captions
 
 
@@ -61,7 +67,8 @@ def vocabulary() -> dict[str, int]:
     words: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
-        words.update(_words(full_caption(sample_scene(rng))))
+        scene = sample_scene(rng)
+        words.update(_words(full_caption(scene)), _words(full_caption(scene, forms=False)))
     out = {word: i for i, word in enumerate(sorted(words), start=2)}
     return {**out, "<end>": len(out) + 2}
 
@@ -112,14 +119,15 @@ def build(vocab_size: int) -> CoCa:
 
 
 def _batches(
-    images: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator
+    images: np.ndarray, text: torch.Tensor, size: int, steps: int, rng: np.random.Generator, first: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = np.empty(0, dtype=np.int64)
-    for _ in range(steps):
+    for step in range(steps):
         if len(order) < size:
             order = np.concatenate([order, rng.permutation(len(images))])
         chosen, order = order[:size], order[size:]
-        yield pixels(images[chosen]), text[chosen]
+        if step >= first:
+            yield pixels(images[chosen]), text[chosen]
 
 
 @dataclass(frozen=True)
@@ -134,39 +142,60 @@ class Round:
     """The highest learning rate; it falls to nothing along a cosine."""
     nameless: float
     """Share of scenes that are painted in colours without a name (`draw`)."""
+    full: float
+    """Share of the other scenes whose captions say colours and forms (`draw`)."""
 
 
 # After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all. But what a
 # probe found in the patches was form and colour in one: of colours with forms that it had never met together it read
 # 24 % of the forms. Shapes in colours that have no name, and that come in every form, part the two.
 ROUNDS = (
-    Round(24_000, 2_200, 1.5e-3, 0.0),
-    Round(40_000, 2_200, 1.0e-3, 0.0),
-    Round(60_000, 4_000, 1.0e-3, 0.5),
-    Round(60_000, 3_000, 8.0e-4, 0.6),
+    Round(24_000, 2_200, 1.5e-3, 0.6, 0.1),
+    Round(40_000, 2_200, 1.0e-3, 0.6, 0.1),
+    Round(60_000, 4_000, 1.0e-3, 0.6, 0.1),
+    Round(60_000, 3_000, 8.0e-4, 0.6, 0.1),
 )
 
 
 def train(
-    rounds: tuple[Round, ...] = ROUNDS, *, batch: int = 128, seed: int = 0, log: Callable[[str], None] = print
+    rounds: tuple[Round, ...] = ROUNDS,
+    *,
+    batch: int = 128,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+    kept: Path | None = None,
 ) -> CoCa:
-    """Train the tower's CoCa. Returns the model in evaluation mode."""
+    """Train the tower's CoCa.
+
+    Args:
+        rounds: In their order.
+        batch: Images a step.
+        seed: Of the weights, the scenes and their order.
+        log: Takes a line about each 100th step.
+        kept: File that the state is kept in, and resumed from; None: the training cannot be resumed.
+
+    Returns:
+        The model in evaluation mode.
+    """
     torch.manual_seed(seed)
     ids = vocabulary()
     model = build(len(ids) + 2)
-    drawn = 0
-    for round_ in rounds:
-        images, text = _draw_all(range(drawn, drawn + round_.scenes), ids, round_.nameless)
+    state = Kept(kept, log)
+    drawn = seed * 1_000_000
+    for number, round_ in enumerate(rounds):
+        scenes = range(drawn, drawn + round_.scenes)
         drawn += round_.scenes
-        train_round(model, images, text, round_, batch=batch, seed=seed, log=log)
+        if state.begins(number) is not None:
+            images, text = _draw_all(scenes, ids, round_.nameless, round_.full)
+            train_round(model, images, text, round_, batch=batch, seed=seed, log=log, kept=state, number=number)
     return model.eval()
 
 
-def _draw_all(seeds: range, ids: dict[str, int], nameless: float) -> tuple[np.ndarray, torch.Tensor]:
+def _draw_all(seeds: range, ids: dict[str, int], nameless: float, full: float) -> tuple[np.ndarray, torch.Tensor]:
     """The images and tokenized captions of scenes, drawn in parallel."""
     chunks = [list(seeds[k : k + 500]) for k in range(0, len(seeds), 500)]
     with workers.pool() as pool:
-        drawn = list(tqdm(pool.map(draw, chunks, repeat(nameless)), total=len(chunks), desc="scenes"))
+        drawn = list(tqdm(pool.map(draw, chunks, repeat(nameless), repeat(full)), total=len(chunks), desc="scenes"))
     images = np.concatenate([p for p, _ in drawn])
     return images, tokens([caption for _, part in drawn for caption in part], ids)
 
@@ -180,15 +209,25 @@ def train_round(
     batch: int,
     seed: int,
     log: Callable[[str], None],
+    kept: Kept | None = None,
+    number: int = 0,
 ) -> None:
-    """One round, in place; bf16 matrix products, fp32 weights."""
+    """Train one round, in place: fp32 weights, products by `precision`.
+
+    kept: Where the state of this round, the `number`th, is kept and found.
+    """
+    kept = kept or Kept(None, log)
+    first = kept.begins(number) or 0
     loss_of = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=_PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, round_.lr, total_steps=round_.steps, pct_start=0.05)
-    batches = _batches(images, text, batch, round_.steps, np.random.default_rng(seed))
-    for step, (x, y) in enumerate(tqdm(batches, total=round_.steps, desc="tower")):
+    if first:
+        for one, its in zip((model, optimizer, schedule), kept.state["parts"], strict=True):
+            one.load_state_dict(its)
+    batches = _batches(images, text, batch, round_.steps, np.random.default_rng(seed), first)
+    for step, (x, y) in enumerate(tqdm(batches, initial=first, total=round_.steps, desc="tower"), start=first):
         # torch's flash attention on the CPU takes ten times as long backwards as the plain product at this size.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with precision.fast(), sdpa_kernel(SDPBackend.MATH):
             out = model(x, y)
         features = out["image_features"].float(), out["text_features"].float()
         clip, caption = loss_of(*features, out["logits"].float(), out["labels"], out["logit_scale"])
@@ -199,3 +238,6 @@ def train_round(
         schedule.step()
         if step % 100 == 99:
             log(f"step {step + 1}: contrastive {clip.item():.3f} caption {caption.item() / 2:.4f}")
+        if kept.due():
+            parts = [one.state_dict() for one in (model, optimizer, schedule)]
+            kept.write({"round": number, "step": step + 1, "parts": parts})

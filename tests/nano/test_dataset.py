@@ -12,7 +12,7 @@ from PIL import Image
 
 from qllava.config import InputError, cache_folder
 from qllava.data.formats import Example, read_examples
-from qllava.nano import dataset, language
+from qllava.nano import dataset, language, unknown
 from qllava.nano.dataset import NanoData, prepare, scene_of
 from qllava.nano.scenes import COLOURS, SIZE, UNSEEN_PAIRS, render
 
@@ -25,6 +25,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
         "PRETRAIN_IMAGES": 9,
         "TRAIN_IMAGES": 26,
         "NAMELESS_IMAGES": 8,
+        "STRANGE_IMAGES": 5,
         "VALIDATION_QUESTIONS": 8,
         "TEST_QUESTIONS": 24,
         "UNSEEN_QUESTIONS": 16,
@@ -59,7 +60,7 @@ def test_every_file_is_read_like_anybodys_data(data: NanoData) -> None:
             (path,) = example.images
             with Image.open(path) as image:
                 assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
-    assert counts == {"pretrain": 9, "train": 34, "validation": 8, "test": 24, "unseen": 16}
+    assert counts == {"pretrain": 9, "train": 39, "validation": 8, "test": 24, "unseen": 16}
 
 
 def test_no_image_lies_there_unused(data: NanoData) -> None:
@@ -96,20 +97,29 @@ def test_conversations_have_questions_descriptions_and_reasons(data: NanoData) -
         answers = [turn.content for turn in example.conversation.turns if turn.role == "assistant"]
         assert asked[0].startswith("<image>\n")
         assert not any("<image>" in text for text in asked[1:])
-        assert ("There are " in answers[0]) == (number % 12 == 0)
-        assert asked[-1].endswith("Give your reasons.") == (number % 12 == 1)
-        assert len(asked) == (7 if number % 12 < 2 else 10)
+        described, reasoned = number % 8 == 0, number % 12 == 1
+        assert answers[0].startswith("There are ") == described
+        assert ("So the answer is" in answers[-1]) == reasoned
+        assert len(asked) == (7 if described or reasoned else 10)
 
 
 def test_images_in_colours_without_a_name_are_asked_about_everything_else(data: NanoData) -> None:
-    nameless = read(data.train)[26:]
+    nameless = read(data.train)[26:34]
     assert [e.id for e in nameless] == [f"nameless-{n:06d}" for n in range(8)]
     for example in nameless:
         said = " ".join(turn.content for turn in example.conversation.turns)
-        assert not any(colour in re.findall("[a-z]+", said) for colour in COLOURS)
+        assert not {*COLOURS, "violet"} & {*re.findall("[a-z]+", said)}
         assert 4 <= len(example.conversation.turns) // 2 <= 10
         (image,) = example.images
         assert Image.open(image).tobytes() != render(scene_of(example.id)).tobytes()
+
+
+def test_images_without_a_scene_are_answered_by_what_nano_knows(data: NanoData) -> None:
+    strange = read(data.train)[34:]
+    assert [e.id for e in strange] == [f"strange-{n:06d}" for n in range(5)]
+    for example in strange:
+        assert {turn.content for turn in example.conversation.turns if turn.role == "assistant"} == {unknown.SENTENCE}
+        assert len(example.conversation.turns) == 8
 
 
 def test_training_and_ordinary_questions_know_nothing_of_unseen_pairs(data: NanoData) -> None:

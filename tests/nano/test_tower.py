@@ -121,7 +121,7 @@ def test_a_round_trains_and_the_converted_tower_computes_the_same(
     model: CoCa, drawn: tuple[np.ndarray, torch.Tensor]
 ) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tower.train_round(model, *drawn, tower.Round(32, 2, 1e-3, 0.0), batch=16, seed=0, log=print)
+    tower.train_round(model, *drawn, tower.Round(32, 2, 1e-3, 0.0, 1.0), batch=16, seed=0, log=print)
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not still, f"not trained: {still}"
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -148,14 +148,14 @@ def test_every_round_draws_scenes_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(tower, "_draw_all", draw_all)
     monkeypatch.setattr(tower, "train_round", lambda *args, **_: trained.append(args[3].steps))
-    model = tower.train((tower.Round(5, 2, 1e-3, 0.0), tower.Round(7, 3, 1e-3, 0.5)))
+    model = tower.train((tower.Round(5, 2, 1e-3, 0.0, 1.0), tower.Round(7, 3, 1e-3, 0.5, 0.5)))
     assert ranges == [(range(5), 0.0), (range(5, 12), 0.5)]
     assert trained == [2, 3]
     assert not model.training
 
 
 def test_drawing_in_parallel_keeps_the_order(ids: dict[str, int]) -> None:
-    images, text = tower._draw_all(range(498, 1002), ids, 0.5)
+    images, text = tower._draw_all(range(498, 1002), ids, 0.5, 0.5)
     for row, seed in ((0, 498), (499, 997), (500, 998), (503, 1001)):
         one, captions = tower.draw([seed], 0.5)
         assert np.array_equal(images[row], one[0])

@@ -15,7 +15,19 @@ from qllava.nano.scenes import COLOURS, FORMS, PLACES, SIZES, UNSEEN_PAIRS, Scen
 
 Pair = tuple[str, str]
 """A question in its plain form, and its answer."""
-_OTHER_FORMS = ("heart", "hexagon", "diamond", "oval", "rectangle", "arrow", "moon", "pentagon", "cube", "spiral", "line")
+_OTHER_FORMS = (
+    "heart",
+    "hexagon",
+    "diamond",
+    "oval",
+    "rectangle",
+    "arrow",
+    "moon",
+    "pentagon",
+    "cube",
+    "spiral",
+    "line",
+)
 _OTHER_COLOURS = ("pink", "brown", "black", "white", "grey", "gray", "cyan", "golden", "turquoise")
 _ATTRIBUTES = ("colour", "form", "size", "place")
 
@@ -170,7 +182,10 @@ def _beside(scene: Scene, rng: random.Random) -> Pair:
     """What is above, below, left or right of a shape, by rows and columns of places."""
     shape = rng.choice(scene.shapes)
     relation = rng.choice(("above", "below", "left of", "right of"))
-    axis, sign = ("row" if relation in ("above", "below") else "column"), (-1 if relation in ("above", "left of") else 1)
+    axis, sign = (
+        ("row" if relation in ("above", "below") else "column"),
+        (-1 if relation in ("above", "left of") else 1),
+    )
     here = getattr(shape, axis)
     found = [s for s in scene.shapes if sign * (getattr(s, axis) - here) > 0]
     return f"What is {relation} the {_pair(shape)}?", listed([article(_pair(s)) for s in found])
@@ -218,7 +233,10 @@ def ask(scene: Scene, rng: random.Random) -> Pair:
 
 
 def follow_up(scene: Scene, rng: random.Random, attribute: str) -> Pair:
-    """Return "And the star?" after a question about an attribute ("colour", "form", "size", "place"), and its answer."""
+    """Return "And the star?" after a question about an attribute, and its answer.
+
+    attribute: "colour", "form", "size" or "place".
+    """
     shape = rng.choice(scene.shapes)
     if attribute != "form" and sum(s.form == shape.form for s in scene.shapes) == 1 and rng.random() < 0.6:
         name = f"the {shape.form}"

@@ -375,11 +375,12 @@ def train_round(
     ]
     one_cycle = partial(OneCycleLR, total_steps=round_.steps, pct_start=0.03, cycle_momentum=False)
     schedules = [one_cycle(o, max_lr=o.defaults["lr"]) for o in optimizers]
+    resumed: list[Any] = [*optimizers, *schedules]
     if first:
         rng.setstate(kept.state["rng"])
         if words:
             words.vectors.data.copy_(kept.state["vectors"])
-        for one, its in zip([*optimizers, *schedules], kept.state["optimizers"], strict=True):
+        for one, its in zip(resumed, kept.state["optimizers"], strict=True):
             one.load_state_dict(its)
     for step in tqdm(range(first, round_.steps), desc="llama", initial=first, total=round_.steps):
         ids, labels = _rows([text(rng, tokenizer.backend_tokenizer, round_) for _ in range(round_.batch)])
@@ -406,7 +407,7 @@ def train_round(
                 {
                     "round": number, "step": step + 1, "rng": rng.getstate(), "model": model.state_dict(),
                     "vectors": words.vectors.data if words else None,
-                    "optimizers": [one.state_dict() for one in [*optimizers, *schedules]],
+                    "optimizers": [one.state_dict() for one in resumed],
                 }
             )  # fmt: skip
     if words:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Callable
 
 from qllava.nano.wording import careless
 
@@ -161,7 +162,7 @@ def _a_thing(rng: random.Random) -> str:
     return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
 
 
-_DRAWN = {
+_DRAWN: dict[str, Callable[[random.Random], str]] = {
     "{a_thing}": _a_thing,
     "{thing}": _thing,
     "{quality}": lambda rng: rng.choice(_QUALITIES),

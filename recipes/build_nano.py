@@ -67,12 +67,12 @@ def build_llama(out: Path, seed: int) -> float:
     """Train tokenizer and LLaMA, write them, in bf16, and return the seconds it took."""
     import torch
 
-    from qllava.nano import kept, llama
+    from qllava.nano import kept, llama, texts
 
     started = time.monotonic()
     torch.set_num_threads(1)
     log = kept.log_to(out / LOG, "llama")
-    tokenizer = llama.train_tokenizer()
+    tokenizer = texts.train_tokenizer()
     model = llama.train(tokenizer, seed=seed, log=log, kept=out / "llama.state")
     tokenizer.save_pretrained(out / "llama")
     _save(model, torch.bfloat16, out / "llama")

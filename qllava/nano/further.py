@@ -29,6 +29,12 @@ _OTHER_FORMS = (
     "line",
 )
 _OTHER_COLOURS = ("pink", "brown", "black", "white", "grey", "gray", "cyan", "golden", "turquoise")
+_NUMBERS = ("no", "one", "two", "three", "four", "five")
+_COMPARED = (
+    ("larger", False), ("smaller", True), ("higher", True), ("lower", False),
+    ("further left", True), ("further right", False),
+)  # fmt: skip
+"""Words that compare two shapes, and whether the smaller measure is meant."""
 _ATTRIBUTES = ("colour", "form", "size", "place")
 
 
@@ -95,25 +101,37 @@ def _no_such(scene: Scene, rng: random.Random) -> Pair:
 
 
 def _presence(scene: Scene, rng: random.Random) -> Pair:
-    """Whether there is one of a form, of a colour or of a size."""
+    """Whether there is one of a form, of a colour or of a size, anywhere or at a place."""
     by = rng.choice(("colour", "form", "size"))
     value = rng.choice({"colour": tuple(COLOURS), "form": FORMS, "size": tuple(SIZES)}[by])
     answer = "yes" if any(getattr(s, by) == value for s in scene.shapes) else "no"
     named = article(value) if by == "form" else article(f"{value} shape")
     if by != "form" and rng.random() < 0.5:
         named = f"anything {value}"
+    elif by == "form" and rng.random() < 0.4:
+        return f"Are there any {plural(value)}?", answer
+    elif rng.random() < 0.3:
+        shape = rng.choice(scene.shapes)
+        value = getattr(shape, by) if rng.random() < 0.5 else value
+        named = article(value) if by == "form" else article(f"{value} shape")
+        # Along a whole side, so that "on the left" is also true of a shape in its corner.
+        there = [s for s in scene.shapes if shape.place in (s.place, *_sides(s))]
+        said = "yes" if any(getattr(s, by) == value for s in there) else "no"
+        return f"Is there {named} {AT[shape.place]}?", said
     return f"Is there {named}?", answer
+
+
+def _sides(shape: Shape) -> tuple[str, ...]:
+    """The sides of the image that a shape is along."""
+    rows, columns = {0: "top", 2: "bottom"}, {0: "left", 2: "right"}
+    return tuple(side for side in (rows.get(shape.row), columns.get(shape.column)) if side)
 
 
 def _at(scene: Scene, rng: random.Random) -> Pair:
     """What is at a place; at the middle of a side that is empty, what is along that side."""
     shape = rng.choice(scene.shapes)
     place = shape.place if rng.random() < 0.7 else rng.choice(PLACES)
-    found = [s for s in scene.shapes if s.place == place]
-    if not found and place in ("top", "bottom"):
-        found = [s for s in scene.shapes if s.row == (0 if place == "top" else 2)]
-    elif not found and place in ("left", "right"):
-        found = [s for s in scene.shapes if s.column == (0 if place == "left" else 2)]
+    found = [s for s in scene.shapes if s.place == place] or [s for s in scene.shapes if place in _sides(s)]
     return f"What is {AT[place]}?", listed([article(f"{s.size} {_pair(s)}") for s in found])
 
 
@@ -132,7 +150,9 @@ def _extreme(scene: Scene, rng: random.Random) -> Pair | None:
 
 
 def _lists(scene: Scene, rng: random.Random) -> Pair:
-    """Which colours or forms there are, or how many."""
+    """Which colours, forms or shapes there are, or how many colours."""
+    if rng.random() < 0.35:
+        return "Which shapes are there?", listed([_pair(s) for s in scene.shapes])
     by = rng.choice(("colour", "form"))
     values = _different([getattr(s, by) for s in scene.shapes])
     if by == "colour" and rng.random() < 0.35:
@@ -206,6 +226,59 @@ def _same(scene: Scene, rng: random.Random) -> Pair:
     return f"Do {first} and {second} have the same {attribute}?", answer
 
 
+def _all(scene: Scene, rng: random.Random) -> Pair:
+    """Whether all shapes have a colour or size, or whether there are more than so many."""
+    shape = rng.choice(scene.shapes)
+    if rng.random() < 0.35:
+        limit = rng.randint(1, 5)
+        return f"Are there more than {_NUMBERS[limit]} shapes?", "yes" if len(scene.shapes) > limit else "no"
+    value = rng.choice((shape.colour, shape.size))
+    every = "both shapes" if len(scene.shapes) == 2 and rng.random() < 0.6 else "all shapes"
+    return f"Are {every} {value}?", "yes" if all(value in (s.colour, s.size) for s in scene.shapes) else "no"
+
+
+def _either(scene: Scene, rng: random.Random) -> Pair:
+    """Which of two values a shape has."""
+    shape = rng.choice(scene.shapes)
+    by = rng.choice(("colour", "form", "size"))
+    values = {"colour": tuple(COLOURS), "form": FORMS, "size": tuple(SIZES)}[by]
+    right = getattr(shape, by)
+    pair = [right, rng.choice([v for v in values if v != right])]
+    rng.shuffle(pair)
+    said = [article(v) for v in pair] if by == "form" else pair
+    only = by != "form" and sum(s.form == shape.form for s in scene.shapes) == 1
+    name = f"the {shape.form}" if only else f"the {_pair(shape)}" if by == "size" else f"the shape {AT[shape.place]}"
+    return f"Is {name} {said[0]} or {said[1]}?", right
+
+
+def _of_two(scene: Scene, rng: random.Random) -> Pair | None:
+    """Which of two shapes is larger, higher and so on, where one is."""
+    a, b = rng.sample(scene.shapes, 2)
+    word, low = rng.choice(_COMPARED)
+    first, second = (_measure(s, word) for s in (a, b))
+    if first == second:
+        return None
+    right = a if (first < second) == low else b
+    names = [f"the {s.form}" for s in (a, b)]
+    if a.form == b.form or any(sum(s.form == one.form for s in scene.shapes) > 1 for one in (a, b)):
+        names = [f"the {_pair(s)}" for s in (a, b)]
+    return f"Which is {word}, {names[0]} or {names[1]}?", f"the {_pair(right)}"
+
+
+def _measure(shape: Shape, word: str) -> float:
+    if word in ("larger", "smaller"):
+        return SIZES[shape.size]
+    return shape.row if word in ("higher", "lower") else shape.column
+
+
+def _the(scene: Scene, rng: random.Random) -> Pair | None:
+    """What the one shape of a colour is."""
+    shape = rng.choice(scene.shapes)
+    if sum(s.colour == shape.colour for s in scene.shapes) > 1:
+        return None
+    return f"What is the {shape.colour} shape?", article(f"{shape.size} {_pair(shape)}")
+
+
 def _which(scene: Scene, rng: random.Random) -> Pair:
     """Which shapes have a colour or a size."""
     by = rng.choice(("colour", "size"))
@@ -219,6 +292,7 @@ def _which(scene: Scene, rng: random.Random) -> Pair:
 _KINDS: tuple[tuple[Callable[[Scene, random.Random], Pair | None], int], ...] = (
     (_several, 3), (_absent, 3), (_no_such, 2), (_presence, 2), (_at, 4), (_extreme, 3), (_lists, 3), (_count, 2),
     (_verify, 4), (_more, 1), (_beside, 2), (_same, 2), (_which, 2),
+    (_all, 2), (_either, 2), (_of_two, 2), (_the, 1),
 )  # fmt: skip
 """What is asked, and how often."""
 _ASKERS, _SHARES = [ask for ask, _ in _KINDS], [share for _, share in _KINDS]

@@ -40,6 +40,37 @@ def attribute(shape: Shape, name: str) -> str:
 
 def truth(scene: Scene, question: str) -> str:
     shapes = scene.shapes
+    if found := re.fullmatch(r"Are there more than (\w+) shapes\?", question):
+        return "yes" if len(shapes) > ("no", "one", "two", "three", "four", "five").index(found[1]) else "no"
+    if question == "Which shapes are there?":
+        return listed([f"{s.colour} {s.form}" for s in shapes])
+    if found := re.fullmatch(r"Are (all|both) shapes (\w+)\?", question):
+        assert found[1] == "all" or len(shapes) == 2
+        return "yes" if all(found[2] in (s.colour, s.size) for s in shapes) else "no"
+    if found := re.fullmatch(r"Are there any (\w+)\?", question):
+        return "yes" if meant(scene, re.sub("(?<=cross)es$|s$", "", found[1])) else "no"
+    if found := re.fullmatch(rf"Is there an? (\w+)(?: shape)? ({PLACE})\?", question):
+        where = re.sub("^(at|on|in) the ", "", found[2])
+        there = [s for s in shapes if place(s) == where or (where != "centre" and where in place(s).split())]
+        return "yes" if any(found[1] in (s.colour, s.form, s.size) for s in there) else "no"
+    if found := re.fullmatch(r"Is (the .+?) (?:an? )?(\w+) or (?:an? )?(\w+)\?", question):
+        (one,) = named(scene, found[1])
+        (answer,) = {found[2], found[3]} & {one.colour, one.form, one.size}
+        return answer
+    if found := re.fullmatch(
+        r"Which is (larger|smaller|higher|lower|further left|further right), (.+) or (.+)\?", question
+    ):
+        (a,), (b,) = named(scene, found[2]), named(scene, found[3])
+        first, second = {
+            "larger": (width(a), width(b)), "smaller": (width(b), width(a)), "higher": (b.y // 32, a.y // 32),
+            "lower": (a.y // 32, b.y // 32), "further left": (b.x // 32, a.x // 32),
+            "further right": (a.x // 32, b.x // 32),
+        }[found[1]]  # fmt: skip
+        assert first != second
+        return f"the {(a if first > second else b).colour} {(a if first > second else b).form}"
+    if found := re.fullmatch(r"What is (the \w+ shape)\?", question):
+        (one,) = named(scene, found[1])
+        return language.article(f"{one.size} {one.colour} {one.form}")
     if question == "How many colours are there?":
         return str(len({s.colour for s in shapes}))
     if found := re.fullmatch(r"Which (colour|form)s are there\?", question):

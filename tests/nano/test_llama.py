@@ -13,22 +13,25 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from qllava.config import NANO_WEIGHTS
-from qllava.nano import language, llama
+from qllava.nano import language, llama, texts, unknown
 from qllava.nano.scenes import Scene, sample_scene
 
 IGNORED = -100
 
 
+ABOUT_SCENES = replace(llama.ROUNDS[-1], captions=0.15, maps=0.55, copies=0.0, strange=0.0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return llama.train_tokenizer()
+    return texts.train_tokenizer()
 
 
 def a_text(seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Scene, list[int], list[int]]:
     """A text with the scene that it is about, drawn again from the same seed."""
     rng = random.Random(seed)
     scene = sample_scene(rng, unseen=rng.random() < 0.1)
-    return scene, *llama.text(random.Random(seed), tokenizer.backend_tokenizer)
+    return scene, *texts.text(random.Random(seed), tokenizer.backend_tokenizer, ABOUT_SCENES)
 
 
 def learned(labels: list[int]) -> list[list[int]]:
@@ -55,9 +58,9 @@ def test_every_byte_is_covered_and_comes_back(tokenizer: PreTrainedTokenizerFast
 
 
 def test_the_marks_are_where_the_model_expects_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenizer.convert_tokens_to_ids([llama.END_OF_TEXT, llama.START, llama.END]) == [0, 1, 2]
+    assert tokenizer.convert_tokens_to_ids([texts.END_OF_TEXT, texts.START, texts.END]) == [0, 1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 0)
-    assert len(tokenizer) <= llama.VOCABULARY
+    assert len(tokenizer) <= texts.VOCABULARY
 
 
 def test_the_shipped_tokenizer_is_the_one_that_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -71,7 +74,7 @@ def test_answers_and_their_end_are_learned_and_nothing_else(tokenizer: PreTraine
         assert len(ids) == len(labels)
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
         text, said = tokenizer.decode(ids), [tokenizer.decode(run) for run in learned(labels)]
-        if text.startswith(llama.END_OF_TEXT):
+        if text.startswith(texts.END_OF_TEXT):
             assert said == [language.full_caption(scene) + "\n"]
             assert text.endswith(said[0])
         else:
@@ -86,7 +89,7 @@ def test_a_map_stands_where_an_image_will(tokenizer: PreTrainedTokenizerFast) ->
         scene, ids, labels = a_text(seed, tokenizer)
         words = language.scene_map(scene)
         shown = [tokenizer(" " + word)["input_ids"][0] for word in words]
-        before = tokenizer(llama.END_OF_TEXT)["input_ids"]
+        before = tokenizer(texts.END_OF_TEXT)["input_ids"]
         kind = "caption"
         if ids[0] != before[0]:
             before = tokenizer("<|im_start|>user\n")["input_ids"]
@@ -107,12 +110,22 @@ def test_a_map_stands_where_an_image_will(tokenizer: PreTrainedTokenizerFast) ->
     assert 80 < kinds["sentences"] < 160
 
 
+def test_what_is_no_map_is_answered_by_what_nano_knows(tokenizer: PreTrainedTokenizerFast) -> None:
+    strange = replace(ABOUT_SCENES, strange=1.0, captions=0.0)
+    for seed in range(50):
+        ids, labels = texts.text(random.Random(seed), tokenizer.backend_tokenizer, strange)
+        said = [tokenizer.decode(run) for run in learned(labels)]
+        assert said == [unknown.SENTENCE + "<|im_end|>"] * 4
+        scene = sample_scene(random.Random(seed), unseen=random.Random(seed).random() < 0.1)
+        assert not {" " + word for word in language.scene_map(scene)} & {tokenizer.decode([one]) for one in ids[4:40]}
+
+
 def test_facts_as_sentences_are_complete_in_any_order() -> None:
     orders = set()
     for seed in range(100):
         rng = random.Random(seed)
         scene = sample_scene(random.Random(f"scene-{seed}"))
-        facts = llama.sentences(scene, rng)
+        facts = texts.sentences(scene, rng)
         for s in scene.shapes:
             assert f"{s.size} {s.colour} {s.form} {language.AT[s.place]}" in facts or (
                 f"{s.place}: {s.size} {s.colour} {s.form}" in facts.splitlines()
@@ -157,7 +170,7 @@ def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
     monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
     torch.manual_seed(0)
     untrained = dict(llama.build(len(tokenizer)).named_parameters())
-    rounds = (replace(llama.ROUNDS[0], steps=2, batch=2),)
+    rounds = (replace(llama.ROUNDS[-1], steps=2, batch=2),)
     one, two = (llama.train(tokenizer, rounds) for _ in range(2))
     assert not one.training
     again = dict(two.named_parameters())
@@ -168,10 +181,10 @@ def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
 
 
 def test_words_that_mean_nothing_are_answered_as_they_were_given(tokenizer: PreTrainedTokenizerFast) -> None:
-    only_copies = replace(llama.ROUNDS[2], copies=1.0)
+    only_copies = replace(llama.ROUNDS[-1], copies=1.0)
     seen: set[str] = set()
     for seed in range(300):
-        ids, labels = llama.text(random.Random(seed), tokenizer.backend_tokenizer, only_copies)
+        ids, labels = texts.text(random.Random(seed), tokenizer.backend_tokenizer, only_copies)
         text = tokenizer.decode(ids)
         facts = dict(re.findall(r"^([a-z ]+): (.+)$", text, re.MULTILINE))
         places = {f"What is {language.AT[place]}?": words for place, words in facts.items()}
@@ -205,7 +218,7 @@ def test_making_words_of_parts_changes_no_word_that_is_their_sum_already(tokeniz
     table = llama.build(len(tokenizer)).get_input_embeddings()
     first = llama.Words(table, tokenizer, ("size", "colour", "form", "place"))
     first.fold()
-    again = llama.Words(table, tokenizer, llama.ROUNDS[2].shared)
+    again = llama.Words(table, tokenizer, llama.ROUNDS[-1].shared)
     assert again.vectors.shape == (3 + 6 + 6 + 9 + 3 + 3, 192)
     torch.testing.assert_close(again.weight(), first.weight(), rtol=0, atol=1e-5)
 

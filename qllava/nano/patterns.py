@@ -22,27 +22,12 @@ TELL = (
 GIVE = "(Name|Give me|Tell me|State|Give|Please name|Please give me|Identify)"
 """What may come before what is asked for."""
 _OF_A_SHAPE = (
-    "What {a} is {1}{seen}?",
-    "What is the {a} of {1}{seen}?",
-    "What's the {a} of {1}?",
-    "Which {a} is {1}?",
-    "What {a} does {1} have?",
-    "Which {a} does {1} have{seen}?",
-    "{1} is what {a}?",
-    "{1}: what {a}?",
-    "{tell} what {a} {1} is.",
-    "{tell} the {a} of {1}.",
-    "{give} the {a} of {1}{seen}.",
-    "{a} of {1}?",
-    "The {a} of {1}?",
-    "What {a} has {1}?",
-    "{1}, what {a} is it?",
-    "What {a} would you say {1} is?",
-    "Of what {a} is {1}?",
-    "{a} of {1}",
-    "Look at {1}. What {a} is it?",
-    "What's {1}'s {a}?",
-)
+    "What {a} is {1}{seen}?", "What is the {a} of {1}{seen}?", "What's the {a} of {1}?", "Which {a} is {1}?",
+    "What {a} does {1} have?", "Which {a} does {1} have{seen}?", "{1} is what {a}?", "{1}: what {a}?",
+    "{tell} what {a} {1} is.", "{tell} the {a} of {1}.", "{give} the {a} of {1}{seen}.", "{a} of {1}?",
+    "The {a} of {1}?", "What {a} has {1}?", "{1}, what {a} is it?", "What {a} would you say {1} is?",
+    "Of what {a} is {1}?", "{a} of {1}", "Look at {1}. What {a} is it?", "What's {1}'s {a}?",
+)  # fmt: skip
 _PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         r"What (size) is (the .+)\?",

@@ -3,8 +3,8 @@
     python recipes/build_nano.py --out qllava/nano/weights
     python recipes/build_nano.py --out small --small
 
-The two parts are trained in parallel, on one core each, and log to `build.log`. The same command resumes a build that
-was stopped. With a C++ compiler (for `torch.compile`) the LLaMA is trained faster.
+The two parts are trained in parallel, on one core each, and log to `tower.log` and `llama.log`. The same command
+resumes a build that was stopped. With a C++ compiler (for `torch.compile`) the LLaMA is trained faster.
 
 `--small` builds a LLaMA with half of the layers instead, for ablations: nano's own without every second layer, trained
 further on a few texts. `recipes/ablate.py` builds it when it first needs it.
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-LOG = "build.log"
-"""What both parts say while they are trained, in the folder that they are written to."""
-
-
 def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
     weights: torch.nn.Module = model  # the types of transformers' own `to` are incomplete
     weights.to(dtype)
@@ -51,7 +47,7 @@ def build_tower(out: Path, seed: int) -> float:
 
     started = time.monotonic()
     torch.set_num_threads(1)
-    log = kept.log_to(out / LOG, "tower")
+    log = kept.log_to(out / "tower.log", "tower")
     model = convert_open_clip(tower.train(seed=seed, log=log, kept=out / "tower.state").visual)
     CLIPImageProcessor(
         size={"shortest_edge": scenes.SIZE},
@@ -71,7 +67,7 @@ def build_llama(out: Path, seed: int) -> float:
 
     started = time.monotonic()
     torch.set_num_threads(1)
-    log = kept.log_to(out / LOG, "llama")
+    log = kept.log_to(out / "llama.log", "llama")
     tokenizer = texts.train_tokenizer()
     model = llama.train(tokenizer, seed=seed, log=log, kept=out / "llama.state")
     tokenizer.save_pretrained(out / "llama")

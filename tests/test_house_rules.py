@@ -112,4 +112,5 @@ def test_patterns() -> None:
     assert findings(REGISTRY, "see https://pypi.org/project") and not findings(REGISTRY, "pip install -e .")
     assert findings(MACHINE, 'open("/home/me/x")') and not findings(MACHINE, "runs/home/x, ~/work/x")
     odd = ("a text that is no JSON", "it stands in the file", "lies beside it", "begins anew", "ends by itself")
-    assert all(findings(ODD, text) for text in odd) and not findings(ODD, "It is not JSON; stand-ins lie about it")
+    plain = "It is not JSON; there is no star; stand-ins lie about it"
+    assert all(findings(ODD, text) for text in odd) and not findings(ODD, plain)

@@ -1,7 +1,7 @@
 """Further questions about a scene: what people ask beside the eight types of `language`, each in one plain form.
 
 Their answers follow from the scene alone, as those of `language` do. They are learned from, and are not in the table.
-A question about a shape that is not there is answered so ("There is no star."), one about several by all of them ("red
+A question about a shape that is missing is answered so ("There is no star."), one about several by all of them ("red
 and blue"), in reading order.
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qllava.files import whole_file
+from qllava.files import Journal, whole_file
 
 EVERY_S = 300.0
 """Seconds between two states; one takes well under a second to write."""
@@ -51,13 +51,12 @@ class Kept:
                 torch.save(dict(state), aside)
 
 
-def log_to(path: Path | None, part: str) -> Callable[[str], None]:
-    """Return a function that prints a line, and adds it to a log with the date, the time and the part's name."""
+def log_to(path: Path, part: str) -> Callable[[str], None]:
+    """Return a function that prints a line, and adds it to a log with the date and the time."""
 
     def log(line: str) -> None:
         print(f"{part}: {line}", flush=True)
-        if path is not None:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {part}: {line}\n")
+        with Journal(path, durable=False) as journal:
+            journal.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
     return log

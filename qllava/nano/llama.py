@@ -172,6 +172,21 @@ def shorten(model: LlamaForCausalLM) -> None:
         model.config.layer_types = model.config.layer_types[::2]
 
 
+def _optimizers(
+    model: LlamaForCausalLM, words: Words | None, round_: Round
+) -> tuple[list[torch.optim.Optimizer], list[OneCycleLR]]:
+    """Muon for the matrices and AdamW for the rest, each with its schedule of the learning rate."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    others += [words.vectors] if words else []
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, round_.muon_lr),
+        torch.optim.AdamW(others, lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    one_cycle = partial(OneCycleLR, total_steps=round_.steps, pct_start=0.03, cycle_momentum=False)
+    return optimizers, [one_cycle(o, max_lr=o.defaults["lr"]) for o in optimizers]
+
+
 def train_round(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -194,15 +209,7 @@ def train_round(
     body = _compiled(model.model)
     table: torch.nn.Embedding = model.model.embed_tokens
     words = Words(table, tokenizer, round_.shared) if round_.shared else None
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    others += [words.vectors] if words else []
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, round_.muon_lr),
-        torch.optim.AdamW(others, lr=round_.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
-    one_cycle = partial(OneCycleLR, total_steps=round_.steps, pct_start=0.03, cycle_momentum=False)
-    schedules = [one_cycle(o, max_lr=o.defaults["lr"]) for o in optimizers]
+    optimizers, schedules = _optimizers(model, words, round_)
     resumed: list[Any] = [*optimizers, *schedules]
     if first:
         rng.setstate(kept.state["rng"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# A pattern is a template: {0}, {1} stand for what the plain question names, and one of (a|b|c) is drawn.
-# colour, form and size, whichever is asked, are {a}.
+# In a template {0}, {1} are what the plain question names, {a} is what is asked of colour, form and size, and one of
+# (a|b|c) is drawn.
 ATTRIBUTE = {
     "colour": "(colour|color|colour|color|hue)",
     "form": "(form|shape|shape|kind of shape|type of shape)",

@@ -67,9 +67,7 @@ def detail(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def reasoning(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Return a question that asks for its reasons, and the reasons followed by the answer."""
-    question = None
-    while question is None:
-        question = language.ask(scene, rng.choice(language.TYPES), rng)
-    asked = said(question.text, rng)
+    plain, answer = language.reasoning(scene, rng)
+    asked = said(plain.removesuffix(" Give your reasons."), rng)
     asked = asked if asked[-1] in "?.!" else f"{asked}?"
-    return f"{asked} {careless(rng.choice(_WHY), rng)}", f"{question.reason} So the answer is {question.answer}."
+    return f"{asked} {careless(rng.choice(_WHY), rng)}", answer

@@ -17,7 +17,7 @@ SENTENCE = "I only know drawn shapes: ask me about their colours, forms, sizes, 
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """Return the words of a text; "_" stands for a space inside one."""
+    """Return the words of a text; "_" is a space inside one."""
     return tuple(word.replace("_", " ") for word in text.split())
 
 

@@ -74,10 +74,10 @@ def test_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) 
         assert torch.equal(a, b), name
 
 
-def test_the_log_has_the_part_and_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = kept.log_to(tmp_path / "build.log", "tower")
+def test_the_log_has_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = kept.log_to(tmp_path / "tower.log", "tower")
     log("step 100")
     log("step 200")
-    lines = (tmp_path / "build.log").read_text().splitlines()
-    assert [line[20:] for line in lines] == ["tower: step 100", "tower: step 200"]
+    lines = (tmp_path / "tower.log").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["step 100", "step 200"]
     assert capsys.readouterr().out == "tower: step 100\ntower: step 200\n"

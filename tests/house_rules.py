@@ -46,7 +46,8 @@ MAX_FILE = 400
 MEDIAN_FILE = 180
 # Expressions that are hard to read for non-native speakers: verbs of place for "is", and "no" instead of "not".
 ODD = re.compile(
-    r"\b(anew|(?<!there )is no|stands? (?:in|on|for|beside|there)|lies? (?:in|on|there|beside)|by itself|gone through)\b",
+    r"\b(anew|(?<!there )is no|stands? (?:in|on|for|beside|there)|lies? (?:in|on|there|beside)|by itself|"
+    r"gone through)\b",
     re.I,
 )
 

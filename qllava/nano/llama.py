@@ -7,11 +7,7 @@ Shapes in the comments: B texts, S tokens.
 
 from __future__ import annotations
 
-import os
 import random
-import shlex
-import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -68,19 +64,6 @@ def build(vocab_size: int) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
-
-
-def _compiled(body: torch.nn.Module) -> Callable[..., Any]:
-    """The module as `torch.compile` makes it; as it is where the C++ compiler that torch would call is not there.
-
-    torch calls $CXX, else the one that its platform usually has. It would look for it at the first step only and fail.
-    """
-    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    program, *_ = shlex.split(os.environ.get("CXX") or usual)
-    if shutil.which(program) is None:
-        return body
-    compiled: Callable[..., Any] = torch.compile(body, dynamic=False)
-    return compiled
 
 
 class Words:
@@ -206,7 +189,7 @@ def train_round(
         return
     if first:
         model.load_state_dict(kept.state["model"])
-    body = _compiled(model.model)
+    body = precision.compiled(model.model)
     table: torch.nn.Embedding = model.model.embed_tokens
     words = Words(table, tokenizer, round_.shared) if round_.shared else None
     optimizers, schedules = _optimizers(model, words, round_)

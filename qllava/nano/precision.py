@@ -1,4 +1,4 @@
-"""How nano's parts compute while they are trained on a CPU: bf16 where it is faster, else fp32; and Muon for both.
+"""How nano's parts are trained on a CPU: compiled, in bf16 where it is faster, else in fp32; and Muon for both.
 
 A CPU with matrix units for bf16 (AMX) multiplies in it several times as fast as in fp32, one without is several times
 slower.
@@ -6,6 +6,10 @@ slower.
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +39,19 @@ def fast_dtype() -> torch.dtype:
 def fast() -> AbstractContextManager[Any]:
     """Return a context in which matrix products are computed in `fast_dtype`."""
     return torch.autocast("cpu", torch.bfloat16) if fast_dtype() == torch.bfloat16 else nullcontext()
+
+
+def compiled(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return the module as `torch.compile` makes it; as it is where torch finds no C++ compiler.
+
+    torch calls $CXX, else the one that its platform usually has. It would look for it at the first step only and fail.
+    """
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    program, *_ = shlex.split(os.environ.get("CXX") or usual)
+    if shutil.which(program) is None:
+        return module
+    fast: Callable[..., Any] = torch.compile(module, dynamic=False)
+    return fast
 
 
 class Muon(torch.optim.Optimizer):

@@ -146,15 +146,11 @@ class Round:
     """Share of the other scenes whose captions say colours and forms (`draw`)."""
 
 
-# After the first round a caption named the forms of most shapes; the second, over new scenes, of nearly all. But what a
-# probe found in the patches was form and colour in one: of colours with forms that it had never met together it read
-# 24 % of the forms. Shapes in colours that have no name, and that come in every form, part the two.
-ROUNDS = (
-    Round(24_000, 2_200, 1.5e-3, 0.6, 0.1),
-    Round(40_000, 2_200, 1.0e-3, 0.6, 0.1),
-    Round(60_000, 4_000, 1.0e-3, 0.6, 0.1),
-    Round(60_000, 3_000, 8.0e-4, 0.6, 0.1),
-)
+# A caption that says colour and form together teaches which forms a colour never has: after such captions a probe on
+# the patches read 24 % of the forms of pairs that the tower had never met, and 54 % once half of the scenes had colours
+# that have no name. So most captions say one of the two: forms are learned from colours that have no name and come in
+# every form, the named colours from captions that say no form.
+ROUNDS = (Round(100_000, 10_500, 1.5e-3, 0.6, 0.1),)
 
 
 def train(
@@ -224,11 +220,12 @@ def train_round(
     if first:
         for one, its in zip((model, optimizer, schedule), kept.state["parts"], strict=True):
             one.load_state_dict(its)
+    forward = precision.compiled(model)
     batches = _batches(images, text, batch, round_.steps, np.random.default_rng(seed), first)
     for step, (x, y) in enumerate(tqdm(batches, initial=first, total=round_.steps, desc="tower"), start=first):
         # torch's flash attention on the CPU takes ten times as long backwards as the plain product at this size.
         with precision.fast(), sdpa_kernel(SDPBackend.MATH):
-            out = model(x, y)
+            out = forward(x, y)
         features = out["image_features"].float(), out["text_features"].float()
         clip, caption = loss_of(*features, out["logits"].float(), out["labels"], out["logit_scale"])
         optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ from qllava.config import NANO_WEIGHTS
 from qllava.nano import kept, llama, tower
 
 ROUNDS = tuple(replace(round_, steps=3, batch=2) for round_ in llama.ROUNDS * 2)
-SCENES = tuple(replace(round_, steps=3, scenes=8) for round_ in tower.ROUNDS[:2])
+SCENES = tuple(replace(round_, steps=3, scenes=8) for round_ in tower.ROUNDS * 2)
 
 
 @pytest.fixture(autouse=True)

@@ -153,17 +153,6 @@ def test_the_model_is_what_the_later_steps_count_on() -> None:
     assert config.max_position_embeddings == 2048
 
 
-def test_without_a_compiler_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = torch.nn.Linear(2, 2)
-    monkeypatch.setenv("CXX", "no-such-compiler-anywhere -O2")
-    assert llama._compiled(body) is body
-    monkeypatch.setattr(llama.shutil, "which", lambda program: f"/bin/{program}")
-    monkeypatch.setattr(torch, "compile", lambda module, **_: ("compiled", module))
-    assert llama._compiled(body) == ("compiled", body)
-    monkeypatch.delenv("CXX")
-    assert llama._compiled(body) == ("compiled", body)
-
-
 def test_two_steps_train_every_weight_and_are_repeated_by_the_seed(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

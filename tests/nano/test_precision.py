@@ -45,3 +45,14 @@ def test_the_faster_type_is_one_of_two_and_the_context_is_its(dtype: torch.dtype
 
 def test_the_type_is_measured() -> None:
     assert precision.fast_dtype() in (torch.float32, torch.bfloat16)
+
+
+def test_without_a_compiler_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = torch.nn.Linear(2, 2)
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere -O2")
+    assert precision.compiled(body) is body
+    monkeypatch.setattr(precision.shutil, "which", lambda program: f"/bin/{program}")
+    monkeypatch.setattr(torch, "compile", lambda module, **_: ("compiled", module))
+    assert precision.compiled(body) == ("compiled", body)
+    monkeypatch.delenv("CXX")
+    assert precision.compiled(body) == ("compiled", body)

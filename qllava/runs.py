@@ -22,11 +22,12 @@ below instead of these names.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qllava.config import NANO, RENAMED, InputError, expanded
+from qllava.config import NANO, NANO_IDENTITY, OLDER_NANO, RENAMED, InputError, expanded
 
 RUNS = Path("runs")
 """Folder of nano's runs, relative to the current folder."""
@@ -149,6 +150,15 @@ class Run:
         """
         return self.read_settings().get("model_name_or_path") == NANO
 
+    @property
+    def is_of_this_nano(self) -> bool:
+        """Whether the record of a nano run names the nano of this version of qllava; its adapter fits no other."""
+        try:
+            record = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
+            return str(record["fingerprint"]).rpartition("-")[2] == NANO_IDENTITY
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
     def read_settings(self) -> dict[str, Any]:
         """Return the settings that the run started with, by their current names.
 
@@ -203,16 +213,19 @@ def newest_nano_run(runs: Path = RUNS) -> Path:
     """Return the folder of the nano run that finished last.
 
     Raises:
-        InputError: No nano run is finished.
+        InputError: No run on this version's nano is finished.
     """
     finished = finished_nano_runs(runs)
-    if not finished:
-        raise InputError(f"No nano run in {runs}/ is finished. Run `make finetune` first.")
-    return finished[-1]
+    usable = [folder for folder in finished if Run(folder).is_of_this_nano]
+    if usable:
+        return usable[-1]
+    if finished:
+        raise InputError(f"{finished[-1]} {OLDER_NANO}")
+    raise InputError(f"No nano run in {runs}/ is finished. Run `make finetune` first.")
 
 
 def finished_nano_runs(runs: Path = RUNS) -> list[Path]:
-    """Return the folders of finished nano runs, the one that finished last at the end.
+    """Return the folders of finished nano runs, the one that finished last at the end; some may be of another nano.
 
     Raises:
         InputError: The settings of a finished run cannot be read.

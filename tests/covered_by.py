@@ -75,7 +75,6 @@ COVERED_BY: dict[str, str] = {
     "qllava/synthesis/rules/view.py": "tests/synthesis/rules/test_rules.py",
     "qllava/synthesis/tasks.py": "tests/synthesis/test_pipeline.py",
     "qllava/synthesis/words.py": "tests/synthesis/rules/test_rules.py",
-    "qllava/training/alignment.py": "tests/training/test_samples.py",
     "qllava/training/base.py": "tests/models/test_bases.py",
     "qllava/training/callbacks.py": "tests/training/test_trainer.py",
     "qllava/training/durable/checkpoints.py": "tests/faults/test_survives.py",

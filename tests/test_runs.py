@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qllava import runs
-from qllava.config import InputError
+from qllava.config import NANO_IDENTITY, InputError
 from qllava.runs import Run, finished_nano_runs, is_checkpoint, step_of
 
 
@@ -96,3 +97,19 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> No
 def test_a_run_that_has_no_model_yet(tmp_path: Path, names: Sequence[str], said: str | None) -> None:
     found = fill(tmp_path, names).without_model
     assert found is None if said is None else said.format(tmp_path) in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("record", "usable"),
+    [
+        ({"fingerprint": f"shapes-vocabulary-{NANO_IDENTITY}"}, True),
+        ({"fingerprint": "shapes-vocabulary-another"}, False),
+        ({}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_a_run_says_which_nano_it_was_trained_on(tmp_path: Path, record: object, usable: bool) -> None:
+    if record is not None:
+        (tmp_path / runs.RECORD_FILE).write_text(json.dumps(record))
+    assert Run(tmp_path).is_of_this_nano == usable

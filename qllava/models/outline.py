@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from qllava.config import InputError
+from qllava.config import NANO, OLDER_NANO, InputError
 from qllava.conversation import EOS, TEMPLATES, Template
 from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
@@ -84,6 +84,8 @@ def outline(recipe: Recipe) -> Outline:
     found = fingerprint(config, processor.tokenizer, base, built=recipe.model is None)
     if recipe.fingerprint and recipe.fingerprint != found:
         parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
+        if recipe.language_model == NANO:
+            raise InputError(f"The adapter {OLDER_NANO}")
         other = ", ".join(what for wanted, given, what in parts if wanted != given)
         raise InputError(
             f"The adapter was trained on another base than {name} (different {other or 'kind'}). Give "

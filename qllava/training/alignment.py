@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qllava.config import NANO
+from qllava.config import NANO, OLDER_NANO, InputError
 from qllava.conversation import PLAIN
 from qllava.files import Journal, write_whole
-from qllava.models.adapter import load_projector, train_projector_only
+from qllava.models.adapter import load_projector, read_record, train_projector_only
 from qllava.models.assemble import Assembled
+from qllava.models.card import base_of
 from qllava.models.lora import Lora
-from qllava.runs import BEGUN_FILE, METRICS_FILE, SPIKES_FILE, Run
+from qllava.runs import BEGUN_FILE, METRICS_FILE, RECORD_FILE, SPIKES_FILE, Run
 from qllava.training import evaluations, folders, outcome
 from qllava.training.data import Prepared, prepare_for
 from qllava.training.durable import disk, processes
@@ -33,6 +34,26 @@ def captions_of(settings: Settings, assembled: Assembled, folder: Path) -> Prepa
         return None
     files = folders.files_of(settings.data.pretrain_file, settings, "pretrain_file", nano_file="pretrain")
     return prepare_for(settings, assembled, PLAIN, files, [])[0]
+
+
+def _load(assembled: Assembled, folder: Path) -> None:
+    """Load the projector of a stage 1; print a note if it was trained on another base, which may be meant.
+
+    Raises:
+        InputError: The projector cannot be loaded, or was trained on another nano.
+    """
+    load_projector(assembled.model, folder)
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before, now = read_record(folder), assembled.recipe
+    if before.fingerprint in ("", now.fingerprint):
+        return
+    if before.language_model == now.language_model == NANO:
+        raise InputError(f"The projector in {folder} {OLDER_NANO}")
+    print(
+        f"Note: the projector in {folder} was trained on another base ({base_of(before)}, fingerprint "
+        f"{before.fingerprint}; this base has {now.fingerprint}). Its weights fit in shape; check that this is meant."
+    )
 
 
 def align(
@@ -58,9 +79,9 @@ def align(
     stage1 = Run(folder).stage1.folder
     if captions is None:
         if settings.model.projector:
-            load_projector(assembled.model, Path(settings.model.projector))
+            _load(assembled, Path(settings.model.projector))
         elif Run(stage1).finished:
-            load_projector(assembled.model, stage1)
+            _load(assembled, stage1)
         return
     processes.by_main(partial(stage1.mkdir, exist_ok=True))
     config = _config(settings, stage1)

@@ -31,7 +31,7 @@ def take_projector(settings: Settings, folder: Path) -> None:
         print("Using the projector of this run's own stage 1, as before.")
         return
     if found is None:
-        print(f"No nano run in {RUNS}/ is finished, so stage 1 trains the projector first, on nano's captions.")
+        print(f"No nano run in {RUNS}/ can be used, so stage 1 trains the projector first, on nano's captions.")
         return
     settings.model.projector = found
     print(f"Using the projector of the finished nano run {found}; LoRA is newly initialized.")
@@ -46,4 +46,7 @@ def _began_with(folder: Path) -> str | None:
 def _newest(folder: Path) -> str | None:
     """Return the nano run that finished last, this folder excluded; raise an InputError if a run cannot be read."""
     others = [run.absolute() for run in finished_nano_runs(RUNS) if run.resolve() != folder.resolve()]
-    return str(others[-1]) if others else None
+    usable = [run for run in others if Run(run).is_of_this_nano]
+    if others and not usable:
+        print(f"The projector of {others[-1]} is not used: the run was trained on another version of nano.")
+    return str(usable[-1]) if usable else None

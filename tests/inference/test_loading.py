@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qllava.config import InputError
+from qllava.config import NANO_IDENTITY, InputError
 from qllava.inference import Chat, Loading, load, load_as, load_pair, loading
 from qllava.runs import newest_nano_run
 from tests.tiny_models import make_image, make_tiny_llava, make_tiny_model, make_tiny_processor, save_llava
 
 
-def finished_run(folder: Path, *, model: str = "nano", when: int = 0) -> Path:
+def finished_run(folder: Path, *, model: str = "nano", when: int = 0, identity: str = NANO_IDENTITY) -> Path:
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(f"model_name_or_path: {model}\n")
     (folder / "results.json").write_text("{}")
+    (folder / "qllava.json").write_text(json.dumps({"fingerprint": f"shapes-vocabulary-{identity}"}))
     (folder / "adapter_model.safetensors").write_bytes(b"")
     os.utime(folder / "results.json", (when, when))
     return folder
@@ -55,6 +57,14 @@ def test_the_newest_finished_nano_run(tmp_path: Path) -> None:
     unfinished = finished_run(tmp_path / "unfinished", when=400)
     (unfinished / "adapter_model.safetensors").unlink()
     assert newest_nano_run(tmp_path) == newest
+
+
+def test_a_run_on_another_nano_is_refused(tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "other", when=200, identity="another")
+    with pytest.raises(InputError, match=rf"{other} was trained on another version of nano.*make finetune ARGS="):
+        newest_nano_run(tmp_path)
+    usable = finished_run(tmp_path / "usable", when=100)
+    assert newest_nano_run(tmp_path) == usable
 
 
 def test_no_nano_run_says_make_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

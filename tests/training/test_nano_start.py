@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qllava.config import DataConfig, InputError, ModelConfig
+from qllava.config import NANO_IDENTITY, DataConfig, InputError, ModelConfig
 from qllava.training.nano_start import take_projector
 from qllava.training.settings import Settings
 from tests.tiny_runs import refusal
@@ -20,13 +21,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def finished(name: str, second: int, model: str = "nano") -> Path:
+def finished(name: str, second: int, model: str = "nano", identity: str = NANO_IDENTITY) -> Path:
     """A finished run, as far as it is looked at."""
     folder = Path("runs") / name
     folder.mkdir(parents=True)
     for file in ("results.json", "adapter_model.safetensors"):
         (folder / file).write_text("{}")
     (folder / "run.yaml").write_text(f"model_name_or_path: {model}\n")
+    (folder / "qllava.json").write_text(json.dumps({"fingerprint": f"shapes-vocabulary-{identity}"}))
     os.utime(folder / "results.json", (second, second))
     return folder.absolute()
 
@@ -52,7 +54,18 @@ def test_of_the_newest_finished_nano_run(capsys: pytest.CaptureFixture[str]) -> 
 def test_where_there_is_none_stage_1_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert taken() is None
     said = capsys.readouterr().out
-    assert "No nano run in runs/ is finished" in said and "stage 1 trains the projector first" in said
+    assert "No nano run in runs/ can be used" in said and "stage 1 trains the projector first" in said
+
+
+def test_not_of_a_run_on_another_nano(capsys: pytest.CaptureFixture[str]) -> None:
+    usable = finished("usable", 1)
+    other = finished("other", 3, identity="another")
+    assert taken() == str(usable)
+    (usable / "results.json").unlink()
+    capsys.readouterr()
+    assert taken() is None
+    said = capsys.readouterr().out
+    assert f"The projector of {other} is not used" in said and "stage 1 trains the projector first" in said
 
 
 def test_not_of_the_folder_that_is_written() -> None:
@@ -113,7 +126,7 @@ def test_a_start_that_left_nothing_to_resume_counts_for_nothing(capsys: pytest.C
     assert taken() == str(newest)
     (Path("runs/mine") / "run.yaml").write_text(yaml.safe_dump({"projector": "another"}))
     assert taken() == str(newest)
-    assert "No nano run in runs/ is finished" not in capsys.readouterr().out
+    assert "No nano run in runs/ can be used" not in capsys.readouterr().out
 
 
 def test_a_nano_run_that_cannot_be_read_is_not_taken_for_none() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qllava.config import InputError, expanded
 from qllava.data.images import open_image
-from qllava.inference.about import about
+from qllava.inference.about import about, limits
 from qllava.inference.chat import Chat
 from qllava.inference.kept_images import hash_of
 from qllava.inference.loading import Loading, load_as, load_pair
@@ -55,7 +55,8 @@ def chat_loop(model: str, how: Loading, *, images: Sequence[Path], prompt: str |
     if prompt is not None:
         terminal.ask(prompt)
         return 0
-    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.{_recommends(chat)}")
+    known = f"\n{limits(chat)}" if limits(chat) else ""
+    _greet(f"{chat.name} on {chat.model.device}. /help lists the commands.{known}{_recommends(chat)}")
     _read_lines(terminal.handle)
     return 0
 

@@ -10,7 +10,7 @@ encoded prompts with a loaded model.
 
 from __future__ import annotations
 
-from qllava.inference.about import about, label
+from qllava.inference.about import about, label, limits
 from qllava.inference.batches import MOST, Room, attempt
 from qllava.inference.chat import Chat
 from qllava.inference.generate import answer_prompts
@@ -37,6 +37,7 @@ __all__ = [
     "fingerprint_of",
     "keep_image",
     "label",
+    "limits",
     "load",
     "load_as",
     "load_pair",

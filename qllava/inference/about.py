@@ -16,7 +16,7 @@ from qllava.models.adapter import read_record
 from qllava.models.card import base_of, results_of
 from qllava.models.positions import positions_of
 from qllava.models.recommended import recommendation
-from qllava.runs import ADAPTER_CONFIG_FILE, MERGE_FILE, RECORD_FILE, is_checkpoint
+from qllava.runs import ADAPTER_CONFIG_FILE, MERGE_FILE, RECORD_FILE, RESULTS_FILE, is_checkpoint
 
 _SCORES = {
     "stage2": "Held-out questions",
@@ -24,6 +24,8 @@ _SCORES = {
     "eval_exact_match": "Held-out examples, exact match",
     "eval_loss": "Held-out loss",
 }
+
+_DRAWN_SHAPES = "This model knows drawn shapes only: ask about their colours, forms, sizes, places or number."
 
 
 def label(chat: Chat) -> str:
@@ -67,6 +69,14 @@ def about(chat: Chat) -> dict[str, str]:
             f"{merged['kl_per_token']:.1e} nats per token from the adapter model"
         )
     return facts | _scores(merged.get("results", {}))
+
+
+def limits(chat: Chat) -> str:
+    """Return a sentence about what a model can be asked; empty unless the model is a run on nano's own examples."""
+    folder = Path(expanded(chat.name))
+    results = _read(folder / RESULTS_FILE) or _read(folder / MERGE_FILE).get("results")
+    # Only nano's own held-out questions are about pairs of colour and form that were never shown.
+    return _DRAWN_SHAPES if isinstance(results, dict) and "unseen_pairs" in results else ""
 
 
 def _scores(results: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import escape
 
-from qllava.inference import Chat, about, label
+from qllava.inference import Chat, about, label, limits
 from qllava.models.positions import positions_of
 from qllava.pages.compare import BUTTONS, Compare
 from qllava.pages.talk import Talk
@@ -50,7 +50,8 @@ def build_page(
     page: gr.Blocks
     with gr.Blocks(title="qllava", analytics_enabled=False, fill_height=True) as page:
         gr.HTML(
-            f"<header><h1>qllava</h1><p>Ask <b>{escape(label(chat))}</b> about your images.</p></header>",
+            f"<header><h1>qllava</h1><p>Ask <b>{escape(label(chat))}</b> about your images. {limits(chat)}</p>"
+            "</header>",
             elem_id="head",
         )
         with gr.Tabs(elem_id="tabs"):

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from qllava.config import InputError
 from qllava.conversation import Conversation
-from qllava.inference import Chat, Session, Settings, about, keep_image, label
+from qllava.inference import Chat, Session, Settings, about, keep_image, label, limits
 from qllava.inference.generate import SeededSampling
 from qllava.inference.kept_images import LONGEST
 from tests.tiny_models import make_image, make_tiny_llava, make_tiny_model, make_tiny_processor
@@ -170,3 +170,19 @@ def test_a_card_names_no_path(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(facts)
     (folder / "merge.json").write_text("{half")
     assert "Base" not in about(chat)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("results.json", {"stage2": 0.9, "unseen_pairs": 0.8}, True),
+        ("merge.json", {"results": {"unseen_pairs": 0.8}}, True),
+        ("results.json", {"eval_loss": 1.0}, False),
+        ("merge.json", {"results": None}, False),
+        ("merge.json", {"results": {"eval_exact_match": 0.5}}, False),
+    ],
+)
+def test_what_a_run_on_nano_s_own_examples_can_be_asked(tmp_path: Path, file: str, content: Any, said: bool) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    chat = Chat(make_tiny_model(make_tiny_processor()), make_tiny_processor(), str(tmp_path))
+    assert limits(chat).startswith("This model knows drawn shapes only") == said == bool(limits(chat))

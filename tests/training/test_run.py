@@ -456,11 +456,10 @@ def test_the_table_says_how_far_each_share_can_be_believed() -> None:
     found = {**dict.fromkeys((*names, "unseen_pairs"), 0.5), "by_type": {"colour": 0.9}, "n": 1000}
     counts = {**dict.fromkeys(names, 1000), "unseen_pairs": 100, "by_type": {"colour": 100}}
     text = scores.format_table({**found, "counts": counts})
-    assert text.startswith("Accuracy on 1,000 held-out questions (unseen pairs: 100), 95 % confidence interval")
-    by_label = {" ".join(line.split()[:-3]): line.split()[-3:-1] for line in text.splitlines()[1:] if "#" in line}
-    assert by_label["after stage 2"] == ["50.0%", "46.9-53.1"]
-    assert by_label["unseen pairs"] == ["50.0%", "40.4-59.6"]
-    assert by_label["colour"] == ["90.0%", "82.6-94.5"]
+    by_label = {" ".join(line.split()[:-4]): line.split()[-4:-1] for line in text.splitlines()[1:] if "#" in line}
+    assert by_label["after stage 2"] == ["50.0%", "46.9-53.1", "1,000"]
+    assert by_label["unseen pairs"] == ["50.0%", "40.4-59.6", "100"]
+    assert by_label["colour"] == ["90.0%", "82.6-94.5", "100"]
 
 
 def test_spaced() -> None:

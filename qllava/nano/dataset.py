@@ -34,10 +34,10 @@ from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Split, nameless_col
 
 VERSION = 3
 """Raised whenever the files would come out different, so that an old cache is not taken for a new one."""
-PRETRAIN_IMAGES = 6_000
-TRAIN_IMAGES = 7_000
-NAMELESS_IMAGES = 3_000
-STRANGE_IMAGES = 500
+PRETRAIN_IMAGES = 2_000
+TRAIN_IMAGES = 3_000
+NAMELESS_IMAGES = 1_000
+STRANGE_IMAGES = 150
 QUESTIONS_PER_IMAGE = 10
 VALIDATION_QUESTIONS = 160
 TEST_QUESTIONS = 1_000
@@ -139,11 +139,13 @@ def _caption_record(id_: str) -> dict[str, Any]:
 
 def _conversation_record(index: int, rng: random.Random) -> tuple[Image.Image, dict[str, Any]]:
     scene = sample_scene(rng)
-    pairs = talk.turns(scene, rng, QUESTIONS_PER_IMAGE)
+    pairs = talk.turns(scene, rng, QUESTIONS_PER_IMAGE - 1)
     if index % 8 == 0:
         pairs = [talk.detail(scene, rng), *pairs[:6]]
     elif index % 12 == 1:
         pairs = [*pairs[:6], talk.reasoning(scene, rng)]
+    # Whatever is asked that is not about shapes must get the sentence: every conversation asks such a question.
+    pairs.insert(rng.randrange(len(pairs) + 1), (unknown.ask(rng), unknown.SENTENCE))
     return render(scene), {"conversations": _turns(pairs)}
 
 

@@ -99,6 +99,8 @@ def _finetune(settings: Settings, held: ExitStack) -> Path:
     asked = HeldOut(held_out, evaluation)
     measures.before(model, asked)
     config = INSTRUCTION.rated(settings.train)
+    if measures.table:
+        evaluations.few(config, len(train.lengths))
     questions = asked.spaced(config.eval_questions)
     final = [] if measures.table else asked.drawn(config.eval_questions_final, config.seed)
     stage = Stage(

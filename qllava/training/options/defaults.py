@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 # Found by experiment: nano has a thousandth of the parameters of a 7B and needs higher rates, and no recomputation.
+# Small steps at high rates learn more in the three minutes that a first run may take (`docs/nano.md`).
 NANO_PRETRAIN: dict[str, Any] = {
     "learning_rate": 3e-3,
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1.0,
     "gradient_checkpointing": False,
@@ -19,14 +20,14 @@ NANO_PRETRAIN: dict[str, Any] = {
 NANO_FINETUNE: dict[str, Any] = {
     "lora_r": 32,
     "lora_alpha": 64,
-    "learning_rate": 1e-3,
-    "projector_lr": 1e-3,
-    "per_device_train_batch_size": 24,
+    "learning_rate": 3e-3,
+    "projector_lr": 3e-3,
+    "per_device_train_batch_size": 12,
     "num_train_epochs": 1.0,
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "save_steps": 200,
+    "save_steps": 125,
     "save_total_limit": 2,
 }
 

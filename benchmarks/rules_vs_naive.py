@@ -5,7 +5,7 @@
 nano is tuned on the images of its training set, with the projector that the finished run `--run` aligned, by
 recipes/finetune_lora.py with its defaults; only the texts differ:
 
-    main      nano's own questions: the score of the finished run, which saw 3,000 more images in unnamed colours
+    main      nano's own questions: the score of the finished run, which saw further images (unnamed colours, no scene)
     rules     conversations with brief answers of `qllava.synthesis.rules.examples`: up to ten questions per image
     naive     a question from a list, and a caption
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import provenance
-from qllava.nano.dataset import NanoData, prepare
+from qllava.nano.dataset import TRAIN_IMAGES, NanoData, prepare
 from qllava.runs import RESULTS_FILE, STAGE1
 from qllava.surroundings import prepare_process
 from qllava.synthesis.rules.examples import write
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/rules_vs_naive"), help="folder for examples and runs, which are kept"
     )
-    parser.add_argument("--images", type=int, default=7000)
+    parser.add_argument("--images", type=int, default=TRAIN_IMAGES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

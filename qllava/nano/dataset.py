@@ -44,15 +44,15 @@ TEST_QUESTIONS = 1_000
 UNSEEN_QUESTIONS = 400
 _CHUNK = 250
 _Record = Callable[[int, random.Random], tuple[Image.Image, dict[str, Any]]]
-"""What makes an example: its number and randomness of its own -> its image, and the fields beside id and image."""
+"""Makes an example: its number and its own randomness -> its image, and the fields beside id and image."""
 
 
 @dataclass(frozen=True)
 class NanoData:
-    """Where the files lie."""
+    """The paths of the files."""
 
     folder: Path
-    """Images are named relative to it."""
+    """The folder that image paths are relative to."""
 
     @property
     def pretrain(self) -> Path:
@@ -81,7 +81,7 @@ class NanoData:
 
 
 def prepare(folder: Path | None = None) -> NanoData:
-    """Make the files, unless they are there. They are written aside and renamed, so a folder that is there is whole."""
+    """Make the files, unless they exist. The folder is written aside and renamed: if it exists, it is complete."""
     folder = folder or cache_folder() / f"nano-{VERSION}"
     if folder.is_dir():
         return NanoData(folder)
@@ -127,7 +127,7 @@ def _draw_chunk(folder: Path, name: str, record: _Record, bounds: tuple[int, int
 
 
 def scene_of(id_: str) -> Scene:
-    """The scene of a training image, by its id."""
+    """Return the scene of a training image, by its id."""
     return sample_scene(random.Random(f"nano-{id_}"))
 
 

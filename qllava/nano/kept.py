@@ -1,4 +1,4 @@
-"""What a part of the builder has reached, kept on the disk, so that a build that was stopped is resumed."""
+"""The state of a part that is being built, kept on the disk, so that a stopped build can be resumed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ EVERY_S = 300.0
 
 
 class Kept:
-    """The state of one part, in one file; every name in it is what the part's own rounds put there."""
+    """The state of one part, in one file. The part's own rounds choose its keys."""
 
     def __init__(self, path: Path | None, log: Callable[[str], None]) -> None:
-        """Read what an earlier build has left.
+        """Read the state of an earlier start, if there is one.
 
         Args:
             path: The file; None keeps nothing.
-            log: Prints a line.
+            log: Called with a line if training is resumed.
         """
         self._path, self._last = path, time.monotonic()
         self.state: dict[str, Any] = {}
-        """What was kept last; empty at the beginning."""
+        """The state that was kept last; empty at the beginning."""
         if path is not None and path.is_file():
             self.state = torch.load(
                 path, weights_only=False
@@ -35,7 +35,7 @@ class Kept:
             log(f"resuming round {self.state['round'] + 1} at step {self.state['step']}")
 
     def begins(self, round_: int) -> int | None:
-        """Return the step that a round begins at; None for a round that was finished before."""
+        """Return the first step of a round; None if the round is finished."""
         reached = self.state.get("round", 0)
         return None if round_ < reached else self.state.get("step", 0) if round_ == reached else 0
 
@@ -44,7 +44,7 @@ class Kept:
         return self._path is not None and time.monotonic() - self._last >= EVERY_S
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Write a state; it holds `round` and `step`, the number of steps that were done."""
+        """Write a state; its keys include `round` and `step`, the number of steps that were done."""
         self._last = time.monotonic()
         if self._path is not None:
             with whole_file(self._path) as aside:
@@ -52,7 +52,7 @@ class Kept:
 
 
 def log_to(path: Path, part: str) -> Callable[[str], None]:
-    """Return a function that prints a line, and adds it to a log with the date and the time."""
+    """Return a function that prints a line, and appends it with date and time to a log."""
 
     def log(line: str) -> None:
         print(f"{part}: {line}", flush=True)

@@ -24,7 +24,7 @@ AT = {
     "left": "on the left", "centre": "in the centre", "right": "on the right",
     "bottom left": "at the bottom left", "bottom": "at the bottom", "bottom right": "at the bottom right",
 }  # fmt: skip
-"""How a sentence says a place."""
+"""The words for a place in a sentence."""
 _LOOK = ("What do you see?", "Describe the picture.", "What is in the picture?", "Tell me what the picture shows.")
 
 
@@ -43,12 +43,15 @@ class Question:
 
 
 def article(words: str) -> str:
-    """`words` with "a" or "an" before them."""
+    """Return `words` with "a" or "an" before them."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def full_caption(scene: Scene, *, colours: bool = True, forms: bool = True) -> str:
-    """Every shape with size, colour (unless `colours` is off), form (or "shape") and place, in reading order."""
+    """Return a caption that names size, colour, form and place of every shape, in reading order.
+
+    Without `colours` the colours are left out; without `forms` each form is called "shape".
+    """
     parts = []
     for s in scene.shapes:
         colour, form = f"{s.colour} " if colours else "", s.form if forms else "shape"
@@ -57,7 +60,7 @@ def full_caption(scene: Scene, *, colours: bool = True, forms: bool = True) -> s
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions such as five people would write: each leaves something out (COCO has five per image)."""
+    """Return five captions such as five people would write: each leaves something out (COCO has five per image)."""
     shapes = list(scene.shapes)
     kinds: list[Callable[[Shape], str]] = [
         lambda s: article(f"{s.size} {s.colour} {s.form}"),
@@ -75,20 +78,20 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def word_of(shape: Shape) -> str:
-    """The one word that a map uses for a shape: "largeredcircletopleft". The tokenizer holds each as a single token."""
+    """Return the one word that a map uses for a shape: "largeredcircletopleft". The word is a single token."""
     return f"{shape.size}{shape.colour}{shape.form}{shape.place.replace(' ', '')}"
 
 
 def map_words() -> list[str]:
-    """Every word that `word_of` can give, blank included."""
+    """Return every word that a map can contain, the blank included."""
     names = ("".join(parts).replace(" ", "") for parts in product(SIZES, COLOURS, FORMS, PLACES))
     return [MAP_BLANK, *names]
 
 
 def scene_map(scene: Scene) -> list[str]:
-    """The image as `MAP_SIDE` x `MAP_SIDE` words in reading order: who covers most of each patch, else a blank.
+    """Return the image as `MAP_SIDE` x `MAP_SIDE` words in reading order: what covers most of each patch.
 
-    It is to a text what the tower's tokens are to an image, so a LLaMA that has read maps knows what to do with them.
+    A map's words correspond to the tower's image tokens, so a LLaMA that has read maps can use image tokens.
     """
     patch = 3 * CELL / MAP_SIDE
     out = []
@@ -105,7 +108,7 @@ def scene_map(scene: Scene) -> list[str]:
 
 
 def _names(scene: Scene, shape: Shape, *, without: tuple[str, ...] = ()) -> list[str]:
-    """The ways to name exactly this shape that do not mention an attribute in `without`."""
+    """Return the ways to name exactly this shape that do not mention an attribute in `without`."""
     others = [s for s in scene.shapes if s is not shape]
     out = []
     if "colour" not in without and "form" not in without:
@@ -158,7 +161,7 @@ def _ask_count(scene: Scene, shape: Shape, rng: random.Random) -> Question:
 
 
 def _ask_presence(scene: Scene, shape: Shape, rng: random.Random) -> Question:
-    """Half yes; the noes are hard: colour and form are often both there, but not in one shape."""
+    """Ask whether a shape is there: half yes; after a no, two shapes often have the colour and the form."""
     present = {(s.colour, s.form) for s in scene.shapes}
     if rng.random() < 0.5:
         return Question("presence", f"Is there {article(f'{shape.colour} {shape.form}')}?", "yes", _there(shape))
@@ -213,14 +216,14 @@ _ASK: dict[str, Callable[[Scene, Shape, random.Random], Question | None]] = {
 
 
 def ask(scene: Scene, type_: str, rng: random.Random, *, about: Shape | None = None) -> Question | None:
-    """A question of a type about a scene (about one of its shapes, if given); None where the scene allows none."""
+    """Return a question of a type about a scene, or about the shape `about`; None if the scene allows none."""
     return _ASK[type_](scene, about or rng.choice(scene.shapes), rng)
 
 
 def questions(scene: Scene, rng: random.Random, count: int, types: tuple[str, ...] = TYPES) -> list[Question]:
-    """Up to `count` questions of types drawn from `types`.
+    """Return up to `count` questions of types drawn from `types`.
 
-    No wording comes twice, though the same may be asked in other words.
+    No text comes twice, but two texts may ask the same.
     """
     out: list[Question] = []
     for _ in range(10 * count):
@@ -233,13 +236,13 @@ def questions(scene: Scene, rng: random.Random, count: int, types: tuple[str, ..
 
 
 def detail(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A request for a description, and the detailed description."""
+    """Return a request for a description, and the detailed description."""
     count = len(scene.shapes)
     return rng.choice(_LOOK), f"There are {count} shapes: {full_caption(scene)}."
 
 
 def reasoning(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question that asks for its reasons, and the reasons followed by the answer."""
+    """Return a question that asks for its reasons, and the reasons followed by the answer."""
     question = None
     while question is None:
         question = ask(scene, rng.choice(TYPES), rng)

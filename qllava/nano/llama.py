@@ -1,6 +1,6 @@
-"""The tiny LLaMA of nano, trained on text alone (`texts`). It never meets an image.
+"""The tiny LLaMA of nano, trained on text alone (`texts`), without images.
 
-The loss counts what is answered, not what is given: the facts are random, and learning their noise drowns the answers.
+Only the answers are learned, not the facts before them: facts are random, and their loss would outweigh the answers'.
 
 Shapes in the comments: B texts, S tokens.
 """
@@ -48,7 +48,7 @@ SMALL_ROUND = Round(
 
 
 def build(vocab_size: int) -> LlamaForCausalLM:
-    """The untrained LLaMA: every width a multiple of 64, so that NF4 and GGUF blocks fit."""
+    """Return the untrained LLaMA: every width is a multiple of 64, so that NF4 and GGUF blocks fit."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -67,18 +67,21 @@ def build(vocab_size: int) -> LlamaForCausalLM:
 
 
 class Words:
-    """Embeddings in which the word of a map is the sum of vectors for what it is made of: size, colour, form, place.
+    """Embeddings in which a map's word is the sum of vectors for its size, colour, form and place.
 
-    What is learned about "top left" from one word then holds for all 108 that contain it. `fold` writes the sums into
-    the model's own table, so that what is saved is a plain LLaMA.
+    What is learned about "top left" from one word then applies to all 108 words that contain it. `fold` writes the sums
+    into the model's own table, so a plain LLaMA is saved.
     """
 
     def __init__(
         self, table: torch.nn.Embedding, tokenizer: PreTrainedTokenizerFast, attributes: tuple[str, ...]
     ) -> None:
-        """Args: the model's table (V, D), which is also its head; it goes on learning for all other words.
+        """Fit the vectors to the words of the table.
 
-        `attributes` are of "size", "colour", "form", "place", "row" and "column".
+        Args:
+            table: The model's embeddings (V, D), which are also its head. All other words go on learning in it.
+            tokenizer: The tokenizer of the table.
+            attributes: Of "size", "colour", "form", "place", "row" and "column".
         """
         self.table = table
         columns: dict[tuple[str, str | int], int] = {}
@@ -97,7 +100,7 @@ class Words:
         self.vectors = torch.nn.Parameter(fitted)
 
     def weight(self) -> torch.Tensor:
-        """(V, D): the table in use."""
+        """Return the table in use, (V, D)."""
         summed: torch.Tensor = self.table.weight * self.others + self.parts @ self.vectors
         return summed
 
@@ -108,7 +111,7 @@ class Words:
 
 
 def _rows(drawn: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of (B, LENGTH): cut or padded at the end; one shape for all batches, so it is compiled once."""
+    """Return ids and labels (B, LENGTH), cut or padded at the end; batches of one shape are compiled once."""
     ids = [(i + [0] * LENGTH)[:LENGTH] for i, _ in drawn]
     labels = [(given + [-100] * LENGTH)[:LENGTH] for _, given in drawn]
     return torch.tensor(ids), torch.tensor(labels)
@@ -126,10 +129,10 @@ def train(
 
     Args:
         tokenizer: What `texts.train_tokenizer` returns.
-        rounds: In their order.
-        seed: Of the weights and the texts.
-        log: Takes a line about each 50th step.
-        kept: File that the state is kept in, and resumed from; None: the training cannot be resumed.
+        rounds: The rounds in their order.
+        seed: Seed of the weights and the texts.
+        log: Called with a line about every 50th step.
+        kept: File for the state, from which training is resumed; None if it need not be resumed.
 
     Returns:
         The model in evaluation mode.
@@ -182,7 +185,14 @@ def train_round(
 ) -> None:
     """Train one round, in place: fp32 weights, products by `precision`; Muon for the matrices, AdamW for the rest.
 
-    kept: Where the state of this round, the `number`th, is kept; a round that it says is finished does nothing.
+    Args:
+        model: Trained in place.
+        tokenizer: What `texts.train_tokenizer` returns.
+        round_: Steps, rates and mixture of texts.
+        rng: Draws the texts.
+        log: Called with a line about every 50th step.
+        kept: Where the state is kept; a round that is finished there is skipped.
+        number: Number of the round, from 0.
     """
     kept = kept or Kept(None, log)
     if (first := kept.begins(number)) is None:

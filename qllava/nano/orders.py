@@ -33,7 +33,7 @@ ANSWER = "The answer is {}."
 
 
 def prepare() -> Path:
-    """Make the files, unless they are there. Returns their folder; images are in the one of `dataset.prepare`."""
+    """Make the files, unless they exist, and return their folder; the images are in the folder of `dataset.prepare`."""
     nano = dataset.prepare()
     folder = cache_folder() / f"nano-{dataset.VERSION}-orders-{VERSION}"
     if folder.is_dir():
@@ -51,12 +51,12 @@ def prepare() -> Path:
 
 
 def ask(question: str) -> str:
-    """A question that wants its reason."""
+    """Return a question that asks for its reason."""
     return f"{question} Say why."
 
 
 def reasoned_record(id_: str, *, reason_first: bool) -> dict[str, Any]:
-    """A conversation about a training image in which every answer comes with its reason; equal questions for both."""
+    """Return a conversation about a training image with a reason for every answer; both orders ask the same."""
     turns: list[dict[str, str]] = []
     asked = language.questions(dataset.scene_of(id_), random.Random(f"orders-{id_}"), QUESTIONS_PER_IMAGE)
     for question in asked:

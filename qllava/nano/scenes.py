@@ -1,7 +1,7 @@
 """The world of nano: small images of coloured shapes, drawn from a seed.
 
-A scene is a 96 x 96 image of two to five shapes. The image is thought of as nine places of 32 x 32 pixels; a shape
-stands somewhere inside one of them and each place holds at most one, so that "top left" is never a matter of taste:
+A scene is a 96 x 96 image of two to five shapes. The image has nine places of 32 x 32 pixels. A shape
+is inside one place, and each place has at most one shape, so "top left" has one meaning:
 
     top left    | top    | top right
     ------------+--------+-------------
@@ -79,7 +79,7 @@ class Shape:
 
     @property
     def place(self) -> str:
-        """The words for where it stands."""
+        """The name of the place, one of `PLACES`."""
         return PLACES[self.cell]
 
     @property
@@ -101,24 +101,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows; its shapes in reading order."""
+    """The content of an image."""
 
     shapes: tuple[Shape, ...]
+    """The shapes in reading order."""
     background: int
     """Seed of the background's colour and texture."""
 
 
 def split_of(shapes: tuple[Shape, ...]) -> Split:
-    """The split that a layout belongs to, by hash: an equal layout is always in the same one, so splits never meet."""
+    """Return the split of a layout, by a hash: equal layouts are in the same split, so splits share no layout."""
     layout = "|".join(f"{s.size} {s.colour} {s.form} {s.cell}" for s in shapes)
     share = zlib.crc32(layout.encode()) % 20
     return "test" if share < 2 else "validation" if share < 3 else "train"
 
 
 def _draw_shape_attributes(rng: random.Random, earlier: list[tuple[str, str]], unseen: bool) -> tuple[str, str]:
-    """A (colour, form) that is new in this scene; half of the time it shares one of the two with an earlier shape.
+    """Return a (colour, form) that is new in this scene; half of them share one of the two with an earlier shape.
 
-    The echo makes scenes in which "red" alone or "circle" alone does not answer the question.
+    In such scenes "red" alone or "circle" alone does not answer the question.
     """
     while True:
         colour, form = rng.choice(list(COLOURS)), rng.choice(FORMS)
@@ -130,7 +131,7 @@ def _draw_shape_attributes(rng: random.Random, earlier: list[tuple[str, str]], u
 
 
 def sample_scene(rng: random.Random, split: Split = "train", *, unseen: bool = False) -> Scene:
-    """A random scene of a split. With `unseen` it holds at least one pair of `UNSEEN_PAIRS`, else none."""
+    """Return a random scene of a split. With `unseen` it has at least one pair of `UNSEEN_PAIRS`, else none."""
     while True:
         cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
         pairs: list[tuple[str, str]] = []
@@ -153,9 +154,9 @@ def _place(rng: random.Random, colour: str, form: str, cell: int) -> Shape:
 
 
 def render(scene: Scene, colours: Sequence[tuple[int, int, int]] | None = None) -> Image.Image:
-    """The image of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes.
+    """Return the image of a scene: RGB, `SIZE` x `SIZE`. The same scene gives the same bytes.
 
-    `colours` paints the shapes, in their order, in other colours than their own.
+    If `colours` is given, the shapes are painted in these colours, in their order.
     """
     rng = np.random.default_rng(scene.background)
     canvas = _background(rng)
@@ -166,7 +167,7 @@ def render(scene: Scene, colours: Sequence[tuple[int, int, int]] | None = None) 
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """(SIZE, SIZE, 3) floats: a muted colour with a slope of light and, half of the time, faint stripes or checks."""
+    """Return (SIZE, SIZE, 3) floats: a muted colour with a slope of light; half have faint stripes or checks."""
     base = np.array(_BACKGROUNDS[rng.integers(len(_BACKGROUNDS))], dtype=np.float64) + rng.normal(0, 6, 3)
     ys, xs = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
     angle = rng.uniform(0, 2 * np.pi)
@@ -182,7 +183,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def nameless_colour(rng: random.Random) -> tuple[int, int, int]:
-    """A strong colour that no word of `COLOURS` fits: cyan, pink, lime, brown and the like."""
+    """Return a strong colour that no word of `COLOURS` fits: cyan, pink, lime, brown and the like."""
     while True:
         drawn = [round(255 * c) for c in hsv_to_rgb(rng.random(), rng.uniform(0.45, 1), rng.uniform(0.45, 1))]
         if all(math.dist(drawn, named) > 80 for named in COLOURS.values()):

@@ -164,11 +164,11 @@ def train(
     """Train the tower's CoCa.
 
     Args:
-        rounds: In their order.
-        batch: Images a step.
-        seed: Of the weights, the scenes and their order.
-        log: Takes a line about each 100th step.
-        kept: File that the state is kept in, and resumed from; None: the training cannot be resumed.
+        rounds: The rounds in their order.
+        batch: Images of a step.
+        seed: Seed of the weights, the scenes and their order.
+        log: Called with a line about every 100th step.
+        kept: File for the state, from which training is resumed; None if it need not be resumed.
 
     Returns:
         The model in evaluation mode.
@@ -188,7 +188,7 @@ def train(
 
 
 def _draw_all(seeds: range, ids: dict[str, int], nameless: float, full: float) -> tuple[np.ndarray, torch.Tensor]:
-    """The images and tokenized captions of scenes, drawn in parallel."""
+    """Return the images and tokenized captions of scenes, drawn in parallel."""
     chunks = [list(seeds[k : k + 500]) for k in range(0, len(seeds), 500)]
     with workers.pool() as pool:
         drawn = list(tqdm(pool.map(draw, chunks, repeat(nameless), repeat(full)), total=len(chunks), desc="scenes"))

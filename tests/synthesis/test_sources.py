@@ -9,7 +9,7 @@ import pytest
 
 from qllava.config import InputError
 from qllava.data.contexts import read_contexts
-from qllava.nano.dataset import scene_of
+from qllava.nano.dataset import TRAIN_IMAGES, scene_of
 from qllava.nano.scenes import SIZE
 from qllava.synthesis.sources import contexts_of, image_folder
 
@@ -25,9 +25,9 @@ class TestNano:
             assert len(one.captions) == 5 and one.complete
         assert contexts == contexts_of("nano:30")
 
-    @pytest.mark.parametrize("source", ["nano:0", "nano:x", "nano:", "nano:7001", "nano:-1"])
+    @pytest.mark.parametrize("source", ["nano:0", "nano:x", "nano:", f"nano:{TRAIN_IMAGES + 1}", "nano:-1"])
     def test_a_number_that_is_none(self, source: str) -> None:
-        with pytest.raises(InputError, match=r"must be from 1 to 7,000 \(nano.s training scenes\)"):
+        with pytest.raises(InputError, match=rf"must be from 1 to {TRAIN_IMAGES:,} \(nano.s training scenes\)"):
             contexts_of(source)
 
 

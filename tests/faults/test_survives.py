@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qllava.config import InputError
+from qllava.config import NANO_IDENTITY, InputError, ModelConfig
 from qllava.conversation import CHATML
-from qllava.runs import MANIFEST_FILE, PARTIAL, Run
+from qllava.runs import BEGUN_FILE, MANIFEST_FILE, PARTIAL, Run
 from qllava.training.durable.checkpoints import (
     begun_with,
     fault,
@@ -231,6 +232,16 @@ class TestWhatHasChanged:
         assert begun(("b", "2"), ("a", "1")) != once
         assert begun(("same", "1"), ("same", "2")) != begun(("same", "3"), ("same", "2"))
         assert begun(("same", "1"), pretrain_file=[{"file": "same", "sha256": "2"}]) != begun(("same", "1"))
+
+    @pytest.mark.parametrize("known", [{}, {"nano": "another"}], ids=["before identities", "another identity"])
+    def test_the_nano_of_another_version(self, tiny: Tiny, tmp_path: Path, known: dict[str, str]) -> None:
+        now = begun_with(replace(stage1_settings(tiny, tmp_path), model=ModelConfig()))
+        assert now.pop("nano") == NANO_IDENTITY
+        (tmp_path / BEGUN_FILE).write_text(json.dumps({"begun_with": {**now, **known}}))
+        with pytest.raises(InputError, match="another base than the nano of this version"):
+            refuse_changes(tmp_path, {**now, "nano": NANO_IDENTITY, "seed": 7})
+        (tmp_path / BEGUN_FILE).write_text(json.dumps({"begun_with": {**now, "nano": NANO_IDENTITY}}))
+        refuse_changes(tmp_path, {**now, "nano": NANO_IDENTITY})
 
     def test_the_optimizer_that_memory_chose_stays(self, tiny: Tiny, unfinished: Path) -> None:
         """The state of another would end the run at its first step."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from qllava.config import InputError
+from qllava.config import NANO, NANO_IDENTITY, InputError
 from qllava.files import Journal, flush, move, os_errors
 from qllava.models.errors import one_line
 from qllava.runs import BEGUN_FILE, MANIFEST_FILE, PARTIAL, Run
@@ -62,6 +62,8 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str, Any]:
     """Return what decides the results of a run: its settings, except the free ones, and the hashes of its examples.
 
+    For a run on nano also which nano: its weights come with qllava, and are other ones in other versions.
+
     Args:
         settings: Settings of the run.
         examples: For each field, the files in order (`data.hashes_of`), which decides the position of every sample.
@@ -76,7 +78,8 @@ def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str
     }
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
     batch = {"samples_per_step": samples_per_step(settings.train)}
-    return json.loads(json.dumps({**chosen, **batch, **mixture, **hashes}, default=str))  # type: ignore[no-any-return]
+    base = {NANO: NANO_IDENTITY} if settings.model.is_nano else {}
+    return json.loads(json.dumps({**chosen, **batch, **mixture, **hashes, **base}, default=str))  # type: ignore[no-any-return]
 
 
 def _mixture(given: Any) -> Any:
@@ -100,6 +103,11 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
             differing = sorted(name for name in before.keys() | begun.keys() if before.get(name) != begun.get(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # missing or corrupt: `newest` reports it
+        if NANO in differing and NANO in begun:
+            raise InputError(
+                f"{place} was started on another base than the nano of this version of qllava (another version has "
+                f"other weights). Remove {folder} to start again, or choose another output_dir."
+            )
         if differing:
             shown = [
                 f"{name} was {_short(before.get(name))} and is {_short(begun.get(name))}" for name in differing[:5]

@@ -150,7 +150,9 @@ def _tokenizer() -> Any:
 def answer_that_fills(config: Any, tokens: int) -> str:
     """Return an answer that fills a pack of `tokens` tokens together with image and question, except for a sentence."""
     text = tokens - ImageLayout.of_config(config).tokens - FRAME
-    return WORDS * (text // len(_tokenizer()(WORDS)["input_ids"]) - QUESTION)
+    one, two = (len(_tokenizer()(WORDS * times)["input_ids"]) for times in (1, 2))
+    each = two - one  # a space joins the next word, and is a token at the end alone
+    return WORDS * ((text - (one - each)) // each - QUESTION)
 
 
 def make_parts(folder: Path, shape: str, tokens: int) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/rules_vs_naive.py --run runs/finetune_lora --out benchmarks/results/rules_vs_naive.json
 
 nano is tuned on the images of its training set, with the projector that the finished run `--run` aligned, by
-recipes/finetune_lora.py with its defaults; only the texts differ:
+recipes/finetune_lora.py with its defaults for nano's own examples; only the texts differ:
 
     main      nano's own questions: the score of the finished run, which saw further images (unnamed colours, no scene)
     rules     conversations with brief answers of `qllava.synthesis.rules.examples`: up to ten questions per image
@@ -29,6 +29,7 @@ from qllava.runs import RESULTS_FILE, STAGE1
 from qllava.surroundings import prepare_process
 from qllava.synthesis.rules.examples import write
 from qllava.synthesis.sources import contexts_of
+from qllava.training.options.defaults import NANO_EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 TYPES = {"rules": "conversation", "naive": "naive"}
@@ -49,6 +50,7 @@ def tune(records: Path, run: Path, projector: Path, images: Path, seed: int) -> 
     if not results.is_file():
         data = ["--train_file", records, "--image_folder", images, "--projector", projector]
         line = [sys.executable, ROOT / "recipes/finetune_lora.py", *data, "--output_dir", run, "--seed", seed]
+        line += [word for name, value in NANO_EXAMPLES.items() for word in (f"--{name}", value)]
         subprocess.run([str(word) for word in line], check=True, cwd=ROOT)
     return float(json.loads(results.read_text(encoding="utf-8"))["seconds"])
 

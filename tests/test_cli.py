@@ -18,12 +18,12 @@ import pytest
 
 import qllava
 from qllava import cli, doctor
-from qllava.config import InputError
+from qllava.config import NANO_IDENTITY, InputError
 from qllava.doctor import Check
 from qllava.evaluation.intervals import Share
 from qllava.evaluation.vqa import VqaResult
 from qllava.merge import MergeResult
-from qllava.runs import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RESULTS_FILE, RUN_FILE
+from qllava.runs import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, RESULTS_FILE, RUN_FILE
 from tests.tiny_runs import Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,7 @@ def named(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         (folder / name).touch()
     (folder / "runs" / "nano").mkdir(parents=True)
     run = {RUN_FILE: "model_name_or_path: nano", RESULTS_FILE: "{}", ADAPTER_FILE: "", ADAPTER_CONFIG_FILE: "{}"}
+    run[RECORD_FILE] = json.dumps({"fingerprint": f"0-0-{NANO_IDENTITY}"})
     for name, content in run.items():
         (folder / "runs" / "nano" / name).write_text(content)
     monkeypatch.chdir(folder)

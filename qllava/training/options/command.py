@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -36,6 +37,8 @@ class Given:
     """Default folder of the run."""
     nano: Mapping[str, Any] = field(default_factory=dict)
     """Defaults if the model is nano."""
+    nanos_own: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults if nano trains on its own examples; they replace those of `nano`."""
     flags: frozenset[str] = frozenset()
     """Names that were set by a flag; the others were set in the YAML."""
 
@@ -48,20 +51,28 @@ class Given:
     @property
     def defaults(self) -> dict[str, Any]:
         """Values that replace the defaults of fields."""
-        return {"output_dir": self.output_dir, **(self.nano if self.is_nano else {})}
+        own = self.is_nano and not self.values.get("train_file")
+        return {"output_dir": self.output_dir, **(self.nano if self.is_nano else {}), **(self.nanos_own if own else {})}
 
     def get(self, name: str) -> Any:
         """Return the value of a setting, or its default."""
         return self.values.get(name, self.defaults.get(name, FIELDS[name].default))
 
 
-def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Given:
+def read(
+    args: Sequence[str],
+    *,
+    output_dir: str,
+    nano: Mapping[str, Any],
+    nanos_own: Mapping[str, Any] = MappingProxyType({}),
+) -> Given:
     """Read flags and the YAML that `--config` names.
 
     Args:
         args: The command line.
         output_dir: Default folder of the run.
         nano: Values that replace the defaults if the model is nano.
+        nanos_own: Values that replace those of `nano` if it trains on its own examples.
 
     Raises:
         InputError: For an unreadable YAML, an unknown key, a value of a wrong type or out of bounds, or a
@@ -70,7 +81,7 @@ def read(args: Sequence[str], *, output_dir: str, nano: Mapping[str, Any]) -> Gi
     found = vars(_parser().parse_args(list(args)))
     config = found.pop("config", None)
     of_yaml = _read_yaml(config, found.keys()) if config is not None else {}
-    given = Given({**of_yaml, **found}, output_dir, nano, frozenset(found))
+    given = Given({**of_yaml, **found}, output_dir, nano, nanos_own, frozenset(found))
     for name, value in found.items():
         _check(FIELDS[name], value)
     return given

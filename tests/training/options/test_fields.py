@@ -288,8 +288,10 @@ def test_help_shows_the_defaults_that_apply(tmp_path: Path, capsys: pytest.Captu
         return text.split(f" --{name} ")[1].split("(default: ")[1].split(")")[0]
 
     nano = shown()
-    assert default(nano, "lora_r") == "32" and default(nano, "learning_rate") == "0.001"
-    assert default(nano, "save_steps") == "200" and default(nano, "output_dir") == "runs/finetune_lora"
+    assert default(nano, "lora_r") == "32" and default(nano, "learning_rate") == "0.003"
+    assert default(nano, "save_steps") == "125" and default(nano, "output_dir") == "runs/finetune_lora"
+    of_the_user = shown("--train_file", "mine.json")
+    assert default(of_the_user, "lora_r") == "32" and default(of_the_user, "learning_rate") == "0.001"
     other = shown("--config", str(tmp_path / "x.yaml"))
     assert default(other, "lora_r") == "8" and default(other, "learning_rate") == "0.0002"
     assert default(other, "eval_steps") == "77" and default(other, "projector_lr") == "2e-05"

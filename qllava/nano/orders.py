@@ -5,9 +5,10 @@ They are made once into the cache folder, beside nano's images, which they name:
     short.json            every fifth example of nano's training examples
     answer-first.json     "The answer is red. There is a large red circle at the top."
     reason-first.json     "There is a large red circle at the top. The answer is red."
-    test.json             nano's test questions, asked in the words of these two
+    test.json             nano's test questions, each with the request for its reason
 
-Both orders are about the same images, ask the same questions and say the same words. The LLaMA has read reasons
+Both orders are about the same images, ask the same questions (in anyone's words, as nano's test questions are) and say
+the same words. The LLaMA has read reasons
 before answers in its texts, though in other words than these.
 """
 
@@ -20,9 +21,9 @@ from typing import Any
 
 from qllava.config import cache_folder
 from qllava.files import whole_folder
-from qllava.nano import dataset, language
+from qllava.nano import dataset, language, talk
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the files would come out different."""
 EVERY = 5
 """One example of so many is kept."""
@@ -52,16 +53,16 @@ def prepare() -> Path:
 
 def ask(question: str) -> str:
     """Return a question that asks for its reason."""
-    return f"{question} Say why."
+    return f"{question}{'' if question[-1] in '?.!' else '?'} Say why."
 
 
 def reasoned_record(id_: str, *, reason_first: bool) -> dict[str, Any]:
     """Return a conversation about a training image with a reason for every answer; both orders ask the same."""
     turns: list[dict[str, str]] = []
-    asked = language.questions(dataset.scene_of(id_), random.Random(f"orders-{id_}"), QUESTIONS_PER_IMAGE)
-    for question in asked:
+    rng = random.Random(f"orders-{id_}")
+    for question in language.questions(dataset.scene_of(id_), rng, QUESTIONS_PER_IMAGE):
         mark = "" if turns else "<image>\n"
         parts = [ANSWER.format(question.answer), question.reason]
-        turns.append({"from": "human", "value": f"{mark}{ask(question.text)}"})
+        turns.append({"from": "human", "value": f"{mark}{ask(talk.said(question.text, rng))}"})
         turns.append({"from": "gpt", "value": " ".join(reversed(parts) if reason_first else parts)})
     return {"id": id_, "image": f"images/{id_}.png", "conversations": turns}

@@ -1,10 +1,11 @@
 """Build nano's weights: a tower trained with open_clip on drawn images, and a LLaMA trained on text only.
 
-    python recipes/build_nano.py --out qllava/nano/weights
+    python recipes/build_nano.py --out weights
     python recipes/build_nano.py --out small --small
 
 The two parts are trained in parallel, on one core each, and log to `tower.log` and `llama.log`. The same command
-resumes a build that was stopped. With a C++ compiler (for `torch.compile`) the LLaMA is trained faster.
+resumes a build that was stopped, and leaves a part alone that is finished. With a C++ compiler (for `torch.compile`)
+both are trained faster.
 
 `--small` builds a LLaMA with half of the layers instead, for ablations: nano's own without every second layer, trained
 further on a few texts. `recipes/ablate.py` builds it when it first needs it.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from qllava.arguments import Parser, carry_out, check_written_folder, file_path, looks
 from qllava.config import NANO_WEIGHTS
+from qllava.files import whole_folder
 from qllava.surroundings import prepare_process
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> None:
 
 
 def build_tower(out: Path, seed: int) -> float:
-    """Train the tower, write it in transformers' format, in fp16, and return the seconds it took."""
+    """Train the tower, write it in transformers' format, in fp16, and return the seconds it took.
+
+    Raises:
+        InputError: The build that was stopped here had other settings.
+    """
     import torch
     from transformers import CLIPImageProcessor
 
@@ -49,18 +55,24 @@ def build_tower(out: Path, seed: int) -> float:
     torch.set_num_threads(1)
     log = kept.log_to(out / "tower.log", "tower")
     model = convert_open_clip(tower.train(seed=seed, log=log, kept=out / "tower.state").visual)
-    CLIPImageProcessor(
+    processor = CLIPImageProcessor(
         size={"shortest_edge": scenes.SIZE},
         crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
         image_mean=list(tower.MEAN),
         image_std=list(tower.STD),
-    ).save_pretrained(out / "tower")
-    _save(model, torch.float16, out / "tower")
+    )
+    with whole_folder(out / "tower", _is_written) as aside:
+        processor.save_pretrained(aside)
+        _save(model, torch.float16, aside)
     return _finished(out / "tower.state", started, log)
 
 
 def build_llama(out: Path, seed: int) -> float:
-    """Train tokenizer and LLaMA, write them, in bf16, and return the seconds it took."""
+    """Train tokenizer and LLaMA, write them, in bf16, and return the seconds it took.
+
+    Raises:
+        InputError: The build that was stopped here had other settings.
+    """
     import torch
 
     from qllava.nano import kept, llama, texts
@@ -70,8 +82,9 @@ def build_llama(out: Path, seed: int) -> float:
     log = kept.log_to(out / "llama.log", "llama")
     tokenizer = texts.train_tokenizer()
     model = llama.train(tokenizer, seed=seed, log=log, kept=out / "llama.state")
-    tokenizer.save_pretrained(out / "llama")
-    _save(model, torch.bfloat16, out / "llama")
+    with whole_folder(out / "llama", _is_written) as aside:
+        tokenizer.save_pretrained(aside)
+        _save(model, torch.bfloat16, aside)
     return _finished(out / "llama.state", started, log)
 
 
@@ -101,7 +114,7 @@ def build_small_llama(out: Path) -> None:
 
 
 def _is_written(part: Path) -> bool:
-    """Whether an earlier start has finished a part; its weights are written last."""
+    """Whether an earlier start has finished a part."""
     return (part / "model.safetensors").is_file()
 
 
@@ -129,7 +142,12 @@ def _run(arguments: argparse.Namespace) -> int:
         build_small_llama(out)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    missing = {n: part for n, part in (("tower", build_tower), ("llama", build_llama)) if not _is_written(out / n)}
+    missing = {}
+    for name, part in (("tower", build_tower), ("llama", build_llama)):
+        if _is_written(out / name):
+            print(f"{out / name} is finished. Remove it to build it again.")
+        else:
+            missing[name] = part
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         futures = {name: pool.submit(part, out, arguments.seed) for name, part in missing.items()}
         for name, future in futures.items():

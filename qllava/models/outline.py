@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from qllava.config import NANO, OLDER_NANO, InputError
+from qllava.config import OLDER_NANO, InputError
 from qllava.conversation import EOS, TEMPLATES, Template
 from qllava.models import agreement
 from qllava.models.checkpoint import build_processor, load_config, names_on_disk
@@ -83,9 +83,9 @@ def outline(recipe: Recipe) -> Outline:
     recipe = replace(recipe, template=recipe.template or template_of(processor.tokenizer, saved))
     found = fingerprint(config, processor.tokenizer, base, built=recipe.model is None)
     if recipe.fingerprint and recipe.fingerprint != found:
-        parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
-        if recipe.language_model == NANO:
+        if recipe.is_of_another_nano(found):
             raise InputError(f"The adapter {OLDER_NANO}")
+        parts = zip(recipe.fingerprint.split("-"), found.split("-"), ("config", "vocabulary", "weights"), strict=False)
         other = ", ".join(what for wanted, given, what in parts if wanted != given)
         raise InputError(
             f"The adapter was trained on another base than {name} (different {other or 'kind'}). Give "

@@ -58,6 +58,11 @@ class Recipe:
             load_in_4bit=model.load_in_4bit,
         )
 
+    def is_of_another_nano(self, fingerprint: str) -> bool:
+        """Whether this recipe and a base of that fingerprint have nano's parts of two versions, so other weights."""
+        ours = self.language_model == self.vision_tower == NANO
+        return ours and self.fingerprint.rpartition("-")[2] != fingerprint.rpartition("-")[2]
+
 
 def _absolute(name: str | None) -> str | None:
     folder = Path(expanded(name)) if name else None

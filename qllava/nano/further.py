@@ -173,16 +173,16 @@ def _verify(scene: Scene, rng: random.Random) -> Pair:
     """Whether a shape has a colour, form, size or place."""
     shape = rng.choice(scene.shapes)
     attribute = rng.choice(_ATTRIBUTES)
-    alike = {by: sum(getattr(s, by) == getattr(shape, by) for s in scene.shapes) == 1 for by in ("colour", "form")}
-    names = [f"the {shape.form}"] * (alike["form"] and attribute != "form")
-    names += [f"the {shape.colour} shape"] * (alike["colour"] and attribute != "colour")
+    only = {by: sum(getattr(s, by) == getattr(shape, by) for s in scene.shapes) == 1 for by in ("colour", "form")}
+    names = [f"the {shape.form}"] * (only["form"] and attribute != "form")
+    names += [f"the {shape.colour} shape"] * (only["colour"] and attribute != "colour")
     names += [f"the {_pair(shape)}"] * (attribute in ("size", "place"))
     names += [f"the shape {AT[shape.place]}"] * (attribute != "place")
     values = {"colour": tuple(COLOURS), "form": FORMS, "size": tuple(SIZES), "place": PLACES}[attribute]
     right = getattr(shape, attribute)
     value = right if rng.random() < 0.5 else rng.choice([v for v in values if v != right])
     said = article(value) if attribute == "form" else AT[value] if attribute == "place" else value
-    return f"Is {rng.choice(names or [f'the {_pair(shape)}'])} {said}?", "yes" if value == right else "no"
+    return f"Is {rng.choice(names)} {said}?", "yes" if value == right else "no"
 
 
 def _more(scene: Scene, rng: random.Random) -> Pair:
@@ -260,7 +260,7 @@ def _of_two(scene: Scene, rng: random.Random) -> Pair | None:
         return None
     right = a if (first < second) == low else b
     names = [f"the {s.form}" for s in (a, b)]
-    if a.form == b.form or any(sum(s.form == one.form for s in scene.shapes) > 1 for one in (a, b)):
+    if any(sum(s.form == one.form for s in scene.shapes) > 1 for one in (a, b)):
         names = [f"the {_pair(s)}" for s in (a, b)]
     return f"Which is {word}, {names[0]} or {names[1]}?", f"the {_pair(right)}"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qllava.config import InputError
 from qllava.files import Journal, whole_file
 
 EVERY_S = 300.0
@@ -18,18 +19,27 @@ EVERY_S = 300.0
 class Kept:
     """The state of one part, in one file. The part's own rounds choose its keys."""
 
-    def __init__(self, path: Path | None, log: Callable[[str], None]) -> None:
+    def __init__(self, path: Path | None, log: Callable[[str], None], begun: str = "") -> None:
         """Read the state of an earlier start, if there is one.
 
         Args:
             path: The file; None keeps nothing.
             log: Called with a line if training is resumed.
+            begun: Seed and rounds in words; a state of others is refused.
+
+        Raises:
+            InputError: The state was begun with another seed or other rounds.
         """
-        self._path, self._last = path, time.monotonic()
+        self._path, self._last, self._begun = path, time.monotonic(), begun
         self.state: dict[str, Any] = {}
         """The state that was kept last; empty at the beginning."""
         if path is not None and path.is_file():
             self.state = torch.load(path, weights_only=True)
+            if self.state["begun"] != begun:
+                raise InputError(
+                    f"{path} is of a build with another seed or other rounds ({self.state['begun']}; now {begun}). Use "
+                    "the same ones to resume it, or another --out."
+                )
             log(f"resuming round {self.state['round'] + 1} at step {self.state['step']}")
 
     def begins(self, round_: int) -> int | None:
@@ -46,7 +56,7 @@ class Kept:
         self._last = time.monotonic()
         if self._path is not None:
             with whole_file(self._path) as aside:
-                torch.save(dict(state), aside)
+                torch.save({**state, "begun": self._begun}, aside)
 
 
 def log_to(path: Path, part: str) -> Callable[[str], None]:

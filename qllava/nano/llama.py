@@ -139,7 +139,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = build(len(tokenizer))
-    state = Kept(kept, log)
+    state = Kept(kept, log, f"seed {seed}, {rounds}")
     for number, round_ in enumerate(rounds):
         train_round(model, tokenizer, round_, random.Random(f"text-{seed + number}"), log, kept=state, number=number)
     model.eval()

@@ -25,7 +25,7 @@ def turns(
 ) -> list[tuple[str, str]]:
     """Return `count` questions and their answers; those of the eight types are drawn from `types`.
 
-    No plain form comes twice.
+    No plain form comes twice, apart from "And the star?", which follows different questions.
     """
     out: list[tuple[str, str]] = []
     asked: set[str] = set()

@@ -146,7 +146,7 @@ class Round:
     copies: float = 0.0
     """Share of texts whose facts and answers are words that mean nothing (`copying`)."""
     strange: float = 0.0
-    """Share of texts whose map is of words that are none of a map."""
+    """Share of the texts after `copies` and `captions` whose map is of words that are none of a map."""
 
 
 def text(rng: random.Random, tokenizer: Tokenizer, round_: Round) -> tuple[list[int], list[int]]:

@@ -176,7 +176,7 @@ def train(
     torch.manual_seed(seed)
     ids = vocabulary()
     model = build(len(ids) + 2)
-    state = Kept(kept, log)
+    state = Kept(kept, log, f"seed {seed}, batches of {batch}, {rounds}")
     drawn = seed * 1_000_000
     for number, round_ in enumerate(rounds):
         scenes = range(drawn, drawn + round_.scenes)

@@ -48,7 +48,7 @@ def _load(assembled: Assembled, folder: Path) -> None:
     before, now = read_record(folder), assembled.recipe
     if before.fingerprint in ("", now.fingerprint):
         return
-    if before.language_model == now.language_model == NANO:
+    if now.language_model == now.vision_tower == NANO and before.is_of_another_nano(now.fingerprint):
         raise InputError(f"The projector in {folder} {OLDER_NANO}")
     print(
         f"Note: the projector in {folder} was trained on another base ({base_of(before)}, fingerprint "

@@ -20,7 +20,7 @@ from qllava.training.settings import TrainConfig, name_of
 _MOST = 10
 """Number of evaluations in a stage if eval_steps is not set."""
 _NANO = 2
-"""The same for nano's run on its own examples: each takes four seconds of three minutes, and the table comes last."""
+"""The same for nano's run on its own examples: each takes four seconds of the few minutes, and the table comes last."""
 
 
 def refuse_unmeasured(config: TrainConfig, held_out: bool) -> None:
@@ -51,7 +51,7 @@ def leave_out(config: TrainConfig) -> None:
 def few(config: TrainConfig, samples: int) -> None:
     """Set `eval_steps` for nano's run on its own examples, unless the user has set it."""
     if scores.evaluates(config) and not config.eval_steps and not follows(config):
-        config.eval_steps = -(-total_steps(config, samples) // _NANO)
+        config.eval_steps = max(1, total_steps(config, samples) // _NANO)
 
 
 def settle(config: TrainConfig, train: Prepared, evaluation: Prepared | None, questions: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from collections import Counter
 import pytest
 
 from qllava.nano import further, language
-from qllava.nano.scenes import COLOURS, FORMS, UNSEEN_PAIRS, Scene, Shape, sample_scene
+from qllava.nano.scenes import COLOURS, UNSEEN_PAIRS, Scene, Shape, sample_scene
 from tests.nano.test_language import meant, place, width
 
 PLACE = r"(?:at|in|on) the (?:top left|top right|bottom left|bottom right|top|bottom|left|right|centre)"
@@ -159,6 +160,8 @@ def test_pairs_that_no_training_image_shows_are_not_asked_about() -> None:
 
 def test_all_kinds_are_drawn() -> None:
     rng = random.Random(0)
-    scene = sample_scene(rng)
-    kinds = {re.sub("|".join((*COLOURS, *FORMS)), "_", further.ask(scene, rng)[0]) for _ in range(3000)}
-    assert len(kinds) > 100
+    drawn = Counter(kind for (kind,) in (rng.choices(further._ASKERS, further._SHARES) for _ in range(5000)))
+    functions = {one for name, one in vars(further).items() if name.startswith("_") and inspect.isfunction(one)}
+    assert set(drawn) == {one for one in functions if list(inspect.signature(one).parameters) == ["scene", "rng"]}
+    for kind, share in zip(further._ASKERS, further._SHARES, strict=True):
+        assert drawn[kind] / 5000 == pytest.approx(share / sum(further._SHARES), rel=0.3)

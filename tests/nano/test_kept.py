@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qllava.config import NANO_WEIGHTS
+from qllava.config import NANO_WEIGHTS, InputError
 from qllava.nano import kept, llama, tower
 
 ROUNDS = tuple(replace(round_, steps=3, batch=2) for round_ in llama.ROUNDS * 2)
@@ -72,6 +72,15 @@ def test_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) 
     resumed = tower.train(SCENES, batch=4, kept=state)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_state_of_another_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "tower.state"
+    for _ in stopping(monkeypatch, 1):
+        with pytest.raises(Stop):
+            tower.train(SCENES, batch=4, kept=state)
+    with pytest.raises(InputError, match="tower.state is of a build with another seed or other rounds"):
+        tower.train(SCENES, batch=4, seed=1, kept=state)
 
 
 def test_the_log_has_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

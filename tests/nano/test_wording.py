@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from qllava.nano import further, language, talk, unknown, wording
+from qllava.nano import further, language, patterns, talk, unknown, wording
 from qllava.nano.scenes import COLOURS, FORMS, sample_scene
 
 KEPT = re.compile(rf"\b({'|'.join((*COLOURS, *FORMS))})(?:e?s)?\b")
@@ -48,6 +48,11 @@ def test_every_pattern_can_be_drawn() -> None:
     for plain in ("Describe the picture.", "Which colours are there?", "Which forms are there?"):
         drawn = {wording.reword(plain, random.Random(seed), noise=0.0) for seed in range(1500)}
         assert len(drawn) > 40
+    for asked, templates in patterns.ASKED:
+        parts = ["shape"] * asked.groups
+        for template in templates:
+            said = template.format(*parts, a="a", c="c", seen="", tell="t", give="g")
+            assert wording._draw(said, random.Random(0)) and said.count("(") == said.count(")"), template
 
 
 def test_a_careless_question_is_still_the_question() -> None:

@@ -55,6 +55,11 @@ def test_an_adapter_of_another_nano_is_refused(nano: Recipe) -> None:
     assert "another version of nano" in refusal(caught.value) and "make finetune ARGS=" in refusal(caught.value)
 
 
+def test_another_layer_of_this_nano_is_another_base_and_no_other_nano(nano: Recipe) -> None:
+    with pytest.raises(InputError, match="was trained on another base than nano \\(different config\\)"):
+        outline(replace(nano, vision_feature_layer=-1))
+
+
 def test_a_projector_of_another_nano_is_refused(nano: Recipe, tiny: Tiny, tmp_path: Path) -> None:
     assembled: Assembled = assemble(nano)
     for folder, recipe in ((tmp_path / "same", nano), (tmp_path / "other", replace(nano, fingerprint="a-b-other"))):

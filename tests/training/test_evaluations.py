@@ -50,6 +50,15 @@ def test_about_ten_times(values: dict[str, Any], steps: int) -> None:
     assert settled(**values) == ("steps", steps)
 
 
+@pytest.mark.parametrize(
+    ("samples", "fields", "steps"), [(40, {}, 5), (41, {}, 5), (4, {}, 1), (40, {"eval_steps": 7}, 7)]
+)
+def test_twice_in_nanos_own_run(samples: int, fields: dict[str, Any], steps: int) -> None:
+    stage = a_stage(train=samples, held_out=8, **fields)
+    evaluations.few(stage.config, samples)
+    assert stage.config.eval_steps == steps
+
+
 def test_at_the_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert settled(train=10, held_out=100)[0] == "no"
     assert "evaluated only at the end" in capsys.readouterr().out

@@ -78,7 +78,8 @@ def begun_with(settings: Settings, **examples: list[dict[str, str]]) -> dict[str
     }
     mixture = {"train_file": _mixture(settings.data.train_file), "pretrain_file": _mixture(settings.data.pretrain_file)}
     batch = {"samples_per_step": samples_per_step(settings.train)}
-    base = {NANO: NANO_IDENTITY} if settings.model.is_nano else {}
+    model = settings.model
+    base = {NANO: NANO_IDENTITY} if model.is_nano or NANO in (model.language_model, model.vision_tower) else {}
     return json.loads(json.dumps({**chosen, **batch, **mixture, **hashes, **base}, default=str))  # type: ignore[no-any-return]
 
 
@@ -106,7 +107,7 @@ def refuse_changes(folder: Path, begun: Mapping[str, Any]) -> None:
         if NANO in differing and NANO in begun:
             raise InputError(
                 f"{place} was started on another base than the nano of this version of qllava (another version has "
-                f"other weights). Remove {folder} to start again, or choose another output_dir."
+                "other weights). Choose another output_dir, or remove the run's folder to start again."
             )
         if differing:
             shown = [

@@ -42,8 +42,8 @@ FINISHED = runs/finetune_lora
 finetune: env
 	@if [ -z "$(ARGS)" ] && [ -f $(FINISHED)/results.json ]; then \
 	  echo "The run in $(FINISHED) is finished: open $(FINISHED)/report.html in a browser."; \
-	  $(BIN)/python -c "from pathlib import Path; from qllava.runs import Run; Run(Path('$(FINISHED)')).is_of_this_nano \
-	    or print('It was trained on another version of nano: chat, merge and demo of this version refuse it.')"; \
+	  $(BIN)/python -c "from pathlib import Path; from qllava.runs import Run; Run(Path('$(FINISHED)')).is_of_another_nano \
+	    and print('It was trained on another version of nano: chat, merge and demo of this version refuse it.')"; \
 	  echo "To begin again: make finetune ARGS=--overwrite_output_dir"; \
 	else $(BIN)/python recipes/finetune_lora.py $(ARGS); fi
 

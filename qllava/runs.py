@@ -151,11 +151,14 @@ class Run:
         return self.read_settings().get("model_name_or_path") == NANO
 
     @property
-    def is_of_this_nano(self) -> bool:
-        """Whether the record of a nano run names the nano of this version of qllava; its adapter fits no other."""
+    def is_of_another_nano(self) -> bool:
+        """Whether the record of a nano run names the nano of another version of qllava, whose adapter does not fit.
+
+        A record that cannot be read says nothing about it: whoever loads the run reports what is wrong.
+        """
         try:
             record = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
-            return str(record["fingerprint"]).rpartition("-")[2] == NANO_IDENTITY
+            return str(record["fingerprint"]).rpartition("-")[2] != NANO_IDENTITY
         except (OSError, ValueError, TypeError, KeyError):
             return False
 
@@ -216,7 +219,7 @@ def newest_nano_run(runs: Path = RUNS) -> Path:
         InputError: No run on this version's nano is finished.
     """
     finished = finished_nano_runs(runs)
-    usable = [folder for folder in finished if Run(folder).is_of_this_nano]
+    usable = [folder for folder in finished if not Run(folder).is_of_another_nano]
     if usable:
         return usable[-1]
     if finished:

@@ -46,7 +46,7 @@ def _began_with(folder: Path) -> str | None:
 def _newest(folder: Path) -> str | None:
     """Return the nano run that finished last, this folder excluded; raise an InputError if a run cannot be read."""
     others = [run.absolute() for run in finished_nano_runs(RUNS) if run.resolve() != folder.resolve()]
-    usable = [run for run in others if Run(run).is_of_this_nano]
+    usable = [run for run in others if not Run(run).is_of_another_nano]
     if others and not usable:
         print(f"The projector of {others[-1]} is not used: the run was trained on another version of nano.")
     return str(usable[-1]) if usable else None
